@@ -1,0 +1,118 @@
+"""The baseline: a causal language model with the verbs of diffusion.py (loss, log_likelihood, sample), on the same batches.
+
+The shift by one lives here: the model reads [start, x_0, .., x_L-2] and is asked for [x_0, .., x_L-1], so every
+token of every document is scored, the first one too. Letters: `mask_predictor.py`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Nll = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def shift(tokens_BL: jax.Array, segment_BL: jax.Array, start_id: int) -> jax.Array:
+  """What the model reads: each document moved right by one, beginning with `start_id`."""
+  first_B1 = jnp.full_like(tokens_BL[:, :1], start_id)
+  previous_BL = jnp.concatenate([first_B1, tokens_BL[:, :-1]], axis=1)
+  begins_BL = segment_BL[:, 1:] != segment_BL[:, :-1]
+  return previous_BL.at[:, 1:].set(jnp.where(begins_BL, start_id, previous_BL[:, 1:]))
+
+
+def loss(nll: Nll, batch: dict[str, jax.Array], *, start_id: int) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Next-token cross-entropy with the weights of the batch.
+
+  Args:
+    nll: a causal model.
+    batch: columns tokens, weight, segment [B, L], as for the diffusion loss.
+    start_id: what stands before the first token of a document (EOS).
+
+  Returns:
+    (loss in nats per token, metrics).
+  """
+  weight_BL = batch["weight"]
+  input_BL = shift(batch["tokens"], batch["segment"], start_id)
+  nll_BL = nll(input_BL, jnp.where(weight_BL > 0, batch["tokens"], -1))
+  return jnp.sum(weight_BL * nll_BL), {}
+
+
+def log_likelihood(
+  nll: Nll, tokens_BL: jax.Array, scored_BL: jax.Array, segment_BL: jax.Array, *, start_id: int
+) -> jax.Array:
+  """Exact log p(scored | what precedes it) of every row in nats, float32 [B]."""
+  input_BL = shift(tokens_BL, segment_BL, start_id)
+  return -jnp.sum(nll(input_BL, jnp.where(scored_BL, tokens_BL, -1)), axis=1)
+
+
+def sample(
+  step: Callable[[jax.Array, Any, jax.Array | int], tuple[jax.Array, Any]],
+  cache: Any,
+  canvas_BL: jax.Array,
+  segment_BL: jax.Array,
+  rng_B: jax.Array,
+  *,
+  prompt_length: int,
+  start_id: int,
+  eos_id: int,
+  temperature: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Fills the canvas left to right, one token a step, with a KV cache; stops when every row has ended.
+
+  Args:
+    step: (tokens_BW, cache, start) -> (logits_BV of the last of them, cache); tokens are the shifted ones.
+    cache: an empty cache of the canvas.
+    canvas_BL: left-padded prompts, then room for the answers.
+    segment_BL: 0 on the padding, 1 elsewhere.
+    rng_B: a key per row.
+    prompt_length: length of the padded prompts (static).
+    start_id: what the model reads before the first token of a row.
+    eos_id: ends a row; what follows is filled with it.
+    temperature: 0 takes the most probable token.
+
+  Returns:
+    (canvas_BL, confidence_BL of the tokens drawn (0 elsewhere), number of forward passes).
+  """
+  L = canvas_BL.shape[1]
+  shifted_BL = shift(canvas_BL, segment_BL, start_id)
+
+  def draw(logits_BV, i):
+    scores_BV = logits_BV
+    if temperature > 0:
+      key_B = jax.vmap(lambda key: jax.random.fold_in(key, i))(rng_B)
+      scores_BV += temperature * jax.vmap(
+        lambda key: jax.random.gumbel(key, logits_BV.shape[1:], mode="high")
+      )(key_B)
+    token_B = jnp.argmax(scores_BV, axis=-1).astype(canvas_BL.dtype)
+    return token_B, jnp.take_along_axis(jax.nn.softmax(logits_BV), token_B[:, None], axis=-1)[:, 0]
+
+  def unfinished(carry):
+    return (carry["i"] < L) & ~jnp.all(carry["ended_B"])
+
+  def advance(carry):
+    i = carry["i"]
+    token_B, confidence_B = draw(carry["logits_BV"], i - prompt_length)
+    token_B = jnp.where(carry["ended_B"], eos_id, token_B)
+    confidence_B = jnp.where(carry["ended_B"], 1.0, confidence_B)
+    logits_BV, cache = step(token_B[:, None], carry["cache"], jnp.minimum(i + 1, L - 1))
+    return {
+      "i": i + 1,
+      "canvas_BL": carry["canvas_BL"].at[:, i].set(token_B),
+      "confidence_BL": carry["confidence_BL"].at[:, i].set(confidence_B),
+      "ended_B": carry["ended_B"] | (token_B == eos_id),
+      "logits_BV": logits_BV,
+      "cache": cache,
+    }
+
+  logits_BV, cache = step(shifted_BL[:, : prompt_length + 1], cache, 0)
+  carry = {
+    "i": jnp.int32(prompt_length),
+    "canvas_BL": canvas_BL.at[:, prompt_length:].set(eos_id),
+    "confidence_BL": jnp.zeros(canvas_BL.shape),
+    "ended_B": jnp.zeros(canvas_BL.shape[:1], bool),
+    "logits_BV": logits_BV,
+    "cache": cache,
+  }
+  carry = jax.lax.while_loop(unfinished, advance, carry)
+  return carry["canvas_BL"], carry["confidence_BL"], carry["i"] - prompt_length + 1

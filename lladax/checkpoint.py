@@ -1,0 +1,125 @@
+"""Checkpoints with Orbax: the train state as a plain dict with stable names, on any mesh.
+
+WORKDIR/checkpoints/STEP/ holds {"step", "params", "mu", "nu"}: parameters and Adam's moments under the names of
+`MaskPredictorConfig.letters`. Neither Flax's nor optax's classes leave a trace in it.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+Tree = dict[str, Any]
+
+
+class Corrupt(ValueError):
+  """A checkpoint that cannot be read back."""
+
+
+def folder(workdir: Path) -> Path:
+  """Where a workdir keeps its checkpoints."""
+  return workdir / "checkpoints"
+
+
+def steps(workdir: Path) -> list[int]:
+  """Steps of the finished checkpoints, oldest first."""
+  root = folder(workdir)
+  return sorted(int(x.name) for x in root.iterdir() if x.name.isdecimal()) if root.is_dir() else []
+
+
+class Checkpoints:
+  """Saves in the background; keeps the last `keep` checkpoints and every `keep_every`-th step for good."""
+
+  def __init__(self, workdir: Path, *, keep: int = 2, keep_every: int = 0):
+    for name, value in (("keep", keep), ("keep_every", keep_every)):
+      if value < (1 if name == "keep" else 0):
+        raise ValueError(f"checkpoint.{name}={value}: too small")
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True, create=True
+    )
+    self._manager = _manager(workdir, options)
+
+  def save(self, step: int, tree: Tree) -> None:
+    """Begins to save; the arrays may be donated as soon as this returns."""
+    self._manager.save(step, args=ocp.args.PyTreeSave(tree), force=True)
+
+  def close(self) -> None:
+    """Waits for the last save."""
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+
+def restore(workdir: Path, step: int, abstract: Tree) -> Tree:
+  """The checkpoint's arrays in the shapes, dtypes and shardings of `abstract`.
+
+  Args:
+    workdir: of the run.
+    step: one of `steps(workdir)`.
+    abstract: tree of `jax.ShapeDtypeStruct`; a part of the checkpoint's tree is enough.
+
+  Raises:
+    Corrupt: if it cannot be read, or has other shapes; the message says what the reader said.
+  """
+  shapes = dict(_flat(metadata(workdir, step)))
+  for name, wanted in _flat(abstract):
+    found = shapes.get(name)
+    if found is None or tuple(found.shape) != tuple(wanted.shape):
+      shape = "missing" if found is None else f"of shape {tuple(found.shape)}"
+      raise Corrupt(f"{folder(workdir) / str(step)}: {name} is {shape}, expected {tuple(wanted.shape)}")
+  args = ocp.args.PyTreeRestore(
+    item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
+  )
+  return _read(workdir, step, lambda manager: manager.restore(step, args=args))
+
+
+def metadata(workdir: Path, step: int) -> Tree:
+  """The tree of the checkpoint, with shape and dtype at the leaves, without reading an array."""
+  return _read(workdir, step, lambda manager: dict(manager.item_metadata(step).tree))
+
+
+def _manager(workdir: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+  handler = ocp.PyTreeCheckpointHandler()
+  return ocp.CheckpointManager(folder(workdir).absolute(), options=options, item_handlers=handler)
+
+
+def _read(workdir: Path, step: int, how: Callable[[ocp.CheckpointManager], Tree]) -> Tree:
+  try:
+    with _manager(workdir, ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False)) as manager:
+      return how(manager)
+  except Exception as error:  # Orbax and TensorStore raise many kinds; all mean the same here
+    why = (str(error).splitlines() or [""])[0][:200]
+    raise Corrupt(f"{folder(workdir) / str(step)} cannot be read: {type(error).__name__}: {why}") from error
+
+
+def restore_latest(workdir: Path, abstract: Tree) -> tuple[int, Tree] | None:
+  """The newest readable checkpoint; unreadable ones are named in a warning and moved aside, never deleted.
+
+  Returns:
+    (step, tree), or None if there is no checkpoint at all.
+
+  Raises:
+    Corrupt: if there are checkpoints, but none can be read.
+  """
+  failed = []
+  for step in reversed(steps(workdir)):
+    try:
+      tree = restore(workdir, step, abstract)
+    except Corrupt as error:
+      failed.append((step, error))
+      continue
+    for bad, error in failed:
+      aside = folder(workdir) / f"{bad}.unreadable"
+      logging.warning("%s; falling back to step %d, the old files are in %s", error, step, aside)
+      if jax.process_index() == 0:
+        (folder(workdir) / str(bad)).rename(aside)
+    return step, tree
+  if failed:
+    raise Corrupt(f"no checkpoint of {workdir} can be read; the newest: {failed[0][1]}")
+  return None
+
+
+def _flat(tree: Tree) -> list[tuple[str, Any]]:
+  return [("/".join(k.key for k in path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]

@@ -1,0 +1,184 @@
+"""Masked diffusion: the forward process, the loss and the likelihood, on plain arrays.
+
+A model is any function `nll(input_BL, target_BL) -> nll_BL`: the cross-entropy in nats of every target given the
+noised input, zero where the target is negative (not asked). Nothing else of the model is known here.
+Noise is a function of (rng, index) row by row, so it is the same on one device and on many, for any number of
+micro-batches, and after any restart. The equations are those of LLaDA (arXiv 2502.09992). Letters: `mask_predictor.py`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+Nll = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseConfig:
+  """The forward process: which tokens are masked, and how times are drawn."""
+
+  masking: str = "independent"  # each token with probability p(t), as published | "exact": l of n tokens, P Eq. 6
+  times: str = "uniform"  # as published | "stratified" over the batch | "antithetic" pairs t, 1 - t, stratified too
+  eps: float = 1e-3  # p = (1 - eps) t + eps, independent masking only
+
+  def __post_init__(self):
+    if self.masking not in ("independent", "exact"):
+      raise ValueError(f"noise.masking={self.masking!r}: use independent or exact")
+    if self.times not in ("uniform", "stratified", "antithetic"):
+      raise ValueError(f"noise.times={self.times!r}: use uniform, stratified or antithetic")
+    if not 0.0 < self.eps < 1.0:
+      raise ValueError(f"noise.eps={self.eps}: must lie between 0 and 1")
+
+  def targets_per_pair(self, length: int) -> int | None:
+    """How many tokens two neighbouring rows have masked at most, where that is fewer than all of them."""
+    return length + 1 if (self.masking, self.times) == ("exact", "antithetic") else None
+
+
+def draw_times(
+  rng: jax.Array, index_B: jax.Array, times: str, batch_size: int
+) -> tuple[jax.Array, jax.Array]:
+  """Times in [0, 1) for the examples `index_B`, each uniform on its own.
+
+  Args:
+    rng: key of this step.
+    index_B: global example indices; the rows of a step are consecutive, from a multiple of `batch_size` on.
+    times: "uniform"; "stratified" puts one example in each of `batch_size` equal slices of [0, 1);
+      "antithetic" gives examples 2k and 2k + 1 one time, stratified over the pairs, the second mirrored.
+    batch_size: the global batch B, whatever part of it is at hand.
+
+  Returns:
+    (t_B, mirrored_B): where `mirrored` the time meant is 1 - t, or the count n + 1 - l(t).
+  """
+  pairs = times == "antithetic"
+  draw_B = index_B // 2 if pairs else index_B
+  t_B = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(rng, i)))(draw_B)
+  if times != "uniform":
+    strata = batch_size // 2 if pairs else batch_size
+    # A shift common to the step makes every single time uniform, not just their union.
+    shift = jax.random.randint(jax.random.fold_in(rng, 0x51F7), (), 0, strata)
+    t_B = jnp.minimum(((draw_B + shift) % strata + t_B) / strata, 1.0 - 2.0**-24)
+  return t_B, (index_B % 2 == 1) & pairs
+
+
+def mask_exactly(rng: jax.Array, maskable_L: jax.Array, count: jax.Array) -> jax.Array:
+  """A uniformly drawn subset of `count` of the maskable positions of one row, as booleans [L]."""
+  score_L = jax.random.bits(rng, maskable_L.shape) >> 1
+  score_L = jnp.where(maskable_L, score_L, jnp.uint32(0xFFFFFFFF))
+  rank_L = jnp.argsort(jnp.argsort(score_L, stable=True), stable=True)
+  return rank_L < count
+
+
+def forward_process(
+  tokens_BL: jax.Array,
+  maskable_BL: jax.Array,
+  index_B: jax.Array,
+  rng: jax.Array,
+  mask_id: int,
+  noise: NoiseConfig,
+  batch_size: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """x_t ~ q(x_t | x_0): masks tokens, and says by how much to scale the cross-entropy of the masked ones.
+
+  Args:
+    tokens_BL: int32 x_0.
+    maskable_BL: bool; the others are given, and never masked.
+    index_B: int32 global example index.
+    rng: key of this step.
+    mask_id: id of [MASK].
+    noise: see `NoiseConfig`.
+    batch_size: the global batch.
+
+  Returns:
+    input_BL (x_t), masked_BL (bool), scale_B: 1/p (P Eq. 3) or n/l (P Eq. 6). The mean over noise of
+    scale x the summed cross-entropy of the masked tokens is the bound on -log p(x_0).
+  """
+  t_B, mirrored_B = draw_times(rng, index_B, noise.times, batch_size)
+  row_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(rng, i), 1))(index_B)
+  if noise.masking == "independent":
+    t_B = jnp.where(mirrored_B, 1.0 - t_B, t_B)
+    p_B = (1.0 - noise.eps) * t_B + noise.eps
+    u_BL = jax.vmap(lambda key: jax.random.uniform(key, tokens_BL.shape[1:]))(row_B)
+    masked_BL = maskable_BL & (u_BL < p_B[:, None])
+    scale_B = 1.0 / p_B
+  else:
+    n_B = maskable_BL.sum(axis=1)
+    l_B = _count(t_B, n_B)
+    l_B = jnp.where(mirrored_B, n_B + 1 - l_B, l_B)
+    masked_BL = maskable_BL & jax.vmap(mask_exactly)(row_B, maskable_BL, l_B)
+    scale_B = n_B / jnp.maximum(l_B, 1)
+  return jnp.where(masked_BL, mask_id, tokens_BL), masked_BL, scale_B
+
+
+def _count(t_B: jax.Array, n_B: jax.Array) -> jax.Array:
+  """l in 1 .. n, uniform when t is."""
+  return jnp.minimum(1 + jnp.floor(t_B * n_B).astype(jnp.int32), n_B)
+
+
+def loss(
+  nll: Nll, batch: dict[str, jax.Array], rng: jax.Array, *, mask_id: int, noise: NoiseConfig, batch_size: int
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """The masked-diffusion training loss (P Eq. 3): a plain weighted sum of cross-entropies of masked tokens.
+
+  Args:
+    nll: the model.
+    batch: columns tokens int32 [B, L], weight float32 [B, L] (0 = given or padding; already normalised, so that
+      the losses of micro-batches add up), index int32 [B].
+    rng: key of this step, a function of (seed, step).
+    mask_id: id of [MASK].
+    noise: the forward process.
+    batch_size: the global batch.
+
+  Returns:
+    (loss in nats per token, metrics).
+  """
+  weight_BL = batch["weight"]
+  input_BL, masked_BL, scale_B = forward_process(
+    batch["tokens"], weight_BL > 0, batch["index"], rng, mask_id, noise, batch_size
+  )
+  nll_BL = nll(input_BL, jnp.where(masked_BL, batch["tokens"], -1))
+  weighted_BL = weight_BL * nll_BL
+  return jnp.sum(weighted_BL * scale_B[:, None]), {"masked_nll": jnp.sum(weighted_BL)}
+
+
+def log_likelihood(
+  nll: Nll,
+  tokens_BL: jax.Array,
+  scored_BL: jax.Array,
+  sample_B: jax.Array,
+  rng: jax.Array,
+  *,
+  mask_id: int,
+  num_samples: int,
+) -> jax.Array:
+  """One draw per row of the Monte-Carlo estimate of log p(scored | rest) (P Eq. 6), in nats.
+
+  The mean over the draws 0 .. num_samples - 1 is the estimate. Counts l are stratified over the draws; an
+  answer of one token is exact with a single draw. Masks depend on the draw alone, not on the row: every
+  answer to a question is judged under the same noise, and nobody's answer depends on the batch.
+
+  Args:
+    nll: the model.
+    tokens_BL: int32 prompt and answer (padding goes to the right end).
+    scored_BL: bool, the answer.
+    sample_B: int32 which draw each row is.
+    rng: key.
+    mask_id: id of [MASK].
+    num_samples: S, over which l is stratified.
+
+  Returns:
+    float32 [B].
+  """
+  shift = jax.random.uniform(jax.random.fold_in(rng, 0x51F7))
+
+  def one(tokens_L, scored_L, sample):
+    key = jax.random.fold_in(rng, sample)
+    t = (sample + jax.random.uniform(jax.random.fold_in(key, 0))) / num_samples
+    n = scored_L.sum()
+    l = _count(jnp.mod(t + shift, 1.0), n)
+    masked_L = scored_L & mask_exactly(jax.random.fold_in(key, 1), scored_L, l)
+    return jnp.where(masked_L, mask_id, tokens_L), jnp.where(masked_L, tokens_L, -1), n / jnp.maximum(l, 1)
+
+  input_BL, target_BL, scale_B = jax.vmap(one)(tokens_BL, scored_BL, sample_B)
+  return -scale_B * jnp.sum(nll(input_BL, target_BL), axis=1)

@@ -1,0 +1,286 @@
+"""The mask predictor: a Transformer without a causal mask that fills in masked tokens (LLaDA, arXiv 2502.09992).
+
+Letters, everywhere in lladax:
+  B batch               L canvas length       W window run through the model in this call (W == L without a cache)
+  D model width         H query heads         G key/value heads          K head width
+  F feed-forward width  V vocabulary (rows of the embedding)             N layers (the stacked axis)
+  A answer length       T tokens of a batch, flattened (B * L)
+
+The module is Flax NNX, used functionally: parameters are a plain nested dict whose names do not depend on
+Flax, `MaskPredictorConfig.init` makes them and `MaskPredictorConfig.bind` lends them to a MaskPredictor.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lladax import attention
+
+Params = dict[str, Any]
+Cache = dict[str, jax.Array]  # {"k": k_NBLGK, "v": v_NBLGK}
+
+REMAT = {
+  "none": None,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskPredictorConfig:
+  """Shape and numerics of a mask predictor; hashable, so it can be a static argument of `jit`."""
+
+  D: int
+  N: int
+  H: int
+  G: int
+  K: int
+  F: int
+  V: int
+  tied: bool = False
+  causal: bool = False  # only for the autoregressive baseline
+  rope_theta: float = 500_000.0
+  norm_eps: float = 1e-5
+  max_length: int = 4096
+  dtype: str = "auto"  # of the computation; "auto" is bfloat16 on accelerators, float32 on a CPU
+  remat: str = "none"
+  head_chunk: int = 8192  # tokens whose logits exist at once
+
+  def __post_init__(self):
+    for name in "DNHGKFV":
+      if getattr(self, name) < 1:
+        raise ValueError(f"model.{name}={getattr(self, name)}: must be at least 1")
+    if self.H % self.G:
+      raise ValueError(f"model.H={self.H} is not a multiple of model.G={self.G}: heads share keys in groups")
+    if self.K % 2:
+      raise ValueError(f"model.K={self.K}: RoPE rotates pairs, the head width must be even")
+    if self.remat not in REMAT:
+      raise ValueError(f"model.remat={self.remat!r}: use one of {', '.join(REMAT)}")
+    if self.dtype not in ("auto", "float32", "bfloat16"):
+      raise ValueError(f"model.dtype={self.dtype!r}: use auto, float32 or bfloat16")
+
+  @property
+  def compute_dtype(self) -> jnp.dtype:
+    """`dtype`, with "auto" resolved for the backend at hand."""
+    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(auto if self.dtype == "auto" else self.dtype)
+
+  def init(self, rng: jax.Array) -> Params:
+    """New float32 parameters as a plain nested dict. Pure: jit it, or `jax.eval_shape` it."""
+    return nnx.to_pure_dict(nnx.state(MaskPredictor(self, rngs=nnx.Rngs(rng)), nnx.Param))
+
+  def bind(self, params: Params) -> "MaskPredictor":
+    """A MaskPredictor that computes with `params` (inside or outside of jit)."""
+    return nnx.merge(_graph(self), nnx.State(params))
+
+  def letters(self) -> dict[str, Any]:
+    """The dimension letters of every parameter, in the tree of the parameters: {"embedding": "VD", ...}."""
+    blocks = {name: "N" + letters for name, letters in Block.LETTERS.items()}
+    return {"embedding": "VD", "blocks": blocks, "final_norm": "D"} | ({} if self.tied else {"head": "DV"})
+
+  def num_params(self, embedding: bool = True) -> int:
+    """Parameter count; without `embedding`, neither the embedding nor the head."""
+    shapes = jax.eval_shape(self.init, jax.random.key(0))
+    total = sum(x.size for x in jax.tree.leaves(shapes))
+    return total if embedding else total - (1 if self.tied else 2) * self.V * self.D
+
+
+@functools.cache
+def _graph(c: MaskPredictorConfig) -> nnx.GraphDef:
+  return nnx.split(nnx.eval_shape(lambda: MaskPredictor(c, rngs=nnx.Rngs(0))), nnx.Param)[0]
+
+
+def _weight(rngs: nnx.Rngs, c: MaskPredictorConfig, letters: str, width_in: int, scale=1.0) -> nnx.Param:
+  """`mitchell` initialisation: normal, cut at 3 sigma, sigma = 1 / sqrt(width of the input)."""
+  shape = tuple(getattr(c, letter) for letter in letters)
+  normal = jax.random.truncated_normal(rngs.params(), -3.0, 3.0, shape, jnp.float32)
+  return nnx.Param(normal * (scale * width_in**-0.5))
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+  """RMSNorm in float32, cast back to the dtype of `x`, then times the weight (LLaDA's order)."""
+  x32 = x.astype(jnp.float32)
+  x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+  return x32.astype(x.dtype) * jnp.expand_dims(scale.astype(x.dtype), range(x.ndim - 1))
+
+
+def rotary(position_BW: jax.Array, c: MaskPredictorConfig) -> tuple[jax.Array, jax.Array]:
+  """Cosine and sine [B, W, 1, K/2] of RoPE in float32; half-split layout."""
+  frequency = c.rope_theta ** (-jnp.arange(0, c.K, 2, dtype=jnp.float32) / c.K)
+  angle = position_BW.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_BWHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+  """Rotates the pairs (k, k + K/2) in float32, and casts back."""
+  a, b = jnp.split(x_BWHK.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BWHK.dtype)
+
+
+class Block(nnx.Module):
+  """x += out(attention(norm(x))); x += down(silu(gate(norm(x))) * up(norm(x)))."""
+
+  LETTERS = {
+    "attention_norm": "D", "q": "DHK", "k": "DGK", "v": "DGK", "out": "HKD",
+    "ff_norm": "D", "gate": "DF", "up": "DF", "down": "FD",
+  }  # fmt: skip
+
+  def __init__(self, c: MaskPredictorConfig, depth: jax.Array, *, rngs: nnx.Rngs):
+    self.c = c
+    residual = (2.0 * (depth + 1)) ** -0.5  # what is added to the stream shrinks with depth
+    self.attention_norm = nnx.Param(jnp.ones(c.D))
+    self.q = _weight(rngs, c, "DHK", c.D)
+    self.k = _weight(rngs, c, "DGK", c.D)
+    self.v = _weight(rngs, c, "DGK", c.D)
+    self.out = _weight(rngs, c, "HKD", c.H * c.K, residual)
+    self.ff_norm = nnx.Param(jnp.ones(c.D))
+    self.gate = _weight(rngs, c, "DF", c.D)
+    self.up = _weight(rngs, c, "DF", c.D)
+    self.down = _weight(rngs, c, "FD", c.F, residual)
+
+  def __call__(self, x_BWD, cache: Cache | None, *, cos, sin, allowed_BWL, start):
+    """Returns the new stream, and the layer's keys and values over the canvas if there is a cache."""
+    c, dtype = self.c, x_BWD.dtype
+    B, W, _ = x_BWD.shape
+
+    def project(x, weight, width_in):  # flat matmuls: several times faster backward on the CPU backend
+      return x.reshape(B * W, width_in) @ weight[...].astype(dtype).reshape(width_in, -1)
+
+    n_BWD = rms_norm(x_BWD, self.attention_norm[...], c.norm_eps)
+    q_BWHK = rotate(project(n_BWD, self.q, c.D).reshape(B, W, c.H, c.K), cos, sin)
+    k_BLGK = rotate(project(n_BWD, self.k, c.D).reshape(B, W, c.G, c.K), cos, sin)
+    v_BLGK = project(n_BWD, self.v, c.D).reshape(B, W, c.G, c.K)
+    if cache is not None:
+      k_BLGK = jax.lax.dynamic_update_slice_in_dim(cache["k"], k_BLGK, start, axis=1)
+      v_BLGK = jax.lax.dynamic_update_slice_in_dim(cache["v"], v_BLGK, start, axis=1)
+      cache = {"k": k_BLGK, "v": v_BLGK}
+    mixed_BWHK = attention.attend(q_BWHK, k_BLGK, v_BLGK, allowed_BWL)
+    x_BWD = x_BWD + project(mixed_BWHK, self.out, c.H * c.K).reshape(B, W, c.D)
+
+    n_BWD = rms_norm(x_BWD, self.ff_norm[...], c.norm_eps)
+    inner = jax.nn.silu(project(n_BWD, self.gate, c.D)) * project(n_BWD, self.up, c.D)
+    return x_BWD + project(inner, self.down, c.F).reshape(B, W, c.D), cache
+
+
+class MaskPredictor(nnx.Module):
+  """p(x_0 | x_t): for every position of a partly masked canvas, a distribution over the vocabulary."""
+
+  def __init__(self, c: MaskPredictorConfig, *, rngs: nnx.Rngs):
+    self.c = c
+
+    @nnx.split_rngs(splits=c.N)
+    @nnx.vmap(in_axes=(0, 0), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "N"})
+    def create(rngs, depth):
+      return Block(c, depth, rngs=rngs)
+
+    self.embedding = _weight(rngs, c, "VD", c.D)
+    self.blocks = create(rngs, jnp.arange(c.N))
+    self.final_norm = nnx.Param(jnp.ones(c.D))
+    if not c.tied:
+      self.head = _weight(rngs, c, "DV", c.D)
+
+  def new_cache(self, batch_size: int, length: int) -> Cache:
+    """An empty cache of keys and values for canvases [batch_size, length]."""
+    shape = (self.c.N, batch_size, length, self.c.G, self.c.K)
+    return {name: jnp.zeros(shape, self.c.compute_dtype) for name in ("k", "v")}
+
+  def hidden(
+    self,
+    tokens_BW: jax.Array,
+    segment_BL: jax.Array | None = None,
+    position_BL: jax.Array | None = None,
+    cache: Cache | None = None,
+    start: jax.Array | int = 0,
+  ) -> tuple[jax.Array, Cache | None]:
+    """Runs the blocks over a window of the canvas.
+
+    Args:
+      tokens_BW: int32 ids at canvas positions start .. start + W - 1.
+      segment_BL: int32 document of every canvas position, 0 = padding; None: one document, no padding.
+      position_BL: int32 positions for RoPE (B may be 1); None: 0 .. L - 1.
+      cache: keys and values of the canvas, L positions; the window's are replaced. None: W == L.
+      start: where the window begins.
+
+    Returns:
+      (hidden_BWD after the final norm, the new cache or None).
+    """
+    c = self.c
+    W = tokens_BW.shape[1]
+    L = W if cache is None else cache["k"].shape[2]
+    if position_BL is None:
+      position_BL = jnp.arange(L)[None]
+    window = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=W, axis=1)
+    position_BW = window(position_BL) if W < L else position_BL
+    cos, sin = rotary(position_BW, c)
+    allowed_BWL = None
+    if segment_BL is not None or c.causal:
+      if segment_BL is None:
+        segment_BL = jnp.ones((1, L), jnp.int32)
+      segment_BW = window(segment_BL) if W < L else segment_BL
+      allowed_BWL = attention.allowed(segment_BW, segment_BL, position_BW, position_BL, causal=c.causal)
+
+    def body(x_BWD, layer):
+      block, layer_cache = layer
+      return block(x_BWD, layer_cache, cos=cos, sin=sin, allowed_BWL=allowed_BWL, start=start)
+
+    if c.remat != "none":
+      body = jax.checkpoint(body, policy=REMAT[c.remat], prevent_cse=False)
+    x_BWD = self.embedding[...].astype(c.compute_dtype)[tokens_BW]
+    x_BWD, cache = jax.lax.scan(body, x_BWD, (self.blocks, cache))
+    return rms_norm(x_BWD, self.final_norm[...], c.norm_eps), cache
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """Float32 logits [..., V] of hidden states [..., D]."""
+    head_DV = self.embedding[...].T if self.c.tied else self.head[...]
+    flat = hidden.reshape(-1, self.c.D)
+    out = jnp.matmul(flat, head_DV.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return out.reshape(*hidden.shape[:-1], self.c.V)
+
+  def __call__(self, tokens_BL: jax.Array, segment_BL=None, position_BL=None) -> jax.Array:
+    """Float32 logits [B, L, V]; see `hidden` for the arguments."""
+    return self.logits(self.hidden(tokens_BL, segment_BL, position_BL)[0])
+
+  def nll(self, input_BL, target_BL, segment_BL=None, *, per_pair: int | None = None) -> jax.Array:
+    """Cross-entropy in nats of `target` given `input`, float32 [B, L]; 0 where the target is negative.
+
+    Args:
+      input_BL: int32 ids that the model sees.
+      target_BL: int32 ids to score, negative where nothing is asked.
+      segment_BL: as in `hidden`.
+      per_pair: at most so many targets are asked of each two neighbouring rows: the head then runs on
+        those only. (With exact counts and antithetic times it is L + 1 of 2 L.)
+    """
+    hidden_BLD = self.hidden(input_BL, segment_BL)[0]
+    if per_pair is None:
+      return self._cross_entropy(hidden_BLD.reshape(-1, self.c.D), target_BL.reshape(-1)).reshape(input_BL.shape)
+    B, L = input_BL.shape
+    target_PS = target_BL.reshape(B // 2, 2 * L)
+    asked_PA = jnp.argsort(target_PS < 0, axis=1, stable=True)[:, :per_pair]
+    # Flat row numbers, each once: XLA scatters the gradient back without looking for collisions.
+    row_T = (asked_PA + 2 * L * jnp.arange(B // 2)[:, None]).reshape(-1)
+    hidden_TD = hidden_BLD.reshape(B * L, -1).at[row_T].get(unique_indices=True, mode="promise_in_bounds")
+    nll_T = self._cross_entropy(hidden_TD, target_PS.reshape(-1)[row_T])
+    nll_BL = jnp.zeros(B * L).at[row_T].set(nll_T, unique_indices=True, mode="promise_in_bounds")
+    return nll_BL.reshape(B, L)
+
+  def _cross_entropy(self, hidden_TD: jax.Array, target_T: jax.Array) -> jax.Array:
+    """Logits of `head_chunk` tokens at a time; recomputed in the backward pass when there are several."""
+
+    def chunk_nll(hidden, target):
+      logits = self.logits(hidden)
+      hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == target[:, None]
+      nll = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+      return jnp.where(target < 0, 0.0, nll)
+
+    T, chunk = hidden_TD.shape[0], self.c.head_chunk
+    if T <= chunk:
+      return chunk_nll(hidden_TD, target_T)
+    pad = -T % chunk
+    hidden = jnp.pad(hidden_TD, ((0, pad), (0, 0))).reshape(-1, chunk, self.c.D)
+    target = jnp.pad(target_T, (0, pad), constant_values=-1).reshape(-1, chunk)
+    nll = jax.lax.map(lambda x: jax.checkpoint(chunk_nll, prevent_cse=False)(*x), (hidden, target))
+    return nll.reshape(-1)[:T]

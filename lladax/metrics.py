@@ -1,0 +1,127 @@
+"""Numbers out: console, metrics.jsonl, TensorBoard; throughput and model FLOPs utilisation; the profiler window."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import tensorboardX
+from rich.console import Console
+
+# Dense bfloat16 peak in FLOP/s per device, from the makers' data sheets; the key is part of `device_kind`.
+PEAK_FLOPS = {
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5p": 459e12,
+  "TPU v6 lite": 918e12,
+  "TPU7x": 2307e12,
+  "A100": 312e12,
+  "H100": 989e12,
+  "H200": 989e12,
+  "B200": 2250e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+  """Peak dense bfloat16 FLOP/s of a device, None if unknown (a CPU)."""
+  return next((peak for kind, peak in PEAK_FLOPS.items() if kind in device.device_kind), None)
+
+
+def flops_per_token(num_params: int, layers: int, width: int, length: int) -> float:
+  """Model FLOPs of a training step per token: 6 N + 12 L d T.
+
+  6 for each of the N parameters in a matmul (head included, embedding look-up not), and 12 x layers x attention
+  width x length for attention, which is bidirectional and counted in full. Recomputation is not counted.
+  """
+  return 6.0 * num_params + 12.0 * layers * width * length
+
+
+class Writer:
+  """Writes one object a line to WORKDIR/metrics.jsonl, scalars to TensorBoard, and a line to the console."""
+
+  def __init__(self, workdir: Path, total_steps: int, *, start: int = 0, tensorboard: bool = True):
+    """Continues after step `start`: later lines, from a run that was cut off, are dropped."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "metrics.jsonl"
+    if path.exists():
+      lines = [line for line in path.read_text().splitlines() if _step_of(line) <= start]
+      path.write_text("".join(line + "\n" for line in lines))
+    self._file = path.open("a")
+    self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start) if tensorboard else None
+    self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+    self._total, self._first, self._began = total_steps, start, time.monotonic()
+
+  def write(self, step: int, scalars: dict[str, Any], *, console: bool = True) -> None:
+    """Records `scalars` (floats, or strings for the file and the console alone) at `step`."""
+    self._file.write(json.dumps({"step": step} | scalars) + "\n")
+    self._file.flush()
+    if self._board:
+      for name, value in scalars.items():
+        if isinstance(value, int | float):
+          self._board.add_scalar(name, value, step)
+    if console:
+      self._console.print(f"[bold]step {step}/{self._total}[/]  {_line(scalars)}  [dim]{self._left(step)}[/]")
+
+  def _left(self, step: int) -> str:
+    """Time left, from the pace since the first step was written."""
+    if step <= self._first or step >= self._total:
+      return ""
+    pace = (time.monotonic() - self._began) / (step - self._first)
+    return f"{clock(pace * (self._total - step))} left"
+
+  def restart_clock(self, step: int) -> None:
+    """Time before now (compilation) does not count towards the pace."""
+    self._first, self._began = step, time.monotonic()
+
+  def close(self) -> None:
+    """Flushes and closes all files."""
+    self._file.close()
+    if self._board:
+      self._board.close()
+
+
+class ProfilerWindow:
+  """Traces the steps first .. last - 1 into WORKDIR/profile, for TensorBoard or Perfetto."""
+
+  def __init__(self, folder: Path, first: int, last: int):
+    self._folder, self._first, self._last, self._running = folder, first, last, False
+
+  def at(self, step: int) -> None:
+    """Call before each step; starts and stops the trace."""
+    if not self._running and self._first <= step < self._last:
+      jax.profiler.start_trace(str(self._folder))
+      self._running = True
+    elif self._running and step >= self._last:
+      self.stop()
+
+  def stop(self) -> None:
+    """Ends a trace that is still running."""
+    if self._running:
+      jax.profiler.stop_trace()
+      self._running = False
+
+
+def clock(seconds: float) -> str:
+  """3723 -> "1h02m"; 83 -> "1m23s"."""
+  hours, minutes, rest = int(seconds) // 3600, int(seconds) // 60 % 60, int(seconds) % 60
+  if hours:
+    return f"{hours}h{minutes:02}m"
+  return f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+def _line(scalars: dict[str, Any]) -> str:
+  def number(value):
+    if not isinstance(value, float):
+      return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+  return "  ".join(f"{name} {number(value)}" for name, value in scalars.items())
+
+
+def _step_of(line: str) -> float:
+  try:
+    return json.loads(line)["step"]
+  except ValueError:  # the last line of a run that was cut off
+    return float("inf")

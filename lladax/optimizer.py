@@ -1,0 +1,72 @@
+"""AdamW with decoupled weight decay on matrices only, clipping by global norm, and a schedule of straight pieces."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW and its learning rate.
+
+  `schedule` is a sequence of pieces (length, learning rate at its end), each a straight line from where the last one
+  ended, from 0 on. A length is a number of steps, a fraction of all steps (0 < x < 1), or -1 for the rest; a length
+  of 0 is a jump. LLaDA's warmup-stable-decay with its drop at 1.2T tokens is five such pieces.
+  """
+
+  schedule: tuple[tuple[float, float], ...] = ((100, 1e-3), (-1, 1e-3), (0.2, 0.0))
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1
+  clip: float = 1.0  # of the gradient's global norm; 0 = none
+
+  def __post_init__(self):
+    for piece in self.schedule:
+      if len(piece) != 2 or (piece[0] < 0 and piece[0] != -1) or piece[1] < 0:
+        raise ValueError(f"optimizer.schedule: {piece} is not (steps, learning rate at the end)")
+    if sum(piece[0] == -1 for piece in self.schedule) > 1:
+      raise ValueError("optimizer.schedule: only one piece can take the rest of the steps (-1)")
+    for name in ("b1", "b2"):
+      if not 0 <= getattr(self, name) < 1:
+        raise ValueError(f"optimizer.{name}={getattr(self, name)}: must lie in [0, 1)")
+
+
+def schedule(c: OptimizerConfig, steps: int) -> optax.Schedule:
+  """Step -> learning rate. The last piece's end value holds for ever."""
+  lengths = [round(n * steps) if 0 < n < 1 else int(n) for n, _ in c.schedule]
+  rest = steps - sum(n for n in lengths if n >= 0)
+  if -1 in lengths and rest < 0:
+    raise ValueError(
+      f"optimizer.schedule: its pieces take {steps - rest} steps, more than steps={steps};"
+      " shorten them, or give their lengths as fractions"
+    )
+  lengths = [max(rest, 0) if n == -1 else n for n in lengths]
+  pieces, boundaries, at, value = [], [], 0, 0.0
+  for n, (_, end) in zip(lengths, c.schedule, strict=True):
+    if n:
+      pieces.append(optax.linear_schedule(value, end, n))
+      at += n
+      boundaries.append(at)
+    value = end
+  pieces.append(optax.constant_schedule(value))
+  return optax.join_schedules(pieces, boundaries)
+
+
+def create(c: OptimizerConfig, steps: int, letters: Any) -> optax.GradientTransformation:
+  """The optimizer.
+
+  Args:
+    c: its settings.
+    steps: of the whole run, for the schedule.
+    letters: the dimension letters of every parameter; those with two or more besides the layer axis are matrices.
+  """
+  matrices = jax.tree.map(lambda x: len(x.replace("N", "")) > 1, letters)
+  return optax.chain(
+    optax.clip_by_global_norm(c.clip) if c.clip else optax.identity(),
+    optax.scale_by_adam(c.b1, c.b2, c.eps),
+    optax.add_decayed_weights(c.weight_decay, mask=matrices),
+    optax.scale_by_learning_rate(schedule(c, steps)),
+  )

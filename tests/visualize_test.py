@@ -1,0 +1,172 @@
+"""The order of unmasking, drawn: what is visible when, what is coloured, what is escaped."""
+
+import html.parser
+import re
+import time
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from lladax import visualize
+
+PIECES = ("Q:", " two\n", "plus", " <script>", "", "\n", " four", " &", " end")
+UNMASKED_AT = np.array([0, 0, 3, 1, 5, 2, 5, 0, 4])
+
+
+def _unmasking(pieces=PIECES, unmasked_at=UNMASKED_AT, title="a <b> title"):
+  return visualize.Unmasking(pieces, unmasked_at, np.full(len(pieces), 0.5), title)
+
+
+class _Tokens(html.parser.HTMLParser):
+  """Collects (tag, attributes, text) of the tokens, as a browser would read them."""
+
+  def __init__(self, page):
+    super().__init__()
+    self.tags, self.tokens, self._in_text = [], [], False
+    self.feed(page)
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append((tag, dict(attrs)))
+    self._in_text |= dict(attrs).get("class") == "text"
+    if self._in_text and tag in "bi":
+      self.tokens.append([tag, dict(attrs), ""])
+
+  def handle_endtag(self, tag):
+    self._in_text &= tag != "div"
+
+  def handle_data(self, data):
+    if self._in_text:
+      self.tokens[-1][2] += data
+
+
+def _styles(text):
+  """The style of each character of a rich text."""
+  styles = [""] * len(text)
+  for start, end, style in text.spans:
+    styles[start:end] = [str(style)] * (end - start)
+  return styles
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_frame_shows_exactly_what_is_unmasked(step):
+  expected = [p if s <= step else "░" for p, s in zip(PIECES, UNMASKED_AT, strict=True)]
+  assert visualize.frame(_unmasking(), step).plain == "".join(expected)
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_frame_colours_unmasked_tokens_and_nothing_else(step):
+  text = visualize.frame(_unmasking(), step)
+  styles, colours, at = _styles(text), set(), 0
+  for piece, s in zip(PIECES, UNMASKED_AT, strict=True):
+    drawn = piece if s <= step else "░"
+    (style,) = set(styles[at : at + len(drawn)]) or {None}
+    at += len(drawn)
+    if s > step:
+      assert style == "dim"
+    elif s == 0:
+      assert style == "bold"
+    elif style is not None:  # the empty piece has no character to colour
+      assert re.fullmatch("#[0-9a-f]{6}", style)
+      colours.add((s, style))
+  assert len({c for _, c in colours}) == len({s for s, _ in colours})
+
+
+def test_ramp_is_ordered_and_readable_on_black_and_on_white():
+  colours = visualize._colours(64)[1:]
+  srgb = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in colours])
+  linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+  luminance = linear @ [0.2126, 0.7152, 0.0722]
+  assert (np.diff(luminance[::8]) > 0).all()  # later is lighter
+  assert ((luminance + 0.05) / 0.05 > 3).all()  # WCAG's contrast for large text and graphics
+  assert (1.05 / (luminance + 0.05) > 3).all()
+
+
+@pytest.mark.parametrize("frames", [1, 3, 4, 50])
+def test_terminal_ends_with_the_text_and_spreads_its_frames(frames):
+  plain = visualize.terminal(_unmasking(), frames=frames).plain
+  assert plain.endswith("\n" + "".join(PIECES))
+  steps = [int(k) for k in re.findall(r"── step (\d+) of 5", plain)]
+  assert len(steps) == min(frames, 5) and steps[-1] == 5
+  assert np.ptp(np.diff([0, *steps])) <= 1
+
+
+def test_terminal_without_colour_is_plain_text():
+  console = Console(width=80, color_system=None)
+  with console.capture() as capture:
+    console.print(visualize.terminal(_unmasking(("a", " b", "\n", "c"), np.array([0, 2, 1, 4]))))
+  printed = capture.get()
+  assert "\x1b" not in printed
+  assert [printed.count(f"\n{f}\n") for f in ("a░\n░", "a b\n░", "a b\nc")] == [1, 2, 1]
+
+
+def test_samples_cannot_drive_the_terminal():
+  text = visualize.terminal(_unmasking(("a\x1b[2J", "\x9b", "\r"), np.array([0, 1, 2]), "\x07"))
+  assert not set(text.plain) & set("\x1b\x9b\r\x07")
+
+
+def test_html_escapes_and_keeps_every_piece():
+  page = visualize.html([_unmasking()], title="<script>")
+  parsed = _Tokens(page)
+  assert [t for _, _, t in parsed.tokens] == list(PIECES)
+  assert page.count("<script>") == 1  # ours
+  assert "a &lt;b&gt; title" in page
+
+
+def test_html_colours_and_masks_only_what_was_not_given():
+  tokens = _Tokens(visualize.html([_unmasking()])).tokens
+  for (tag, attributes, _), s in zip(tokens, UNMASKED_AT, strict=True):
+    if s == 0:
+      assert tag == "b" and "style" not in attributes and "data-s" not in attributes
+    else:
+      assert tag == "i" and attributes["data-s"] == str(s) and "--c:#" in attributes["style"]
+      assert attributes["title"] == f"step {s} · probability 0.500"
+
+
+def test_html_without_javascript_shows_the_finished_text():
+  tags = _Tokens(visualize.html([_unmasking()])).tags
+  assert not any("m" in a.get("class", "").split() for _, a in tags)
+  assert any(a.get("class") == "play" and "hidden" in a for _, a in tags)
+
+
+def test_fragments_share_a_page():
+  page = _unmasking()._repr_html_() + visualize.html([_unmasking(), _unmasking()])
+  tags = _Tokens(page).tags
+  assert not any({"id", "name", "for"} & a.keys() for t, a in tags if t != "meta")
+  assert not any({"src", "href"} & a.keys() for _, a in tags)
+  assert not re.search(r"https?://|@import|url\(", page)
+  for block in re.findall(r"<style>(.*?)</style>", page, re.S):
+    rules = re.findall(r"[^{}]+(?={)", block)
+    assert all(".lladax" in rule or rule.strip().startswith("@media") for rule in rules)
+  (script,) = set(re.findall(r"<script>(.*?)</script>", page, re.S))
+  assert not re.search(r"^(const|let|var|function)", script, re.M)  # run twice in one document
+
+
+def test_a_canvas_with_nothing_to_unmask_and_an_empty_one():
+  for pieces in [("all", " given"), ()]:
+    unmasking = _unmasking(pieces, np.zeros(len(pieces), int))
+    assert unmasking.steps == 0
+    assert visualize.terminal(unmasking).plain.endswith("\n" + "".join(pieces))
+    assert [t for _, _, t in _Tokens(visualize.html([unmasking])).tokens] == list(pieces)
+
+
+@pytest.mark.parametrize("unmasked_at", [[0, 1], [[0], [1], [2]], [0, 1, -1], [0.0, 1.0, 2.0]])
+def test_bad_unmasked_at_raises(unmasked_at):
+  with pytest.raises(ValueError, match="unmasked_at"):
+    visualize.Unmasking(("a", "b", "c"), np.array(unmasked_at), np.ones(3))
+
+
+def test_other_bad_input_raises():
+  with pytest.raises(ValueError, match="confidence"):
+    visualize.Unmasking(("a",), np.zeros(1, int), np.ones(2))
+  with pytest.raises(ValueError, match="frames"):
+    visualize.terminal(_unmasking(), frames=0)
+
+
+def test_ten_thousand_tokens_take_less_than_a_second():
+  order = np.random.default_rng(0).permutation(10_000) + 1
+  unmasking = _unmasking((" token",) * 10_000, order)
+  start = time.process_time()  # other work on the machine does not count
+  visualize.html([unmasking])
+  visualize.terminal(unmasking)
+  assert time.process_time() - start < 1
