@@ -67,8 +67,12 @@ class Block(nn.Module):
     k_BLGK = rotate(self.k_proj(n_BLD).view(B, L, self.G, self.K), cos, sin)
     v_BLGK = self.v_proj(n_BLD).view(B, L, self.G, self.K)
     attended_BHLK = functional.scaled_dot_product_attention(
-      q_BLHK.transpose(1, 2), k_BLGK.transpose(1, 2), v_BLGK.transpose(1, 2),
-      attn_mask=allowed, enable_gqa=self.G != self.H)
+      q_BLHK.transpose(1, 2),
+      k_BLGK.transpose(1, 2),
+      v_BLGK.transpose(1, 2),
+      attn_mask=allowed,
+      enable_gqa=self.G != self.H,
+    )
     x_BLD = x_BLD + self.attn_out(attended_BHLK.transpose(1, 2).reshape(B, L, self.H * self.K))
     n_BLD = self.ff_norm(x_BLD)
     return x_BLD + self.ff_out(functional.silu(self.ff_proj(n_BLD)) * self.up_proj(n_BLD))
@@ -77,14 +81,28 @@ class Block(nn.Module):
 class MaskPredictor(nn.Module):
   """LLaDA's Transformer: token ids, some of them [MASK], to logits over the vocabulary."""
 
-  def __init__(self, V: int, D: int, N: int, H: int, G: int, K: int, F: int, tied: bool = False,
-               rope_theta: float = 500000.0, norm_eps: float = 1e-5):
+  def __init__(
+    self,
+    V: int,
+    D: int,
+    N: int,
+    H: int,
+    G: int,
+    K: int,
+    F: int,
+    tied: bool = False,
+    rope_theta: float = 500000.0,
+    norm_eps: float = 1e-5,
+  ):
     super().__init__()
     self.K, self.rope_theta = K, rope_theta
-    transformer = nn.ModuleDict({
-      "wte": nn.Embedding(V, D),
-      "blocks": nn.ModuleList(Block(D, H, G, K, F, norm_eps) for _ in range(N)),
-      "ln_f": RMSNorm(D, norm_eps)})
+    transformer = nn.ModuleDict(
+      {
+        "wte": nn.Embedding(V, D),
+        "blocks": nn.ModuleList(Block(D, H, G, K, F, norm_eps) for _ in range(N)),
+        "ln_f": RMSNorm(D, norm_eps),
+      }
+    )
     if not tied:
       transformer["ff_out"] = nn.Linear(D, V, bias=False)
     self.model = nn.ModuleDict({"transformer": transformer})
@@ -106,7 +124,7 @@ class MaskPredictor(nn.Module):
     cos, sin = rope_table(tokens_BL.shape[1], self.K, self.rope_theta, tokens_BL.device)
     allowed = None if attention_mask is None else attention_mask[:, None, None, :]
     x_BLD = transformer["wte"](tokens_BL)
-    if torch.is_autocast_enabled(x_BLD.device.type):   # the residual stream too
+    if torch.is_autocast_enabled(x_BLD.device.type):  # the residual stream too
       x_BLD = x_BLD.to(torch.get_autocast_dtype(x_BLD.device.type))
     for block in transformer["blocks"]:
       x_BLD = block(x_BLD, cos, sin, allowed)
@@ -122,8 +140,9 @@ class MaskPredictor(nn.Module):
     return self.head(self.hidden(tokens_BL, attention_mask))
 
 
-def loss(model: MaskPredictor, tokens_BL: Tensor, t_B: Tensor, noise_BL: Tensor, mask_id: int,
-         eps: float = 1e-3) -> Tensor:
+def loss(
+  model: MaskPredictor, tokens_BL: Tensor, t_B: Tensor, noise_BL: Tensor, mask_id: int, eps: float = 1e-3
+) -> Tensor:
   """The published loss: mask where noise < p = (1-eps) t + eps; the sum of CE / p, over B L.
 
   `noise_BL` is uniform. The head is computed at the masked positions only, the others weigh 0.
@@ -131,20 +150,27 @@ def loss(model: MaskPredictor, tokens_BL: Tensor, t_B: Tensor, noise_BL: Tensor,
   p_BL = ((1 - eps) * t_B + eps)[:, None].expand_as(noise_BL)
   masked_BL = noise_BL < p_BL
   x_BLD = model.hidden(tokens_BL.masked_fill(masked_BL, mask_id))
-  logits_MV = model.head(x_BLD[masked_BL]).float()   # M masked tokens in the batch
+  logits_MV = model.head(x_BLD[masked_BL]).float()  # M masked tokens in the batch
   nll_M = functional.cross_entropy(logits_MV, tokens_BL[masked_BL], reduction="none")
   return (nll_M / p_BL[masked_BL]).sum() / tokens_BL.numel()
 
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
   """Fused AdamW; matrices decay, norm weights do not."""
-  groups = [{"params": [p for p in model.parameters() if (p.ndim >= 2) == decays],
-             "weight_decay": weight_decay * decays} for decays in (True, False)]
+  groups = [
+    {"params": [p for p in model.parameters() if (p.ndim >= 2) == decays], "weight_decay": weight_decay * decays}
+    for decays in (True, False)
+  ]
   return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
-def train_step(model: MaskPredictor, optimizer: torch.optim.Optimizer, tokens_BL: Tensor,
-               mask_id: int, autocast: torch.dtype | None = None) -> Tensor:
+def train_step(
+  model: MaskPredictor,
+  optimizer: torch.optim.Optimizer,
+  tokens_BL: Tensor,
+  mask_id: int,
+  autocast: torch.dtype | None = None,
+) -> Tensor:
   """One update on fresh noise, gradients clipped to global norm 1; returns the loss."""
   t_B = torch.rand(tokens_BL.shape[0], device=tokens_BL.device)
   noise_BL = torch.rand(tokens_BL.shape, device=tokens_BL.device)
@@ -158,9 +184,19 @@ def train_step(model: MaskPredictor, optimizer: torch.optim.Optimizer, tokens_BL
 
 
 @torch.inference_mode()
-def generate(model: MaskPredictor, prompt_BL: Tensor, gen_length: int, block_length: int,
-             steps: int, temperature: float = 0.0, cfg_scale: float = 0.0, *, mask_id: int,
-             attention_mask: Tensor | None = None, block_head: bool = False) -> Tensor:
+def generate(
+  model: MaskPredictor,
+  prompt_BL: Tensor,
+  gen_length: int,
+  block_length: int,
+  steps: int,
+  temperature: float = 0.0,
+  cfg_scale: float = 0.0,
+  *,
+  mask_id: int,
+  attention_mask: Tensor | None = None,
+  block_head: bool = False,
+) -> Tensor:
   """The published fixed-schedule sampler, low-confidence remasking; returns prompt and answer.
 
   As in the published code the head is computed at all positions at every step, and [MASK] itself
@@ -178,10 +214,10 @@ def generate(model: MaskPredictor, prompt_BL: Tensor, gen_length: int, block_len
     attention_mask = attention_mask.repeat(2 if cfg_scale else 1, 1)
   for start in range(P, P + gen_length, block_length):
     span = slice(start, start + block_length)
-    block_BA = canvas_BL[:, span]   # a view: committing to it fills the canvas
+    block_BA = canvas_BL[:, span]  # a view: committing to it fills the canvas
     for step in range(block_steps):
       input_BL = canvas_BL
-      if cfg_scale:   # below the conditional rows, the same ones with the prompt masked
+      if cfg_scale:  # below the conditional rows, the same ones with the prompt masked
         input_BL = canvas_BL.repeat(2, 1)
         input_BL[B:, :P] = mask_id
       x_BLD = model.hidden(input_BL, attention_mask)
@@ -190,12 +226,12 @@ def generate(model: MaskPredictor, prompt_BL: Tensor, gen_length: int, block_len
       if cfg_scale:
         conditional, unconditional = logits_BAV.chunk(2)
         logits_BAV = noised_BAV = torch.lerp(unconditional, conditional, cfg_scale + 1)
-      if temperature:   # Gumbel noise, in float64 as published
+      if temperature:  # Gumbel noise, in float64 as published
         noise_BAV = torch.empty_like(logits_BAV, dtype=torch.float64).exponential_().log_()
         noised_BAV = logits_BAV - temperature * noise_BAV
       choice_BA = noised_BAV.argmax(-1)
       confidence_BA = logits_BAV.gather(-1, choice_BA[..., None])[..., 0] - logits_BAV.logsumexp(-1)
-      confidence_BA.masked_fill_(block_BA != mask_id, -torch.inf)   # of its logarithm
+      confidence_BA.masked_fill_(block_BA != mask_id, -torch.inf)  # of its logarithm
       quota = block_length // block_steps + (step < block_length % block_steps)
       commit_BQ = confidence_BA.topk(quota).indices
       block_BA.scatter_(1, commit_BQ, choice_BA.gather(1, commit_BQ))
@@ -222,9 +258,24 @@ def main() -> None:
   """
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("mode", choices=("train", "sample"))
-  numbers = {"V": 1024, "D": 256, "N": 4, "H": 4, "G": None, "K": 64, "F": 768, "B": 4, "L": 128,
-             "prompt": 64, "gen": 64, "block": 32, "steps": 20, "repeats": 3, "warmup": 3,
-             "threads": 2}   # G: as H; L and repeats are of train and of sample alone
+  numbers = {
+    "V": 1024,
+    "D": 256,
+    "N": 4,
+    "H": 4,
+    "G": None,
+    "K": 64,
+    "F": 768,
+    "B": 4,
+    "L": 128,
+    "prompt": 64,
+    "gen": 64,
+    "block": 32,
+    "steps": 20,
+    "repeats": 3,
+    "warmup": 3,
+    "threads": 2,
+  }  # G: as H; L and repeats are of train and of sample alone
   for name, default in numbers.items():
     parser.add_argument(f"--{name}", type=int, default=default)
   parser.add_argument("--cfg", type=float, default=0.0)
@@ -236,27 +287,37 @@ def main() -> None:
   torch.manual_seed(0)
   torch.set_num_threads(a.threads)
   if a.device == "cuda":
-    torch.set_float32_matmul_precision("high")   # TF32, as JAX by default
+    torch.set_float32_matmul_precision("high")  # TF32, as JAX by default
   with torch.device(a.device):
     model = MaskPredictor(a.V, a.D, a.N, a.H, a.G or a.H, a.K, a.F, a.tied)
     length = a.L if a.mode == "train" else a.prompt
-    tokens_BL = torch.randint(0, a.V - 1, (a.B, length))   # V - 1 is [MASK]
+    tokens_BL = torch.randint(0, a.V - 1, (a.B, length))  # V - 1 is [MASK]
   if a.bf16 and a.mode == "sample":
     model.bfloat16()
   if a.compile:
     model.hidden = torch.compile(model.hidden)
 
   if a.mode == "train":
-    call = partial(train_step, model, make_optimizer(model, lr=1e-3, weight_decay=0.1), tokens_BL,
-                   a.V - 1, torch.bfloat16 if a.bf16 else None)
+    call = partial(
+      train_step,
+      model,
+      make_optimizer(model, lr=1e-3, weight_decay=0.1),
+      tokens_BL,
+      a.V - 1,
+      torch.bfloat16 if a.bf16 else None,
+    )
     seconds = measure(call, a.warmup, a.steps, a.device)
     result = {"ms_per_step": 1e3 * seconds, "tokens_per_second": tokens_BL.numel() / seconds}
   else:
-    call = partial(generate, model, tokens_BL, a.gen, a.block, a.steps, cfg_scale=a.cfg,
-                   mask_id=a.V - 1, block_head=a.block_head)
+    call = partial(
+      generate, model, tokens_BL, a.gen, a.block, a.steps, cfg_scale=a.cfg, mask_id=a.V - 1, block_head=a.block_head
+    )
     seconds = measure(call, a.warmup, a.repeats, a.device)
-    result = {"ms_per_step": 1e3 * seconds / a.steps, "ms_per_call": 1e3 * seconds,
-              "tokens_per_second": a.B * a.gen / seconds}   # generated ones only
+    result = {
+      "ms_per_step": 1e3 * seconds / a.steps,
+      "ms_per_call": 1e3 * seconds,
+      "tokens_per_second": a.B * a.gen / seconds,
+    }  # generated ones only
   result |= {"parameters": sum(p.numel() for p in model.parameters()), "torch": torch.__version__}
   result |= vars(a)
   print(json.dumps(result) if a.json else "  ".join(f"{k}={v}" for k, v in result.items()))

@@ -1,0 +1,10 @@
+"""lladax: train, sample and judge masked-diffusion language models in JAX.
+
+>>> llada = lladax.load("runs/quickstart")
+>>> llada.sample(["GREEK SMALL LETTER"]).text
+"""
+
+from lladax.llada import LLaDA, load
+from lladax.sampling import SamplerConfig
+
+__all__ = ["LLaDA", "SamplerConfig", "load"]

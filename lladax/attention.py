@@ -10,9 +10,7 @@ import jax.numpy as jnp
 _NEVER = -1e30
 
 
-def attend(
-  q_BWHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, allowed_BWL: jax.Array | None = None
-) -> jax.Array:
+def attend(q_BWHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, allowed_BWL: jax.Array | None = None) -> jax.Array:
   """Scaled dot-product attention; `H` query heads share `G` key/value heads in groups of H/G.
 
   Args:

@@ -1,4 +1,4 @@
-"""The baseline: a causal language model with the verbs of diffusion.py (loss, log_likelihood, sample), on the same batches.
+"""The baseline: a causal language model with the verbs of diffusion.py, on the same batches.
 
 The shift by one lives here: the model reads [start, x_0, .., x_L-2] and is asked for [x_0, .., x_L-1], so every
 token of every document is scored, the first one too. Letters: `mask_predictor.py`.
@@ -81,9 +81,7 @@ def sample(
     scores_BV = logits_BV
     if temperature > 0:
       key_B = jax.vmap(lambda key: jax.random.fold_in(key, i))(rng_B)
-      scores_BV += temperature * jax.vmap(
-        lambda key: jax.random.gumbel(key, logits_BV.shape[1:], mode="high")
-      )(key_B)
+      scores_BV += temperature * jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:], mode="high"))(key_B)
     token_B = jnp.argmax(scores_BV, axis=-1).astype(canvas_BL.dtype)
     return token_B, jnp.take_along_axis(jax.nn.softmax(logits_BV), token_B[:, None], axis=-1)[:, 0]
 

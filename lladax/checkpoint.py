@@ -63,8 +63,8 @@ def restore(workdir: Path, step: int, abstract: Tree) -> Tree:
   Raises:
     Corrupt: if it cannot be read, or has other shapes; the message says what the reader said.
   """
-  shapes = dict(_flat(metadata(workdir, step)))
-  for name, wanted in _flat(abstract):
+  shapes = dict(flat(metadata(workdir, step)))
+  for name, wanted in flat(abstract):
     found = shapes.get(name)
     if found is None or tuple(found.shape) != tuple(wanted.shape):
       shape = "missing" if found is None else f"of shape {tuple(found.shape)}"
@@ -121,5 +121,6 @@ def restore_latest(workdir: Path, abstract: Tree) -> tuple[int, Tree] | None:
   return None
 
 
-def _flat(tree: Tree) -> list[tuple[str, Any]]:
+def flat(tree: Tree) -> list[tuple[str, Any]]:
+  """[("blocks/q", array), ...] of a nested dict."""
   return [("/".join(k.key for k in path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]

@@ -1,4 +1,6 @@
-"""Records to batches. The life of a token:
+"""Records to batches.
+
+The life of a token:
 
   a document is tokenised and ends with EOS; all documents are laid end to end in one circular stream of ids;
   the stream is cut into windows of `length` tokens, at another offset in every epoch;

@@ -36,9 +36,7 @@ class NoiseConfig:
     return length + 1 if (self.masking, self.times) == ("exact", "antithetic") else None
 
 
-def draw_times(
-  rng: jax.Array, index_B: jax.Array, times: str, batch_size: int
-) -> tuple[jax.Array, jax.Array]:
+def draw_times(rng: jax.Array, index_B: jax.Array, times: str, batch_size: int) -> tuple[jax.Array, jax.Array]:
   """Times in [0, 1) for the examples `index_B`, each uniform on its own.
 
   Args:
@@ -112,7 +110,7 @@ def forward_process(
 
 
 def _count(t_B: jax.Array, n_B: jax.Array) -> jax.Array:
-  """l in 1 .. n, uniform when t is."""
+  """L in 1 .. n, uniform when t is."""
   return jnp.minimum(1 + jnp.floor(t_B * n_B).astype(jnp.int32), n_B)
 
 
@@ -146,8 +144,8 @@ def log_likelihood(
   nll: Nll,
   tokens_BL: jax.Array,
   scored_BL: jax.Array,
+  key_B: jax.Array,
   sample_B: jax.Array,
-  rng: jax.Array,
   *,
   mask_id: int,
   num_samples: int,
@@ -155,30 +153,31 @@ def log_likelihood(
   """One draw per row of the Monte-Carlo estimate of log p(scored | rest) (P Eq. 6), in nats.
 
   The mean over the draws 0 .. num_samples - 1 is the estimate. Counts l are stratified over the draws; an
-  answer of one token is exact with a single draw. Masks depend on the draw alone, not on the row: every
-  answer to a question is judged under the same noise, and nobody's answer depends on the batch.
+  answer of one token is exact with a single draw. The masks are a function of (key, draw) and of the positions:
+  rows with one key are judged under the same noise, and nobody's answer depends on the rest of the batch.
 
   Args:
     nll: the model.
     tokens_BL: int32 prompt and answer (padding goes to the right end).
     scored_BL: bool, the answer.
+    key_B: a key per row.
     sample_B: int32 which draw each row is.
-    rng: key.
     mask_id: id of [MASK].
     num_samples: S, over which l is stratified.
 
   Returns:
     float32 [B].
   """
-  shift = jax.random.uniform(jax.random.fold_in(rng, 0x51F7))
 
-  def one(tokens_L, scored_L, sample):
-    key = jax.random.fold_in(rng, sample)
+  def one(tokens_L, scored_L, row_key, sample):
+    shift = jax.random.uniform(jax.random.fold_in(row_key, 0x51F7))
+    key = jax.random.fold_in(row_key, sample)
     t = (sample + jax.random.uniform(jax.random.fold_in(key, 0))) / num_samples
     n = scored_L.sum()
-    l = _count(jnp.mod(t + shift, 1.0), n)
-    masked_L = scored_L & mask_exactly(jax.random.fold_in(key, 1), scored_L, l)
-    return jnp.where(masked_L, mask_id, tokens_L), jnp.where(masked_L, tokens_L, -1), n / jnp.maximum(l, 1)
+    count = _count(jnp.mod(t + shift, 1.0), n)
+    masked_L = scored_L & mask_exactly(jax.random.fold_in(key, 1), scored_L, count)
+    scale = n / jnp.maximum(count, 1)
+    return jnp.where(masked_L, mask_id, tokens_L), jnp.where(masked_L, tokens_L, -1), scale
 
-  input_BL, target_BL, scale_B = jax.vmap(one)(tokens_BL, scored_BL, sample_B)
+  input_BL, target_BL, scale_B = jax.vmap(one)(tokens_BL, scored_BL, key_B, sample_B)
   return -scale_B * jnp.sum(nll(input_BL, target_BL), axis=1)

@@ -1,7 +1,9 @@
-"""LLaDA: text in, text out. The life of a prompt:
+"""LLaDA: text in, text out.
 
-  text -> ids (tokenizer) -> ids + [MASK] x gen_length -> a left-padded batch whose length is rounded up, so that
-  compiled programs are reused -> sampling.sample, one compiled program -> `Sampled` -> text, or a picture.
+The life of a prompt:
+
+text -> ids (tokenizer) -> ids + [MASK] x gen_length -> a left-padded batch whose length is rounded up, so that
+compiled programs are reused -> sampling.sample, one compiled program -> `Sampled` -> text, or a picture.
 """
 
 import dataclasses
@@ -91,7 +93,7 @@ class LLaDA:
     longest = max(map(len, canvases), default=0)
     if not longest:
       raise ValueError("unmask: the canvases are empty")
-    options = {"block_length": _round_up(longest)} | options
+    options: dict[str, Any] = {"block_length": _round_up(longest)} | options
     return self._fill(canvases, SamplerConfig(**options), prompt_length=None)
 
   def infill(self, texts: str | Sequence[str], **options) -> Sampled:
@@ -99,7 +101,7 @@ class LLaDA:
     return self.unmask([self._text().encode_canvas(text) for text in _listed(texts)], **options)
 
   def log_likelihood(self, prompt, answer, *, num_samples: int = 128, guidance_scale: float = 0.0, seed: int = 0):
-    """log p(answer | prompt) in nats: Monte-Carlo over exact-count masks (P Eq. 6), exact for a causal model.
+    """Log p(answer | prompt) in nats: Monte-Carlo over exact-count masks (P Eq. 6), exact for a causal model.
 
     Args:
       prompt: text or a list of ids; or a list of either, for many pairs at once.
@@ -265,10 +267,10 @@ def _positions(segment_BL: jax.Array) -> jax.Array:
   return jnp.maximum(jnp.cumsum(segment_BL > 0, axis=1) - 1, 0)
 
 
-def _ban(logits: jax.Array, mask_id: int, vocab_size: int) -> jax.Array:
-  """-inf for [MASK] and for rows of the embedding that are no token."""
-  id_V = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-  return jnp.where((id_V == mask_id) | (id_V >= vocab_size), -jnp.inf, logits)
+def _allowed(rows: int, mask_id: int, vocab_size: int) -> jax.Array:
+  """Bool [V]: the ids that may be generated; not [MASK], nor rows of the embedding that are no token."""
+  id_V = jnp.arange(rows)
+  return (id_V != mask_id) & (id_V < vocab_size)
 
 
 def _keys(seed: jax.Array, rows: int) -> jax.Array:
@@ -290,9 +292,10 @@ def _sample(params, tokens_BL, segment_BL, seed, *, model, c, mask_id, vocab_siz
     logits = bound.logits(jax.lax.dynamic_slice_in_dim(hidden_BLD, start, W, axis=1))
     if c.guidance_scale:
       logits = logits[B:] + (c.guidance_scale + 1) * (logits[:B] - logits[B:])
-    return _ban(logits, mask_id, vocab_size)
+    return logits
 
-  return sampling.sample(predict, tokens_BL, _keys(seed, B), c, mask_id=mask_id, first=first)
+  allowed_V = _allowed(model.V, mask_id, vocab_size)
+  return sampling.sample(predict, tokens_BL, _keys(seed, B), c, mask_id=mask_id, allowed_V=allowed_V, first=first)
 
 
 @functools.partial(
@@ -303,10 +306,11 @@ def _autoregressive_sample(
 ):
   bound, (B, L) = model.bind(params), tokens_BL.shape
   position_BL = _positions(segment_BL)
+  allowed_V = _allowed(model.V, mask_id, vocab_size)
 
   def step(tokens_BW, cache, start):
     hidden_BWD, cache = bound.hidden(tokens_BW, segment_BL, position_BL, cache, start)
-    return _ban(bound.logits(hidden_BWD[:, -1]), mask_id, vocab_size), cache
+    return jnp.where(allowed_V[None, :], bound.logits(hidden_BWD[:, -1]), -jnp.inf), cache
 
   return autoregressive.sample(
     step, bound.new_cache(B, L), tokens_BL, segment_BL, _keys(seed, B),
@@ -331,9 +335,8 @@ def _likelihood(
 
   if model.causal:
     return autoregressive.log_likelihood(nll, tokens_BL, scored_BL, segment_BL, start_id=eos_id)
-  return diffusion.log_likelihood(
-    nll, tokens_BL, scored_BL, sample_B, jax.random.key(seed), mask_id=mask_id, num_samples=num_samples
-  )
+  key_B = jnp.broadcast_to(jax.random.key(seed), tokens_BL.shape[:1])  # every pair meets the same masks
+  return diffusion.log_likelihood(nll, tokens_BL, scored_BL, key_B, sample_B, mask_id=mask_id, num_samples=num_samples)
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -40,7 +40,7 @@ class MaskPredictorConfig:
   G: int
   K: int
   F: int
-  V: int
+  V: int = 0  # 0: not known yet, the tokenizer will say
   tied: bool = False
   causal: bool = False  # only for the autoregressive baseline
   rope_theta: float = 500_000.0
@@ -51,7 +51,7 @@ class MaskPredictorConfig:
   head_chunk: int = 8192  # tokens whose logits exist at once
 
   def __post_init__(self):
-    for name in "DNHGKFV":
+    for name in "DNHGKF":
       if getattr(self, name) < 1:
         raise ValueError(f"model.{name}={getattr(self, name)}: must be at least 1")
     if self.H % self.G:
@@ -71,6 +71,8 @@ class MaskPredictorConfig:
 
   def init(self, rng: jax.Array) -> Params:
     """New float32 parameters as a plain nested dict. Pure: jit it, or `jax.eval_shape` it."""
+    if self.V < 1:
+      raise ValueError(f"model.V={self.V}: set the rows of the embedding, as in V=tokenizer.rows")
     return nnx.to_pure_dict(nnx.state(MaskPredictor(self, rngs=nnx.Rngs(rng)), nnx.Param))
 
   def bind(self, params: Params) -> "MaskPredictor":

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# (tokens_BL, start, W) -> float32 logits_BWV of the window at `start`; [MASK] and unused ids are at -inf.
+# (tokens_BL, start, W) -> float32 logits_BWV of the window at `start`.
 Predict = Callable[[jax.Array, jax.Array, int], jax.Array]
 
 
@@ -59,9 +59,14 @@ class Canvas(NamedTuple):
   nfe: jax.Array  # int32: forward passes of the whole batch
 
 
-def draw(logits_WV: jax.Array, key_W: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
-  """Candidates x_0 [W] by Gumbel-max at `temperature`, and their probability without the noise [W]."""
-  scores_WV = logits_WV
+def draw(
+  logits_WV: jax.Array, allowed_V: jax.Array, key_W: jax.Array, temperature: float
+) -> tuple[jax.Array, jax.Array]:
+  """Candidates x_0 [W] among the allowed ids by Gumbel-max at `temperature`, and their probability [W].
+
+  The probability is the softmax of all logits without the noise, as published.
+  """
+  scores_WV = jnp.where(allowed_V[None, :], logits_WV, -jnp.inf)
   if temperature > 0:
     V = logits_WV.shape[-1]
     scores_WV += temperature * jax.vmap(lambda key: jax.random.gumbel(key, (V,), mode="high"))(key_W)
@@ -71,8 +76,11 @@ def draw(logits_WV: jax.Array, key_W: jax.Array, temperature: float) -> tuple[ja
 
 
 def score(probability_W: jax.Array, logits_WV: jax.Array, key_W: jax.Array, remasking: str) -> jax.Array:
-  """What decides who waits, larger = committed sooner: the candidate's probability (`low_confidence`), a random
-  number, the distance between the two most probable tokens (`low_margin`), or minus the entropy (`high_entropy`)."""
+  """What decides who waits; larger is committed sooner.
+
+  The candidate's probability (`low_confidence`), a random number, the distance between the two most probable tokens
+  (`low_margin`), or minus the entropy (`high_entropy`).
+  """
   if remasking == "low_confidence":
     return probability_W
   if remasking == "random":
@@ -81,7 +89,7 @@ def score(probability_W: jax.Array, logits_WV: jax.Array, key_W: jax.Array, rema
     top_W2 = jax.lax.top_k(jax.nn.softmax(logits_WV), 2)[0]
     return top_W2[:, 0] - top_W2[:, 1]
   log_WV = jax.nn.log_softmax(logits_WV)
-  return jnp.sum(jnp.where(log_WV > -jnp.inf, jnp.exp(log_WV) * log_WV, 0.0), axis=-1)
+  return jnp.sum(jnp.exp(log_WV) * log_WV, axis=-1)
 
 
 def commit(
@@ -100,7 +108,14 @@ def commit(
 
 
 def sample(
-  predict: Predict, tokens_BL: jax.Array, key_B: jax.Array, c: SamplerConfig, *, mask_id: int, first: int = 0
+  predict: Predict,
+  tokens_BL: jax.Array,
+  key_B: jax.Array,
+  c: SamplerConfig,
+  *,
+  mask_id: int,
+  allowed_V: jax.Array,
+  first: int = 0,
 ) -> Canvas:
   """Fills every [MASK] of the canvas; jit it with `predict`, `c`, `mask_id` and `first` static.
 
@@ -112,6 +127,7 @@ def sample(
       getting one more where that does not divide; within a block of n masks and s steps each step commits
       ceil(masks left / steps left), LLaDA's fixed schedule.
     mask_id: id of [MASK].
+    allowed_V: bool, the ids that may be committed: neither [MASK] nor rows behind the vocabulary.
     first: where the blocks begin (static); all masks lie behind. L - first must be a multiple of the block.
 
   Returns:
@@ -139,10 +155,10 @@ def sample(
       key_B, step_B
     )
     logits_BWV = predict(canvas.tokens_BL, start, W)
-    token_BW, probability_BW = jax.vmap(lambda x, key: draw(x, key, c.temperature))(logits_BWV, key_BW)
+    token_BW, probability_BW = jax.vmap(lambda x, key: draw(x, allowed_V, key, c.temperature))(logits_BWV, key_BW)
     score_BW = jax.vmap(lambda p, x, key: score(p, x, key, c.remasking))(probability_BW, logits_BWV, key_BW)
     quota_B = -(-masked_BW.sum(axis=1) // jnp.maximum(steps_B - k, 1))
-    commit_BW = jax.vmap(lambda *row: commit(*row, c))(masked_BW, score_BW, probability_BW, quota_B)
+    commit_BW = jax.vmap(lambda m, s, p, q: commit(m, s, p, q, c))(masked_BW, score_BW, probability_BW, quota_B)
 
     def put(array_BL, new_BW):
       kept_BW = jnp.where(commit_BW, new_BW, window(array_BL, start))

@@ -162,9 +162,7 @@ def _strip(unmasking: Unmasking, colours: list[str]) -> str:
     # Dots are lines of almost no length with round caps: they stay round however wide the plot.
     dots[s].append(f"M{x} {steps + 0.5}h1" if s == 0 else f"M{x}.5 {steps - s + 0.5}h.01")
   floor, *later = ("".join(d) for d in dots)
-  paths = "".join(
-    f'<path data-s={s} style="--c:{colours[s]}" d="{d}"/>' for s, d in enumerate(later, 1) if d
-  )
+  paths = "".join(f'<path data-s={s} style="--c:{colours[s]}" d="{d}"/>' for s, d in enumerate(later, 1) if d)
   dot = np.clip(600 / L, 2.5, 6)
   return f"""<div class=strip><span>step {steps}</span><span>1</span>
 <svg viewBox="0 0 {L} {steps + 1}" preserveAspectRatio="none" role="img" stroke-width="{dot:.1f}"

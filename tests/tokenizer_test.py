@@ -17,9 +17,7 @@ TEXTS = [
 ]
 NAMES = ("<|endoftext|>", "<|mdm_mask|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
 # The special ids of LLaDA-8B, as published.
-LLADA = {"<|startoftext|>": 126080} | dict(
-  zip(NAMES, (126081, 126336, 126348, 126346, 126347), strict=True)
-)
+LLADA = {"<|startoftext|>": 126080} | dict(zip(NAMES, (126081, 126336, 126348, 126346, 126347), strict=True))
 
 
 def byte_level(special: dict[str, int], hidden: tuple[str, ...] = ()) -> str:
@@ -133,9 +131,7 @@ def test_missing_special_tokens_are_appended(tmp_path):
   this = tokenizer.create(config)
   assert (this.eos_id, this.mask_id, this.pad_id, this.bos_id) == (256, 257, 258, None)
   assert this.vocab_size == 262
-  assert this.decode([this.pad_id, 256, *this.encode("ü"), 257], skip_special=False) == (
-    "<pad></s>ü<|mdm_mask|>"
-  )
+  assert this.decode([this.pad_id, 256, *this.encode("ü"), 257], skip_special=False) == ("<pad></s>ü<|mdm_mask|>")
 
 
 def test_trained_vocab_size_counts_the_special_tokens():
@@ -184,9 +180,7 @@ def test_training_on_a_part_reaches_the_end_of_the_corpus(monkeypatch):
 @pytest.mark.parametrize("texts", [["aaa bbb"] * 9, TEXTS[:1], TEXTS[1:2]])
 def test_too_small_a_corpus_says_which_size_is_possible(texts):
   config = tokenizer.TokenizerConfig(vocab_size=4096)
-  with pytest.raises(
-    ValueError, match="tokenizer.vocab_size=4096: this corpus allows at most"
-  ) as error:
+  with pytest.raises(ValueError, match="tokenizer.vocab_size=4096: this corpus allows at most") as error:
     tokenizer.create(config, texts)
   possible = int(str(error.value).split()[-1])
   assert tokenizer.create(dataclasses.replace(config, vocab_size=possible), texts).rows >= possible
@@ -211,9 +205,7 @@ def test_save_and_load(any_kind, tmp_path):
   for name in ("vocab_size", "mask_id", "eos_id", "pad_id", "bos_id", "eot_id", "start_header_id"):
     assert getattr(again, name) == getattr(any_kind, name)
   assert [again.encode(text) for text in TEXTS] == [any_kind.encode(text) for text in TEXTS]
-  assert again.chat([{"role": "user", "content": "x"}]) == any_kind.chat(
-    [{"role": "user", "content": "x"}]
-  )
+  assert again.chat([{"role": "user", "content": "x"}]) == any_kind.chat([{"role": "user", "content": "x"}])
 
 
 def test_saved_model_can_be_a_path(tmp_path):
@@ -275,9 +267,7 @@ def test_chat(any_kind):
   )
   asked = any_kind.chat(messages)
   assert any_kind.decode(any_kind.chat(messages, ask=False), skip_special=False) == expected
-  assert any_kind.decode(asked, skip_special=False) == (
-    expected + "<|start_header_id|>assistant<|end_header_id|>\n\n"
-  )
+  assert any_kind.decode(asked, skip_special=False) == (expected + "<|start_header_id|>assistant<|end_header_id|>\n\n")
   assert asked.count(any_kind.eot_id) == 2  # the user's own is text
 
 

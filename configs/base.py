@@ -1,0 +1,98 @@
+"""Every field once. Other configs start from here and change what makes them what they are.
+
+A field that no config changes from this file's value has no business being here.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  """The defaults; model sizes and the corpus are for the other configs to say."""
+  config = ConfigDict()
+  config.seed = 0  # of the parameters, the data order and the noise
+  config.objective = "diffusion"  # | "autoregressive": the causal baseline on the same batches
+  config.steps = 1000  # updates
+  config.micro_batches = 1  # parts of a batch whose gradients are added up before the update
+
+  config.model = ConfigDict()
+  config.model.D = 256  # model width
+  config.model.N = 4  # layers
+  config.model.H = 4  # query heads
+  config.model.G = 4  # key/value heads; fewer than H: grouped-query attention
+  config.model.K = 64  # head width
+  config.model.F = 768  # feed-forward width (SwiGLU, three matrices)
+  config.model.V = 0  # rows of the embedding; 0: what the tokenizer needs
+  config.model.tied = False  # one matrix for embedding and head
+  config.model.causal = False  # only with objective = "autoregressive"
+  config.model.rope_theta = 500_000.0
+  config.model.norm_eps = 1e-5
+  config.model.max_length = 4096  # longest canvas
+  config.model.dtype = "auto"  # of the computation: bfloat16 on accelerators, float32 on a CPU
+  config.model.remat = "none"  # recompute in the backward pass: "none" | "dots" (all but matmuls) | "full"
+  config.model.head_chunk = 8192  # tokens whose logits exist at once
+
+  config.tokenizer = ConfigDict()
+  config.tokenizer.kind = "sentencepiece"  # | "bytes" | "huggingface" (a tokenizer.json)
+  config.tokenizer.path = ""  # of a .model or tokenizer.json; "": train SentencePiece on the corpus
+  config.tokenizer.vocab_size = 1024  # to train, special tokens included
+  config.tokenizer.eos = "<|endoftext|>"  # names of special tokens; added behind the vocabulary if it lacks them
+  config.tokenizer.mask = "<|mdm_mask|>"
+  config.tokenizer.pad = ""  # "": the EOS
+
+  config.data = ConfigDict()
+  config.data.corpus = "unicode"  # | "stdlib" | "files:GLOB[,GLOB]" (text, or JSON lines; .gz and .xz too)
+  config.data.text_field = "text"  # of JSON lines
+  config.data.held_out = 0.05  # fraction of the documents kept for evaluation
+  config.data.length = 64  # tokens of a row
+  config.data.batch_size = 64  # rows of an update
+  config.data.segments = False  # documents of a row do not see each other; False: concatenated, as published
+  config.data.random_lengths = 0.0  # fraction of rows cut to a random length; LLaDA: 0.01
+
+  config.noise = ConfigDict()
+  config.noise.masking = "independent"  # as published | "exact": exactly l of L tokens, less variance
+  config.noise.times = "uniform"  # as published | "stratified" | "antithetic", less variance
+  config.noise.eps = 1e-3  # smallest mask probability
+
+  config.optimizer = ConfigDict()
+  # Straight pieces (length, learning rate at the end); length: steps, or a fraction of all steps, or -1 for the rest.
+  config.optimizer.schedule = ((0.05, 1e-3), (-1, 1e-3), (0.2, 0.0))
+  config.optimizer.b1 = 0.9
+  config.optimizer.b2 = 0.95
+  config.optimizer.eps = 1e-8
+  config.optimizer.weight_decay = 0.1  # of matrices
+  config.optimizer.clip = 1.0  # global norm of the gradient; 0: none
+
+  config.mesh = ConfigDict()  # devices along each axis; -1: the rest
+  config.mesh.data = -1
+  config.mesh.fsdp = 1
+  config.mesh.tensor = 1
+  config.mesh.context = 1
+
+  config.checkpoint = ConfigDict()
+  config.checkpoint.every = 1000  # steps
+  config.checkpoint.keep = 2  # the newest so many
+  config.checkpoint.keep_every = 0  # and every so-manieth step for good; 0: none
+
+  config.log = ConfigDict()
+  config.log.every = 1  # steps between lines of metrics.jsonl
+  config.log.console_every = 50  # steps between lines on the console
+  config.log.tensorboard = True
+  config.log.profile_first = 0  # profiler trace from this step ...
+  config.log.profile_last = 0  # ... up to this one; 0: none
+
+  config.evaluate = ConfigDict()
+  config.evaluate.every = 0  # steps between evaluations of the held-out bound; 0: at the end only
+  config.evaluate.num_samples = 16  # masks per row
+  config.evaluate.rows = 0  # rows used before the end; 0: all
+  config.evaluate.batch_size = 64  # rows of a forward pass
+  config.evaluate.canvases = ()  # texts with "[MASK]"s, filled at the end
+
+  config.sample = ConfigDict()
+  config.sample.gen_length = 64  # tokens generated after a prompt
+  config.sample.block_length = 32  # filled together
+  config.sample.steps = 64  # forward passes
+  config.sample.temperature = 0.0  # 0: the most probable token
+  config.sample.remasking = "low_confidence"  # | "random" | "low_margin" | "high_entropy"
+  config.sample.guidance_scale = 0.0
+  config.sample.seed = 0
+  return config

@@ -1,0 +1,136 @@
+"""Evaluations: functions (llada, config) -> {metric: value}. `config` is the run's `train.Config`.
+
+bound    the held-out text in bits per byte, beside a unigram model of the same tokens and `xz -9`
+samples  the config's canvases, filled
+"""
+
+import dataclasses
+import functools
+import lzma
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lladax import autoregressive, data, diffusion
+from lladax.llada import LLaDA, Sampled
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+  """What is measured at the end of a run, and every so often before."""
+
+  every: int = 0  # steps between evaluations of the bound; 0: at the end only
+  num_samples: int = 16  # masks drawn per row of held-out text (exact counts, stratified)
+  rows: int = 0  # held-out rows used while training; 0: all. The last evaluation always takes all
+  batch_size: int = 64  # rows of a forward pass
+  canvases: tuple[str, ...] = ()  # texts with "[MASK]"s to fill at the end, each a document of its own
+
+  def __post_init__(self):
+    for name in ("num_samples", "batch_size"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"evaluate.{name}={getattr(self, name)}: must be at least 1")
+
+
+def bound(llada: LLaDA, config: Any, *, rows: int = 0, seed: int = 0) -> dict[str, float]:
+  """Bits per byte of the held-out documents: an upper bound for the mask predictor, exact for the baseline.
+
+  The held-out documents, each followed by one separator (EOS for the model, a newline for the byte count and for
+  xz), are cut into rows as for training, and every token is scored once.
+
+  Args:
+    llada: the model.
+    config: of the run.
+    rows: use so many rows only (evenly spread), and leave out the yardsticks; 0: all.
+    seed: of the masks.
+
+  Returns:
+    `bits_per_byte` and its standard error over rows `bits_per_byte_stderr`, `nats_per_token`; over all rows also
+    `unigram_bits_per_byte` (add-one counts of the training tokens) and `xz_bits_per_byte` of the same bytes.
+  """
+  train_texts, texts = data.texts(config.data)
+  if not texts:
+    raise ValueError("data.held_out=0.0: there is no held-out text to evaluate on")
+  assert llada.tokenizer is not None
+  stream_T = data.stream(texts, llada.tokenizer)
+  raw = "".join(text + "\n" for text in texts).encode()
+  tokens_RL, segment_RL = data.held_out_rows(stream_T, config.data, llada.eos_id)
+  keep = np.arange(len(tokens_RL))
+  if rows and rows < len(keep):
+    keep = np.linspace(0, len(keep) - 1, rows).round().astype(int)
+  nats_R = _nats(llada, config, tokens_RL[keep], segment_RL[keep], seed)
+  tokens = int((segment_RL[keep] > 0).sum())
+  per_byte = len(stream_T) / len(raw) / tokens / math.log(2)  # nats of these rows -> bits per byte
+  metrics = {
+    "bits_per_byte": float(nats_R.sum() * per_byte),
+    "bits_per_byte_stderr": float(nats_R.std(ddof=1) * math.sqrt(len(keep)) * per_byte) if len(keep) > 1 else 0.0,
+    "nats_per_token": float(nats_R.sum() / tokens),
+  }
+  if len(keep) == len(tokens_RL):
+    metrics |= yardsticks(data.stream(train_texts, llada.tokenizer), stream_T, raw, llada.vocab_size)
+  return metrics
+
+
+def yardsticks(train_T: np.ndarray, held_out_T: np.ndarray, raw: bytes, vocab_size: int) -> dict[str, float]:
+  """Bits per byte of `raw` under a unigram model of its tokens (add-one), and under `xz -9`."""
+  count_V = np.bincount(train_T, minlength=vocab_size) + 1.0
+  bits = -np.log2(count_V / count_V.sum())[held_out_T].sum()
+  return {
+    "unigram_bits_per_byte": float(bits / len(raw)),
+    "xz_bits_per_byte": 8.0 * len(lzma.compress(raw, preset=9)) / len(raw),
+  }
+
+
+def samples(llada: LLaDA, config: Any) -> Sampled | None:
+  """The config's canvases filled, each between two EOS, as documents stand in the training text; None without any.
+
+  The canvases are filled with the sampler's settings, in one block. A causal model continues what stands before the
+  first [MASK].
+  """
+  canvases = config.evaluate.canvases
+  if not canvases or llada.tokenizer is None:
+    return None
+  c = config.sample
+  options = {f.name: getattr(c, f.name) for f in dataclasses.fields(c)}
+  if llada.model.causal:
+    return llada.sample([text.partition("[MASK]")[0] for text in canvases], **options)
+  del options["block_length"]
+  rows = [[llada.eos_id, *llada.tokenizer.encode_canvas(text), llada.eos_id] for text in canvases]
+  return llada.unmask(rows, **options)
+
+
+def _nats(llada: LLaDA, config: Any, tokens_RL: np.ndarray, segment_RL: np.ndarray, seed: int) -> np.ndarray:
+  """Minus the log-likelihood (bound) of every row."""
+  R, size = len(tokens_RL), min(config.evaluate.batch_size, len(tokens_RL))
+  draws = 1 if llada.model.causal else config.evaluate.num_samples
+  total_R = np.zeros(R)
+  for first in range(0, R, size):
+    at = np.minimum(np.arange(first, first + size), R - 1)  # the last rows again, to fill the batch
+    tokens_BL, segment_BL, row_B = jnp.asarray(tokens_RL[at]), jnp.asarray(segment_RL[at]), jnp.asarray(at)
+    nats = [
+      _score(
+        llada.params, tokens_BL, segment_BL, row_B, seed, draw, model=llada.model, mask_id=llada.mask_id,
+        eos_id=llada.eos_id, num_samples=draws,
+      )
+      for draw in range(draws)
+    ]  # fmt: skip
+    n = min(size, R - first)
+    total_R[first : first + n] = np.mean(jax.device_get(nats), axis=0)[:n]
+  return total_R
+
+
+@functools.partial(jax.jit, static_argnames=("model", "mask_id", "eos_id", "num_samples"))
+def _score(params, tokens_BL, segment_BL, row_B, seed, draw, *, model, mask_id, eos_id, num_samples):
+  """Minus the log-likelihood of whole rows, by draw number `draw`; [B]."""
+  bound_model, scored_BL = model.bind(params), segment_BL > 0
+
+  def nll(input_BL, target_BL):
+    return bound_model.nll(input_BL, target_BL, segment_BL)
+
+  if model.causal:
+    return -autoregressive.log_likelihood(nll, tokens_BL, scored_BL, segment_BL, start_id=eos_id)
+  key_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(row_B)
+  draw_B = jnp.broadcast_to(draw, row_B.shape)
+  return -diffusion.log_likelihood(nll, tokens_BL, scored_BL, key_B, draw_B, mask_id=mask_id, num_samples=num_samples)

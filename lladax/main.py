@@ -1,0 +1,103 @@
+"""The one door: `python -m lladax.main --config=configs/quickstart.py --workdir=runs/quickstart [--mode=...]`."""
+
+import difflib
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; --config.steps=200 overrides a field.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, tokenizer, checkpoints, metrics.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "sample"], "What to do.")
+_PROMPT = flags.DEFINE_multi_string(
+  "prompt", [], "mode=sample: text to continue, or text with [MASK]s to fill in; repeat for several (default: stdin)."
+)
+_HTML = flags.DEFINE_string("html", None, "mode=sample: also write the unmasking to this page.")
+
+
+def main(argv: list[str]) -> None:
+  """Reads the config, and calls the mode."""
+  if len(argv) > 1:
+    raise ValueError(f"unexpected argument {argv[1]!r}: options are written --name=value")
+  if not _WORKDIR.value:
+    raise ValueError("--workdir is missing: name a folder for the run, as in --workdir=runs/quickstart")
+  workdir = Path(_WORKDIR.value).expanduser()
+  if _MODE.value == "train" and _CONFIG.value is None:
+    raise ValueError("--config is missing: name a config, as in --config=configs/quickstart.py")
+  if _MODE.value == "sample" and not (workdir / "config.json").is_file():
+    raise FileNotFoundError(f"--workdir={workdir}: there is no run in it; train one first with --mode=train")
+
+  from lladax import train  # the slow imports come after the quick checks
+
+  if _CONFIG.value is not None:
+    config = train.parse(_CONFIG.value.to_dict())
+  else:
+    config = train.load_config(workdir)
+  if _MODE.value == "train":
+    train.train(config, workdir)
+  elif _MODE.value == "evaluate":
+    train.evaluate_last(config, workdir)
+  else:
+    train.show_samples(config, workdir, _PROMPT.value, _HTML.value)
+
+
+def _parse(argv: list[str]) -> list[str]:
+  """Flags; an unknown config field becomes one clear line."""
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    raise SystemExit(_complain(str(error))) from None
+  except (AttributeError, KeyError) as error:
+    unknown = [a.split("=")[0].removeprefix("--config.") for a in argv if a.startswith("--config.")]
+    raise SystemExit(_complain(_nearest(unknown) or str(error))) from None
+  except OSError as error:
+    raise SystemExit(_complain(f"--config: {error}")) from None
+
+
+def _nearest(names: list[str]) -> str | None:
+  """What to say of the first name that is no field of configs/base.py."""
+  from configs import base
+
+  known = []
+
+  def collect(group, path):
+    for name, value in group.items():
+      collect(value, f"{path}{name}.") if hasattr(value, "items") else known.append(path + name)
+
+  collect(base.get_config(), "")
+  for name in names:
+    if name not in known:
+      near = difflib.get_close_matches(name, known, 1, 0.0)[0]
+      return f"config.{name}: there is no such field; did you mean config.{near}?"
+  return None
+
+
+def _complain(message: str) -> int:
+  print(f"lladax: {message}", file=sys.stderr)
+  return 1
+
+
+def _main(argv: list[str]) -> int:
+  """One line for the input errors that lladax itself raises; a traceback for everything else."""
+  logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
+  try:
+    main(argv)
+  except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    if Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent != Path(__file__).parent:
+      raise
+    return _complain(str(error))
+  return 0
+
+
+def run() -> None:
+  """The console script `lladax`: the same as `python -m lladax.main`."""
+  sys.path.insert(0, os.getcwd())  # configs import each other as `configs.NAME`, as they can under `python -m`
+  app.run(_main, flags_parser=_parse)
+
+
+if __name__ == "__main__":
+  run()
