@@ -10,7 +10,7 @@ def get_config():
   config.data.update(corpus="unicode", length=64, batch_size=32)
   config.tokenizer.vocab_size = 1024
   config.noise.update(masking="exact", times="antithetic")
-  config.optimizer.update(schedule=((100, 3e-3), (-1, 0.0)))
+  config.optimizer.update(schedule=((0.05, 3e-3), (-1, 0.0)))
   config.evaluate.canvases = (
     "GREEK SMALL LETTER" + "[MASK]" * 8,
     "[MASK]" * 8 + " WITH DOT ABOVE",

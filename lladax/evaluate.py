@@ -1,4 +1,4 @@
-"""Evaluations: functions (llada, config) -> {metric: value}. `config` is the run's `train.Config`.
+"""Evaluations: functions (llada, config) -> {metric: value}. `config` is the whole run's.
 
 bound    the held-out text in bits per byte, beside a unigram model of the same tokens and `xz -9`
 samples  the config's canvases, filled
@@ -6,35 +6,23 @@ samples  the config's canvases, filled
 
 import dataclasses
 import functools
+import json
 import lzma
 import math
-from typing import Any
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
-from lladax import autoregressive, data, diffusion
+from lladax import autoregressive, checkpoint, data, diffusion, visualize
+from lladax.config import Config
 from lladax.llada import LLaDA, Sampled
 
 
-@dataclasses.dataclass(frozen=True)
-class EvaluateConfig:
-  """What is measured at the end of a run, and every so often before."""
-
-  every: int = 0  # steps between evaluations of the bound; 0: at the end only
-  num_samples: int = 16  # masks drawn per row of held-out text (exact counts, stratified)
-  rows: int = 0  # held-out rows used while training; 0: all. The last evaluation always takes all
-  batch_size: int = 64  # rows of a forward pass
-  canvases: tuple[str, ...] = ()  # texts with "[MASK]"s to fill at the end, each a document of its own
-
-  def __post_init__(self):
-    for name in ("num_samples", "batch_size"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"evaluate.{name}={getattr(self, name)}: must be at least 1")
-
-
-def bound(llada: LLaDA, config: Any, *, rows: int = 0, seed: int = 0) -> dict[str, float]:
+def bound(llada: LLaDA, config: Config, *, rows: int = 0, seed: int = 0) -> dict[str, float]:
   """Bits per byte of the held-out documents: an upper bound for the mask predictor, exact for the baseline.
 
   The held-out documents, each followed by one separator (EOS for the model, a newline for the byte count and for
@@ -83,7 +71,7 @@ def yardsticks(train_T: np.ndarray, held_out_T: np.ndarray, raw: bytes, vocab_si
   }
 
 
-def samples(llada: LLaDA, config: Any) -> Sampled | None:
+def samples(llada: LLaDA, config: Config) -> Sampled | None:
   """The config's canvases filled, each between two EOS, as documents stand in the training text; None without any.
 
   The canvases are filled with the sampler's settings, in one block. A causal model continues what stands before the
@@ -101,7 +89,7 @@ def samples(llada: LLaDA, config: Any) -> Sampled | None:
   return llada.unmask(rows, **options)
 
 
-def _nats(llada: LLaDA, config: Any, tokens_RL: np.ndarray, segment_RL: np.ndarray, seed: int) -> np.ndarray:
+def _nats(llada: LLaDA, config: Config, tokens_RL: np.ndarray, segment_RL: np.ndarray, seed: int) -> np.ndarray:
   """Minus the log-likelihood (bound) of every row."""
   R, size = len(tokens_RL), min(config.evaluate.batch_size, len(tokens_RL))
   draws = 1 if llada.model.causal else config.evaluate.num_samples
@@ -134,3 +122,25 @@ def _score(params, tokens_BL, segment_BL, row_B, seed, draw, *, model, mask_id, 
   key_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(row_B)
   draw_B = jnp.broadcast_to(draw, row_B.shape)
   return -diffusion.log_likelihood(nll, tokens_BL, scored_BL, key_B, draw_B, mask_id=mask_id, num_samples=num_samples)
+
+
+def report(llada: LLaDA, config: Config, results: dict[str, float], workdir: Path, console: Console) -> None:
+  """Shows the bound beside its yardsticks, and the filled canvases; WORKDIR/samples.html, evaluations.jsonl."""
+  step = (checkpoint.steps(workdir) or [0])[-1]
+  if results:
+    table = Table("held-out text", "bits per byte")
+    name = "exact" if llada.model.causal else "bound"
+    table.add_row(
+      f"lladax ({name})", f"[bold]{results['bits_per_byte']:.3f}[/] ± {results['bits_per_byte_stderr']:.3f}"
+    )
+    table.add_row("unigram over the same tokens", f"{results['unigram_bits_per_byte']:.3f}")
+    table.add_row("xz -9", f"{results['xz_bits_per_byte']:.3f}")
+    console.print(table)
+    with (workdir / "evaluations.jsonl").open("a") as file:
+      file.write(json.dumps({"step": step} | results) + "\n")
+  filled = samples(llada, config)
+  if filled:
+    for unmasking in filled.unmaskings():
+      console.print(visualize.terminal(unmasking, frames=4))
+    (workdir / "samples.html").write_text(filled.html(f"{workdir.name}, step {step}"))
+    console.print(f"the same as a page: {workdir / 'samples.html'}")

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lladax import autoregressive, checkpoint, diffusion, sampling, tokenizer, visualize
+from lladax import autoregressive, checkpoint, diffusion, sampling, visualize
+from lladax import tokenizer as tokenizers
 from lladax.mask_predictor import MaskPredictorConfig, Params
 from lladax.sampling import SamplerConfig
 
@@ -64,7 +65,7 @@ class LLaDA:
 
   model: MaskPredictorConfig
   params: Params
-  tokenizer: tokenizer.Tokenizer | None
+  tokenizer: tokenizers.Tokenizer | None
   mask_id: int
   eos_id: int
   vocab_size: int  # ids in use; rows of the embedding behind it are never sampled
@@ -93,8 +94,9 @@ class LLaDA:
     longest = max(map(len, canvases), default=0)
     if not longest:
       raise ValueError("unmask: the canvases are empty")
-    options: dict[str, Any] = {"block_length": _round_up(longest)} | options
-    return self._fill(canvases, SamplerConfig(**options), prompt_length=None)
+    block: dict[str, Any] = {"block_length": _round_up(longest)}
+    c = SamplerConfig(**block | options)
+    return self._fill(canvases, c, prompt_length=None)
 
   def infill(self, texts: str | Sequence[str], **options) -> Sampled:
     """Fills every "[MASK]" (one token each) of the texts."""
@@ -188,7 +190,7 @@ class LLaDA:
       pieces=self.tokenizer.piece if self.tokenizer else (lambda i: f"{i} "),
     )  # fmt: skip
 
-  def _text(self) -> tokenizer.Tokenizer:
+  def _text(self) -> tokenizers.Tokenizer:
     if self.tokenizer is None:
       raise ValueError("this model has no tokenizer: use unmask(), and lists of ids")
     return self.tokenizer
@@ -213,7 +215,7 @@ def load(path: str | Path, step: int | None = None) -> LLaDA:
     workdir, step = workdir.parent.parent, int(workdir.name)
   if not (workdir / "config.json").is_file():
     raise FileNotFoundError(f"{workdir} is not a workdir of lladax: there is no config.json in it")
-  text = tokenizer.load(workdir / "tokenizer")
+  text = tokenizers.load(workdir / "tokenizer")
   model = MaskPredictorConfig(**json.loads((workdir / "config.json").read_text())["model"])
   check_vocabulary(model, text)
   available = checkpoint.steps(workdir)
@@ -232,7 +234,7 @@ def load(path: str | Path, step: int | None = None) -> LLaDA:
   return LLaDA(model, tree["params"], text, text.mask_id, text.eos_id, text.vocab_size)
 
 
-def check_vocabulary(model: MaskPredictorConfig, text: tokenizer.Tokenizer) -> None:
+def check_vocabulary(model: MaskPredictorConfig, text: tokenizers.Tokenizer) -> None:
   """Raises ValueError if the tokenizer has ids that the embedding lacks."""
   if text.vocab_size > model.V:
     raise ValueError(

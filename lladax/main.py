@@ -31,12 +31,13 @@ def main(argv: list[str]) -> None:
   if _MODE.value == "sample" and not (workdir / "config.json").is_file():
     raise FileNotFoundError(f"--workdir={workdir}: there is no run in it; train one first with --mode=train")
 
+  from lladax import config as configs
   from lladax import train  # the slow imports come after the quick checks
 
   if _CONFIG.value is not None:
-    config = train.parse(_CONFIG.value.to_dict())
+    config = configs.parse(_CONFIG.value.to_dict())
   else:
-    config = train.load_config(workdir)
+    config = configs.load(workdir)
   if _MODE.value == "train":
     train.train(config, workdir)
   elif _MODE.value == "evaluate":

@@ -7,15 +7,12 @@ the metrics of step n - 1 are written -> every so often an asynchronous checkpoi
 """
 
 import dataclasses
-import difflib
 import functools
 import json
-import logging
 import math
 import signal
 import sys
 import time
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,122 +36,8 @@ from lladax import (
   tokenizer,
   visualize,
 )
+from lladax.config import Config, check_saved
 from lladax.llada import LLaDA, check_vocabulary, load
-from lladax.mask_predictor import MaskPredictorConfig
-from lladax.sampling import SamplerConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-  """When the state is saved, and what is kept."""
-
-  every: int = 1000  # steps; the last step is always saved
-  keep: int = 2  # the newest so many
-  keep_every: int = 0  # and every so-manieth step for good; 0: none
-
-  def __post_init__(self):
-    if self.every < 1:
-      raise ValueError(f"checkpoint.every={self.every}: must be at least 1")
-
-
-@dataclasses.dataclass(frozen=True)
-class LogConfig:
-  """What is written while training."""
-
-  every: int = 1  # steps between lines of metrics.jsonl
-  console_every: int = 50  # steps between lines on the console
-  tensorboard: bool = True
-  profile_first: int = 0  # profiler trace from this step ...
-  profile_last: int = 0  # ... up to, not including, this one; 0: none
-
-  def __post_init__(self):
-    for name in ("every", "console_every"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"log.{name}={getattr(self, name)}: must be at least 1")
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """A whole run. configs/base.py says what each field means."""
-
-  seed: int
-  objective: str
-  steps: int
-  micro_batches: int
-  model: MaskPredictorConfig
-  tokenizer: tokenizer.TokenizerConfig
-  data: data.DataConfig
-  noise: diffusion.NoiseConfig
-  optimizer: optimizer.OptimizerConfig
-  mesh: sharding.MeshConfig
-  checkpoint: CheckpointConfig
-  log: LogConfig
-  evaluate: evaluate.EvaluateConfig
-  sample: SamplerConfig
-
-  def __post_init__(self):
-    if self.objective not in ("diffusion", "autoregressive"):
-      raise ValueError(f"objective={self.objective!r}: use diffusion or autoregressive")
-    if self.model.causal != (self.objective == "autoregressive"):
-      raise ValueError(f"model.causal={self.model.causal} does not go with objective={self.objective!r}")
-    B = self.data.batch_size
-    if self.steps < 1 or self.micro_batches < 1:
-      raise ValueError(f"steps={self.steps}, micro_batches={self.micro_batches}: must be at least 1")
-    if B % self.micro_batches:
-      raise ValueError(f"data.batch_size={B} is not a multiple of micro_batches={self.micro_batches}")
-    if self.noise.times == "antithetic" and B // self.micro_batches % 2:
-      raise ValueError(
-        f"noise.times='antithetic' pairs neighbouring rows: data.batch_size / micro_batches ="
-        f" {B // self.micro_batches} must be even"
-      )
-    if self.data.length > self.model.max_length:
-      raise ValueError(f"data.length={self.data.length} is longer than model.max_length={self.model.max_length}")
-    optimizer.schedule(self.optimizer, self.steps)
-
-  @property
-  def masks_attention(self) -> bool:
-    """Whether rows hold padding or separate documents, so that attention needs the segments."""
-    return self.data.segments or self.data.random_lengths > 0
-
-
-def parse(values: dict[str, Any], cls: Any = Config, path: str = "config") -> Any:
-  """A dataclass from nested plain values: the door through which configs come in.
-
-  Raises:
-    ValueError: an unknown field (with the nearest name), a missing field, a wrong type.
-  """
-  if not isinstance(values, dict):
-    raise ValueError(f"{path}={values!r}: expected a group of fields")
-  hints = typing.get_type_hints(cls)
-  for name in values:
-    if name not in hints:
-      near = difflib.get_close_matches(name, hints, 1, 0.0)
-      raise ValueError(f"{path}.{name}: there is no such field; did you mean {path}.{near[0]}?")
-  fields = {}
-  for field in dataclasses.fields(cls):
-    where, kind = f"{path}.{field.name}", hints[field.name]
-    if field.name not in values:
-      if field.default is dataclasses.MISSING:
-        raise ValueError(f"{where} is missing")
-    elif dataclasses.is_dataclass(kind):
-      fields[field.name] = parse(values[field.name], kind, where)
-    else:
-      fields[field.name] = _typed(values[field.name], kind, where)
-  return cls(**fields)
-
-
-def _typed(value: Any, kind: Any, where: str) -> Any:
-  options = typing.get_args(kind)
-  if type(None) in options:
-    return None if value is None else _typed(value, next(k for k in options if k is not type(None)), where)
-  origin = typing.get_origin(kind) or kind
-  if origin is tuple and isinstance(value, list | tuple):
-    return tuple(tuple(x) if isinstance(x, list) else x for x in value)
-  if origin is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
-  if not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool):
-    raise ValueError(f"{where}={value!r}: expected {origin.__name__}, not {type(value).__name__}")
-  return value
 
 
 class State(NamedTuple):
@@ -197,11 +80,12 @@ def train_step(
     parts = jax.tree.map(lambda x: x.reshape(M, B // M, *x.shape[1:]), batch)
     shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None)
-    (grads, scalars), _ = jax.lax.scan(add, zeros, parts)
+    (grads, scalars), _ = jax.lax.scan(
+      lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None), zeros, parts
+    )
 
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  scalars |= {"grad_norm": optax.global_norm(grads)}
+  scalars |= {"grad_norm": optax.tree.norm(grads)}
   return State(state.step + 1, optax.apply_updates(state.params, updates), opt_state), scalars
 
 
@@ -217,20 +101,6 @@ class Run(NamedTuple):
   shardings: State
   batch_sharding: dict[str, Any]
   stream_T: Any
-
-
-# What may differ between the first start of a run and its continuation.
-_SAFE = (
-  "steps",
-  "micro_batches",
-  "evaluate.",
-  "log.",
-  "checkpoint.",
-  "sample.",
-  "mesh.",
-  "model.remat",
-  "model.head_chunk",
-)
 
 
 def prepare(config: Config, workdir: Path) -> Run:
@@ -249,7 +119,7 @@ def prepare(config: Config, workdir: Path) -> Run:
   config = dataclasses.replace(config, model=model)
   plain = json.loads(json.dumps(dataclasses.asdict(config) | {"tokenizer_fingerprint": text.fingerprint}))
   if saved:
-    _check_saved(saved, plain, workdir)
+    check_saved(saved, plain, workdir)
   stream_T = data.stream(train_texts, text)
   next(data.batches(stream_T, config.data, eos_id=text.eos_id, seed=config.seed, start=0, stop=1))  # too short?
   workdir.mkdir(parents=True, exist_ok=True)
@@ -313,7 +183,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
     raise SystemExit(128 + stop.signal)
   llada = _llada(run, state)
   results = evaluate.bound(llada, config) if config.data.held_out else {}
-  report(llada, config, results, run.workdir, console)
+  evaluate.report(llada, config, results, run.workdir, console)
   console.print(f"done in {metrics.clock(time.monotonic() - began)}; everything is in {run.workdir}")
   return results
 
@@ -410,28 +280,6 @@ def describe(run: Run, state: State, compiled: Any, console: Console) -> float:
   return flops
 
 
-def report(llada: LLaDA, config: Config, results: dict[str, float], workdir: Path, console: Console) -> None:
-  """Shows the bound beside its yardsticks, and the filled canvases; WORKDIR/samples.html, evaluations.jsonl."""
-  step = (checkpoint.steps(workdir) or [0])[-1]
-  if results:
-    table = Table("held-out text", "bits per byte")
-    name = "exact" if llada.model.causal else "bound"
-    table.add_row(
-      f"lladax ({name})", f"[bold]{results['bits_per_byte']:.3f}[/] ± {results['bits_per_byte_stderr']:.3f}"
-    )
-    table.add_row("unigram over the same tokens", f"{results['unigram_bits_per_byte']:.3f}")
-    table.add_row("xz -9", f"{results['xz_bits_per_byte']:.3f}")
-    console.print(table)
-    with (workdir / "evaluations.jsonl").open("a") as file:
-      file.write(json.dumps({"step": step} | results) + "\n")
-  filled = evaluate.samples(llada, config)
-  if filled:
-    for unmasking in filled.unmaskings():
-      console.print(visualize.terminal(unmasking, frames=4))
-    (workdir / "samples.html").write_text(filled.html(f"{workdir.name}, step {step}"))
-    console.print(f"the same as a page: {workdir / 'samples.html'}")
-
-
 def to_tree(state: State) -> dict[str, Any]:
   """The state as the plain dict that is saved."""
   mu, nu = (optax.tree_utils.tree_get(state.opt_state, name) for name in ("mu", "nu"))
@@ -463,25 +311,6 @@ def _put(at: dict[str, Any], batch_size: int, batch: data.Batch) -> dict[str, ja
   }
 
 
-def _check_saved(saved: dict[str, Any], given: dict[str, Any], workdir: Path) -> None:
-  """The run may go on with other steps, logging and evaluation; with nothing else."""
-  old, new = _flatten(saved), _flatten(given)
-  differ = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
-  unsafe = [name for name in differ if not name.startswith(_SAFE)]
-  if unsafe:
-    listed = "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} here" for name in unsafe)
-    raise ValueError(f"{workdir} holds a run with another config ({listed}): use another workdir, or the same values")
-  for name in differ:
-    logging.warning("%s was %r, and is %r from now on", name, old.get(name), new.get(name))
-
-
-def _flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
-  flat = {}
-  for name, value in tree.items():
-    flat |= _flatten(value, f"{path}{name}.") if isinstance(value, dict) else {path + name: value}
-  return flat
-
-
 class _Interrupt:
   """Ctrl-C and SIGTERM (preemption) end the run after the current step, with a checkpoint; a second one ends it."""
 
@@ -498,19 +327,12 @@ class _Interrupt:
     signal.signal(number, signal.SIG_DFL)
 
 
-def load_config(workdir: Path) -> Config:
-  """The config that a workdir was trained with."""
-  values = json.loads((workdir / "config.json").read_text())
-  del values["tokenizer_fingerprint"]
-  return parse(values)
-
-
 def evaluate_last(config: Config, workdir: Path) -> dict[str, float]:
   """Evaluates the workdir's last checkpoint as at the end of training, and adds a line to evaluations.jsonl."""
   llada = load(workdir)
   config = dataclasses.replace(config, model=llada.model)
   results = evaluate.bound(llada, config)
-  report(llada, config, results, workdir, Console(stderr=True, highlight=False, soft_wrap=True))
+  evaluate.report(llada, config, results, workdir, Console(stderr=True, highlight=False, soft_wrap=True))
   return results
 
 

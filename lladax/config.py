@@ -1,0 +1,186 @@
+"""A whole run in one frozen tree of dataclasses, and the door through which plain values become one.
+
+ConfigDicts and JSON stop here. Inside, a config is hashable, so it can be a static argument of `jit`, and an unknown
+field or a wrong type is an error.
+"""
+
+import dataclasses
+import difflib
+import json
+import logging
+import typing
+from pathlib import Path
+from typing import Any
+
+from lladax import data, diffusion, optimizer, sharding, tokenizer
+from lladax.mask_predictor import MaskPredictorConfig
+from lladax.sampling import SamplerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """When the state is saved, and what is kept."""
+
+  every: int = 1000  # steps; the last step is always saved
+  keep: int = 2  # the newest so many
+  keep_every: int = 0  # and every so-manieth step for good; 0: none
+
+  def __post_init__(self):
+    if self.every < 1:
+      raise ValueError(f"checkpoint.every={self.every}: must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+  """What is written while training."""
+
+  every: int = 1  # steps between lines of metrics.jsonl
+  console_every: int = 50  # steps between lines on the console
+  tensorboard: bool = True
+  profile_first: int = 0  # profiler trace from this step ...
+  profile_last: int = 0  # ... up to, not including, this one; 0: none
+
+  def __post_init__(self):
+    for name in ("every", "console_every"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"log.{name}={getattr(self, name)}: must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+  """What is measured at the end of a run, and every so often before."""
+
+  every: int = 0  # steps between evaluations of the bound; 0: at the end only
+  num_samples: int = 16  # masks drawn per row of held-out text (exact counts, stratified)
+  rows: int = 0  # held-out rows used while training; 0: all. The last evaluation always takes all
+  batch_size: int = 64  # rows of a forward pass
+  canvases: tuple[str, ...] = ()  # texts with "[MASK]"s to fill at the end, each a document of its own
+
+  def __post_init__(self):
+    for name in ("num_samples", "batch_size"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"evaluate.{name}={getattr(self, name)}: must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A whole run. configs/base.py says what each field means."""
+
+  seed: int
+  objective: str
+  steps: int
+  micro_batches: int
+  model: MaskPredictorConfig
+  tokenizer: tokenizer.TokenizerConfig
+  data: data.DataConfig
+  noise: diffusion.NoiseConfig
+  optimizer: optimizer.OptimizerConfig
+  mesh: sharding.MeshConfig
+  checkpoint: CheckpointConfig
+  log: LogConfig
+  evaluate: EvaluateConfig
+  sample: SamplerConfig
+
+  def __post_init__(self):
+    if self.objective not in ("diffusion", "autoregressive"):
+      raise ValueError(f"objective={self.objective!r}: use diffusion or autoregressive")
+    if self.model.causal != (self.objective == "autoregressive"):
+      raise ValueError(f"model.causal={self.model.causal} does not go with objective={self.objective!r}")
+    B = self.data.batch_size
+    if self.steps < 1 or self.micro_batches < 1:
+      raise ValueError(f"steps={self.steps}, micro_batches={self.micro_batches}: must be at least 1")
+    if B % self.micro_batches:
+      raise ValueError(f"data.batch_size={B} is not a multiple of micro_batches={self.micro_batches}")
+    if self.noise.times == "antithetic" and B // self.micro_batches % 2:
+      raise ValueError(
+        f"noise.times='antithetic' pairs neighbouring rows: data.batch_size / micro_batches ="
+        f" {B // self.micro_batches} must be even"
+      )
+    if self.data.length > self.model.max_length:
+      raise ValueError(f"data.length={self.data.length} is longer than model.max_length={self.model.max_length}")
+    optimizer.schedule(self.optimizer, self.steps)
+
+  @property
+  def masks_attention(self) -> bool:
+    """Whether rows hold padding or separate documents, so that attention needs the segments."""
+    return self.data.segments or self.data.random_lengths > 0
+
+
+def parse(values: dict[str, Any], cls: Any = Config, path: str = "config") -> Any:
+  """A dataclass from nested plain values: the door through which configs come in.
+
+  Raises:
+    ValueError: an unknown field (with the nearest name), a missing field, a wrong type.
+  """
+  if not isinstance(values, dict):
+    raise ValueError(f"{path}={values!r}: expected a group of fields")
+  hints = typing.get_type_hints(cls)
+  for name in values:
+    if name not in hints:
+      near = difflib.get_close_matches(name, hints, 1, 0.0)
+      raise ValueError(f"{path}.{name}: there is no such field; did you mean {path}.{near[0]}?")
+  fields = {}
+  for field in dataclasses.fields(cls):
+    where, kind = f"{path}.{field.name}", hints[field.name]
+    if field.name not in values:
+      if field.default is dataclasses.MISSING:
+        raise ValueError(f"{where} is missing")
+    elif dataclasses.is_dataclass(kind):
+      fields[field.name] = parse(values[field.name], kind, where)
+    else:
+      fields[field.name] = _typed(values[field.name], kind, where)
+  return cls(**fields)
+
+
+def _typed(value: Any, kind: Any, where: str) -> Any:
+  options = typing.get_args(kind)
+  if type(None) in options:
+    return None if value is None else _typed(value, next(k for k in options if k is not type(None)), where)
+  origin = typing.get_origin(kind) or kind
+  if origin is tuple and isinstance(value, list | tuple):
+    return tuple(tuple(x) if isinstance(x, list) else x for x in value)
+  if origin is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool):
+    raise ValueError(f"{where}={value!r}: expected {origin.__name__}, not {type(value).__name__}")
+  return value
+
+
+def load(workdir: Path) -> Config:
+  """The config that a workdir was trained with."""
+  values = json.loads((workdir / "config.json").read_text())
+  del values["tokenizer_fingerprint"]
+  return parse(values)
+
+
+# What may differ between the first start of a run and its continuation.
+_SAFE = (
+  "steps",
+  "micro_batches",
+  "evaluate.",
+  "log.",
+  "checkpoint.",
+  "sample.",
+  "mesh.",
+  "model.remat",
+  "model.head_chunk",
+)
+
+
+def check_saved(saved: dict[str, Any], given: dict[str, Any], workdir: Path) -> None:
+  """The run may go on with other steps, logging and evaluation; with nothing else."""
+  old, new = _flatten(saved), _flatten(given)
+  differ = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
+  unsafe = [name for name in differ if not name.startswith(_SAFE)]
+  if unsafe:
+    listed = "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} here" for name in unsafe)
+    raise ValueError(f"{workdir} holds a run with another config ({listed}): use another workdir, or the same values")
+  for name in differ:
+    logging.warning("%s was %r, and is %r from now on", name, old.get(name), new.get(name))
+
+
+def _flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+  flat = {}
+  for name, value in tree.items():
+    flat |= _flatten(value, f"{path}{name}.") if isinstance(value, dict) else {path + name: value}
+  return flat

@@ -1,0 +1,274 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lladax.mask_predictor import Block, MaskPredictorConfig
+
+TINY = MaskPredictorConfig(D=12, N=2, H=4, G=2, K=6, F=20, V=23, dtype="float32")
+GEOMETRIES = {
+  "heads": TINY,
+  "odd widths, one key head, tied": MaskPredictorConfig(D=13, N=3, H=3, G=1, K=2, F=7, V=11, tied=True),
+  "every head its key, another base": MaskPredictorConfig(D=8, N=1, H=2, G=2, K=10, F=9, V=5, rope_theta=100.0),
+  "causal": dataclasses.replace(TINY, causal=True, norm_eps=0.1),
+}
+PUBLISHED = {
+  "LLaDA 1B": (dict(D=2048, N=22, H=32, G=4, K=64, F=5634, V=126464), 1_487_243_264, 969_246_720),
+  "LLaDA 8B": (dict(D=4096, N=32, H=32, G=32, K=128, F=12288, V=126464), 8_015_581_184, 6_979_588_096),
+  "iLLaDA 8B": (
+    dict(D=4096, N=32, H=32, G=8, K=128, F=14336, V=155136, tied=True),
+    7_615_025_152,
+    7_615_025_152 - 155136 * 4096,
+  ),
+}
+
+
+def random_params(c, seed=0):
+  """Parameters that are all random, the scales of the norms too."""
+  params = jax.jit(c.init)(jax.random.key(seed))
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), params)
+
+
+def random_tokens(c, *shape, seed=0):
+  return np.random.default_rng(seed).integers(0, c.V, shape).astype(np.int32)
+
+
+def logits(c, params, *args):
+  return np.asarray(jax.jit(lambda params, *args: c.bind(params)(*args))(params, *args))
+
+
+def reference(c, params, tokens_L, segment_L):
+  """The model of one row in plain NumPy and double precision, head by head."""
+  params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+  at_L = np.arange(len(tokens_L))
+  allowed_LL = (segment_L[:, None] == segment_L[None]) & ((at_L[:, None] >= at_L[None]) | (not c.causal))
+  angle = at_L[:, None] * c.rope_theta ** (-2 * np.arange(c.K // 2) / c.K)
+
+  def norm(x, scale):
+    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + c.norm_eps) * scale
+
+  def rotate(x):  # the pair (k, k + K/2) is a complex number
+    z = (x[:, : c.K // 2] + 1j * x[:, c.K // 2 :]) * np.exp(1j * angle)
+    return np.concatenate([z.real, z.imag], axis=1)
+
+  x = params["embedding"][tokens_L]
+  for i in range(c.N):
+    w = {name: value[i] for name, value in params["blocks"].items()}
+    n, mixed = norm(x, w["attention_norm"]), 0.0
+    for h in range(c.H):
+      g = h // (c.H // c.G)
+      q, k, v = rotate(n @ w["q"][:, h]), rotate(n @ w["k"][:, g]), n @ w["v"][:, g]
+      e = np.exp(q @ k.T / np.sqrt(c.K)) * allowed_LL
+      mixed = mixed + e / e.sum(axis=1, keepdims=True) @ v @ w["out"][h]
+    x = x + mixed
+    n = norm(x, w["ff_norm"])
+    gate = n @ w["gate"]
+    x = x + (gate / (1 + np.exp(-gate)) * (n @ w["up"])) @ w["down"]
+  return norm(x, params["final_norm"]) @ (params["embedding"].T if c.tied else params["head"])
+
+
+@pytest.mark.parametrize("fields, total, without_embedding", PUBLISHED.values(), ids=PUBLISHED)
+def test_parameter_counts_are_the_published_ones(fields, total, without_embedding):
+  c = MaskPredictorConfig(**fields)
+  assert c.num_params() == total
+  assert c.num_params(embedding=False) == without_embedding
+
+
+@pytest.mark.parametrize("c", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_logits_equal_a_plain_numpy_model(c):
+  params, tokens_BL = random_params(c), random_tokens(c, 2, 9)
+  segment_BL = np.array([[1] * 9, [1] * 4 + [2] * 5], np.int32)
+  expected_BLV = np.stack([reference(c, params, *row) for row in zip(tokens_BL, segment_BL, strict=True)])
+  np.testing.assert_allclose(logits(c, params, tokens_BL, segment_BL), expected_BLV, atol=2e-5)
+  np.testing.assert_allclose(logits(c, params, tokens_BL)[0], expected_BLV[0], atol=2e-5)
+
+
+def test_every_parameter_has_the_shape_its_letters_say():
+  shapes = jax.eval_shape(TINY.init, jax.random.key(0))
+  expected = jax.tree.map(lambda letters: tuple(getattr(TINY, letter) for letter in letters), TINY.letters())
+  assert jax.tree.map(lambda x: x.shape, shapes) == expected
+  assert {x.dtype for x in jax.tree.leaves(shapes)} == {np.dtype(np.float32)}
+
+
+def test_initialisation_is_mitchells():
+  c = MaskPredictorConfig(D=64, N=3, H=4, G=2, K=24, F=96, V=200)
+  params = jax.tree.map(np.asarray, jax.jit(c.init)(jax.random.key(0)))
+  depth = np.sqrt(2 * np.arange(1, c.N + 1))[:, None]
+  blocks = {name: value.reshape(c.N, -1) for name, value in params["blocks"].items()}
+  unit = {name: blocks[name] * np.sqrt(c.D) for name in ("q", "k", "v", "gate", "up")}
+  unit |= {"out": blocks["out"] * np.sqrt(c.H * c.K) * depth, "down": blocks["down"] * np.sqrt(c.F) * depth}
+  unit |= {name: params[name].reshape(1, -1) * np.sqrt(c.D) for name in ("embedding", "head")}
+  assert unit.keys() | {"attention_norm", "ff_norm"} == set(Block.LETTERS) | {"embedding", "head"}
+  for name, value in unit.items():
+    std = value.std(axis=1)  # 0.9866 for a normal distribution that is cut at 3
+    assert np.all(abs(std - 0.9866) < 0.05) and 2.5 < abs(value).max() < 3.001, (name, std)
+  assert len(np.unique(np.concatenate([blocks["q"][:, 0], blocks["gate"][:, 0]]))) == 2 * c.N
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("segment", [None, [1, 1, 1, 2, 2, 0]])
+def test_who_influences_whom(causal, segment):
+  c, L = dataclasses.replace(TINY, causal=causal), 6
+  tokens_L = random_tokens(c, L)
+  changed_LL = np.where(np.eye(L, dtype=bool), (tokens_L + 1) % c.V, tokens_L)
+  rows_BL = np.concatenate([tokens_L[None], changed_LL])
+  segment_BL = np.tile(segment or [1] * L, (L + 1, 1)).astype(np.int32)
+  out_BLV = logits(c, random_params(c), rows_BL, segment_BL if segment else None)
+  difference_LL = abs(out_BLV[1:] - out_BLV[0]).max(axis=-1).T  # of output i when token j changes
+  expected_LL = segment_BL[0][:, None] == segment_BL[0][None]
+  if causal:
+    expected_LL &= np.tri(L, dtype=bool)
+  real_L = segment_BL[0] > 0
+  np.testing.assert_array_equal(difference_LL[real_L] > 1e-4, expected_LL[real_L])
+  assert difference_LL[real_L][~expected_LL[real_L]].max(initial=0) < 1e-6
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("own_positions", [False, True])
+@pytest.mark.parametrize("left, right", [(3, 0), (0, 4), (2, 1)])
+def test_padding_changes_nothing(causal, own_positions, left, right):
+  c = dataclasses.replace(TINY, causal=causal)
+  params, tokens_BL = random_params(c), random_tokens(c, 2, 5)
+  pad = ((0, 0), (left, right))
+  segment_BL = np.pad(np.ones_like(tokens_BL), pad)
+  position_BL = np.maximum(np.arange(5 + left + right) - left, 0)[None] if own_positions else None
+  out_BLV = logits(c, params, np.pad(tokens_BL, pad, constant_values=7), segment_BL, position_BL)
+  np.testing.assert_allclose(out_BLV[:, left : left + 5], logits(c, params, tokens_BL), atol=1e-5)
+  assert np.isfinite(out_BLV).all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("W", [1, 3])
+def test_cached_window_over_a_fresh_cache_equals_the_full_pass(causal, W):
+  c = dataclasses.replace(TINY, causal=causal)
+  params, tokens_BL = random_params(c), random_tokens(c, 2, 8)
+  segment_BL = np.array([[1] * 8, [0] * 2 + [1] * 6], np.int32)
+  position_BL = np.maximum(segment_BL.cumsum(axis=1) - 1, 0)
+
+  @jax.jit
+  def run(tokens_BW, cache, start):
+    return c.bind(params).hidden(tokens_BW, segment_BL, position_BL, cache, start)
+
+  expected_BLD, _ = jax.jit(lambda x: c.bind(params).hidden(x, segment_BL, position_BL))(tokens_BL)
+  hidden_BLD, cache = run(tokens_BL, c.bind(params).new_cache(2, 8), 0)
+  np.testing.assert_allclose(hidden_BLD, expected_BLD, atol=1e-5)
+  for start in range(2, 9 - W):
+    hidden_BWD, same = run(tokens_BL[:, start : start + W], cache, start)
+    np.testing.assert_allclose(hidden_BWD, expected_BLD[:, start : start + W], atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), same, cache)
+
+
+def test_window_replaces_its_own_keys_and_values():
+  c = dataclasses.replace(TINY, N=1)  # one layer: keys and values depend on their own token alone
+  params, old_BL = random_params(c), random_tokens(c, 2, 8)
+  new_BL = old_BL.copy()
+  new_BL[:, 3:6] = random_tokens(c, 2, 3, seed=1)
+  run = jax.jit(lambda tokens_BW, cache, start: c.bind(params).hidden(tokens_BW, cache=cache, start=start))
+  empty = c.bind(params).new_cache(2, 8)
+  expected_BLD, _ = run(new_BL, empty, 0)
+  hidden_BWD, _ = run(new_BL[:, 3:6], run(old_BL, empty, 0)[1], 3)
+  np.testing.assert_allclose(hidden_BWD, expected_BLD[:, 3:6], atol=1e-5)
+
+
+def test_causal_decoding_from_an_empty_cache_equals_the_full_pass():
+  c = dataclasses.replace(TINY, causal=True)
+  params, tokens_BL = random_params(c), random_tokens(c, 2, 6)
+  run = jax.jit(lambda tokens_BW, cache, start: c.bind(params).hidden(tokens_BW, cache=cache, start=start))
+  cache, hidden = c.bind(params).new_cache(2, 6), []
+  for i in range(6):
+    hidden_B1D, cache = run(tokens_BL[:, i : i + 1], cache, i)
+    hidden.append(hidden_B1D)
+  expected_BLD, _ = jax.jit(c.bind(params).hidden)(tokens_BL)
+  np.testing.assert_allclose(np.concatenate(hidden, axis=1), expected_BLD, atol=1e-5)
+
+
+def targets(c, B=4, L=6):
+  """Input, and targets of which each pair of rows has at most L + 1; one row is asked nothing."""
+  input_BL, target_BL = random_tokens(c, B, L), random_tokens(c, B, L, seed=1)
+  asked_BL = np.zeros((B, L), bool)
+  asked_BL[0], asked_BL[1, 2], asked_BL[3, 1:4] = True, True, True
+  return input_BL, np.where(asked_BL, target_BL, -1)
+
+
+def nll_and_gradient(c, params, input_BL, target_BL, **options):
+  """Values, and the gradient of a sum that weighs each of them differently."""
+  weight_BL = np.linspace(0.5, 2.0, input_BL.size, dtype=np.float32).reshape(input_BL.shape)
+
+  def total(params):
+    nll_BL = c.bind(params).nll(input_BL, target_BL, **options)
+    return jnp.sum(weight_BL * nll_BL), nll_BL
+
+  gradient, nll_BL = jax.jit(jax.grad(total, has_aux=True))(params)
+  return nll_BL, gradient
+
+
+def assert_close(a, b):
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), a, b)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_nll_is_the_cross_entropy_of_the_target(tied):
+  c = dataclasses.replace(TINY, tied=tied)
+  params, (input_BL, target_BL) = random_params(c), targets(c)
+  segment_BL = np.tile([1, 1, 2, 2, 2, 2], (4, 1)).astype(np.int32)
+  log_p_BLV = jax.nn.log_softmax(logits(c, params, input_BL, segment_BL))
+  picked_BL = np.take_along_axis(np.asarray(log_p_BLV), np.maximum(target_BL, 0)[..., None], axis=-1)[..., 0]
+  nll_BL = jax.jit(lambda params: c.bind(params).nll(input_BL, target_BL, segment_BL))(params)
+  np.testing.assert_allclose(nll_BL, np.where(target_BL < 0, 0.0, -picked_BL), atol=1e-5)
+  assert not np.any(np.asarray(nll_BL)[target_BL < 0]) and nll_BL.dtype == np.float32
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("per_pair, head_chunk", [(7, 8192), (None, 1), (None, 5), (None, 24), (7, 4)])
+def test_a_cheaper_head_gives_the_same_loss_and_gradient(tied, per_pair, head_chunk):
+  c = dataclasses.replace(TINY, tied=tied)
+  params, (input_BL, target_BL) = random_params(c), targets(c)
+  cheaper = dataclasses.replace(c, head_chunk=head_chunk)
+  assert_close(
+    nll_and_gradient(cheaper, params, input_BL, target_BL, per_pair=per_pair),
+    nll_and_gradient(c, params, input_BL, target_BL),
+  )
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_rematerialisation_changes_no_gradient(remat):
+  params, (input_BL, target_BL) = random_params(TINY), targets(TINY)
+  c = dataclasses.replace(TINY, remat=remat)
+  assert_close(nll_and_gradient(c, params, input_BL, target_BL), nll_and_gradient(TINY, params, input_BL, target_BL))
+
+
+def test_bfloat16_computes_float32_logits():
+  c = dataclasses.replace(TINY, dtype="bfloat16")
+  params, tokens_BL = random_params(c), random_tokens(c, 2, 6)
+  out_BLV, expected_BLV = logits(c, params, tokens_BL), logits(TINY, params, tokens_BL)
+  assert out_BLV.dtype == np.float32
+  assert np.any(out_BLV != out_BLV.astype(jnp.bfloat16))  # nor were they rounded on the way
+  difference = abs(out_BLV - expected_BLV).max()
+  assert 1e-4 < difference < 0.1 * abs(expected_BLV).max()  # bfloat16 it was, and no worse
+  nll_BL, gradient = nll_and_gradient(c, params, tokens_BL, tokens_BL)
+  assert {x.dtype for x in jax.tree.leaves((nll_BL, gradient))} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize(
+  "fields, said",
+  [
+    ({"D": 0}, "model.D=0"),
+    ({"N": -1}, "model.N=-1"),
+    ({"H": 3}, "model.H=3 is not a multiple of model.G=2"),
+    ({"K": 5}, "model.K=5"),
+    ({"remat": "some"}, "model.remat='some': use one of none, full, dots"),
+    ({"dtype": "float16"}, "model.dtype='float16': use auto, float32 or bfloat16"),
+  ],
+)
+def test_a_bad_config_is_one_clear_line(fields, said):
+  with pytest.raises(ValueError, match="model") as error:
+    dataclasses.replace(TINY, **fields)
+  assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_parameters_need_a_vocabulary():
+  with pytest.raises(ValueError, match="model.V=0: set the rows"):
+    dataclasses.replace(TINY, V=0).init(jax.random.key(0))
