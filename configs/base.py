@@ -23,7 +23,6 @@ def get_config() -> ConfigDict:
   config.model.F = 768  # feed-forward width (SwiGLU, three matrices)
   config.model.V = 0  # rows of the embedding; 0: what the tokenizer needs
   config.model.tied = False  # one matrix for embedding and head
-  config.model.causal = False  # only with objective = "autoregressive"
   config.model.rope_theta = 500_000.0
   config.model.norm_eps = 1e-5
   config.model.max_length = 4096  # longest canvas

@@ -4,6 +4,7 @@ WORKDIR/checkpoints/STEP/ holds {"step", "params", "mu", "nu"}: parameters and A
 `MaskPredictorConfig.letters`. Neither Flax's nor optax's classes leave a trace in it.
 """
 
+import itertools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -111,7 +112,8 @@ def restore_latest(workdir: Path, abstract: Tree) -> tuple[int, Tree] | None:
       failed.append((step, error))
       continue
     for bad, error in failed:
-      aside = folder(workdir) / f"{bad}.unreadable"
+      names = (f"{bad}.unreadable{n or ''}" for n in itertools.count())
+      aside = next(path for name in names if not (path := folder(workdir) / name).exists())
       logging.warning("%s; falling back to step %d, the old files are in %s", error, step, aside)
       if jax.process_index() == 0:
         (folder(workdir) / str(bad)).rename(aside)

@@ -84,8 +84,8 @@ class Config:
   def __post_init__(self):
     if self.objective not in ("diffusion", "autoregressive"):
       raise ValueError(f"objective={self.objective!r}: use diffusion or autoregressive")
-    if self.model.causal != (self.objective == "autoregressive"):
-      raise ValueError(f"model.causal={self.model.causal} does not go with objective={self.objective!r}")
+    causal = self.objective == "autoregressive"  # the objective decides; configs do not say it twice
+    object.__setattr__(self, "model", dataclasses.replace(self.model, causal=causal))
     B = self.data.batch_size
     if self.steps < 1 or self.micro_batches < 1:
       raise ValueError(f"steps={self.steps}, micro_batches={self.micro_batches}: must be at least 1")
@@ -138,7 +138,9 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
     return None if value is None else _typed(value, next(k for k in options if k is not type(None)), where)
   origin = typing.get_origin(kind) or kind
   if origin is tuple and isinstance(value, list | tuple):
-    return tuple(tuple(x) if isinstance(x, list) else x for x in value)
+    kinds = options[:1] * len(value) if options[1:] == (...,) else options
+    if len(kinds) == len(value):
+      return tuple(_typed(x, k, f"{where}[{i}]") for i, (x, k) in enumerate(zip(value, kinds, strict=True)))
   if origin is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
   if not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool):

@@ -9,7 +9,7 @@ compiled programs are reused -> sampling.sample, one compiled program -> `Sample
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,13 @@ class Sampled:
   confidence: np.ndarray
   nfe: int
   padding: np.ndarray
-  pieces: Any  # id -> str
+  piece: Callable[[int], str]  # id -> text of one token
 
   def unmaskings(self) -> list[visualize.Unmasking]:
     """The rows without their padding, ready to be drawn."""
     rows = zip(self.tokens, self.unmasked_at, self.confidence, self.padding, strict=True)
     return [
-      visualize.Unmasking(tuple(self.pieces(int(i)) for i in tokens[n:]), at[n:], confidence[n:])
+      visualize.Unmasking(tuple(self.piece(int(i)) for i in tokens[n:]), at[n:], confidence[n:])
       for tokens, at, confidence, n in rows
     ]
 
@@ -187,8 +187,14 @@ class LLaDA:
     return Sampled(
       text=text, tokens=tokens, unmasked_at=np.asarray(unmasked_at_BL), confidence=np.asarray(confidence_BL),
       nfe=int(nfe), padding=(segment_BL == 0).sum(axis=1),
-      pieces=self.tokenizer.piece if self.tokenizer else (lambda i: f"{i} "),
+      piece=self._piece,
     )  # fmt: skip
+
+  def _piece(self, i: int) -> str:
+    """A token as it is drawn: EOS as ⏎, ids where there is no tokenizer."""
+    if i == self.eos_id:
+      return "⏎"
+    return self.tokenizer.piece(i) if self.tokenizer else f"{i} "
 
   def _text(self) -> tokenizers.Tokenizer:
     if self.tokenizer is None:

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
   workdir = Path(_WORKDIR.value).expanduser()
   if _MODE.value == "train" and _CONFIG.value is None:
     raise ValueError("--config is missing: name a config, as in --config=configs/quickstart.py")
-  if _MODE.value == "sample" and not (workdir / "config.json").is_file():
+  if _MODE.value != "train" and not (workdir / "config.json").is_file():
     raise FileNotFoundError(f"--workdir={workdir}: there is no run in it; train one first with --mode=train")
 
   from lladax import config as configs
@@ -49,14 +49,16 @@ def main(argv: list[str]) -> None:
 def _parse(argv: list[str]) -> list[str]:
   """Flags; an unknown config field becomes one clear line."""
   try:
-    return flags.FLAGS(argv)
+    rest = flags.FLAGS(argv)
+    getattr(_CONFIG.value, "to_dict", None)  # a config file that is not there complains when it is asked
+    return rest
   except flags.Error as error:
     raise SystemExit(_complain(str(error))) from None
   except (AttributeError, KeyError) as error:
     unknown = [a.split("=")[0].removeprefix("--config.") for a in argv if a.startswith("--config.")]
     raise SystemExit(_complain(_nearest(unknown) or str(error))) from None
   except OSError as error:
-    raise SystemExit(_complain(f"--config: {error}")) from None
+    raise SystemExit(_complain(f"--config: {str(error).splitlines()[-1].strip()}")) from None
 
 
 def _nearest(names: list[str]) -> str | None:
@@ -84,6 +86,7 @@ def _complain(message: str) -> int:
 
 def _main(argv: list[str]) -> int:
   """One line for the input errors that lladax itself raises; a traceback for everything else."""
+  logging.basicConfig(format="lladax: %(message)s", level=logging.WARNING, force=True)
   logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
   try:
     main(argv)

@@ -47,9 +47,13 @@ class Writer:
     path = workdir / "metrics.jsonl"
     if path.exists():
       lines = [line for line in path.read_text().splitlines() if _step_of(line) <= start]
-      path.write_text("".join(line + "\n" for line in lines))
+      shorter = path.with_suffix(".new")
+      shorter.write_text("".join(line + "\n" for line in lines))
+      shorter.replace(path)  # at once: a run may be killed here
     self._file = path.open("a")
-    self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start) if tensorboard else None
+    self._board = (
+      tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1) if tensorboard else None
+    )
     self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
     self._total, self._first, self._began = total_steps, start, time.monotonic()
 

@@ -125,7 +125,9 @@ def prepare(config: Config, workdir: Path) -> Run:
   workdir.mkdir(parents=True, exist_ok=True)
   if not saved:
     text.save(workdir / "tokenizer")
-  saved_config.write_text(json.dumps(plain, indent=2) + "\n")
+  new_config = saved_config.with_suffix(".new")
+  new_config.write_text(json.dumps(plain, indent=2) + "\n")
+  new_config.replace(saved_config)  # at once: a run may be killed here
 
   letters = model.letters()
   tx = optimizer.create(config.optimizer, config.steps, letters)
@@ -212,9 +214,9 @@ def _loop(run: Run, state: State, jitted: Any, start: int, console: Console, sto
     values = {name: float(x) for name, x in jax.device_get(scalars).items()}
     ticks.append(time.monotonic())
     del ticks[:-20]
-    if not math.isfinite(values["loss"]):
+    if not all(map(math.isfinite, values.values())):  # the gradient can break before the loss does
       raise FloatingPointError(
-        f"loss={values['loss']} at step {step}: lower the learning rate and run the same command in a workdir that"
+        f"loss={values['loss']}, grad_norm={values['grad_norm']} at step {step}: lower the learning rate and run the same command in a workdir that"
         f" holds a checkpoint from before (there are: {checkpoint.steps(workdir) or 'none'})"
       )
     speed = tokens * (len(ticks) - 1) / (ticks[-1] - ticks[0])
@@ -242,7 +244,7 @@ def _loop(run: Run, state: State, jitted: Any, start: int, console: Console, sto
         write(*waiting)  # a state that is not a number is never saved
         waiting = None
         saver.save(step, to_tree(state))
-      if stop.signal:
+      if last:
         break
       if config.evaluate.every and step % config.evaluate.every == 0 and not last:
         values = evaluate.bound(_llada(run, state), config, rows=config.evaluate.rows)
@@ -252,6 +254,7 @@ def _loop(run: Run, state: State, jitted: Any, start: int, console: Console, sto
     profiler.stop()
     saver.close()
     writer.close()
+    stop.restore()
   return state
 
 
@@ -316,15 +319,21 @@ class _Interrupt:
 
   def __init__(self):
     self.signal = 0
+    self._old: dict[int, Any] = {}
     for number in (signal.SIGINT, signal.SIGTERM):
       try:
-        self._old = signal.signal(number, self._note)
+        self._old[number] = signal.signal(number, self._note)
       except ValueError:  # not the main thread (a notebook kernel may run us elsewhere)
         return
 
   def _note(self, number: int, frame: Any) -> None:
     self.signal = number
-    signal.signal(number, signal.SIG_DFL)
+    signal.signal(number, self._old[number])
+
+  def restore(self) -> None:
+    """Signals mean again what they meant before the run."""
+    for number, handler in self._old.items():
+      signal.signal(number, handler)
 
 
 def evaluate_last(config: Config, workdir: Path) -> dict[str, float]:

@@ -1,9 +1,14 @@
-"""Eight CPU devices for every test, and no silent broadcasting."""
+"""Eight CPU devices for every test, no silent broadcasting, and a tiny run."""
 
+import atexit
+import json
 import os
 import pathlib
+import random
+import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -13,6 +18,11 @@ if "xla_force_host_platform_device_count" not in USER_XLA_FLAGS:
   flags = f"{USER_XLA_FLAGS} --xla_force_host_platform_device_count=8"
   os.environ["XLA_FLAGS"] = flags.strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# A tiny model compiles longer than it runs: the tests, and the commands they start, compile each program once.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lladax-tests-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax  # noqa: E402
 
@@ -28,4 +38,61 @@ def quickstart_workdir(tmp_path_factory):
   command = f"-m lladax.main --config=configs/quickstart.py --workdir={workdir} --config.steps=2"
   env = {**os.environ, "XLA_FLAGS": USER_XLA_FLAGS}
   subprocess.run([sys.executable, *command.split()], cwd=ROOT, env=env, check=True)
+  return workdir
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory):
+  """A JSONL file of 200 documents with something to learn: rhymes of colours."""
+  path = tmp_path_factory.mktemp("corpus") / "colours.jsonl"
+  colours = random.Random(0).choices(["red", "green", "blue", "yellow"], k=200)
+  lines = (json.dumps({"text": f"{colour} and {colour} {i % 10}"}) + "\n" for i, colour in enumerate(colours))
+  path.write_text("".join(lines))
+  return path
+
+
+@pytest.fixture(scope="session")
+def tiny_values(tiny_corpus):
+  """What makes configs/base.py a run of seconds: field -> value."""
+  return {
+    "steps": 20,
+    "model.D": 16,
+    "model.N": 2,
+    "model.H": 2,
+    "model.G": 2,
+    "model.K": 8,
+    "model.F": 32,
+    "tokenizer.kind": "bytes",
+    "data.corpus": f"files:{tiny_corpus}",
+    "data.length": 16,
+    "data.batch_size": 32,
+    "data.held_out": 0.1,
+    "optimizer.schedule": ((5, 0.03), (-1, 0.03)),
+    "checkpoint.every": 5,
+    "evaluate.num_samples": 2,
+    "log.tensorboard": False,
+  }
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_values):
+  """tiny({"steps": 3}) -> the Config of a run of seconds, with these fields changed."""
+  from configs import base
+  from lladax.config import parse
+
+  def make(changes=()):
+    values = base.get_config()
+    values.update_from_flattened_dict(tiny_values | dict(changes))
+    return parse(values.to_dict())
+
+  return make
+
+
+@pytest.fixture(scope="session")
+def tiny_workdir(tiny, tmp_path_factory):
+  """The workdir of an unbroken tiny run. To be copied, not changed."""
+  from lladax import train
+
+  workdir = tmp_path_factory.mktemp("tiny") / "unbroken"
+  train.train(tiny(), workdir)
   return workdir

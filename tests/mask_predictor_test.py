@@ -190,7 +190,7 @@ def targets(c, B=4, L=6):
   input_BL, target_BL = random_tokens(c, B, L), random_tokens(c, B, L, seed=1)
   asked_BL = np.zeros((B, L), bool)
   asked_BL[0], asked_BL[1, 2], asked_BL[3, 1:4] = True, True, True
-  return input_BL, np.where(asked_BL, target_BL, -1)
+  return jnp.asarray(input_BL), jnp.asarray(np.where(asked_BL, target_BL, -1))
 
 
 def nll_and_gradient(c, params, input_BL, target_BL, **options):

@@ -1,0 +1,26 @@
+"""LLaDA 8B, pre-training (arXiv 2502.09992, section 2.2 and appendix B).
+
+  python -m lladax.main --config=configs/llada_8b.py --workdir=gs://BUCKET/llada_8b \
+    --config.data.corpus='files:/data/*.jsonl.xz' --config.tokenizer.path=/data/tokenizer.json
+
+8,015,581,184 parameters; 2.3T tokens of 4096 x 1280 a step. As published: 0.13M H800 hours. Betas and clipping are
+not in the paper; they are those of its predecessor SMDM. Not run by us: what is tested here is that it builds, and
+that its parameter count and learning rates are the published ones.
+"""
+
+from configs import base
+
+
+def get_config():
+  config = base.get_config()
+  config.model.update(D=4096, N=32, H=32, G=32, K=128, F=12288, V=126464, max_length=4096, remat="full")
+  config.tokenizer.update(kind="huggingface", path="tokenizer.json")
+  config.data.update(length=4096, batch_size=1280, random_lengths=0.01, held_out=0.001)
+  # 1.2T tokens at 4e-4 after 2000 steps of warm-up, 0.8T at 1e-4, and 0.3T down to 1e-5; 5,242,880 tokens a step.
+  config.optimizer.schedule = ((2000, 4e-4), (226_882, 4e-4), (0, 1e-4), (152_588, 1e-4), (57_220, 1e-5))
+  config.steps = 438_690
+  config.mesh.update(data=1, fsdp=-1)
+  config.checkpoint.update(every=1000, keep=3, keep_every=20_000)
+  config.log.update(console_every=10)
+  config.evaluate.update(every=5000, rows=1024, num_samples=4, batch_size=256)
+  return config
