@@ -4,8 +4,10 @@ WORKDIR/checkpoints/STEP/ holds {"step", "params", "mu", "nu"}: parameters and A
 `MaskPredictorConfig.letters`. Neither Flax's nor optax's classes leave a trace in it.
 """
 
+import functools
 import itertools
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,12 +89,28 @@ def _manager(workdir: Path, options: ocp.CheckpointManagerOptions) -> ocp.Checkp
 
 
 def _read(workdir: Path, step: int, how: Callable[[ocp.CheckpointManager], Tree]) -> Tree:
+  _drop_echoes()
   try:
     with _manager(workdir, ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False)) as manager:
       return how(manager)
   except Exception as error:  # Orbax and TensorStore raise many kinds; all mean the same here
-    why = (str(error).splitlines() or [""])[0][:200]
-    raise Corrupt(f"{folder(workdir) / str(step)} cannot be read: {type(error).__name__}: {why}") from error
+    cause = error.__cause__ or error
+    why = (str(cause).splitlines() or [""])[0][:200]
+    raise Corrupt(f"{folder(workdir) / str(step)} cannot be read: {type(cause).__name__}: {why}") from error
+
+
+@functools.cache
+def _drop_echoes() -> None:
+  """When one array cannot be read, Orbax abandons the others, and each would print a traceback of its own."""
+  report = sys.unraisablehook
+
+  def hook(unraisable):
+    abandoned = getattr(unraisable.object, "__name__", "") == "_read_array_index_and_device_put"
+    if not abandoned and str(unraisable.exc_value) != "Event loop is closed":
+      report(unraisable)
+
+  sys.unraisablehook = hook
+  logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
 
 
 def restore_latest(workdir: Path, abstract: Tree) -> tuple[int, Tree] | None:

@@ -70,15 +70,15 @@ class LLaDA:
   eos_id: int
   vocab_size: int  # ids in use; rows of the embedding behind it are never sampled
 
-  def sample(self, prompts: str | Sequence[str], **options) -> Sampled:
-    """Continues each prompt with `gen_length` tokens; options are the fields of `SamplerConfig`.
+  def sample(self, prompts: str | Sequence[str] | Sequence[Sequence[int]], **options) -> Sampled:
+    """Continues each prompt (text, or a list of ids) with `gen_length` tokens; options are those of `SamplerConfig`.
 
     Raises:
       TypeError: an option that does not exist.
       ValueError: an option out of range; `gen_length` that is not a multiple of `block_length`.
     """
     c = SamplerConfig(**options)
-    ids = [self._text().encode(text) for text in _listed(prompts)]
+    ids = [self._ids(prompt) for prompt in _listed(prompts)]
     if self.model.causal:
       return self._continue(ids, c)
     if c.gen_length % min(c.block_length, c.gen_length):
@@ -156,7 +156,7 @@ class LLaDA:
       raise ValueError(f"a canvas of {length} tokens is longer than model.max_length={self.model.max_length}")
     tokens_BL, segment_BL = _left_pad(canvases, length, self.eos_id)
     canvas = _sample(
-      self.params, tokens_BL, segment_BL, c.seed,
+      self.params, tokens_BL, segment_BL if (segment_BL == 0).any() else None, c.seed,
       model=self.model, c=dataclasses.replace(c, seed=0), mask_id=self.mask_id, vocab_size=self.vocab_size,
       first=prompt_length or 0,
     )  # fmt: skip
@@ -222,8 +222,11 @@ def load(path: str | Path, step: int | None = None) -> LLaDA:
   if not (workdir / "config.json").is_file():
     raise FileNotFoundError(f"{workdir} is not a workdir of lladax: there is no config.json in it")
   text = tokenizers.load(workdir / "tokenizer")
-  model = MaskPredictorConfig(**json.loads((workdir / "config.json").read_text())["model"])
+  saved = json.loads((workdir / "config.json").read_text())
+  model = MaskPredictorConfig(**saved["model"])
   check_vocabulary(model, text)
+  if text.fingerprint != saved["tokenizer_fingerprint"]:
+    raise ValueError(f"{workdir / 'tokenizer'} holds another tokenizer than the one this model was trained with")
   available = checkpoint.steps(workdir)
   if not available or (step is not None and step not in available):
     wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
@@ -249,7 +252,7 @@ def check_vocabulary(model: MaskPredictorConfig, text: tokenizers.Tokenizer) -> 
     )
 
 
-def _listed(x: str | Sequence[str]) -> list[str]:
+def _listed(x: str | Sequence) -> list:
   rows = [x] if isinstance(x, str) else list(x)
   if not rows:
     raise ValueError("there is nothing to sample: the list of prompts is empty")
@@ -287,16 +290,17 @@ def _keys(seed: jax.Array, rows: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("model", "c", "mask_id", "vocab_size", "first"))
 def _sample(params, tokens_BL, segment_BL, seed, *, model, c, mask_id, vocab_size, first) -> sampling.Canvas:
+  """`segment_BL` None: no row is padded, and attention needs no mask."""
   bound, B = model.bind(params), tokens_BL.shape[0]
-  position_BL = _positions(segment_BL)
+  where = () if segment_BL is None else (segment_BL, _positions(segment_BL))
   given_BL = tokens_BL != mask_id
 
   def predict(canvas_BL, start, W):
-    segments, positions = segment_BL, position_BL
+    at = where
     if c.guidance_scale:  # the second half of the batch sees what is given masked
       canvas_BL = jnp.concatenate([canvas_BL, jnp.where(given_BL, mask_id, canvas_BL)])
-      segments, positions = jnp.tile(segments, (2, 1)), jnp.tile(positions, (2, 1))
-    hidden_BLD, _ = bound.hidden(canvas_BL, segments, positions)
+      at = tuple(jnp.tile(x, (2, 1)) for x in where)
+    hidden_BLD, _ = bound.hidden(canvas_BL, *at)
     logits = bound.logits(jax.lax.dynamic_slice_in_dim(hidden_BLD, start, W, axis=1))
     if c.guidance_scale:
       logits = logits[B:] + (c.guidance_scale + 1) * (logits[:B] - logits[B:])

@@ -16,7 +16,7 @@ class OptimizerConfig:
   of 0 is a jump. LLaDA's warmup-stable-decay with its drop at 1.2T tokens is five such pieces.
   """
 
-  schedule: tuple[tuple[float, float], ...] = ((100, 1e-3), (-1, 1e-3), (0.2, 0.0))
+  schedule: tuple[tuple[float, float], ...] = ((0.05, 1e-3), (-1, 1e-3), (0.2, 0.0))
   b1: float = 0.9
   b2: float = 0.95
   eps: float = 1e-8

@@ -178,8 +178,11 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
   step_fn = functools.partial(train_step, config=config, tx=run.tx, mask_id=run.text.mask_id, eos_id=run.text.eos_id)
   jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=(run.shardings, None))
   stop = _Interrupt()
-  if start < config.steps:
-    state = _loop(run, state, jitted, start, console, stop)
+  try:
+    if start < config.steps:
+      state = _loop(run, state, jitted, start, console, stop)
+  finally:
+    stop.restore()
   if stop.signal:
     console.print(f"stopped by a signal after step {int(state.step)}; the same command continues from there")
     raise SystemExit(128 + stop.signal)
@@ -216,8 +219,8 @@ def _loop(run: Run, state: State, jitted: Any, start: int, console: Console, sto
     del ticks[:-20]
     if not all(map(math.isfinite, values.values())):  # the gradient can break before the loss does
       raise FloatingPointError(
-        f"loss={values['loss']}, grad_norm={values['grad_norm']} at step {step}: lower the learning rate and run the same command in a workdir that"
-        f" holds a checkpoint from before (there are: {checkpoint.steps(workdir) or 'none'})"
+        f"loss={values['loss']}, grad_norm={values['grad_norm']} at step {step}: start again in another workdir with"
+        f" a lower learning rate; the checkpoints in {workdir} are from before"
       )
     speed = tokens * (len(ticks) - 1) / (ticks[-1] - ticks[0])
     values |= {"learning_rate": float(rate(step - 1)), "tokens_per_second": speed}
@@ -246,7 +249,7 @@ def _loop(run: Run, state: State, jitted: Any, start: int, console: Console, sto
         saver.save(step, to_tree(state))
       if last:
         break
-      if config.evaluate.every and step % config.evaluate.every == 0 and not last:
+      if config.evaluate.every and step % config.evaluate.every == 0:
         values = evaluate.bound(_llada(run, state), config, rows=config.evaluate.rows)
         writer.write(step, {f"held_out_{name}": value for name, value in values.items()})
         ticks[:] = [time.monotonic()]
@@ -254,7 +257,6 @@ def _loop(run: Run, state: State, jitted: Any, start: int, console: Console, sto
     profiler.stop()
     saver.close()
     writer.close()
-    stop.restore()
   return state
 
 

@@ -89,6 +89,12 @@ def tiny(tiny_values):
 
 
 @pytest.fixture(scope="session")
+def tiny_flags(tiny_values):
+  """The same on the command line."""
+  return ["--config=configs/base.py", *(f"--config.{name}={value}" for name, value in tiny_values.items())]
+
+
+@pytest.fixture(scope="session")
 def tiny_workdir(tiny, tmp_path_factory):
   """The workdir of an unbroken tiny run. To be copied, not changed."""
   from lladax import train

@@ -69,14 +69,12 @@ def test_the_moments_lie_where_their_parameters_lie(tiny, tmp_path):
   run = train.prepare(tiny({"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2}), tmp_path / "run")
   state = jax.jit(run.init, out_shardings=run.shardings)()
   tree = train.to_tree(state)
-  local = {name: dict(checkpoint.flat(jax.tree.map(shard_shape, tree[name]))) for name in ("params", "mu", "nu")}
-  assert local["params"] == local["mu"] == local["nu"]
+  params, mu, nu = (
+    {path: x.sharding.shard_shape(x.shape) for path, x in checkpoint.flat(tree[name])} for name in ("params", "mu", "nu")
+  )
+  assert params == mu == nu
   # D over 4 devices; V, H, G and F over 2; vectors along D too.
-  assert local["params"]["embedding"] == (384 // 2, 16 // 4)
-  assert local["params"]["blocks/q"] == (2, 16 // 4, 2 // 2, 8)
-  assert local["params"]["blocks/down"] == (2, 32 // 2, 16 // 4)
-  assert local["params"]["blocks/ff_norm"] == (2, 16 // 4)
-
-
-def shard_shape(x):
-  return x.sharding.shard_shape(x.shape)
+  assert params["embedding"] == (384 // 2, 16 // 4)
+  assert params["blocks/q"] == (2, 16 // 4, 2 // 2, 8)
+  assert params["blocks/down"] == (2, 32 // 2, 16 // 4)
+  assert params["blocks/ff_norm"] == (2, 16 // 4)

@@ -1,0 +1,191 @@
+"""lladax beside plain PyTorch on a CPU: a training step, and the published fixed-schedule sampler.
+
+  pip install torch==2.13.0   # for this benchmark only
+  python benchmarks/cpu.py                # the same sizes, float32, two threads, one table
+  python benchmarks/cpu.py --D 512 --L 256 --json
+
+Each contender lives in a process of its own, held to the same two cores, and they take turns: round by round one step
+of each, so that a machine that slows down slows all of them. Quoted are medians, and the median of the ratios of a
+round. In training, PyTorch masks as published and computes the head at the masked positions only; lladax is shown with
+the published masking (head everywhere) and with exact counts and antithetic times (head on half the positions).
+In sampling PyTorch is shown with the head on all positions, as in the published code, and on the block alone.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+SIZES = {"V": 1024, "D": 192, "N": 6, "H": 6, "K": 32, "F": 512}
+SHAPES = {"B": 64, "L": 64, "prompt": 64, "gen": 64, "block": 32, "steps": 64, "rows": 4}
+
+
+def torch_train(a: dict, compiled: bool) -> Callable[[], object]:
+  """One update of the PyTorch baseline."""
+  import torch
+  import torch_baseline
+
+  model = _torch_model(a)
+  if compiled:
+    model.hidden = torch.compile(model.hidden)
+  optimizer = torch_baseline.make_optimizer(model, 1e-3, 0.1)
+  tokens_BL = torch.randint(0, a["V"] - 1, (a["B"], a["L"]))
+  return lambda: float(torch_baseline.train_step(model, optimizer, tokens_BL, a["V"] - 1))
+
+
+def torch_sample(a: dict, block_head: bool) -> Callable[[], object]:
+  """One call of the PyTorch sampler."""
+  import torch
+  import torch_baseline
+
+  model = _torch_model(a).eval()
+  prompt_BL = torch.randint(0, a["V"] - 1, (a["rows"], a["prompt"]))
+  return lambda: torch_baseline.generate(
+    model, prompt_BL, a["gen"], a["block"], a["steps"], mask_id=a["V"] - 1, block_head=block_head
+  )
+
+
+def _torch_model(a: dict):
+  import torch
+  import torch_baseline
+
+  torch.manual_seed(0)
+  torch.set_num_threads(2)
+  return torch_baseline.MaskPredictor(a["V"], a["D"], a["N"], a["H"], a["H"], a["K"], a["F"])
+
+
+def lladax_train(a: dict, exact: bool) -> Callable[[], object]:
+  """One update by lladax.train.train_step, the function that the training loop compiles."""
+  import functools
+
+  import jax
+  import jax.numpy as jnp
+
+  from lladax import config, optimizer, train
+
+  values = {"seed": 0, "objective": "diffusion", "steps": 1000, "micro_batches": 1}
+  values |= dict.fromkeys(("tokenizer", "optimizer", "mesh", "checkpoint", "log", "evaluate", "sample"), {})
+  values["model"] = {name: a[name] for name in SIZES} | {"G": a["H"]}
+  values["data"] = {"length": a["L"], "batch_size": a["B"]}
+  values["noise"] = {"masking": "exact", "times": "antithetic"} if exact else {}
+  c = config.parse(values)
+  tx = optimizer.create(c.optimizer, c.steps, c.model.letters())
+  params = c.model.init(jax.random.key(0))
+  state = train.State(jnp.int32(0), params, tx.init(params))
+  tokens_BL = jax.random.randint(jax.random.key(1), (a["B"], a["L"]), 0, a["V"] - 1)
+  batch = {
+    "tokens": tokens_BL,
+    "weight": jnp.full(tokens_BL.shape, 1.0 / tokens_BL.size),
+    "segment": jnp.ones_like(tokens_BL),
+    "index": jnp.arange(a["B"]),
+  }
+  step = functools.partial(train.train_step, config=c, tx=tx, mask_id=a["V"] - 1, eos_id=0)
+  jitted = jax.jit(step, donate_argnums=0)
+
+  def call():
+    nonlocal state
+    state, scalars = jitted(state, batch)
+    return float(scalars["loss"])
+
+  return call
+
+
+def lladax_sample(a: dict, _: bool) -> Callable[[], object]:
+  """One call of LLaDA.unmask on prompts and masks."""
+  import jax
+  import numpy as np
+
+  from lladax import LLaDA
+  from lladax.mask_predictor import MaskPredictorConfig
+
+  model = MaskPredictorConfig(**{name: a[name] for name in SIZES}, G=a["H"])
+  mask_id = a["V"] - 1
+  llada = LLaDA(model, model.init(jax.random.key(0)), None, mask_id, mask_id - 1, mask_id)
+  prompt = np.random.default_rng(0).integers(0, mask_id - 1, (a["rows"], a["prompt"])).tolist()
+  options = {"gen_length": a["gen"], "block_length": a["block"], "steps": a["steps"]}
+  return lambda: llada.sample(prompt, **options)
+
+
+CONTENDERS = {
+  "train": {
+    "PyTorch eager": (torch_train, False),
+    "PyTorch torch.compile": (torch_train, True),
+    "lladax, masking as published": (lladax_train, False),
+    "lladax, exact + antithetic": (lladax_train, True),
+  },
+  "sample": {
+    "PyTorch, head everywhere": (torch_sample, False),
+    "PyTorch, head on the block": (torch_sample, True),
+    "lladax": (lladax_sample, False),
+  },
+}
+
+
+def worker(pipe, mode: str, name: str, a: dict) -> None:
+  """Builds a contender, warms it up, then times one call whenever asked."""
+  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+  make, option = CONTENDERS[mode][name]
+  call = make(a, option)
+  for _ in range(2):
+    call()
+  pipe.send(None)
+  while pipe.recv():
+    began = time.perf_counter()
+    call()
+    pipe.send(time.perf_counter() - began)
+
+
+def compare(mode: str, a: dict, rounds: int) -> dict[str, list[float]]:
+  """Seconds of each contender's calls, taken in turn."""
+  context = multiprocessing.get_context("spawn")
+  pipes, processes = {}, []
+  for name in CONTENDERS[mode]:
+    pipes[name], theirs = context.Pipe()
+    processes.append(context.Process(target=worker, args=(theirs, mode, name, a), daemon=True))
+    processes[-1].start()
+    pipes[name].recv()
+  seconds: dict[str, list[float]] = {name: [] for name in pipes}
+  for _ in range(rounds):
+    for name, pipe in pipes.items():
+      pipe.send(True)
+      seconds[name].append(pipe.recv())
+  for process, pipe in zip(processes, pipes.values(), strict=True):
+    pipe.send(False)
+    process.join()
+  return seconds
+
+
+def main() -> None:
+  """Prints a table for training and one for sampling."""
+  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser.add_argument("--mode", choices=("train", "sample", "both"), default="both")
+  parser.add_argument("--rounds", type=int, default=9)
+  parser.add_argument("--json", action="store_true")
+  for name, default in (SIZES | SHAPES).items():
+    parser.add_argument(f"--{name}", type=int, default=default)
+  a = vars(parser.parse_args())
+  for mode in ("train", "sample") if a["mode"] == "both" else (a["mode"],):
+    seconds = compare(mode, a, a["rounds"])
+    tokens = a["B"] * a["L"] if mode == "train" else a["rows"] * a["gen"]
+    first = next(iter(seconds.values()))
+    rows = {
+      name: {
+        "median_ms": 1e3 * statistics.median(times),
+        "tokens_per_second": tokens / statistics.median(times),
+        "speed_over_first": statistics.median(x / y for x, y in zip(first, times, strict=True)),
+      }
+      for name, times in seconds.items()
+    }
+    if a["json"]:
+      print(json.dumps({"mode": mode, "sizes": a, "results": rows}))
+      continue
+    print(f"{mode:32}{'ms':>10}{'tokens/s':>12}{'speed':>8}")
+    for name, row in rows.items():
+      print(f"{name:32}{row['median_ms']:10.0f}{row['tokens_per_second']:12,.0f}{row['speed_over_first']:7.2f}x")
+
+
+if __name__ == "__main__":
+  main()

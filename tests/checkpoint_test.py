@@ -1,0 +1,176 @@
+import gc
+import logging
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lladax import checkpoint, sharding
+from lladax.checkpoint import Checkpoints, Corrupt
+
+
+def tree(step):
+  """A train state in small: random, so that no file compresses to nothing."""
+  rng = np.random.default_rng(step)
+  shapes = {"embedding": (64, 32), "blocks": {"q": (2, 32, 4, 8), "norm": (2, 32)}}
+
+  def draw(shape):
+    return jax.device_put(rng.normal(size=shape).astype(np.float32))
+
+  moments = {name: jax.tree.map(draw, shapes, is_leaf=lambda x: isinstance(x, tuple)) for name in ("params", "mu", "nu")}
+  return {"step": jax.device_put(np.int32(step)), **moments}
+
+
+def abstract(like, at=None):
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at or x.sharding), like)
+
+
+def save(workdir, *steps, **options):
+  checkpoints = Checkpoints(workdir, **({"keep": 9} | options))
+  for step in steps:
+    checkpoints.save(step, tree(step))
+  checkpoints.close()
+
+
+def assert_same(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for (name, x), (_, y) in zip(checkpoint.flat(a), checkpoint.flat(b), strict=True):
+    assert x.dtype == y.dtype and x.shape == y.shape, name
+    assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), name
+
+
+def truncate(folder):
+  """What a crash or a full disk leaves: files shorter than they were."""
+  files = [path for path in folder.glob("**/ocdbt.process_*/d/*") if path.stat().st_size]
+  assert files
+  for path in files:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def without_metadata(folder):
+  for path in folder.rglob("_METADATA"):
+    path.unlink()
+
+
+def empty(folder):
+  shutil.rmtree(folder)
+  folder.mkdir()
+
+
+DAMAGES = [truncate, without_metadata, empty]
+
+
+@pytest.fixture
+def collected():
+  """What Orbax leaves of a read that failed is collected within the test: it must not make itself heard."""
+  yield
+  gc.collect()
+
+
+def test_round_trip_is_bitwise(tmp_path):
+  save(tmp_path, 3)
+  expected = tree(3)
+  assert_same(checkpoint.restore(tmp_path, 3, abstract(expected)), expected)
+
+
+def test_parameters_alone(tmp_path):
+  save(tmp_path, 3)
+  params = {"params": tree(3)["params"]}
+  assert_same(checkpoint.restore(tmp_path, 3, abstract(params)), params)
+
+
+def test_onto_eight_devices(tmp_path):
+  save(tmp_path, 3)
+  expected = tree(3)
+  mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4, tensor=2))
+  letters = {"embedding": "VD", "blocks": {"q": "NDHK", "norm": "ND"}}
+  at = {"step": NamedSharding(mesh, P())} | dict.fromkeys(("params", "mu", "nu"), sharding.shardings(mesh, letters))
+  wanted = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), expected, at)
+  found = checkpoint.restore(tmp_path, 3, wanted)
+  assert_same(found, expected)
+  assert jax.tree.map(lambda x: x.sharding, found) == at
+  assert found["mu"]["blocks"]["q"].addressable_shards[0].data.shape == (2, 32 // 4, 4 // 2, 8)
+
+
+def test_kept_by_count_and_by_period(tmp_path):
+  save(tmp_path, *range(10, 80, 10), keep=2, keep_every=30)
+  assert checkpoint.steps(tmp_path) == [30, 60, 70]
+  save(tmp_path, 80, keep=1)
+  assert checkpoint.steps(tmp_path)[-1] == 80
+
+
+@pytest.mark.parametrize("options", [{"keep": 0}, {"keep_every": -1}])
+def test_bad_options_are_named(tmp_path, options):
+  with pytest.raises(ValueError, match=r"checkpoint.keep(_every)?=-?\d: too small"):
+    Checkpoints(tmp_path, **options)
+
+
+def test_metadata_says_shapes_without_reading(tmp_path):
+  save(tmp_path, 3)
+  truncate(checkpoint.folder(tmp_path) / "3")
+  found = {name: (tuple(x.shape), np.dtype(x.dtype)) for name, x in checkpoint.flat(checkpoint.metadata(tmp_path, 3))}
+  assert found == {name: (x.shape, x.dtype) for name, x in checkpoint.flat(tree(3))}
+
+
+def test_no_checkpoint_at_all(tmp_path):
+  assert checkpoint.steps(tmp_path) == []
+  assert checkpoint.restore_latest(tmp_path, abstract(tree(0))) is None
+
+
+@pytest.mark.usefixtures("collected")
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_unreadable_checkpoint_falls_back_and_stays(tmp_path, caplog, damage):
+  save(tmp_path, 3, 6)
+  folder = checkpoint.folder(tmp_path)
+  damage(folder / "6")
+  with caplog.at_level(logging.WARNING):
+    step, found = checkpoint.restore_latest(tmp_path, abstract(tree(3)))
+  assert step == 3
+  assert_same(found, tree(3))
+  assert checkpoint.steps(tmp_path) == [3]
+  assert (folder / "6.unreadable").is_dir()
+  (message,) = [record.getMessage() for record in caplog.records if "falling back" in record.getMessage()]
+  assert f"{folder / '6'} cannot be read" in message and "falling back to step 3" in message and "\n" not in message
+  # The run goes on, saves this step again, and it may be lost again.
+  save(tmp_path, 6)
+  damage(folder / "6")
+  assert checkpoint.restore_latest(tmp_path, abstract(tree(3)))[0] == 3
+  assert len(list(folder.glob("6.unreadable*"))) == 2
+
+
+@pytest.mark.usefixtures("collected")
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_if_none_can_be_read_it_is_one_error(tmp_path, damage):
+  save(tmp_path, 3, 6)
+  for step in (3, 6):
+    damage(checkpoint.folder(tmp_path) / str(step))
+  with pytest.raises(Corrupt, match=f"no checkpoint of {tmp_path} can be read; the newest: .*checkpoints/6 ") as error:
+    checkpoint.restore_latest(tmp_path, abstract(tree(3)))
+  assert "\n" not in str(error.value)
+  assert checkpoint.steps(tmp_path) == [3, 6]  # left as they were
+
+
+def test_a_half_written_checkpoint_is_none(tmp_path):
+  save(tmp_path, 3, 6)
+  folder = checkpoint.folder(tmp_path)
+  half = folder / "6.orbax-checkpoint-tmp"
+  (folder / "6").rename(half)  # Orbax writes here, and renames at the end
+  assert checkpoint.steps(tmp_path) == [3]
+  assert checkpoint.restore_latest(tmp_path, abstract(tree(3)))[0] == 3
+  save(tmp_path, 6)
+  assert checkpoint.steps(tmp_path) == [3, 6] and not half.exists()
+  assert_same(checkpoint.restore(tmp_path, 6, abstract(tree(6))), tree(6))
+
+
+def test_another_shape_is_named(tmp_path):
+  save(tmp_path, 3)
+  wanted = abstract(tree(3))
+  wanted["mu"]["embedding"] = jax.ShapeDtypeStruct((64, 16), np.float32)
+  with pytest.raises(Corrupt, match=r"checkpoints/3: mu/embedding is of shape \(64, 32\), expected \(64, 16\)"):
+    checkpoint.restore(tmp_path, 3, wanted)
+  wanted = {"params": {"head": jax.ShapeDtypeStruct((4,), np.float32)}}
+  with pytest.raises(Corrupt, match=r"checkpoints/3: params/head is missing, expected \(4,\)"):
+    checkpoint.restore(tmp_path, 3, wanted)

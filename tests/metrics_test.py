@@ -1,0 +1,109 @@
+import json
+
+import jax
+import pytest
+
+from lladax import metrics
+from lladax.metrics import Writer
+
+
+def lines(workdir):
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def write(workdir, steps, start=0, **options):
+  writer = Writer(workdir, 10, start=start, **({"tensorboard": False} | options))
+  for step in steps:
+    writer.write(step, {"loss": 1.0 / step})
+  writer.close()
+
+
+def test_flops_are_the_matmuls_counted_by_hand():
+  D, N, H, K, F, V, T = 8, 3, 2, 4, 12, 128, 16
+  projections = 4 * D * H * K + 3 * D * F  # q, k, v, out; gate, up, down
+  per_token = 0
+  for _ in range(N):
+    per_token += 2 * projections
+    per_token += 2 * H * K * T  # queries with T keys
+    per_token += 2 * H * K * T  # weights with T values
+  per_token += 2 * D * V  # head
+  forward_and_backward = 3 * per_token
+  assert metrics.flops_per_token(N * projections + D * V, N, H * K, T) == forward_and_backward
+
+
+def test_peaks():
+  class Device:
+    device_kind = "NVIDIA H100 80GB HBM3"
+
+  assert metrics.peak_flops(Device()) == 989e12
+  assert metrics.peak_flops(jax.devices("cpu")[0]) is None
+
+
+@pytest.mark.parametrize(
+  ("seconds", "shown"), [(0, "0s"), (5.9, "5s"), (60, "1m00s"), (83, "1m23s"), (3600, "1h00m"), (3723, "1h02m")]
+)
+def test_clock(seconds, shown):
+  assert metrics.clock(seconds) == shown
+
+
+def test_one_object_a_line(tmp_path, capsys):
+  write(tmp_path / "deep" / "run", [1, 2])
+  assert lines(tmp_path / "deep" / "run") == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]
+  shown = capsys.readouterr()
+  assert "step 2/10  loss 0.5" in shown.err and not shown.out
+
+
+def test_a_resumed_run_drops_what_was_after_its_checkpoint(tmp_path):
+  write(tmp_path, range(1, 6))
+  write(tmp_path, [4], start=3)
+  assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+  write(tmp_path, [1], start=0)
+  assert [line["step"] for line in lines(tmp_path)] == [1]
+
+
+@pytest.mark.parametrize("half", ['{"step": 3, "lo', '{"st', "{", "\n"])
+def test_half_a_line_is_dropped(tmp_path, half):
+  write(tmp_path, [1, 2])
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write(half)
+  write(tmp_path, [3], start=2)
+  assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def records(content):
+  """The records of a TFRecord file: length (8 bytes), checksum (4), record, checksum (4)."""
+  while content:
+    length = int.from_bytes(content[:8], "little")
+    yield content[12 : 12 + length]
+    content = content[16 + length :]
+
+
+def test_tensorboard_gets_the_scalars(tmp_path):
+  from tensorboardX.proto.event_pb2 import Event
+
+  write(tmp_path, [3, 4], start=2, tensorboard=True)
+  (path,) = (tmp_path / "tensorboard").iterdir()
+  events = [Event.FromString(record) for record in records(path.read_bytes())]
+  scalars = [(event.step, value.tag, value.simple_value) for event in events for value in event.summary.value]
+  assert scalars == [(3, "loss", pytest.approx(1 / 3)), (4, "loss", 0.25)]
+  # What TensorBoard is told to forget begins behind the checkpoint.
+  assert [event.step for event in events if event.HasField("session_log")] == [3]
+
+
+def test_the_profiler_sees_its_window(tmp_path, monkeypatch):
+  trace = []
+  monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: trace.append(f"start {folder}"))
+  monkeypatch.setattr(jax.profiler, "stop_trace", lambda: trace.append("stop"))
+
+  def run(first, last, steps=6):
+    trace.clear()
+    window = metrics.ProfilerWindow(tmp_path, first, last)
+    for step in range(1, steps + 1):
+      window.at(step)
+      trace.append(step)
+    window.stop()
+    return trace
+
+  assert run(2, 4) == [1, f"start {tmp_path}", 2, 3, "stop", 4, 5, 6]
+  assert run(5, 99) == [1, 2, 3, 4, f"start {tmp_path}", 5, 6, "stop"]
+  assert run(0, 0) == [1, 2, 3, 4, 5, 6]

@@ -1,0 +1,210 @@
+import functools
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import lladax
+from lladax import checkpoint, data, sharding, train
+
+
+def curve(workdir):
+  """What must be the same in two runs that are the same, of every step."""
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  return [(line["step"], line["loss"], line["grad_norm"], line["learning_rate"]) for line in lines]
+
+
+def losses(workdir):
+  return np.array([loss for _, loss, *_ in curve(workdir)])
+
+
+def parameters(workdir):
+  return {name: np.asarray(x) for name, x in checkpoint.flat(lladax.load(workdir).params)}
+
+
+def assert_bitwise_equal(workdir, unbroken):
+  assert curve(workdir) == curve(unbroken)
+  a, b = parameters(workdir), parameters(unbroken)
+  assert a.keys() == b.keys()
+  for name in a:
+    assert a[name].tobytes() == b[name].tobytes(), name
+
+
+def assert_close(workdir, other, rtol):
+  np.testing.assert_allclose(losses(workdir), losses(other), rtol=rtol)
+  a, b = parameters(workdir), parameters(other)
+  for name in a:
+    np.testing.assert_allclose(a[name], b[name], rtol=0, atol=rtol * np.abs(b[name]).max(), err_msg=name)
+
+
+def at_batch(monkeypatch, step, act):
+  """Calls `act(batch)` on the batch of this step, as it comes out of the data."""
+  real = data.batches
+
+  def batches(*args, **options):
+    for n, batch in enumerate(real(*args, **options), start=options["start"] + 1):
+      if n == step:
+        act(batch)
+      yield batch
+
+  monkeypatch.setattr(data, "batches", batches)
+
+
+class Crash(Exception):
+  pass
+
+
+def crash(batch):
+  raise Crash
+
+
+def terminate(batch):
+  os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_the_loss_goes_down(tiny_workdir):
+  found = losses(tiny_workdir)
+  assert len(found) == 20 and np.isfinite(found).all()
+  assert found[-5:].mean() < 0.75 * found[:2].mean()
+  (line,) = (tiny_workdir / "evaluations.jsonl").read_text().splitlines()
+  results = json.loads(line)
+  assert results["step"] == 20
+  assert results["bits_per_byte"] < 0.75 * math.log2(384)
+
+
+def test_the_baseline_trains_on_the_same_batches(tiny, tmp_path, monkeypatch):
+  baseline = {"objective": "autoregressive", "model.causal": True}
+  seen = {}
+  for name, changes in {"diffusion": {}, "autoregressive": baseline}.items():
+    rows = seen[name] = []
+    with monkeypatch.context() as patch:
+      real = data.batches
+      patch.setattr(data, "batches", lambda *a, **k: (rows.append(batch) or batch for batch in real(*a, **k)))  # noqa: B023
+      train.train(tiny(changes | {"steps": 6, "data.held_out": 0.0}), tmp_path / name)
+  assert len(seen["diffusion"]) >= 6
+  for a, b in itertools.zip_longest(*seen.values()):
+    assert a.keys() == b.keys()
+    for column in a:
+      np.testing.assert_array_equal(a[column], b[column])
+  found = losses(tmp_path / "autoregressive")
+  assert found[-1] < 0.8 * found[0]
+
+
+def test_micro_batches_change_nothing(tiny, tiny_workdir, tmp_path):
+  train.train(tiny({"micro_batches": 4}), tmp_path)
+  assert_close(tmp_path, tiny_workdir, rtol=1e-6)
+
+
+def test_one_device_and_eight_are_the_same(tiny, tiny_workdir, tmp_path, monkeypatch):
+  make_mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+  monkeypatch.setattr(sharding, "make_mesh", make_mesh)
+  train.train(tiny(), tmp_path)
+  assert_close(tmp_path, tiny_workdir, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("step", "saved", "act"),
+  [(3, [], crash), (9, [5], crash), (17, [10, 15], crash), (2, [1], terminate), (14, [10, 13], terminate)],
+)
+def test_a_run_that_was_stopped_goes_on_bitwise(tiny, tiny_workdir, tmp_path, monkeypatch, step, saved, act):
+  handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+  with monkeypatch.context() as patch:
+    at_batch(patch, step, act)
+    with pytest.raises((Crash, SystemExit)) as stopped:
+      train.train(tiny(), tmp_path)
+  if act is terminate:
+    assert stopped.value.code == 128 + signal.SIGTERM
+  assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+  assert checkpoint.steps(tmp_path) == saved
+  train.train(tiny(), tmp_path)
+  assert_bitwise_equal(tmp_path, tiny_workdir)
+
+
+def test_a_finished_run_is_only_evaluated_again(tiny, tiny_workdir, tmp_path):
+  workdir = shutil.copytree(tiny_workdir, tmp_path / "run")
+  train.train(tiny(), workdir)
+  assert_bitwise_equal(workdir, tiny_workdir)
+  first, again = (json.loads(line) for line in (workdir / "evaluations.jsonl").read_text().splitlines())
+  assert first == again
+
+
+@pytest.mark.parametrize(("weight", "message"), [(np.nan, "loss=nan"), (1e30, "grad_norm=inf")])
+def test_what_is_not_a_number_stops_the_run_and_is_not_saved(tiny, tmp_path, monkeypatch, weight, message):
+  def poison(batch):
+    batch["weight"] = batch["weight"] * np.float32(weight)
+
+  at_batch(monkeypatch, 10, poison)
+  with pytest.raises(FloatingPointError, match=f"{message}.* at step 10: start again") as error:
+    train.train(tiny(), tmp_path)
+  assert "\n" not in str(error.value)
+  assert checkpoint.steps(tmp_path) == [5]
+  assert [step for step, *_ in curve(tmp_path)] == list(range(1, 10))
+  assert all(np.isfinite(x).all() for x in parameters(tmp_path).values())
+
+
+def test_a_run_goes_on_with_another_config_where_that_is_safe(tiny, tiny_workdir, tmp_path, caplog):
+  workdir = shutil.copytree(tiny_workdir, tmp_path / "run")
+  changes = {"steps": 30, "log.every": 5, "evaluate.rows": 3, "checkpoint.keep": 1, "sample.steps": 8}
+  train.prepare(tiny(changes), workdir)
+  messages = [record.getMessage() for record in caplog.records]
+  for message in ("steps was 20, and is 30", "log.every was 1, and is 5", "checkpoint.keep was 2, and is 1"):
+    assert any(message in x for x in messages), message
+  assert json.loads((workdir / "config.json").read_text())["steps"] == 30
+  caplog.clear()
+  train.prepare(tiny(changes), workdir)
+  assert not caplog.records
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "there"),
+  [
+    ("seed", 1, "0"), ("data.length", 8, "16"), ("data.batch_size", 16, "32"), ("data.held_out", 0.2, "0.1"),
+    ("model.D", 32, "16"), ("model.V", 512, "384"), ("optimizer.b2", 0.9, "0.95"),
+    ("noise.masking", "exact", "'independent'"), ("tokenizer.eos", "<end>", "'<|endoftext|>'"),
+  ],
+)  # fmt: skip
+def test_a_run_refuses_another_config_where_it_matters(tiny, tiny_workdir, tmp_path, field, value, there):
+  workdir = shutil.copytree(tiny_workdir, tmp_path / "run")
+  before = (workdir / "config.json").read_text()
+  with pytest.raises(ValueError) as error:
+    train.prepare(tiny({field: value, "steps": 30}), workdir)
+  assert f"another config ({field}: {there} there, {value!r} here)" in str(error.value)
+  assert "\n" not in str(error.value)
+  assert (workdir / "config.json").read_text() == before
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_steps(tiny_flags, tmp_path):
+  flags = [*tiny_flags, "--config.steps=200", "--config.checkpoint.every=7"]
+  seed = random.SystemRandom().randrange(2**32)
+  print(f"random.Random({seed})")
+  kills = sorted(random.Random(seed).sample(range(1, 200), 3))
+
+  def start(name):
+    command = [sys.executable, "-m", "lladax.main", *flags, f"--workdir={tmp_path / name}"]
+    return subprocess.Popen(command, stderr=subprocess.DEVNULL)
+
+  def last_step(name):
+    path = tmp_path / name / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+
+  assert start("unbroken").wait() == 0
+  for step in kills:
+    process = start("killed")
+    while process.poll() is None and last_step("killed") < step:
+      time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+  assert start("killed").wait() == 0
+  assert_bitwise_equal(tmp_path / "killed", tmp_path / "unbroken")
