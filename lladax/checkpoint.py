@@ -37,9 +37,6 @@ class Checkpoints:
   """Saves in the background; keeps the last `keep` checkpoints and every `keep_every`-th step for good."""
 
   def __init__(self, workdir: Path, *, keep: int = 2, keep_every: int = 0):
-    for name, value in (("keep", keep), ("keep_every", keep_every)):
-      if value < (1 if name == "keep" else 0):
-        raise ValueError(f"checkpoint.{name}={value}: too small")
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True, create=True
     )

@@ -26,8 +26,9 @@ class CheckpointConfig:
   keep_every: int = 0  # and every so-manieth step for good; 0: none
 
   def __post_init__(self):
-    if self.every < 1:
-      raise ValueError(f"checkpoint.every={self.every}: must be at least 1")
+    for name, least in (("every", 1), ("keep", 1), ("keep_every", 0)):
+      if getattr(self, name) < least:
+        raise ValueError(f"checkpoint.{name}={getattr(self, name)}: must be at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)

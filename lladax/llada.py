@@ -115,7 +115,8 @@ class LLaDA:
     Returns:
       A float, or a list of floats.
     """
-    many = isinstance(prompt, list) and (not prompt or not isinstance(prompt[0], int | np.integer))
+    lists = isinstance(prompt, list) and isinstance(answer, list)
+    many = lists and not any(isinstance(x, int | np.integer) for x in (*prompt, *answer))  # [] is a prompt of no ids
     pairs = [
       (self._ids(p), self._ids(a)) for p, a in (zip(prompt, answer, strict=True) if many else [(prompt, answer)])
     ]

@@ -102,12 +102,6 @@ def test_kept_by_count_and_by_period(tmp_path):
   assert checkpoint.steps(tmp_path)[-1] == 80
 
 
-@pytest.mark.parametrize("options", [{"keep": 0}, {"keep_every": -1}])
-def test_bad_options_are_named(tmp_path, options):
-  with pytest.raises(ValueError, match=r"checkpoint.keep(_every)?=-?\d: too small"):
-    Checkpoints(tmp_path, **options)
-
-
 def test_metadata_says_shapes_without_reading(tmp_path):
   save(tmp_path, 3)
   truncate(checkpoint.folder(tmp_path) / "3")

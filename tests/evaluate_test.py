@@ -53,7 +53,7 @@ def test_uniform_predictions_cost_log2_of_the_vocabulary(tiny, rows):
 
 
 def test_the_baseline_is_exact(tiny):
-  config = tiny({"objective": "autoregressive", "model.causal": True, "data.segments": True, "evaluate.batch_size": 7})
+  config = tiny({"objective": "autoregressive", "data.segments": True, "evaluate.batch_size": 7})
   text = tokenizer.create(config.tokenizer)
   llada = random_model(config, text)
   stream_T = data.stream(data.texts(config.data)[1], text)
@@ -89,7 +89,7 @@ def test_canvases_are_filled_between_two_eos(tiny):
 
 
 def test_the_baseline_continues_what_stands_before_the_first_mask(tiny):
-  changes = {"objective": "autoregressive", "model.causal": True, "sample.gen_length": 4}
+  changes = {"objective": "autoregressive", "sample.gen_length": 4}
   config = tiny(changes | {"evaluate.canvases": ("red and [MASK][MASK] 3",)})
   text = tokenizer.create(config.tokenizer)
   filled = evaluate.samples(random_model(config, text), config)

@@ -1,5 +1,4 @@
 import functools
-import itertools
 import json
 import math
 import os
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 
 import lladax
-from lladax import checkpoint, data, sharding, train
+from lladax import checkpoint, data, evaluate, sharding, train
 
 
 def curve(workdir):
@@ -40,20 +39,21 @@ def assert_bitwise_equal(workdir, unbroken):
     assert a[name].tobytes() == b[name].tobytes(), name
 
 
-def assert_close(workdir, other, rtol):
-  np.testing.assert_allclose(losses(workdir), losses(other), rtol=rtol)
+def assert_close(workdir, other):
+  """The losses of 20 steps to 1e-6; the parameters to 1e-5, after Adam has made the most of rounding."""
+  np.testing.assert_allclose(losses(workdir), losses(other), rtol=1e-6)
   a, b = parameters(workdir), parameters(other)
   for name in a:
-    np.testing.assert_allclose(a[name], b[name], rtol=0, atol=rtol * np.abs(b[name]).max(), err_msg=name)
+    np.testing.assert_allclose(a[name], b[name], rtol=0, atol=1e-5 * np.abs(b[name]).max(), err_msg=name)
 
 
 def at_batch(monkeypatch, step, act):
-  """Calls `act(batch)` on the batch of this step, as it comes out of the data."""
+  """Calls `act(batch)` on the batch of this step (None: of every step) as it comes out of the data."""
   real = data.batches
 
   def batches(*args, **options):
     for n, batch in enumerate(real(*args, **options), start=options["start"] + 1):
-      if n == step:
+      if step in (n, None):
         act(batch)
       yield batch
 
@@ -83,33 +83,34 @@ def test_the_loss_goes_down(tiny_workdir):
 
 
 def test_the_baseline_trains_on_the_same_batches(tiny, tmp_path, monkeypatch):
-  baseline = {"objective": "autoregressive", "model.causal": True}
-  seen = {}
-  for name, changes in {"diffusion": {}, "autoregressive": baseline}.items():
-    rows = seen[name] = []
+  seen = {"diffusion": [], "autoregressive": []}
+  for objective, batches in seen.items():
     with monkeypatch.context() as patch:
-      real = data.batches
-      patch.setattr(data, "batches", lambda *a, **k: (rows.append(batch) or batch for batch in real(*a, **k)))  # noqa: B023
-      train.train(tiny(changes | {"steps": 6, "data.held_out": 0.0}), tmp_path / name)
-  assert len(seen["diffusion"]) >= 6
-  for a, b in itertools.zip_longest(*seen.values()):
+      at_batch(patch, 12, crash)
+      at_batch(patch, None, batches.append)
+      with pytest.raises(Crash):
+        train.train(tiny({"objective": objective}), tmp_path / objective)
+  assert len(seen["diffusion"]) >= 11
+  for a, b in zip(*seen.values(), strict=True):
     assert a.keys() == b.keys()
-    for column in a:
-      np.testing.assert_array_equal(a[column], b[column])
+    for name in a:
+      np.testing.assert_array_equal(a[name], b[name])
   found = losses(tmp_path / "autoregressive")
-  assert found[-1] < 0.8 * found[0]
+  assert found[-1] < 0.75 * found[0]
 
 
-def test_micro_batches_change_nothing(tiny, tiny_workdir, tmp_path):
+def test_micro_batches_change_nothing(tiny, tiny_workdir, tmp_path, monkeypatch):
+  monkeypatch.setattr(evaluate, "bound", lambda *_: {})
   train.train(tiny({"micro_batches": 4}), tmp_path)
-  assert_close(tmp_path, tiny_workdir, rtol=1e-6)
+  assert_close(tmp_path, tiny_workdir)
 
 
 def test_one_device_and_eight_are_the_same(tiny, tiny_workdir, tmp_path, monkeypatch):
   make_mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
   monkeypatch.setattr(sharding, "make_mesh", make_mesh)
+  monkeypatch.setattr(evaluate, "bound", lambda *_: {})
   train.train(tiny(), tmp_path)
-  assert_close(tmp_path, tiny_workdir, rtol=1e-6)
+  assert_close(tmp_path, tiny_workdir)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,235 @@
+"""The door: bad input is one line, whatever the mode; the modes print what they say."""
+
+import dataclasses
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import lladax
+from lladax import checkpoint, config, train
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def run(*flags, stdin=""):
+  command = [sys.executable, "-m", "lladax.main", *map(str, flags)]
+  return subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=300)
+
+
+def complaint(*flags):
+  """The one line in which the command line refuses."""
+  done = run(*flags)
+  assert done.returncode == 1 and not done.stdout, done
+  (line,) = done.stderr.splitlines()
+  assert line.startswith("lladax: ")
+  return line.removeprefix("lladax: ")
+
+
+@pytest.fixture
+def workdir(tiny_workdir, tmp_path):
+  """A finished tiny run that may be changed."""
+  return shutil.copytree(tiny_workdir, tmp_path / "run")
+
+
+def truncate(folder):
+  for path in folder.glob("**/ocdbt.process_*/d/*"):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def change_config(workdir, **model):
+  path = workdir / "config.json"
+  values = json.loads(path.read_text())
+  values["model"] |= model
+  path.write_text(json.dumps(values))
+
+
+def change_tokenizer(workdir, **names):
+  path = workdir / "tokenizer" / "lladax_tokenizer.json"
+  values = json.loads(path.read_text())
+  values["names"] |= names
+  path.write_text(json.dumps(values))
+
+
+def plain(c):
+  """A config as plain values."""
+  return json.loads(json.dumps(dataclasses.asdict(c)))
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"nosie": {}}, "config.nosie: there is no such field; did you mean config.noise?"),
+    ({"model": {"DD": 3}}, "config.model.DD: there is no such field; did you mean config.model.D?"),
+    ({"steps": "many"}, "config.steps='many': expected int, not str"),
+    ({"steps": 1.5}, "config.steps=1.5: expected int, not float"),
+    ({"steps": True}, "config.steps=True: expected int, not bool"),
+    ({"data": {"segments": 1}}, "config.data.segments=1: expected bool, not int"),
+    ({"data": 3}, "config.data=3: expected a group of fields"),
+    ({"evaluate": {"canvases": (1,)}}, "config.evaluate.canvases[0]=1: expected str, not int"),
+    ({"optimizer": {"schedule": (1, 2)}}, "config.optimizer.schedule[0]=1: expected tuple, not int"),
+    ({"optimizer": {"schedule": ((1, "x"),)}}, "config.optimizer.schedule[0][1]='x': expected float, not str"),
+  ],
+)
+def test_unknown_fields_and_wrong_types(tiny, changes, message):
+  values = plain(tiny())
+  for name, value in changes.items():
+    values[name] = values[name] | value if isinstance(value, dict) and name in values else value
+  with pytest.raises(ValueError) as error:
+    config.parse(values)
+  assert str(error.value) == message
+
+
+def test_a_field_that_is_missing(tiny):
+  values = plain(tiny())
+  del values["seed"]
+  with pytest.raises(ValueError, match="^config.seed is missing$"):
+    config.parse(values)
+
+
+def test_plain_values_come_back_as_the_same_config(tiny, tiny_workdir):
+  assert config.parse(plain(tiny())) == tiny()
+  assert config.load(tiny_workdir) == tiny({"model.V": 384})
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"data.corpus": "files:/nowhere/*.txt"}, "data.corpus=files:/nowhere/.*: no file matches"),
+    ({"data.corpus": "poems"}, "data.corpus='poems' is unknown"),
+    ({"data.corpus": "files:{tmp}/empty.txt"}, "data.corpus=.* holds no text"),
+    ({"data.length": 5000}, "data.length=5000 is longer than model.max_length=4096"),
+    ({"data.length": 4000}, "data.length=4000 is longer than the corpus: .* tokens; use a smaller length"),
+    ({"data.batch_size": 12}, "data.batch_size.*=12 does not divide over .* 8 devices: use 8 or 16"),
+    ({"micro_batches": 8}, "data.batch_size / micro_batches=4 does not divide over .* 8 devices: use 8"),
+    ({"micro_batches": 5}, "data.batch_size=32 is not a multiple of micro_batches=5"),
+    ({"noise.times": "antithetic", "micro_batches": 32}, "noise.times='antithetic' pairs .* must be even"),
+    ({"noise.times": "twice"}, "noise.times='twice': use"),
+    ({"mesh.fsdp": 3}, "mesh.fsdp=3.* do not multiply to the 8 devices"),
+    ({"objective": "gan"}, "objective='gan': use diffusion or autoregressive"),
+    ({"model.V": 128}, "model.V=128 is smaller than the tokenizer's vocabulary of 261 ids"),
+    ({"model.K": 7}, "model.K=7: RoPE"),
+    ({"steps": 0}, "steps=0"),
+    ({"steps": 4, "optimizer.schedule": ((5, 0.1), (-1, 0.0))}, "optimizer.schedule: its pieces take 5 steps"),
+    ({"data.held_out": 1.0}, "data.held_out=1.0: must be"),
+    ({"checkpoint.every": 0}, "checkpoint.every=0: must be"),
+    ({"checkpoint.keep": 0}, "checkpoint.keep=0: must be"),
+    ({"checkpoint.keep_every": -1}, "checkpoint.keep_every=-1: must be"),
+    ({"log.every": 0}, "log.every=0: must be"),
+    ({"evaluate.num_samples": 0}, "evaluate.num_samples=0: must be"),
+    ({"tokenizer.kind": "letters"}, "tokenizer.kind='letters' is unknown"),
+    ({"tokenizer.kind": "huggingface", "tokenizer.path": "/nowhere"}, "tokenizer.path='/nowhere': no such file"),
+  ],
+)  # fmt: skip
+def test_bad_input_stops_before_any_long_work(tiny, tmp_path, changes, message):
+  (tmp_path / "empty.txt").touch()
+  changes = {name: x.format(tmp=tmp_path) if isinstance(x, str) else x for name, x in changes.items()}
+  with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+    train.prepare(tiny(changes), tmp_path / "run")
+  assert "\n" not in str(error.value)
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_that_is_not_the_checkpoint_s(tiny, workdir):
+  change_tokenizer(workdir, mask="<another>")
+  with pytest.raises(ValueError, match="tokenizer holds another tokenizer than the one this model was trained with"):
+    lladax.load(workdir)
+  with pytest.raises(ValueError, match="another config .tokenizer_fingerprint: "):
+    train.prepare(tiny(), workdir)
+
+
+def test_a_vocabulary_that_is_not_the_checkpoint_s(workdir):
+  change_config(workdir, V=128)
+  with pytest.raises(ValueError, match="model.V=128 is smaller than the tokenizer's vocabulary of 261 ids"):
+    lladax.load(workdir)
+  change_config(workdir, V=512)
+  with pytest.raises(ValueError, match=r"params/embedding is of shape \(384, 16\), expected \(512, 16\)"):
+    lladax.load(workdir)
+
+
+def test_load_of_what_is_not_there(tmp_path, workdir):
+  with pytest.raises(FileNotFoundError, match="nowhere is not a workdir of lladax"):
+    lladax.load(tmp_path / "nowhere")
+  with pytest.raises(FileNotFoundError, match=r"has no checkpoint of step 7 \(there are: \[15, 20\]\)"):
+    lladax.load(workdir / "checkpoints" / "7")
+  shutil.rmtree(workdir / "checkpoints")
+  with pytest.raises(FileNotFoundError, match=r"has no checkpoint \(there are: none\)"):
+    lladax.load(workdir)
+
+
+# The same through the door, where the flags are at fault or a library might speak up.
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (["--config.stpes=3"], "config.stpes: there is no such field; did you mean config.steps?"),
+    (["--config.steps=abc"], "--config.steps=abc: invalid literal for int"),
+    (["--config=configs/nowhere.py", "--config.steps=2"], "--config: .*No such file.*configs/nowhere.py"),
+    (["--config.data.batch_size=12"], "data.batch_size.*=12 does not divide over .* 8 devices"),
+    (["--config.data.corpus=files:/nowhere/*"], "data.corpus=files:/nowhere/.*: no file matches"),
+    (["--mode=evaluate"], "there is no run in it; train one first"),
+    (["--workdir="], "--workdir is missing"),
+    (["sample"], "unexpected argument 'sample'"),
+  ],
+)
+def test_flags(tiny_flags, tmp_path, flags, message):
+  line = complaint(*tiny_flags, f"--workdir={tmp_path / 'run'}", *flags)
+  assert re.search(message, line), line
+  assert not (tmp_path / "run").exists()
+
+
+def test_another_config_than_the_workdir_s(tiny_flags, workdir):
+  line = complaint(*tiny_flags, "--config.model.F=64", "--config.seed=3", f"--workdir={workdir}")
+  assert "model.F: 32 there, 64 here; seed: 0 there, 3 here" in line
+
+
+def test_checkpoints_that_cannot_be_read(tiny_flags, workdir):
+  truncate(workdir)
+  for flags in (tiny_flags, ["--mode=sample", "--prompt=red"]):
+    line = complaint(*flags, f"--workdir={workdir}")
+    assert f"no checkpoint of {workdir} can be read; the newest: {workdir}/checkpoints/20 cannot be read" in line
+
+
+def test_falls_back_to_the_checkpoint_before(tiny_flags, workdir):
+  truncate(workdir / "checkpoints" / "20")
+  done = run(*tiny_flags, f"--workdir={workdir}")
+  assert done.returncode == 0 and "Traceback" not in done.stderr
+  (line,) = [line for line in done.stderr.splitlines() if line.startswith("lladax: ")]
+  assert "checkpoints/20 cannot be read" in line and "falling back to step 15" in line
+  assert "continuing from step 15" in done.stderr
+  assert checkpoint.steps(workdir) == [15, 20] and (workdir / "checkpoints" / "20.unreadable").is_dir()
+
+
+def test_evaluate(workdir):
+  done = run("--mode=evaluate", f"--workdir={workdir}")
+  assert done.returncode == 0, done.stderr
+  for shown in ("bits per byte", "lladax (bound)", "unigram", "xz -9"):
+    assert shown in done.stderr
+  at_the_end, again = map(json.loads, (workdir / "evaluations.jsonl").read_text().splitlines())
+  assert again == pytest.approx(at_the_end, rel=1e-5)
+
+
+def test_sample_continues_and_fills_in(workdir, tmp_path):
+  page = tmp_path / "page.html"
+  done = run("--mode=sample", f"--workdir={workdir}", "--prompt=red and", "--prompt=bl[MASK][MASK] and", f"--html={page}")
+  assert done.returncode == 0, done.stderr
+  llada = lladax.load(workdir)
+  c = config.load(workdir).sample
+  continued = llada.sample("red and", gen_length=c.gen_length, block_length=c.block_length, steps=c.steps).text[0]
+  filled = llada.infill("bl[MASK][MASK] and", steps=c.steps).text[0]
+  assert done.stdout == f"{continued}\n{filled}\n"
+  assert filled.startswith("bl") and filled.endswith(" and")
+  assert page.read_text().count("<") > 10 and "run" in page.read_text()
+
+
+def test_sample_reads_standard_input(workdir):
+  done = run("--mode=sample", f"--workdir={workdir}", stdin="[MASK]ed\ngree[MASK]\n")
+  assert done.returncode == 0, done.stderr
+  first, second = done.stdout.splitlines()
+  assert first.endswith("ed") and second.startswith("gree")
+  assert complaint("--mode=sample", f"--workdir={workdir}") == "--prompt is missing, and nothing came from standard input"
