@@ -5,14 +5,14 @@ from configs import base
 
 def get_config():
   config = base.get_config()
-  config.steps = 3000
-  config.model.update(D=256, N=6, H=4, G=4, K=64, F=768, tied=True)
-  config.tokenizer.vocab_size = 4096
+  config.steps = 1000
+  config.model.update(D=192, N=4, H=4, G=4, K=48, F=512, tied=True)
+  config.tokenizer.vocab_size = 2048
   config.data.update(corpus="stdlib", length=256, batch_size=16)
   config.noise.update(masking="exact", times="antithetic")
-  config.optimizer.update(schedule=((0.03, 2e-3), (-1, 0.0)))
-  config.checkpoint.every = 500
-  config.evaluate.update(every=500, rows=64, num_samples=8)
+  config.optimizer.update(schedule=((0.05, 3e-3), (-1, 0.0)))
+  config.checkpoint.every = 100
+  config.evaluate.update(every=250, rows=64, num_samples=4)
   config.evaluate.canvases = (
     "def read_text(path, encoding=None):\n" + "[MASK]" * 24 + "\n  return text\n",
     "class " + "[MASK]" * 6 + "(ValueError):\n" + "[MASK]" * 16,

@@ -264,12 +264,14 @@ class MaskPredictor(nnx.Module):
     B, L = input_BL.shape
     target_PS = target_BL.reshape(B // 2, 2 * L)
     asked_PA = jnp.argsort(target_PS < 0, axis=1, stable=True)[:, :per_pair]
-    # Flat row numbers, each once: XLA scatters the gradient back without looking for collisions.
-    row_T = (asked_PA + 2 * L * jnp.arange(B // 2)[:, None]).reshape(-1)
-    hidden_TD = hidden_BLD.reshape(B * L, -1).at[row_T].get(unique_indices=True, mode="promise_in_bounds")
-    nll_T = self._cross_entropy(hidden_TD, target_PS.reshape(-1)[row_T])
-    nll_BL = jnp.zeros(B * L).at[row_T].set(nll_T, unique_indices=True, mode="promise_in_bounds")
-    return nll_BL.reshape(B, L)
+    # Gathers and scatters within a pair: rows never leave their device, and no position is hit twice.
+    unique = {"unique_indices": True, "indices_are_sorted": False, "mode": "promise_in_bounds"}
+    pick = jax.vmap(lambda x_SD, at_A: x_SD.at[at_A].get(**unique))
+    hidden_PAD = pick(hidden_BLD.reshape(B // 2, 2 * L, -1), asked_PA)
+    target_PA = jnp.take_along_axis(target_PS, asked_PA, axis=1)
+    nll_PA = self._cross_entropy(hidden_PAD.reshape(-1, self.c.D), target_PA.reshape(-1)).reshape(asked_PA.shape)
+    put = jax.vmap(lambda nll_A, at_A: jnp.zeros(2 * L).at[at_A].set(nll_A, **unique))
+    return put(nll_PA, asked_PA).reshape(B, L)
 
   def _cross_entropy(self, hidden_TD: jax.Array, target_T: jax.Array) -> jax.Array:
     """Logits of `head_chunk` tokens at a time; recomputed in the backward pass when there are several."""

@@ -109,7 +109,9 @@ def prepare(config: Config, workdir: Path) -> Run:
   sharding.check_batch(mesh, config.data.batch_size // config.micro_batches, "data.batch_size / micro_batches")
   saved_config = workdir / "config.json"
   saved = json.loads(saved_config.read_text()) if saved_config.exists() else None
-  train_texts, _ = data.texts(config.data)
+  console = _console()
+  console.print(f"reading data.corpus={config.data.corpus!r}")
+  train_texts, held_out = data.texts(config.data)
   if saved:
     text = tokenizer.load(workdir / "tokenizer")
   else:
@@ -121,6 +123,11 @@ def prepare(config: Config, workdir: Path) -> Run:
   if saved:
     check_saved(saved, plain, workdir)
   stream_T = data.stream(train_texts, text)
+  size = sum(len(x.encode()) for x in train_texts)
+  console.print(
+    f"{len(train_texts):,} documents ({size:,} bytes, {len(stream_T):,} tokens of a vocabulary of {text.vocab_size:,})"
+    f" to train on, {len(held_out):,} held out"
+  )
   next(data.batches(stream_T, config.data, eos_id=text.eos_id, seed=config.seed, start=0, stop=1))  # too short?
   workdir.mkdir(parents=True, exist_ok=True)
   if not saved:
@@ -166,8 +173,9 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
     FloatingPointError: the loss is not a number; the last checkpoint is from before.
   """
   began = time.monotonic()
+  console = _console()
   run = prepare(config, Path(workdir).expanduser())
-  config, console = run.config, Console(stderr=True, highlight=False, soft_wrap=True)
+  config = run.config
   state = jax.jit(run.init, out_shardings=run.shardings)()
   restored = checkpoint.restore_latest(run.workdir, _abstract(to_tree(state)))
   if restored:
@@ -301,6 +309,11 @@ def from_tree(tree: dict[str, Any], like: State) -> State:
   return State(tree["step"], tree["params"], opt_state)
 
 
+def _console() -> Console:
+  """Progress and tables go to stderr; stdout is for text that was asked for."""
+  return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
 def _abstract(tree: Any) -> Any:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
@@ -343,7 +356,7 @@ def evaluate_last(config: Config, workdir: Path) -> dict[str, float]:
   llada = load(workdir)
   config = dataclasses.replace(config, model=llada.model)
   results = evaluate.bound(llada, config)
-  evaluate.report(llada, config, results, workdir, Console(stderr=True, highlight=False, soft_wrap=True))
+  evaluate.report(llada, config, results, workdir, _console())
   return results
 
 

@@ -1,6 +1,7 @@
 """Eight CPU devices for every test, no silent broadcasting, and a tiny run."""
 
 import atexit
+import contextlib
 import json
 import os
 import pathlib
@@ -39,6 +40,22 @@ def quickstart_workdir(tmp_path_factory):
   env = {**os.environ, "XLA_FLAGS": USER_XLA_FLAGS}
   subprocess.run([sys.executable, *command.split()], cwd=ROOT, env=env, check=True)
   return workdir
+
+
+@contextlib.contextmanager
+def _quick_compiles():
+  os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for the commands that a test starts
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+  del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+
+
+@pytest.fixture(scope="module")
+def quick_compiles():
+  """XLA compiles in half the time: for tests that compile more than they compute."""
+  with _quick_compiles():
+    yield
 
 
 @pytest.fixture(scope="session")
@@ -100,5 +117,6 @@ def tiny_workdir(tiny, tmp_path_factory):
   from lladax import train
 
   workdir = tmp_path_factory.mktemp("tiny") / "unbroken"
-  train.train(tiny(), workdir)
+  with _quick_compiles():
+    train.train(tiny(), workdir)
   return workdir

@@ -11,6 +11,8 @@ import pytest
 from lladax import data, evaluate, tokenizer
 from lladax.llada import LLaDA
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 class Words:
   """A tokenizer whose tokens are words, so that tokens and bytes differ."""

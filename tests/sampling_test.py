@@ -1,4 +1,5 @@
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -95,10 +96,9 @@ def check_filled(tokens_BL, out, block_length):
   assert max(out.step_B) <= out.nfe <= sum(out.step_B)
 
 
-@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize(
-  "remasking, block_length",
-  [("low_confidence", 4), ("low_margin", 4), ("high_entropy", 4), ("low_confidence", 12)],
+  "remasking, route, block_length",
+  [*itertools.product(("low_confidence", "low_margin", "high_entropy"), ROUTES, [4]), ("low_confidence", "fixed", 12)],
 )
 def test_every_row_is_filled_as_the_papers_tell_it(remasking, route, block_length):
   c = SamplerConfig(block_length=block_length, steps=7, remasking=remasking, **ROUTES[route])
@@ -110,8 +110,12 @@ def test_every_row_is_filled_as_the_papers_tell_it(remasking, route, block_lengt
       np.testing.assert_allclose(actual[i], wanted, rtol=1e-5)
 
 
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("remasking, temperature", [("random", 0.0), *((name, 1.5) for name in REMASKING)])
+@pytest.mark.parametrize(
+  "remasking, temperature, route",  # with the combinations of the test above: every pair of options
+  [("random", 0.0, route) for route in ROUTES]
+  + [(remasking, 1.5, "fixed") for remasking in REMASKING]
+  + [("low_confidence", 1.5, "threshold"), ("low_confidence", 1.5, "factor")],
+)
 def test_no_mask_is_left_and_nothing_given_changes(remasking, route, temperature):
   tokens_BL = canvases(seed=1)
   c = SamplerConfig(block_length=4, steps=5, temperature=temperature, remasking=remasking, **ROUTES[route])
@@ -180,7 +184,7 @@ def test_a_broken_model_ends(remasking, route):
   def broken(tokens_BL, start, W):
     return jnp.broadcast_to(jnp.array([[[jnp.nan]], [[jnp.inf]], [[-jnp.inf]]]), (3, W, V))
 
-  c = SamplerConfig(block_length=6, steps=3, remasking=remasking, temperature=0.5, **ROUTES[route])
+  c = SamplerConfig(block_length=6, steps=3, remasking=remasking, **ROUTES[route])
   out = fill(np.full((3, 12), MASK), c, predict=broken)
   assert ALLOWED[out.tokens_BL].all() and out.nfe == (3 if route == "fixed" else 12)
 
@@ -219,7 +223,7 @@ def test_temperature_draws_from_the_softmax():
   np.testing.assert_allclose(out.confidence_BL[0], np.exp(log_softmax(TABLE[0, 0]))[out.tokens_BL[0]], rtol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"remasking": "random", "threshold": 0.3}])
+@pytest.mark.parametrize("options", [{"temperature": 1.0}, {"remasking": "random", "threshold": 0.3}])
 def test_no_row_depends_on_its_neighbours_or_its_padding(options):
   c = MaskPredictorConfig(D=12, N=1, H=2, G=1, K=6, F=16, V=V, dtype="float32")
   rng, shapes = np.random.default_rng(0), jax.eval_shape(c.init, jax.random.key(0))

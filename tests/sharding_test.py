@@ -71,7 +71,8 @@ def test_the_moments_lie_where_their_parameters_lie(tiny, tmp_path):
   state = init.compile({"xla_backend_optimization_level": 0})()
   tree = train.to_tree(state)
   params, mu, nu = (
-    {path: x.sharding.shard_shape(x.shape) for path, x in checkpoint.flat(tree[name])} for name in ("params", "mu", "nu")
+    {path: x.sharding.shard_shape(x.shape) for path, x in checkpoint.flat(tree[name])}
+    for name in ("params", "mu", "nu")
   )
   assert params == mu == nu
   # D over 4 devices; V, H, G and F over 2; vectors along D too.

@@ -16,6 +16,8 @@ import pytest
 import lladax
 from lladax import checkpoint, data, evaluate, sharding, train
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def curve(workdir):
   """What must be the same in two runs that are the same, of every step."""
@@ -115,7 +117,7 @@ def test_one_device_and_eight_are_the_same(tiny, tiny_workdir, tmp_path, monkeyp
 
 @pytest.mark.parametrize(
   ("step", "saved", "act"),
-  [(3, [], crash), (9, [5], crash), (17, [10, 15], crash), (2, [1], terminate), (14, [10, 13], terminate)],
+  [(3, [], crash), (17, [10, 15], crash), (2, [1], terminate), (14, [10, 13], terminate)],
 )
 def test_a_run_that_was_stopped_goes_on_bitwise(tiny, tiny_workdir, tmp_path, monkeypatch, step, saved, act):
   handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -193,7 +195,8 @@ def test_sigkill_at_random_steps(tiny_flags, tmp_path):
 
   def start(name):
     command = [sys.executable, "-m", "lladax.main", *flags, f"--workdir={tmp_path / name}"]
-    return subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "JAX_ENABLE_COMPILATION_CACHE": "0"}  # as a user's run
+    return subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
 
   def last_step(name):
     path = tmp_path / name / "metrics.jsonl"
