@@ -232,7 +232,7 @@ class MaskPredictor(nnx.Module):
     if c.remat != "none":
       body = jax.checkpoint(body, policy=REMAT[c.remat], prevent_cse=False)
     x_BWD = self.embedding[...].astype(c.compute_dtype)[tokens_BW]
-    # XLA's CPU backend writes every residual of a loop to a stacked array first: unrolled, a step takes 0.75 of the time.
+    # XLA's CPU backend copies the residuals of a loop into stacked arrays: unrolled, a step takes 0.75 of the time.
     unroll = c.N if jax.default_backend() == "cpu" and c.N <= 8 else 1
     x_BWD, cache = jax.lax.scan(body, x_BWD, (self.blocks, cache), unroll=unroll)
     return rms_norm(x_BWD, self.final_norm[...], c.norm_eps), cache
