@@ -11,11 +11,12 @@ def get_config():
   config.tokenizer.vocab_size = 4096
   config.noise.update(masking="exact", times="antithetic")
   config.optimizer.update(schedule=((0.05, 3e-3), (-1, 0.0)))
+  # One piece a mask: from the front, from the back, from the middle, and from nothing.
   config.evaluate.canvases = (
-    "GREEK SMALL LETTER" + "[MASK]" * 8,
-    "[MASK]" * 8 + " WITH DOT ABOVE",
-    "LATIN" + "[MASK]" * 3 + " LETTER" + "[MASK]" * 4,
-    "[MASK]" * 12,
+    "GREEK SMALL LETTER" + "[MASK]" * 3,
+    "[MASK]" * 3 + " WITH DOT ABOVE",
+    "[MASK]" + " SMALL LETTER" + "[MASK]" * 3,
+    "[MASK]" * 8,
   )
-  config.sample.temperature = 0.7
+  config.sample.update(temperature=0.7, remasking="random")
   return config
