@@ -110,8 +110,13 @@ def _drop_echoes() -> None:
   logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
 
 
-def restore_latest(workdir: Path, abstract: Tree) -> tuple[int, Tree] | None:
-  """The newest readable checkpoint; unreadable ones are named in a warning and moved aside, never deleted.
+def restore_latest(workdir: Path, abstract: Tree, *, set_aside: bool = True) -> tuple[int, Tree] | None:
+  """The newest readable checkpoint; unreadable ones are named in a warning, never deleted.
+
+  Args:
+    workdir: of the run.
+    abstract: as in `restore`.
+    set_aside: rename the unreadable ones, so that the run can save these steps again; a reader leaves them alone.
 
   Returns:
     (step, tree), or None if there is no checkpoint at all.
@@ -129,8 +134,9 @@ def restore_latest(workdir: Path, abstract: Tree) -> tuple[int, Tree] | None:
     for bad, error in failed:
       names = (f"{bad}.unreadable{n or ''}" for n in itertools.count())
       aside = next(path for name in names if not (path := folder(workdir) / name).exists())
-      logging.warning("%s; falling back to step %d, the old files are in %s", error, step, aside)
-      if jax.process_index() == 0:
+      left = aside if set_aside else folder(workdir) / str(bad)
+      logging.warning("%s; falling back to step %d, the old files are in %s", error, step, left)
+      if set_aside and jax.process_index() == 0:
         (folder(workdir) / str(bad)).rename(aside)
     return step, tree
   if failed:

@@ -238,7 +238,7 @@ def load(path: str | Path, step: int | None = None) -> LLaDA:
   if step is not None:
     tree = checkpoint.restore(workdir, step, abstract)
   else:
-    found = checkpoint.restore_latest(workdir, abstract)
+    found = checkpoint.restore_latest(workdir, abstract, set_aside=False)
     assert found is not None
     tree = found[1]
   return LLaDA(model, tree["params"], text, text.mask_id, text.eos_id, text.vocab_size)
