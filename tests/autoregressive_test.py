@@ -9,6 +9,8 @@ from lladax import autoregressive, tokenizer
 from lladax.llada import LLaDA
 from lladax.mask_predictor import MaskPredictorConfig
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 START, EOS, MASK = 30, 30, 31
 TINY = MaskPredictorConfig(D=12, N=2, H=4, G=2, K=6, F=20, V=32, causal=True, dtype="float32")
 TOKENS = np.random.default_rng(0).integers(0, 30, (2, 9)).astype(np.int32)
@@ -108,6 +110,8 @@ def test_temperature_draws_by_the_seed(llada):
   assert len(np.unique(first, axis=0)) == 4
   np.testing.assert_array_equal(draw(seed=1).tokens, first)
   assert np.mean(draw(seed=2).tokens[:, -8:] != first[:, -8:]) > 0.5
+  padded = llada.sample(["a", PROMPTS[2]], gen_length=8, temperature=1.0, seed=1).tokens  # to another length
+  np.testing.assert_array_equal(padded[0, -8:], first[0, -8:])
 
 
 @pytest.mark.parametrize("ends, nfe", [((2, 0), 4), ((0, 0), 2), ((9, 1), 7)])

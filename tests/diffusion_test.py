@@ -10,6 +10,8 @@ import pytest
 from lladax import diffusion
 from lladax.diffusion import NoiseConfig
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 MASK = 4  # behind a vocabulary of four tokens
 COMBINATIONS = list(itertools.product(("independent", "exact"), ("uniform", "stratified", "antithetic")))
 every_combination = pytest.mark.parametrize("masking, times", COMBINATIONS)

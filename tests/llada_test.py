@@ -10,6 +10,8 @@ from lladax import tokenizer
 from lladax.llada import LLaDA
 from lladax.mask_predictor import MaskPredictorConfig
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "llada-tiny"
 ANSWERS = json.loads((GOLDEN / "golden.json").read_text())
 CASES = {case["name"]: case for case in ANSWERS["cases"] if case["sampler"] in ("generate", "parallel")}

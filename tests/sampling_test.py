@@ -10,6 +10,8 @@ from lladax import sampling
 from lladax.mask_predictor import MaskPredictorConfig
 from lladax.sampling import REMASKING, SamplerConfig
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 MASK, V = 15, 18
 ALLOWED = (np.arange(V) != MASK) & (np.arange(V) < 17) & (np.arange(V) != 3)
 ROUTES = {"fixed": {}, "threshold": {"threshold": 0.25}, "factor": {"factor": 1.2}}
