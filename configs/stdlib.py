@@ -3,7 +3,8 @@
   python -m lladax.main --config=configs/stdlib.py --workdir=runs/stdlib
 
 The corpus is the .py files of the Python that runs this (3.11: 731 files, 12.1 MB; tests and site-packages left out),
-held out by file: 703 to train on, 28 held out. Not yet run to its end, so no number to expect is given; what was seen is that it starts, tokenises (3.63M tokens of 4,096 pieces) and trains.
+held out by file: 703 to train on, 28 held out. Not yet run to its
+end, so no number to expect is given; what was seen is that it starts, tokenises (3.63M tokens of 4,096 pieces), trains.
 """
 
 from configs import base

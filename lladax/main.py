@@ -88,6 +88,7 @@ def _main(argv: list[str]) -> int:
   """One line for the input errors that lladax itself raises; a traceback for everything else."""
   logging.basicConfig(format="lladax: %(message)s", level=logging.WARNING, force=True)
   logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and its abandoned reads report themselves, one by one
   try:
     main(argv)
   except (ValueError, FileNotFoundError, FloatingPointError) as error:
