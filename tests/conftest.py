@@ -44,11 +44,13 @@ def quickstart_workdir(tmp_path_factory):
 
 @contextlib.contextmanager
 def _quick_compiles():
+  before = jax.config.read("jax_disable_most_optimizations")  # one may stand inside another
   os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for the commands that a test starts
   jax.config.update("jax_disable_most_optimizations", True)
   yield
-  jax.config.update("jax_disable_most_optimizations", False)
-  del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+  jax.config.update("jax_disable_most_optimizations", before)
+  if not before:
+    os.environ.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
 
 
 @pytest.fixture(scope="module")
