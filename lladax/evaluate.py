@@ -80,8 +80,7 @@ def samples(llada: LLaDA, config: Config) -> Sampled | None:
   canvases = config.evaluate.canvases
   if not canvases or llada.tokenizer is None:
     return None
-  c = config.sample
-  options = {f.name: getattr(c, f.name) for f in dataclasses.fields(c)}
+  options = dataclasses.asdict(config.sample)
   if llada.model.causal:
     return llada.sample([text.partition("[MASK]")[0] for text in canvases], **options)
   del options["block_length"]

@@ -153,9 +153,7 @@ class LLaDA:
     length = _round_up(max(map(len, canvases))) if prompt_length is None else prompt_length + c.gen_length
     W = min(c.block_length, length)
     length = length if prompt_length is not None else -(-length // W) * W
-    if length > self.model.max_length:
-      raise ValueError(f"a canvas of {length} tokens is longer than model.max_length={self.model.max_length}")
-    tokens_BL, segment_BL = _left_pad(canvases, length, self.eos_id)
+    tokens_BL, segment_BL = self._left_pad(canvases, length)
     canvas = _sample(
       self.params, tokens_BL, segment_BL if (segment_BL == 0).any() else None, c.seed,
       model=self.model, c=dataclasses.replace(c, seed=0), mask_id=self.mask_id, vocab_size=self.vocab_size,
@@ -168,7 +166,7 @@ class LLaDA:
     prompt_length = _round_up(max(map(len, ids)))
     length = prompt_length + c.gen_length
     canvases = [row + [self.eos_id] * c.gen_length for row in ids]
-    tokens_BL, segment_BL = _left_pad(canvases, length, self.eos_id)
+    tokens_BL, segment_BL = self._left_pad(canvases, length)
     tokens_BL, confidence_BL, nfe = _autoregressive_sample(
       self.params, tokens_BL, segment_BL, c.seed, model=self.model, temperature=c.temperature,
       prompt_length=prompt_length, eos_id=self.eos_id, mask_id=self.mask_id, vocab_size=self.vocab_size,
@@ -176,6 +174,17 @@ class LLaDA:
     unmasked_at = np.maximum(np.arange(length) - prompt_length + 1, 0)
     unmasked_at_BL = np.broadcast_to(unmasked_at, tokens_BL.shape)
     return self._sampled(tokens_BL, unmasked_at_BL, confidence_BL, nfe, segment_BL, prompt_length)
+
+  def _left_pad(self, rows: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, segment) [B, length]: right ends line up; segment 0 = padding, 1 = the row."""
+    if length > self.model.max_length:
+      raise ValueError(f"a canvas of {length} tokens is longer than model.max_length={self.model.max_length}")
+    tokens = np.full((len(rows), length), self.eos_id, np.int32)
+    segment = np.zeros((len(rows), length), np.int32)
+    for i, row in enumerate(rows):
+      if row:
+        tokens[i, -len(row) :], segment[i, -len(row) :] = row, 1
+    return tokens, segment
 
   def _sampled(self, tokens_BL, unmasked_at_BL, confidence_BL, nfe, segment_BL, prompt_length) -> Sampled:
     tokens = np.asarray(tokens_BL)
@@ -262,16 +271,6 @@ def _listed(x: str | Sequence) -> list:
 
 def _round_up(n: int) -> int:
   return -(-n // _BUCKET) * _BUCKET
-
-
-def _left_pad(rows: list[list[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-  """(tokens, segment) [B, length]: right ends line up; segment 0 = padding, 1 = the row."""
-  tokens = np.full((len(rows), length), pad_id, np.int32)
-  segment = np.zeros((len(rows), length), np.int32)
-  for i, row in enumerate(rows):
-    if row:
-      tokens[i, -len(row) :], segment[i, -len(row) :] = row, 1
-  return tokens, segment
 
 
 def _positions(segment_BL: jax.Array) -> jax.Array:

@@ -364,12 +364,10 @@ def evaluate_last(config: Config, workdir: Path) -> dict[str, float]:
 
 def show_samples(config: Config, workdir: Path, prompts: list[str], html: str | None) -> None:
   """Continues each prompt, or fills its [MASK]s; prints text to stdout, and draws it where that is a terminal."""
-  llada = load(workdir)
   prompts = prompts or [line.rstrip("\n") for line in sys.stdin]
-  options = {field.name: getattr(config.sample, field.name) for field in dataclasses.fields(config.sample)}
   if not prompts:
     raise ValueError("--prompt is missing, and nothing came from standard input")
-  pages = []
+  llada, options, pages = load(workdir), dataclasses.asdict(config.sample), []
   for prompt in prompts:
     if "[MASK]" in prompt:
       options_here = {name: value for name, value in options.items() if name != "block_length"}
