@@ -85,7 +85,7 @@ def _manager(workdir: Path, options: ocp.CheckpointManagerOptions) -> ocp.Checkp
   return ocp.CheckpointManager(folder(workdir).absolute(), options=options, item_handlers=handler)
 
 
-def _read(workdir: Path, step: int, how: Callable[[ocp.CheckpointManager], Tree]) -> Tree:
+def _read(workdir: Path, step: int, how: Callable[[ocp.CheckpointManager], Any]) -> Any:
   _drop_echoes()
   try:
     with _manager(workdir, ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False)) as manager:

@@ -96,7 +96,9 @@ def _graph(c: MaskPredictorConfig) -> nnx.GraphDef:
   return nnx.split(nnx.eval_shape(lambda: MaskPredictor(c, rngs=nnx.Rngs(0))), nnx.Param)[0]
 
 
-def _weight(rngs: nnx.Rngs, c: MaskPredictorConfig, letters: str, width_in: int, scale=1.0) -> nnx.Param:
+def _weight(
+  rngs: nnx.Rngs, c: MaskPredictorConfig, letters: str, width_in: int, scale: float | jax.Array = 1.0
+) -> nnx.Param:
   """`mitchell` initialisation: normal, cut at 3 sigma, sigma = 1 / sqrt(width of the input)."""
   shape = tuple(getattr(c, letter) for letter in letters)
   normal = jax.random.truncated_normal(rngs.params(), -3.0, 3.0, shape, jnp.float32)

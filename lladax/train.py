@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from rich.console import Console
@@ -224,7 +225,7 @@ def _loop(run: Run, state: State, jitted: Any, start: int, console: Console, sto
 
   def write(step: int, scalars: Any) -> None:
     """Waits for step `step`, and writes it."""
-    values = {name: float(x) for name, x in jax.device_get(scalars).items()}
+    values = {name: x.item() for name, x in jax.device_get(scalars).items()}
     ticks.append(time.monotonic())
     del ticks[:-20]
     if not all(map(math.isfinite, values.values())):  # the gradient can break before the loss does
@@ -233,7 +234,7 @@ def _loop(run: Run, state: State, jitted: Any, start: int, console: Console, sto
         f" a lower learning rate; the checkpoints in {workdir} are from before"
       )
     speed = tokens * (len(ticks) - 1) / (ticks[-1] - ticks[0])
-    values |= {"learning_rate": float(rate(step - 1)), "tokens_per_second": speed}
+    values |= {"learning_rate": float(np.asarray(rate(step - 1))), "tokens_per_second": speed}
     if peak:
       values["mfu"] = speed * flops / (peak * jax.device_count())
     if step % config.log.every == 0 or step == config.steps:
