@@ -13,7 +13,7 @@ from configs import base
 
 def get_config():
   config = base.get_config()
-  config.steps = 450
+  config.steps = 800
   config.model.update(D=128, N=4, H=4, G=4, K=32, F=384, tied=True)
   config.data.update(corpus="unicode", length=64, batch_size=32)
   config.tokenizer.vocab_size = 4096

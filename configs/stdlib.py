@@ -12,14 +12,14 @@ from configs import base
 
 def get_config():
   config = base.get_config()
-  config.steps = 400
+  config.steps = 2000
   config.model.update(D=192, N=4, H=4, G=4, K=48, F=512, tied=True)
   config.tokenizer.vocab_size = 4096
   config.data.update(corpus="stdlib", length=256, batch_size=16)
   config.noise.update(masking="exact", times="antithetic")
   config.optimizer.update(schedule=((0.05, 3e-3), (-1, 0.0)))
-  config.checkpoint.every = 100
-  config.evaluate.update(every=100, rows=32, num_samples=4)
+  config.checkpoint.every = 200
+  config.evaluate.update(every=500, rows=32, num_samples=4)
   config.evaluate.canvases = (
     "def read_text(path, encoding=None):\n" + "[MASK]" * 24 + "\n  return text\n",
     "class " + "[MASK]" * 6 + "(ValueError):\n" + "[MASK]" * 16,
