@@ -1,4 +1,4 @@
-"""The order of unmasking, drawn: frames in a terminal, a page or a notebook cell in HTML.
+"""The order of unmasking, drawn: frames in a terminal, an animation, a page or a notebook cell in HTML.
 
 Committed tokens never change, so one number per position, the forward pass that committed it,
 replays the whole reverse process. This module knows nothing of tokenizers, models or jax: it is
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -68,6 +69,13 @@ class Unmasking:
     return html([self])
 
 
+class Html(str):
+  """A page as text, which a notebook cell draws."""
+
+  def _repr_html_(self) -> str:
+    return str(self)
+
+
 def _colours(steps: int) -> list[str]:
   """The colour of each step, of 64: rich caches few styles. Index 0, the given text, has none."""
   at = np.linspace(0, 63, steps).round() * (len(_RAMP) - 1) / 63
@@ -75,11 +83,11 @@ def _colours(steps: int) -> list[str]:
   return ["", *(f"#{r:02x}{g:02x}{b:02x}" for r, g, b in rgb.astype(int).tolist())]
 
 
-def frame(unmasking: Unmasking, step: int) -> Text:
-  """The canvas after forward pass `step`: given bold, unmasked coloured, ░ per masked token."""
+def frame(unmasking: Unmasking, step: int, steps: int | None = None) -> Text:
+  """The canvas after forward pass `step` of `steps` (None: its last): given bold, unmasked coloured, masked ░."""
   from rich.text import Text
 
-  colours = ["bold", *_colours(unmasking.steps)[1:]]
+  colours = ["bold", *_colours(unmasking.steps if steps is None else max(steps, step))[1:]]
   parts = []  # neighbours of one style are one part: rich pays for each
   for piece, s in zip(unmasking.pieces, unmasking.unmasked_at.tolist(), strict=True):
     text, style = (piece.translate(_CONTROLS), colours[s]) if s <= step else (MASKED, "dim")
@@ -118,17 +126,21 @@ def terminal(unmasking: Unmasking, *, frames: int = 4) -> Text:
   return out
 
 
-def html(unmaskings: Sequence[Unmasking], title: str = "") -> str:
+def html(unmaskings: Sequence[Unmasking], title: str = "") -> Html:
   """One self-contained page that replays the samples; also a fragment for a notebook cell.
 
   There are no ids and no network: any number of these may stand on one page. Without
   JavaScript it is the finished text, coloured by step.
   """
+  return _page("".join(map(_sample, unmaskings)), title)
+
+
+def _page(sections: str, title: str) -> Html:
   heading = f"<h2>{escape(title)}</h2>" if title else ""
-  return f"""<!doctype html><meta charset=utf-8><meta name=viewport content="width=device-width">
+  return Html(f"""<!doctype html><meta charset=utf-8><meta name=viewport content="width=device-width">
 <title>{escape(title or "Order of unmasking")}</title><style>{_CSS}</style>
-<div class=lladax>{heading}{"".join(map(_sample, unmaskings))}</div><script>{_JS}</script>
-"""
+<div class=lladax>{heading}{sections}</div><script>{_JS}</script>
+""")
 
 
 def _sample(unmasking: Unmasking) -> str:
@@ -170,13 +182,127 @@ aria-label="Step of unmasking against position"><path class=floor d="{floor}"/>{
 <path class=at d=""/></svg><div><span>position 1</span><span>{L}</span></div></div>"""
 
 
+def heat_map(unmaskings: Sequence[Unmasking], title: str = "") -> Html:
+  """Order against position as a density: the share of the canvases that unmasked a position at a step.
+
+  Canvases of different lengths line up at their right ends, as they do while they are sampled. A cell may hold several
+  positions and steps, and tells its numbers under the pointer. It is a page, and a fragment, as `html` is.
+
+  Raises:
+    ValueError: there is no canvas with a token in it.
+  """
+  L, steps = max((len(u.pieces) for u in unmaskings), default=0), max((u.steps for u in unmaskings), default=0)
+  if not L:
+    raise ValueError("heat_map: there is no canvas with a token in it")
+  w, h = -(-L // 96), max(1, -(-steps // 64))  # positions and steps of a cell
+  X, Y = -(-L // w), max(1, -(-steps // h))
+  count, confidence = np.zeros((2, Y + 1, X))  # row 0: given
+  for u in unmaskings:
+    cell = -(-u.unmasked_at // h), np.arange(L - len(u.pieces), L) // w
+    np.add.at(count, cell, 1)
+    np.add.at(confidence, cell, u.confidence)
+  size_X = len(unmaskings) * np.minimum(w, L - w * np.arange(X))
+  share = count / size_X
+  peak = share[1:].max() or 1.0
+  cells = []
+  for y, x in np.argwhere(count).tolist():
+    when, how_sure = "given", ""
+    look = f'class=given y={1.02 * Y:.2f} height={0.04 * Y:.2f} opacity="{share[0, x]:.2f}"'
+    if y:
+      look = f'y={Y - y} height=1 style="--p:{100 * share[y, x] / peak:.0f}%"'
+      when, how_sure = _span("step", y - 1, h, steps), f" · mean probability {confidence[y, x] / count[y, x]:.3f}"
+    told = f"{_span('position', x, w, L)} · {when} · {count[y, x]:.0f} of {size_X[x]} tokens ({share[y, x]:.1%})"
+    cells.append(f"<rect x={x} width=1 {look}><title>{told}{how_sure}</title></rect>")
+  ticks = [f"<text x={60 + 640 * (t - 0.5) / (X * w):.1f} y=350 text-anchor=middle>{t}</text>" for t in _ticks(L)]
+  ticks += [f"<text x=52 y={314 - 300 * (t - 0.5) / (Y * h):.1f} text-anchor=end>{t}</text>" for t in _ticks(steps)]
+  ramp = "".join(f'<span style="--p:{p}%"></span>' for p in range(0, 101, 5))
+  of = f"{len(unmaskings)} canvas{'es' if len(unmaskings) > 1 else ''}"
+  section = f"""<section><div class=bar><span class=key><span class="ramp cells floor"></span>given
+<b></b>unmasked, of {of}: <span>0</span><span class="ramp cells">{ramp}</span><span>{peak:.0%}</span></span></div>
+<svg class=heat viewBox="0 0 712 372" role=img aria-label="Density of the step of unmasking against position"><svg x=60
+y=10 width=640 height=318 viewBox="0 0 {X} {1.06 * Y:.2f}" preserveAspectRatio=none><rect class=frame width={X}
+height={Y} />{"".join(cells)}</svg>{"".join(ticks)}<text x=380 y=368 text-anchor=middle>position</text><text
+transform="translate(14 160) rotate(-90)" text-anchor=middle>step</text></svg>
+<output>Point at a cell: it tells its numbers.</output></section>"""
+  return _page(section, title)
+
+
+def _span(word: str, i: int, width: int, last: int) -> str:
+  """What the i-th cell of so many positions or steps covers."""
+  first, end = i * width + 1, min((i + 1) * width, last)
+  return f"{word} {first}" if first == end else f"{word}s {first}–{end}"
+
+
+def _ticks(n: int) -> list[int]:
+  """1, and about six round numbers up to n."""
+  every = next(m * 10**k for k in range(9) for m in (1, 2, 5) if n <= 7 * m * 10**k)
+  return sorted({min(1, n), *range(every, n + 1, every)})
+
+
+def gif(unmaskings: Sequence[Unmasking], path: str | Path, columns: int = 80, font: str = "DejaVu Sans Mono") -> None:
+  """Animates the canvases, one above the other, in lines of `columns` characters.
+
+  `font` is a family of equally wide characters among those that matplotlib finds: name one that has the text's script.
+
+  Raises:
+    ImportError: matplotlib, which brings Pillow and a font, is not installed.
+  """
+  try:
+    from matplotlib import font_manager
+    from PIL import Image, ImageDraw, ImageFont
+  except ImportError:
+    raise ImportError("a GIF is drawn by Pillow in a font of matplotlib: pip install matplotlib") from None
+  from rich.cells import cell_len
+
+  placed, row, steps = [], 0, max((u.steps for u in unmaskings), default=0)
+  for u in unmaskings:
+    row, column = row + 1, 1
+    for piece, s in zip(u.pieces, u.unmasked_at.tolist(), strict=True):
+      for character in piece.translate(_CONTROLS).expandtabs(2):
+        cells = max(1, cell_len(character))
+        if column + cells > columns + 1:
+          row, column = row + 1, 1
+        placed.append((s, column, row, cells, character))
+        row, column = (row + 1, 1) if character == "\n" else (row, column + cells)
+    row += 1
+  placed.sort(key=lambda x: x[0], reverse=True)
+  face = ImageFont.truetype(font_manager.findfont(font), 16)
+  W, H, end = round(face.getlength("0")), 24, max([30, *(x + cells for _, x, _, cells, _ in placed)]) + 1
+  image = Image.new("RGB", (end * W, (row + 2) * H), "#ffffff")
+  draw, colours, frames = ImageDraw.Draw(image, "RGBA"), _colours(steps), []
+
+  def box(x: int, y: float, cells: int, colour: str, top: int = 0) -> None:
+    draw.rectangle((x * W, y * H + top, (x + cells) * W - 1, y * H + 20), colour)
+
+  for s, x, y, cells, _ in [*placed, (1, 1, row + 0.5, 1, "")]:
+    box(x, y, cells, "#e3e4e8" if s else "#ffffff")
+  draw.text((3 * W, (row + 0.5) * H), "masked", "#70737c", face)
+  shown = np.linspace(0, steps, min(steps, 100) + 1).round().astype(int)
+  for k in shown.tolist():
+    while placed and placed[-1][0] <= k:
+      s, x, y, cells, character = placed.pop()
+      for top, colour in ((0, "#ffffff"), (0, f"{colours[s]}38"), (19, colours[s])) if s else ():
+        box(x, y, cells, colour, top)
+      draw.text((x * W, y * H), "↵" if character == "\n" else character, "#1c1d21", face)
+    box(11, row + 0.5, end, "#ffffff")
+    draw.text((11 * W, (row + 0.5) * H), f"step {k} of {steps}", "#70737c", face)
+    frames.append(image.copy())
+  palette = frames[-1].quantize()  # one for all, so that a frame stores only what it changes
+  first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
+  pace = np.diff(shown) * min(150, 8000 / max(1, steps))  # 8 s at the most, and then time to read
+  pauses = [*np.maximum(20, pace).astype(int).tolist(), 2500]
+  first.save(path, format="GIF", save_all=True, append_images=others, duration=pauses, loop=0)
+
+
 _CSS = """
 body:has(>.lladax){margin:0;background:#fff}
 .lladax{color-scheme:light;--ink:#1c1d21;--soft:#70737c;--line:#e3e4e8;--paper:#fff;--tint:22%;
+  --cold:oklch(.95 .06 105);--hot:oklch(.36 .15 270);
   background:var(--paper);color:var(--ink);font:13px/1.5 system-ui,sans-serif;box-sizing:border-box;
   padding:1.5rem clamp(1rem,4vw,2.5rem);max-width:60rem;margin:0 auto}
 @media(prefers-color-scheme:dark){body:has(>.lladax){background:#16171a}
-  .lladax{color-scheme:dark;--ink:#e6e7ea;--soft:#8d9099;--line:#33353c;--paper:#16171a;--tint:38%}}
+  .lladax{color-scheme:dark;--ink:#e6e7ea;--soft:#8d9099;--line:#33353c;--paper:#16171a;--tint:38%;
+  --cold:oklch(.32 .09 280);--hot:oklch(.9 .17 105)}}
 .lladax h2{font-size:20px;font-weight:600;margin:0 0 1.5rem;letter-spacing:-.01em}
 .lladax h3{font-size:13px;margin:0 0 .6rem}
 .lladax b,.lladax h3{font-weight:600}
@@ -208,6 +334,17 @@ body:has(>.lladax){margin:0;background:#fff}
 .lladax path.m{stroke:var(--line)}
 .lladax .floor{stroke:var(--line);stroke-width:3px;stroke-linecap:butt}
 .lladax .at{stroke:var(--ink);stroke-width:1px}
+.lladax .heat+output{display:block;color:var(--soft)}
+.lladax .heat{height:auto;font-size:11px;fill:var(--soft)}
+.lladax .heat svg{height:318px;overflow:hidden}
+.lladax .heat rect,.lladax .cells span{--at:color-mix(in oklch,var(--hot) var(--p),var(--cold));fill:var(--at);
+  background:var(--at);shape-rendering:crispEdges;vector-effect:non-scaling-stroke}
+.lladax .heat rect:hover{stroke:var(--ink);stroke-width:2px}
+.lladax .heat .given{fill:var(--soft)}
+.lladax .heat .frame{fill:none;stroke:var(--line)}
+.lladax .cells{display:flex;overflow:hidden}
+.lladax .cells span{flex:1}
+.lladax .cells.floor{width:1.5rem;background:var(--soft)}
 """
 
 # Tokens and dots carry their step alike, so one loop replays both. `data-live` marks the fragments
@@ -215,6 +352,10 @@ body:has(>.lladax){margin:0;background:#fff}
 _JS = """
 for (const box of document.querySelectorAll(".lladax:not([data-live]) section")) {
   const $ = (css) => box.querySelector(css), slider = $("input"), button = $("button");
+  const heat = $(".heat");
+  if (heat) heat.onmouseover = (e) => {
+    if (e.target.matches("rect:has(title)")) $("output").textContent = e.target.textContent;
+  };
   if (!slider) continue;
   const text = $(".text"), plot = $("svg"), out = $("output"), steps = +slider.max;
   const timed = box.querySelectorAll("[data-s]");

@@ -2,6 +2,7 @@
 
 import html.parser
 import re
+import sys
 import time
 
 import numpy as np
@@ -130,7 +131,7 @@ def test_html_without_javascript_shows_the_finished_text():
 
 
 def test_fragments_share_a_page():
-  page = _unmasking()._repr_html_() + visualize.html([_unmasking(), _unmasking()])
+  page = _unmasking()._repr_html_() + visualize.html([_unmasking(), _unmasking()]) + visualize.heat_map([_unmasking()])
   tags = _Tokens(page).tags
   assert not any({"id", "name", "for"} & a.keys() for t, a in tags if t != "meta")
   assert not any({"src", "href"} & a.keys() for _, a in tags)
@@ -148,6 +149,84 @@ def test_a_canvas_with_nothing_to_unmask_and_an_empty_one():
     assert unmasking.steps == 0
     assert visualize.terminal(unmasking).plain.endswith("\n" + "".join(pieces))
     assert [t for _, _, t in _Tokens(visualize.html([unmasking])).tokens] == list(pieces)
+
+
+def _cells(page):
+  """(attributes, what it tells) of every cell of a heat map."""
+  return [
+    (dict(re.findall(r"(\w+)=([\w.]+)", attributes)), told)
+    for attributes, told in re.findall(r"<rect ([^>]*)><title>(.*?)</title></rect>", page)
+  ]
+
+
+def test_heat_map_of_one_canvas_has_a_cell_for_every_token():
+  cells = _cells(visualize.heat_map([_unmasking()]))
+  assert sorted(int(a["x"]) for a, _ in cells) == list(range(len(PIECES)))
+  for attributes, told in cells:
+    s = UNMASKED_AT[int(attributes["x"])]
+    assert (attributes.get("class") == "given") == (s == 0)
+    if s:
+      assert int(attributes["y"]) == 5 - s  # time goes upwards
+    when = f"step {s}" if s else "given"
+    sure = " · mean probability 0.500" if s else ""
+    assert told == f"position {int(attributes['x']) + 1} · {when} · 1 of 1 tokens (100.0%){sure}"
+
+
+def test_heat_map_of_many_counts_every_token_once_and_lines_up_right_ends():
+  rng = np.random.default_rng(0)
+  lengths = rng.integers(150, 300, 20)
+  unmaskings = [_unmasking(("a",) * n, rng.permutation(n) + 1) for n in lengths]
+  page = visualize.heat_map(unmaskings, "a <b>")
+  cells = _cells(page)
+  assert sum(int(re.search(r"(\d+) of", told)[1]) for _, told in cells) == lengths.sum()
+  assert "position 3" not in page.replace("positions", "")  # a cell holds several
+  last = f"positions {(lengths.max() - 1) // 4 * 4 + 1}–{lengths.max()}"
+  in_last = [told for _, told in cells if told.startswith(last)]
+  size = 20 * ((lengths.max() - 1) % 4 + 1)
+  assert sum(int(re.search(r"(\d+) of", told)[1]) for told in in_last) == size  # all rows reach the right end
+  assert all(f" of {size} tokens" in told for told in in_last)
+  assert "a &lt;b&gt;" in page and page._repr_html_() == page
+  assert "--p:100%" in page  # the most frequent cell has the last colour of the key
+
+
+def test_heat_map_of_given_text_and_of_nothing():
+  assert {a["class"] for a, _ in _cells(visualize.heat_map([_unmasking(unmasked_at=0 * UNMASKED_AT)]))} == {"given"}
+  for nothing in ([], [_unmasking((), np.zeros(0, int))]):
+    with pytest.raises(ValueError, match="no canvas with a token"):
+      visualize.heat_map(nothing)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 7, 8, 64, 1024, 4096])
+def test_ticks_are_few_and_within(n):
+  ticks = visualize._ticks(n)
+  assert len(ticks) <= 8 and all(min(1, n) <= t <= n for t in ticks)
+
+
+def test_gif_unmasks_step_by_step(tmp_path):
+  image = pytest.importorskip("PIL.Image")
+  visualize.gif([_unmasking(), _unmasking(("wide 中文\x1b",), np.array([1]))], tmp_path / "out.gif", columns=12)
+  with image.open(tmp_path / "out.gif") as animation:
+    assert animation.n_frames == 6 and animation.info["loop"] == 0
+    grey = []
+    for k in range(6):
+      animation.seek(k)
+      pixels = np.asarray(animation.convert("RGB")).reshape(-1, 3).astype(int)
+      grey.append((abs(pixels - [227, 228, 232]).max(-1) < 3).sum())
+  assert (np.diff(grey) <= 0).all() and grey[0] > 2 * grey[-1]  # fewer and fewer masked, then the key alone
+
+
+def test_gif_of_given_text_is_one_frame(tmp_path):
+  image = pytest.importorskip("PIL.Image")
+  visualize.gif([_unmasking(unmasked_at=0 * UNMASKED_AT)], tmp_path / "out.gif")
+  with image.open(tmp_path / "out.gif") as animation:
+    assert animation.n_frames == 1
+
+
+def test_gif_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "matplotlib", None)
+  with pytest.raises(ImportError, match="^a GIF .*: pip install matplotlib$"):
+    visualize.gif([_unmasking()], tmp_path / "out.gif")
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("unmasked_at", [[0, 1], [[0], [1], [2]], [0, 1, -1], [0.0, 1.0, 2.0]])
@@ -169,4 +248,5 @@ def test_ten_thousand_tokens_take_less_than_a_second():
   start = time.process_time()  # other work on the machine does not count
   visualize.html([unmasking])
   visualize.terminal(unmasking)
+  visualize.heat_map([unmasking])
   assert time.process_time() - start < 1
