@@ -15,11 +15,12 @@ from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; --config.steps=200 overrides a field.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, tokenizer, checkpoints, metrics.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "sample"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "sample", "chat"], "What to do.")
 _PROMPT = flags.DEFINE_multi_string(
   "prompt", [], "mode=sample: text to continue, or text with [MASK]s to fill in; repeat for several (default: stdin)."
 )
 _HTML = flags.DEFINE_string("html", None, "mode=sample: also write the unmasking to this page.")
+_SYSTEM = flags.DEFINE_string("system", "", "mode=chat: the system prompt.")
 
 
 def main(argv: list[str]) -> None:
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> None:
     raise FileNotFoundError(f"--workdir={workdir}: there is no run in it; train one first with --mode=train")
 
   from lladax import config as configs
-  from lladax import train  # the slow imports come after the quick checks
+  from lladax import chat, train  # the slow imports come after the quick checks
 
   if _CONFIG.value is not None:
     config = configs.parse(_CONFIG.value.to_dict())
@@ -45,6 +46,8 @@ def main(argv: list[str]) -> None:
     train.train(config, workdir)
   elif _MODE.value == "evaluate":
     train.evaluate_last(config, workdir)
+  elif _MODE.value == "chat":
+    chat.run(config, workdir, _SYSTEM.value)
   else:
     train.show_samples(config, workdir, _PROMPT.value, _HTML.value)
 
