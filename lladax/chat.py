@@ -75,6 +75,8 @@ def talk(llada: LLaDA, system: str = "", options: Mapping[str, Any] | None = Non
         reply = _answer(llada, asked, {"early_stop": True} | dict(options or {}), console)
         messages = [*asked, {"role": "assistant", "content": reply}]
     except EOFError:
+      if watched:
+        notes.print()
       return messages
     except KeyboardInterrupt:
       if not watched:

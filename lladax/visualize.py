@@ -1,4 +1,4 @@
-"""The order of unmasking, drawn: frames in a terminal, an animation, a page or a notebook cell in HTML.
+"""The order of unmasking, drawn: frames in a terminal, a page or a notebook cell in HTML.
 
 Committed tokens never change, so one number per position, the forward pass that committed it,
 replays the whole reverse process. This module knows nothing of tokenizers, models or jax: it is
@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,8 +25,8 @@ _RAMP = ("#3a65d6", "#8755d6", "#c149ac", "#e04f65", "#dd6e36", "#cd851a")
 _RAMP_RGB = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in _RAMP], float)
 
 # A sample may hold escape sequences: shown as pictures (␛), they cannot drive the terminal.
-_CONTROLS = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {127: 0x2421}
-_CONTROLS |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+CONTROLS = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {127: 0x2421}
+CONTROLS |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,7 +75,7 @@ class Html(str):
     return str(self)
 
 
-def _colours(steps: int) -> list[str]:
+def step_colours(steps: int) -> list[str]:
   """The colour of each step, of 64: rich caches few styles. Index 0, the given text, has none."""
   at = np.linspace(0, 63, steps).round() * (len(_RAMP) - 1) / 63
   rgb = np.stack([np.interp(at, range(len(_RAMP)), c) for c in _RAMP_RGB.T], -1).round()
@@ -87,10 +86,10 @@ def frame(unmasking: Unmasking, step: int, steps: int | None = None) -> Text:
   """The canvas after forward pass `step` of `steps` (None: its last): given bold, unmasked coloured, masked ░."""
   from rich.text import Text
 
-  colours = ["bold", *_colours(unmasking.steps if steps is None else max(steps, step))[1:]]
+  colours = ["bold", *step_colours(unmasking.steps if steps is None else max(steps, step))[1:]]
   parts = []  # neighbours of one style are one part: rich pays for each
   for piece, s in zip(unmasking.pieces, unmasking.unmasked_at.tolist(), strict=True):
-    text, style = (piece.translate(_CONTROLS), colours[s]) if s <= step else (MASKED, "dim")
+    text, style = (piece.translate(CONTROLS), colours[s]) if s <= step else (MASKED, "dim")
     if parts and parts[-1][1] == style:
       parts[-1][0].append(text)
     else:
@@ -113,10 +112,10 @@ def terminal(unmasking: Unmasking, *, frames: int = 4) -> Text:
   steps, unmasked_at = unmasking.steps, unmasking.unmasked_at
   out = Text(overflow="fold")
   if unmasking.title:
-    out.append(unmasking.title.translate(_CONTROLS) + "\n", "bold underline")
+    out.append(unmasking.title.translate(CONTROLS) + "\n", "bold underline")
   out.append("given", "bold")
   out.append(f" · {MASKED} masked · unmasked at step {min(1, steps)} ", "dim")
-  for colour in _colours(16)[1:]:
+  for colour in step_colours(16)[1:]:
     out.append("■", colour)
   out.append(f" {steps}", "dim")
   for k in sorted({-(-steps * i // frames) for i in range(1, frames + 1)}):
@@ -145,14 +144,14 @@ def _page(sections: str, title: str) -> Html:
 
 def _sample(unmasking: Unmasking) -> str:
   """The text, the controls and the strip of one sample."""
-  steps, colours = unmasking.steps, _colours(unmasking.steps)
+  steps, colours = unmasking.steps, step_colours(unmasking.steps)
   unmasked_at, confidence = unmasking.unmasked_at.tolist(), unmasking.confidence.tolist()
   tokens = []
   for piece, s, p in zip(unmasking.pieces, unmasked_at, confidence, strict=True):
     newline = " class=n" if "\n" in piece else ""  # drawn as ↵: a token without width is not seen
     hover = f'data-s={s} style="--c:{colours[s]}" title="step {s} · probability {p:.3f}"'
     tag, attributes = ("i", hover) if s else ("b", "title=given")
-    tokens.append(f"<{tag}{newline} {attributes}>{escape(piece.translate(_CONTROLS))}</{tag}>")
+    tokens.append(f"<{tag}{newline} {attributes}>{escape(piece.translate(CONTROLS))}</{tag}>")
   heading = f"<h3>{escape(unmasking.title)}</h3>" if unmasking.title else ""
   text = f"<div class=text>{''.join(tokens)}</div>"
   if not steps:
@@ -237,61 +236,6 @@ def _ticks(n: int) -> list[int]:
   """1, and about six round numbers up to n."""
   every = next(m * 10**k for k in range(9) for m in (1, 2, 5) if n <= 7 * m * 10**k)
   return sorted({min(1, n), *range(every, n + 1, every)})
-
-
-def gif(unmaskings: Sequence[Unmasking], path: str | Path, columns: int = 80, font: str = "DejaVu Sans Mono") -> None:
-  """Animates the canvases, one above the other, in lines of `columns` characters.
-
-  `font` is a family of equally wide characters among those that matplotlib finds: name one that has the text's script.
-
-  Raises:
-    ImportError: matplotlib, which brings Pillow and a font, is not installed.
-  """
-  try:
-    from matplotlib import font_manager
-    from PIL import Image, ImageDraw, ImageFont
-  except ImportError:
-    raise ImportError("a GIF is drawn by Pillow in a font of matplotlib: pip install matplotlib") from None
-  from rich.cells import cell_len
-
-  placed, row, steps = [], 0, max((u.steps for u in unmaskings), default=0)
-  for u in unmaskings:
-    row, column = row + 1, 1
-    for piece, s in zip(u.pieces, u.unmasked_at.tolist(), strict=True):
-      for character in piece.translate(_CONTROLS).expandtabs(2):
-        cells = max(1, cell_len(character))
-        if column + cells > columns + 1:
-          row, column = row + 1, 1
-        placed.append((s, column, row, cells, character))
-        row, column = (row + 1, 1) if character == "\n" else (row, column + cells)
-    row += 1
-  placed.sort(key=lambda x: x[0], reverse=True)
-  face = ImageFont.truetype(font_manager.findfont(font), 16)
-  W, H, end = round(face.getlength("0")), 24, max([30, *(x + cells for _, x, _, cells, _ in placed)]) + 1
-  image = Image.new("RGB", (end * W, (row + 2) * H), "#ffffff")
-  draw, colours, frames = ImageDraw.Draw(image, "RGBA"), _colours(steps), []
-
-  def box(x: int, y: float, cells: int, colour: str, top: int = 0) -> None:
-    draw.rectangle((x * W, y * H + top, (x + cells) * W - 1, y * H + 20), colour)
-
-  for s, x, y, cells, _ in [*placed, (1, 1, row + 0.5, 1, "")]:
-    box(x, y, cells, "#e3e4e8" if s else "#ffffff")
-  draw.text((3 * W, (row + 0.5) * H), "masked", "#70737c", face)
-  shown = np.linspace(0, steps, min(steps, 100) + 1).round().astype(int)
-  for k in shown.tolist():
-    while placed and placed[-1][0] <= k:
-      s, x, y, cells, character = placed.pop()
-      for top, colour in ((0, "#ffffff"), (0, f"{colours[s]}38"), (19, colours[s])) if s else ():
-        box(x, y, cells, colour, top)
-      draw.text((x * W, y * H), "↵" if character == "\n" else character, "#1c1d21", face)
-    box(11, row + 0.5, end, "#ffffff")
-    draw.text((11 * W, (row + 0.5) * H), f"step {k} of {steps}", "#70737c", face)
-    frames.append(image.copy())
-  palette = frames[-1].quantize()  # one for all, so that a frame stores only what it changes
-  first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
-  pace = np.diff(shown) * min(150, 8000 / max(1, steps))  # 8 s at the most, and then time to read
-  pauses = [*np.maximum(20, pace).astype(int).tolist(), 2500]
-  first.save(path, format="GIF", save_all=True, append_images=others, duration=pauses, loop=0)
 
 
 _CSS = """

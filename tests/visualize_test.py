@@ -2,14 +2,13 @@
 
 import html.parser
 import re
-import sys
 import time
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from lladax import visualize
+from lladax import llada, visualize
 
 PIECES = ("Q:", " two\n", "plus", " <script>", "", "\n", " four", " &", " end")
 UNMASKED_AT = np.array([0, 0, 3, 1, 5, 2, 5, 0, 4])
@@ -74,7 +73,7 @@ def test_frame_colours_unmasked_tokens_and_nothing_else(step):
 
 
 def test_ramp_is_ordered_and_readable_on_black_and_on_white():
-  colours = visualize._colours(64)[1:]
+  colours = visualize.step_colours(64)[1:]
   srgb = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in colours])
   linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
   luminance = linear @ [0.2126, 0.7152, 0.0722]
@@ -202,31 +201,19 @@ def test_ticks_are_few_and_within(n):
   assert len(ticks) <= 8 and all(min(1, n) <= t <= n for t in ticks)
 
 
-def test_gif_unmasks_step_by_step(tmp_path):
-  image = pytest.importorskip("PIL.Image")
-  visualize.gif([_unmasking(), _unmasking(("wide 中文\x1b",), np.array([1]))], tmp_path / "out.gif", columns=12)
-  with image.open(tmp_path / "out.gif") as animation:
-    assert animation.n_frames == 6 and animation.info["loop"] == 0
-    grey = []
-    for k in range(6):
-      animation.seek(k)
-      pixels = np.asarray(animation.convert("RGB")).reshape(-1, 3).astype(int)
-      grey.append((abs(pixels - [227, 228, 232]).max(-1) < 3).sum())
-  assert (np.diff(grey) <= 0).all() and grey[0] > 2 * grey[-1]  # fewer and fewer masked, then the key alone
-
-
-def test_gif_of_given_text_is_one_frame(tmp_path):
-  image = pytest.importorskip("PIL.Image")
-  visualize.gif([_unmasking(unmasked_at=0 * UNMASKED_AT)], tmp_path / "out.gif")
-  with image.open(tmp_path / "out.gif") as animation:
-    assert animation.n_frames == 1
-
-
-def test_gif_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
-  monkeypatch.setitem(sys.modules, "matplotlib", None)
-  with pytest.raises(ImportError, match="^a GIF .*: pip install matplotlib$"):
-    visualize.gif([_unmasking()], tmp_path / "out.gif")
-  assert not list(tmp_path.iterdir())
+def test_what_was_sampled_draws_itself_in_every_way(tmp_path):
+  at = np.array([[0, 0, 2, 1], [0, 1, 0, 2]])
+  out = llada.Sampled(
+    text=["", ""], tokens=at + 5, unmasked_at=at, confidence=np.full(at.shape, 0.25), nfe=2, padding=np.array([1, 0]),
+    piece=lambda i: f" {i}", mask_id=99,
+  )  # fmt: skip
+  cells = [told for _, told in _cells(out.heat_map("title"))]
+  assert "position 4 · step 1 · 1 of 2 tokens (50.0%) · mean probability 0.250" in cells
+  assert sum("given" in told for told in cells) == 3  # padding is none of them
+  assert "step 1 · probability 0.250" in out.html()
+  pytest.importorskip("PIL.Image")
+  out.gif(tmp_path / "out.gif", columns=20)
+  assert (tmp_path / "out.gif").read_bytes().startswith(b"GIF89a")
 
 
 @pytest.mark.parametrize("unmasked_at", [[0, 1], [[0], [1], [2]], [0, 1, -1], [0.0, 1.0, 2.0]])
