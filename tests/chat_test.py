@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -192,14 +191,14 @@ def test_interrupting_a_reply_forgets_the_message(talk):
     talk(Slow(), "slow")
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_with_a_model_through_the_door(tiny_workdir, tmp_path):
   """The replies are those of `LLaDA.chat`, each to the whole conversation before it."""
   path = tmp_path / "talk.jsonl"
   flags = ["--mode=chat", f"--workdir={tiny_workdir}", "--system=Be brief."]
   lines = f"red\ngreen\n/save {path}\n"
-  env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
   done = subprocess.run(
-    [sys.executable, "-m", "lladax.main", *flags], cwd=ROOT, env=env, input=lines, capture_output=True, text=True,
+    [sys.executable, "-m", "lladax.main", *flags], cwd=ROOT, input=lines, capture_output=True, text=True,
     timeout=300,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
@@ -213,6 +212,7 @@ def test_with_a_model_through_the_door(tiny_workdir, tmp_path):
     assert llada.chat(messages[:n], **options).text[0].strip() == messages[n]["content"]
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_a_terminal_and_a_pipe_get_the_same_reply(tiny_workdir, talk):
   llada = lladax.load(tiny_workdir)
   options = dataclasses.asdict(config.load(tiny_workdir).sample) | {"early_stop": True}
