@@ -15,9 +15,14 @@ from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; --config.steps=200 overrides a field.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, tokenizer, checkpoints, metrics.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "sample", "chat"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "sample", "chat", "import", "export"], "What to do.")
 _PROMPT = flags.DEFINE_multi_string(
   "prompt", [], "mode=sample: text to continue, or text with [MASK]s to fill in; repeat for several (default: stdin)."
+)
+_SOURCE = flags.DEFINE_string("source", None, "mode=import: folder in the published layout, or its hub name.")
+_TARGET = flags.DEFINE_string("target", None, "mode=export: new folder for the published layout.")
+_DTYPE = flags.DEFINE_enum(
+  "dtype", None, ["float32", "bfloat16", "float16"], "mode=export: of the tensors (default: as in the checkpoint)."
 )
 _HTML = flags.DEFINE_string("html", None, "mode=sample: also write the unmasking to this page.")
 _SYSTEM = flags.DEFINE_string("system", "", "mode=chat: the system prompt.")
@@ -32,12 +37,24 @@ def main(argv: list[str]) -> None:
   workdir = Path(_WORKDIR.value).expanduser()
   if _MODE.value == "train" and _CONFIG.value is None:
     raise ValueError("--config is missing: name a config, as in --config=configs/quickstart.py")
-  if _MODE.value != "train" and not (workdir / "config.json").is_file():
+  source, target = _SOURCE.value or "", _TARGET.value or ""
+  for mode, name, value in (("import", "source", source), ("export", "target", target)):
+    if _MODE.value == mode and not value:
+      raise ValueError(f"--{name} is missing: --mode={mode} needs it")
+  if _MODE.value not in ("train", "import") and not (workdir / "config.json").is_file():
     raise FileNotFoundError(f"--workdir={workdir}: there is no run in it; train one first with --mode=train")
 
+  from lladax import chat, convert, train  # the slow imports come after the quick checks
   from lladax import config as configs
-  from lladax import chat, train  # the slow imports come after the quick checks
 
+  if _MODE.value == "export":
+    return convert.to_published(workdir, Path(target).expanduser(), _DTYPE.value)
+  if _MODE.value == "import":
+    from configs import base
+
+    values = (_CONFIG.value or base.get_config()).to_dict()
+    configs.parse(values)
+    return convert.from_published(source, workdir, values)
   if _CONFIG.value is not None:
     config = configs.parse(_CONFIG.value.to_dict())
   else:

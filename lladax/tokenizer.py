@@ -21,7 +21,7 @@ START_HEADER, END_HEADER, EOT = "<|start_header_id|>", "<|end_header_id|>", "<|e
 ROLES = ("system", "user", "assistant")
 _MODEL_TYPE = "bpe"
 _TRAINING_BYTES = 10_000_000  # unigram takes half a minute for these, and gains 1% from 10 MB
-_SETTINGS = "lladax_tokenizer.json"
+SETTINGS = "lladax_tokenizer.json"
 _SPACE = "\u2581"  # how SentencePiece writes a space inside its pieces
 
 
@@ -132,12 +132,12 @@ class Tokenizer:
     if self._vocabulary.file:
       (folder / self._vocabulary.file).write_bytes(self._vocabulary.content)
     settings = {"kind": self._vocabulary.kind, "names": self._names}
-    (folder / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def load(folder: str | pathlib.Path) -> Tokenizer:
   """The tokenizer that `Tokenizer.save` wrote into the folder."""
-  path = pathlib.Path(folder) / _SETTINGS
+  path = pathlib.Path(folder) / SETTINGS
   if not path.is_file():
     raise FileNotFoundError(f"{path}: no such file; give a folder that Tokenizer.save wrote")
   settings = json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,81 @@
+"""Published checkpoints and workdirs: one made from the other.
+
+WORKDIR/published/ keeps the files that came with the tensors (config.json, the tokenizer's), for the way back.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lladax import checkpoint, huggingface, safetensors
+from lladax import tokenizer as tokenizers
+from lladax.mask_predictor import MaskPredictorConfig
+
+
+def from_published(source: str | Path, workdir: Path, values: dict[str, Any]) -> None:
+  """Makes a published folder, or hub name, into a workdir with the checkpoint of step 0, in the files' dtypes.
+
+  Args:
+    source: folder or hub name.
+    workdir: new, or empty.
+    values: a run's config as plain values; its model, and its tokenizer if there is one, become the source's.
+
+  Raises:
+    FileNotFoundError, ValueError: as `huggingface.find` and `read`; the workdir is in use.
+  """
+  if workdir.is_dir() and any(workdir.iterdir()):
+    raise ValueError(f"--workdir={workdir} is not empty: an import needs a new workdir")
+  published = huggingface.read(huggingface.find(source))
+  text = published.identity["tokenizer"]
+  for path in published.folder.iterdir():
+    if path.suffix in huggingface.KEPT and path.name != safetensors.INDEX:
+      (workdir / "published").mkdir(parents=True, exist_ok=True)
+      shutil.copyfile(path, workdir / "published" / path.name)
+  if text:
+    text.save(workdir / "tokenizer")
+    settings = json.loads((workdir / "tokenizer" / tokenizers.SETTINGS).read_text())
+    files = [path for path in (workdir / "tokenizer").iterdir() if path.name != tokenizers.SETTINGS]
+    special = {name: settings["names"][name] for name in ("eos", "mask", "pad")}
+    special |= {"kind": settings["kind"], "path": "".join(map(str, files))}
+    values = values | {"tokenizer": values["tokenizer"] | special}
+  saver = checkpoint.Checkpoints(workdir)
+  saver.save(0, {"step": jnp.int32(0), "params": huggingface.load_params(published)})
+  saver.close()
+  shape = {name: getattr(published.model, name) for name, *_ in (*huggingface.FIELDS, "K")}
+  values = values | {"objective": "diffusion", "model": values["model"] | shape}
+  values |= {"tokenizer_fingerprint": text.fingerprint if text else ""}
+  (workdir / "config.json").write_text(json.dumps(values, indent=2) + "\n")  # the last: now it is a workdir
+
+
+def to_published(workdir: Path, target: Path, dtype: str | None = None) -> None:
+  """Writes a workdir's last checkpoint in the published layout, with the files that were imported beside it.
+
+  Raises:
+    ValueError: as `huggingface.export`; there is no checkpoint to read.
+  """
+  if target.is_dir() and any(target.iterdir()):
+    raise ValueError(f"--target={target} is not empty: an export needs a new folder")
+  model = MaskPredictorConfig(**json.loads((workdir / "config.json").read_text())["model"])
+  huggingface.check_exportable(model)
+  steps = checkpoint.steps(workdir)
+  if not steps:
+    raise FileNotFoundError(f"{workdir} has no checkpoint to export")
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  saved = checkpoint.metadata(workdir, steps[-1])["params"]
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), saved)
+  params = checkpoint.restore(workdir, steps[-1], {"params": abstract})["params"]
+  target.mkdir(parents=True, exist_ok=True)
+  if (workdir / "published").is_dir():
+    shutil.copytree(workdir / "published", target, dirs_exist_ok=True)
+    config = json.loads((target / "config.json").read_text("utf-8"))
+  else:
+    text = tokenizers.load(workdir / "tokenizer")
+    text.save(target)
+    config = huggingface.new_config(model, text) | {"dtype": str(params["embedding"].dtype)}
+  if dtype:
+    config[next((name for name in ("torch_dtype", "dtype") if name in config), "dtype")] = dtype
+  huggingface.export(params, model, target, config, dtype=dtype)

@@ -1,0 +1,436 @@
+"""Published checkpoints: golden answers, the round trip, what is refused, where the bytes go."""
+
+import importlib
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import lladax
+from lladax import checkpoint, convert, huggingface, sharding
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+ROOT = pathlib.Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden" / "llada-tiny"
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+LLADA = {
+  "model_type": "llada", "architectures": ["LLaDAModelLM"], "d_model": 64, "n_layers": 3, "n_heads": 8, "n_kv_heads": 8,
+  "mlp_hidden_size": 96, "vocab_size": 250, "embedding_size": 256, "max_sequence_length": 128, "rope_theta": 5e5,
+  "rms_norm_eps": 1e-5, "weight_tying": False, "block_type": "llama", "activation_type": "silu",
+  "layer_norm_type": "rms", "mask_token_id": 249, "eos_token_id": 1, "pad_token_id": 1, "torch_dtype": "bfloat16",
+}  # fmt: skip
+ILLADA = {
+  "model_type": "illada", "architectures": ["ILLaDAForCausalLM"], "hidden_size": 64, "num_hidden_layers": 3,
+  "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 256,
+  "max_position_embeddings": 256, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+  "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None, "layer_norm_eps": None,
+  "mask_token_id": 5, "eos_token_id": 2, "torch_dtype": "bfloat16",
+}  # fmt: skip
+GQA_TIED = LLADA | {"n_kv_heads": 2, "weight_tying": True}  # LLaDA's names, iLLaDA's shape
+
+
+def shapes(config):
+  """Name -> shape of every tensor, written down a second time."""
+  if "d_model" in config:
+    D, F, V = config["d_model"], config["mlp_hidden_size"], config["embedding_size"]
+    G = D // config["n_heads"] * config["n_kv_heads"]
+    outer = {"wte": (V, D), "ln_f": (D,)} | ({} if config["weight_tying"] else {"ff_out": (V, D)})
+    block = {
+      "attn_norm": (D,), "q_proj": (D, D), "k_proj": (G, D), "v_proj": (G, D), "attn_out": (D, D), "ff_norm": (D,),
+      "ff_proj": (F, D), "up_proj": (F, D), "ff_out": (D, F),
+    }  # fmt: skip
+    prefix, blocks, N = "model.transformer.", "blocks", config["n_layers"]
+  else:
+    D, F, V = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    G = D // config["num_attention_heads"] * config["num_key_value_heads"]
+    outer = {"embed_tokens": (V, D), "norm": (D,)}
+    block = {
+      "input_layernorm": (D,), "self_attn.q_proj": (D, D), "self_attn.k_proj": (G, D), "self_attn.v_proj": (G, D),
+      "self_attn.o_proj": (D, D), "post_attention_layernorm": (D,), "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D),
+      "mlp.down_proj": (D, F),
+    }  # fmt: skip
+    prefix, blocks, N = "model.", "layers", config["num_hidden_layers"]
+  outer |= {f"{blocks}.{i}.{name}": shape for i in range(N) for name, shape in block.items()}
+  return {f"{prefix}{name}.weight": shape for name, shape in outer.items()}
+
+
+def publish(folder, config, dtype=BF16, files=3, seed=0, **changes):
+  """A published folder of random tensors, written by the format's own library. `changes`: name -> array, or None."""
+  rng = np.random.default_rng(seed)
+  draw = (
+    (lambda shape: np.zeros(shape, dtype)) if seed is None else (lambda s: (0.1 * rng.standard_normal(s)).astype(dtype))
+  )
+  names = list(shapes(config))
+  parts = [names[i::files] for i in range(files)]
+  folder.mkdir(parents=True)
+  index = {}
+  for number, part in enumerate(parts, 1):
+    name = f"model-{number:05}-of-{files:05}.safetensors" if files > 1 else "model.safetensors"
+    tensors = {tensor: draw(shapes(config)[tensor]) for tensor in part} | (changes if number == files else {})
+    tensors = {
+      tensor: value for tensor, value in tensors.items() if changes.get(tensor, value) is value and value is not None
+    }
+    safetensors.numpy.save_file(tensors, folder / name, {"format": "pt"})
+    index |= dict.fromkeys(tensors, name)
+  if files > 1:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+  (folder / "config.json").write_text(json.dumps(config))
+  return folder
+
+
+def tensors(folder):
+  """Name -> (dtype, shape, bytes) of all files, read by the format's own library."""
+  found = {}
+  for path in folder.glob("*.safetensors"):
+    found |= {name: (x.dtype, x.shape, x.tobytes()) for name, x in safetensors.numpy.load_file(path).items()}
+  return found
+
+
+def command(*flags):
+  env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  done = subprocess.run(
+    [sys.executable, "-m", "lladax.main", *map(str, flags)], cwd=ROOT, env=env, capture_output=True, text=True
+  )
+  return done.returncode, done.stdout, done.stderr
+
+
+def complaint(folder):
+  with pytest.raises(ValueError) as error:
+    huggingface.read(folder)
+  assert "\n" not in str(error.value)
+  return str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [np.dtype("float32"), BF16, np.dtype("float16")], ids=str)
+@pytest.mark.parametrize("config", [LLADA, GQA_TIED, ILLADA], ids=["llada", "gqa-tied", "illada"])
+def test_round_trip_is_the_identity(tmp_path, config, dtype, monkeypatch):
+  monkeypatch.setattr(huggingface, "_ROWS", 100)  # the vocabulary in three unequal slabs
+  source = publish(tmp_path / "source", config, dtype)
+  published = huggingface.read(source)
+  params = huggingface.load_params(published)
+  assert {x.dtype for x in jax.tree.leaves(params)} == {dtype}
+  assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(
+    lambda x: x.shape, jax.eval_shape(published.model.init, jax.random.key(0))
+  )
+  wide = huggingface.load_params(published, dtype=jnp.float32)  # as training wants them
+  assert {x.dtype for x in jax.tree.leaves(wide)} == {np.dtype("float32")}
+  for i, tree in enumerate((params, wide)):
+    target = tmp_path / f"target{i}"
+    huggingface.export(tree, published.model, target, config, dtype=dtype, max_shard_bytes=50_000)
+    assert tensors(target) == tensors(source) and json.loads((target / "config.json").read_text()) == config
+    files = sorted(path.name for path in target.glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    index = json.loads((target / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == shapes(config).keys() and set(index["weight_map"].values()) == set(files)
+    assert index["metadata"]["total_size"] == sum(len(content) for _, _, content in tensors(source).values())
+
+
+def test_golden_checkpoint_and_its_round_trip(tmp_path):
+  llada = lladax.load(GOLDEN)
+  with np.load(GOLDEN / "golden.npz") as answers:
+    np.testing.assert_allclose(llada.logits(answers["x_masked"]), answers["logits"], atol=1e-4)
+  assert (llada.tokenizer, llada.mask_id, llada.eos_id, llada.vocab_size) == (None, 503, 500, 504)
+  config = json.loads((GOLDEN / "config.json").read_text())
+  huggingface.export(llada.params, llada.model, tmp_path, config)
+  assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]  # one file, no index
+  assert tensors(tmp_path) == tensors(GOLDEN)
+
+
+def test_bfloat16_parameters_compute_as_their_float32_copies(tmp_path):
+  published = huggingface.read(publish(tmp_path / "source", ILLADA))
+  tokens_BL = np.random.default_rng(0).integers(0, 256, (2, 16))
+  logits = [
+    lladax.LLaDA(published.model, huggingface.load_params(published, dtype=dtype), **published.identity).logits(
+      tokens_BL
+    )
+    for dtype in (None, jnp.float32)
+  ]
+  np.testing.assert_allclose(*logits, atol=1e-5)
+
+
+def test_layers_and_heads_are_where_they_belong(tmp_path):
+  """GQA: group g of layer i is rows g K .. (g + 1) K of the file's tensor, transposed."""
+  source = publish(tmp_path / "source", ILLADA, np.dtype("float32"), files=1)
+  params = huggingface.load_params(huggingface.read(source))
+  loaded = safetensors.numpy.load_file(source / "model.safetensors")
+  k = loaded["model.layers.2.self_attn.k_proj.weight"]
+  np.testing.assert_array_equal(params["blocks"]["k"][2, :, 1], k[8:16].T)
+  out = loaded["model.layers.1.self_attn.o_proj.weight"]
+  np.testing.assert_array_equal(params["blocks"]["out"][1, 3], out[:, 24:32].T)
+  assert "head" not in params
+
+
+@pytest.mark.parametrize("config", [LLADA, ILLADA], ids=["llada", "illada"])
+def test_sharded_load_is_the_plain_one_and_sharded(tmp_path, config):
+  published = huggingface.read(publish(tmp_path / "source", config))
+  mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4, tensor=2))
+  at = sharding.shardings(mesh, published.model.letters())
+  plain, sharded = huggingface.load_params(published), huggingface.load_params(published, at)
+  jax.tree.map(np.testing.assert_array_equal, sharded, plain)
+  assert jax.tree.map(lambda x: x.sharding, sharded) == at
+  for name, x in checkpoint.flat(sharded):
+    held = x.addressable_shards[0].data.size
+    assert held == x.size // (4 if "norm" in name else 8), name  # all but the norms are cut both ways
+
+
+def test_everything_wrong_is_named_at_once(tmp_path):
+  q, k, extra = (f"model.transformer.blocks.1.{name}.weight" for name in ("q_proj", "k_proj", "q_norm"))
+  config = LLADA | {"alibi": True, "attention_dropout": 0.1, "activation_type": "gelu", "include_qkv_bias": True}
+  up = "model.transformer.blocks.0.up_proj.weight"
+  changes = {q: None, k: np.zeros((8, 64), BF16), extra: np.zeros(8, BF16), up: np.zeros((96, 64), np.int8)}
+  said = complaint(publish(tmp_path / "source", config, **changes))
+  for part in (
+    "alibi=true is not supported, only false", "attention_dropout=0.1", 'activation_type="gelu"',
+    "include_qkv_bias=true",
+    f"{q} is missing", f"{k} is of shape [8, 64], expected [64, 64]", f"{extra} is not known", f"{up} is of dtype I8",
+  ):  # fmt: skip
+    assert part in said, (part, said)
+
+
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    ({"n_layers": None, "d_model": "64"}, 'd_model="64": expected int; n_layers is missing'),
+    ({"n_heads": 5}, "d_model=64 is not n_heads=5 heads of one width"),
+    ({"n_kv_heads": 3}, "model.H=8 is not a multiple of model.G=3"),
+    ({"rope_theta": True}, "rope_theta=true: expected float"),
+    ({"mask_token_id": None}, "mask_token_id=None, and the embedding has 256 rows"),
+    ({"eos_token_id": 256}, "eos_token_id=256, and the embedding has 256 rows"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling={.*} is not supported"),
+    ({"n_layers": 2}, r"blocks.2.attn_norm.weight is not known; .*blocks.2.v_proj.weight is not known"),
+    ({"d_model": None}, "config.json is not LLaDA's: there is neither d_model nor hidden_size"),
+  ],
+)
+def test_a_wrong_config(tmp_path, changes, said):
+  source = publish(tmp_path / "source", LLADA)
+  config = {name: value for name, value in (LLADA | changes).items() if value is not None}
+  (source / "config.json").write_text(json.dumps(config))
+  with pytest.raises(ValueError, match=said):
+    huggingface.read(source)
+
+
+def test_broken_files(tmp_path):
+  source = publish(tmp_path / "source", LLADA)
+  first, second, third = sorted(source.glob("*.safetensors"))
+  first.unlink()
+  second.write_bytes(second.read_bytes()[:-10])
+  third.write_bytes(b"\x00" * 100)
+  said = complaint(source)
+  assert f"{first.name} is missing, and model.safetensors.index.json names it" in said
+  assert f"{second.name} ends after" in said and f"{third.name} is no safetensors file" in said
+  (source / "config.json").write_text("{")
+  assert "config.json is no JSON" in complaint(source)
+  (source / "config.json").unlink()
+  with pytest.raises(FileNotFoundError, match="there is no config.json in it"):
+    huggingface.read(source)
+
+
+def test_a_tied_head_may_be_spelled_out_if_it_is_the_embedding(tmp_path):
+  embedding = np.random.default_rng(1).standard_normal((256, 64)).astype(BF16)
+  both = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding}
+  source = publish(tmp_path / "equal", ILLADA, **both)
+  assert "head" not in huggingface.load_params(huggingface.read(source))
+  source = publish(tmp_path / "other", ILLADA, **both | {"lm_head.weight": embedding + embedding})
+  assert "lm_head.weight is not the embedding, and the two are tied" in complaint(source)
+
+
+def add_tokenizer(folder, mask="<|mdm_mask|>"):
+  """A byte-level tokenizer.json of 256 bytes and LLaDA's special tokens; returns name -> id."""
+  import tokenizers
+
+  alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  vocabulary = {character: i for i, character in enumerate(alphabet)}
+  model = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+  model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  model.decoder = tokenizers.decoders.ByteLevel()
+  special = ["<|startoftext|>", "<|endoftext|>", mask, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+  model.add_special_tokens(special)
+  model.save(str(folder / "tokenizer.json"))
+  (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|startoftext|>", "chat_template": "..."}))
+  return {name: model.token_to_id(name) for name in special}
+
+
+WITH_TEXT = LLADA | {
+  "embedding_size": 384,
+  "vocab_size": 384,
+  "eos_token_id": 257,
+  "mask_token_id": 258,
+  "pad_token_id": 257,
+}
+
+
+@pytest.fixture
+def with_text(tmp_path):
+  source = publish(tmp_path / "with_text", WITH_TEXT)
+  add_tokenizer(source)
+  return source
+
+
+def test_tokenizer_files_make_text(with_text):
+  llada = lladax.load(with_text)
+  text = llada.tokenizer
+  assert (llada.mask_id, llada.eos_id, llada.vocab_size, text.bos_id, text.eot_id) == (258, 257, 262, 256, 261)
+  assert text.chat([{"role": "user", "content": "Hi"}])[0] == 256
+  assert llada.eot_id == 261
+  out = llada.sample("Hi", gen_length=4, block_length=4, steps=4)
+  assert isinstance(out.text[0], str) and out.tokens.max() < 262
+
+
+def test_a_mask_that_config_json_does_not_name_is_looked_up(tmp_path):
+  config = {name: value for name, value in WITH_TEXT.items() if name != "mask_token_id"}
+  source = publish(tmp_path / "source", config)
+  add_tokenizer(source, mask="<[MASK]>")
+  assert lladax.load(source).mask_id == 258
+  add_tokenizer(source, mask="<hole>")
+  with pytest.raises(ValueError, match="mask_token_id is missing, and the tokenizer names no mask either"):
+    lladax.load(source)
+  (source / "config.json").write_text(json.dumps(WITH_TEXT | {"mask_token_id": 300}))
+  with pytest.raises(ValueError, match="mask_token_id=300 is no token of tokenizer.json"):
+    lladax.load(source)
+
+
+def test_hub_names(monkeypatch):
+  hub = importlib.import_module("types").ModuleType("huggingface_hub")
+  asked = []
+  hub.snapshot_download = lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(GOLDEN)
+  monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+  assert lladax.load("GSAI-ML/LLaDA-8B-Base").mask_id == 503
+  ((name, patterns),) = asked
+  assert name == "GSAI-ML/LLaDA-8B-Base" and {"*.safetensors", "*.json"} <= set(patterns)
+
+  def offline(name, allow_patterns):
+    raise OSError("no network\nat all")
+
+  hub.snapshot_download = offline
+  with pytest.raises(
+    FileNotFoundError, match="^runs/mine: there is no such folder, and not on the hub either: no network$"
+  ):
+    lladax.load("runs/mine")
+  monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it were not installed
+  with pytest.raises(ValueError, match="^runs/mine: there is no such folder.*: pip install huggingface_hub$"):
+    lladax.load("runs/mine")
+
+
+def test_import_and_export_from_the_command_line(with_text, tmp_path):
+  workdir, target = tmp_path / "workdir", tmp_path / "target"
+  assert command("--mode=import", f"--source={with_text}", f"--workdir={workdir}") == (0, "", "")
+  llada, direct = lladax.load(workdir), lladax.load(with_text)
+  assert llada.model == direct.model and llada.tokenizer.fingerprint == direct.tokenizer.fingerprint
+  assert (llada.mask_id, llada.eos_id, llada.vocab_size, llada.eot_id) == (258, 257, 262, 261)
+  jax.tree.map(np.testing.assert_array_equal, llada.params, direct.params)
+  assert llada.params["embedding"].dtype == BF16
+  code, stdout, stderr = command("--mode=sample", f"--workdir={workdir}", "--prompt=Hi")
+  assert code == 0 and stdout, stderr
+
+  assert command("--mode=export", f"--workdir={workdir}", f"--target={target}") == (0, "", "")
+  assert tensors(target) == tensors(with_text)
+  for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+    assert json.loads((target / name).read_text()) == json.loads((with_text / name).read_text())
+
+  for flags, said in (
+    (["--mode=import"], "--source is missing: --mode=import needs it"),
+    (["--mode=export"], "--target is missing: --mode=export needs it"),
+    (["--mode=import", f"--source={with_text}"], f"--workdir={workdir} is not empty: an import needs a new workdir"),
+    (["--mode=export", f"--target={target}"], f"--target={target} is not empty: an export needs a new folder"),
+  ):
+    code, stdout, stderr = command(*flags, f"--workdir={workdir}")
+    assert (code, stdout, stderr) == (1, "", f"lladax: {said}\n")
+
+
+def test_fine_tuning_can_start_from_an_import(tmp_path):
+  """The parameters alone, cast to float32, onto any mesh."""
+  source, workdir = publish(tmp_path / "source", LLADA), tmp_path / "workdir"
+  values = {"model": {"remat": "dots"}, "tokenizer": {}}
+  convert.from_published(source, workdir, values)
+  assert json.loads((workdir / "config.json").read_text())["model"]["remat"] == "dots"
+  published = huggingface.read(source)
+  mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=-1))
+  at = sharding.shardings(mesh, published.model.letters())
+  wanted = jax.eval_shape(published.model.init, jax.random.key(0))
+  wanted = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), wanted, at)
+  params = checkpoint.restore(workdir, 0, {"params": wanted})["params"]
+  jax.tree.map(np.testing.assert_array_equal, params, huggingface.load_params(published, dtype=jnp.float32))
+  assert jax.tree.map(lambda x: (x.dtype, x.sharding), params) == jax.tree.map(lambda x: (jnp.dtype("float32"), x), at)
+  llada = lladax.load(workdir)  # ids only
+  assert llada.tokenizer is None and llada.mask_id == 249 and llada.unmask([[1, 249]]).tokens.shape == (1, 32)
+  with pytest.raises(FileNotFoundError, match="there is no config.json in it"):
+    convert.from_published(tmp_path / "nowhere", tmp_path / "new", values)
+  assert not (tmp_path / "new").exists()
+
+
+def test_a_run_of_ours_becomes_a_published_folder(tiny_workdir, tmp_path):
+  target = tmp_path / "target"
+  convert.to_published(tiny_workdir, target, "bfloat16")
+  ours, theirs = lladax.load(tiny_workdir), lladax.load(target)
+  assert {x.dtype for x in jax.tree.leaves(theirs.params)} == {BF16}
+  assert theirs.tokenizer.fingerprint == ours.tokenizer.fingerprint and theirs.mask_id == ours.mask_id
+  assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
+  shutil.rmtree(target)
+  convert.to_published(tiny_workdir, target)
+  theirs = lladax.load(target)
+  jax.tree.map(np.testing.assert_array_equal, theirs.params, ours.params)
+  prompt = {"gen_length": 8, "block_length": 8, "steps": 8}
+  assert theirs.sample("red", **prompt).text == ours.sample("red", **prompt).text
+
+
+def test_what_the_published_layout_cannot_say(tiny_workdir, tmp_path):
+  import dataclasses
+
+  llada = lladax.load(GOLDEN)
+  config = json.loads((GOLDEN / "config.json").read_text())
+  for change, said in (({"causal": True}, "model.causal=True"), ({"K": 8}, "model.H=4 times model.K=8")):
+    with pytest.raises(ValueError, match=said):
+      huggingface.export(llada.params, dataclasses.replace(llada.model, **change), tmp_path, config)
+
+
+MEASURE = """
+import sys, jax
+import lladax
+def status(name):
+  return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+jax.block_until_ready(jax.numpy.zeros(8))
+before = status("VmRSS")
+{what}
+print((status("VmHWM") - before) / {size})
+"""
+
+
+def peak(what, size):
+  """Peak memory over that of a process that has imported jax, in units of `size`."""
+  env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  code = MEASURE.format(what=what, size=size)
+  return float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True, stdout=-1).stdout)
+
+
+SHAPES = {
+  "270M": {"d_model": 1024, "n_layers": 16, "n_heads": 16, "n_kv_heads": 16, "mlp_hidden_size": 2816,
+           "vocab_size": 32000, "embedding_size": 32000},
+  "1B": {"d_model": 2048, "n_layers": 22, "n_heads": 32, "n_kv_heads": 4, "mlp_hidden_size": 5634,
+         "vocab_size": 126464, "embedding_size": 126464},
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
+@pytest.mark.parametrize("shape", ["270M", pytest.param("1B", marks=pytest.mark.slow)])
+def test_memory_while_importing(tmp_path, shape):
+  config = LLADA | SHAPES[shape]
+  source = publish(tmp_path / "source", config, files=4, seed=None)
+  size = 2 * sum(int(np.prod(x)) for x in shapes(config).values())
+  assert peak(f"llada = lladax.load({str(source)!r})", size) < 1.3
+  if shape == "1B":
+    imports = "from lladax import convert, huggingface; from pathlib import Path"
+    wide = f"huggingface.load_params(huggingface.read(Path({str(source)!r})), dtype='float32')"
+    assert peak(f"{imports}; params = {wide}", 2 * size) < 1.3
+    values, workdir = {"model": {}, "tokenizer": {}}, str(tmp_path / "workdir")
+    assert peak(f"{imports}; convert.from_published({str(source)!r}, Path({workdir!r}), {values!r})", size) < 1.3
