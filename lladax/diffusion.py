@@ -146,13 +146,13 @@ def log_likelihood(
   scored_BL: jax.Array,
   key_B: jax.Array,
   sample_B: jax.Array,
+  samples_B: jax.Array,
   *,
   mask_id: int,
-  num_samples: int,
 ) -> jax.Array:
   """One draw per row of the Monte-Carlo estimate of log p(scored | rest) (P Eq. 6), in nats.
 
-  The mean over the draws 0 .. num_samples - 1 is the estimate. Counts l are stratified over the draws; an
+  The mean over the draws 0 .. S - 1 is the estimate. Counts l are stratified over the draws; an
   answer of one token is exact with a single draw. The masks are a function of (key, draw) and of the positions:
   rows with one key are judged under the same noise, and nobody's answer depends on the rest of the batch.
 
@@ -162,22 +162,33 @@ def log_likelihood(
     scored_BL: bool, the answer.
     key_B: a key per row.
     sample_B: int32 which draw each row is.
+    samples_B: int32 S, of how many draws, over which l is stratified.
     mask_id: id of [MASK].
-    num_samples: S, over which l is stratified.
 
   Returns:
     float32 [B].
   """
 
-  def one(tokens_L, scored_L, row_key, sample):
+  def one(tokens_L, scored_L, row_key, sample, samples):
     shift = jax.random.uniform(jax.random.fold_in(row_key, 0x51F7))
     key = jax.random.fold_in(row_key, sample)
-    t = (sample + jax.random.uniform(jax.random.fold_in(key, 0))) / num_samples
+    t = (sample + jax.random.uniform(jax.random.fold_in(key, 0))) / samples
     n = scored_L.sum()
     count = _count(jnp.mod(t + shift, 1.0), n)
     masked_L = scored_L & mask_exactly(jax.random.fold_in(key, 1), scored_L, count)
     scale = n / jnp.maximum(count, 1)
     return jnp.where(masked_L, mask_id, tokens_L), jnp.where(masked_L, tokens_L, -1), scale
 
-  input_BL, target_BL, scale_B = jax.vmap(one)(tokens_BL, scored_BL, key_B, sample_B)
+  input_BL, target_BL, scale_B = jax.vmap(one)(tokens_BL, scored_BL, key_B, sample_B, samples_B)
   return -scale_B * jnp.sum(nll(input_BL, target_BL), axis=1)
+
+
+def chain_rule(nll: Nll, tokens_BL: jax.Array, scored_BL: jax.Array, sample_B: jax.Array, *, mask_id: int) -> jax.Array:
+  """One term per row of log p(scored | rest) from left to right, in nats, float32 [B].
+
+  Row b gives the log-probability of the `sample_B[b]`-th scored token, with this and all later ones masked; the sum
+  over the scored tokens is the likelihood of autoregressive sampling.
+  """
+  rank_BL = jnp.where(scored_BL, jnp.cumsum(scored_BL, axis=1) - 1, -1)
+  input_BL = jnp.where(rank_BL >= sample_B[:, None], mask_id, tokens_BL)
+  return -jnp.sum(nll(input_BL, jnp.where(rank_BL == sample_B[:, None], tokens_BL, -1)), axis=1)

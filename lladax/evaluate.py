@@ -119,8 +119,8 @@ def _score(params, tokens_BL, segment_BL, row_B, seed, draw, *, model, mask_id, 
   if model.causal:
     return -autoregressive.log_likelihood(nll, tokens_BL, scored_BL, segment_BL, start_id=eos_id)
   key_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(row_B)
-  draw_B = jnp.broadcast_to(draw, row_B.shape)
-  return -diffusion.log_likelihood(nll, tokens_BL, scored_BL, key_B, draw_B, mask_id=mask_id, num_samples=num_samples)
+  draw_B, draws_B = jnp.broadcast_to(draw, row_B.shape), jnp.full(row_B.shape, num_samples)
+  return -diffusion.log_likelihood(nll, tokens_BL, scored_BL, key_B, draw_B, draws_B, mask_id=mask_id)
 
 
 def report(llada: LLaDA, config: Config, results: dict[str, float], workdir: Path, console: Console) -> None:

@@ -2,27 +2,38 @@
 
 The life of a prompt:
 
-text -> ids (tokenizer) -> ids + [MASK] x gen_length -> a left-padded batch whose length is rounded up, so that
-compiled programs are reused -> sampling.sample, one compiled program -> `Sampled` -> text, or a picture.
+text -> ids (tokenizer) -> ids + [MASK] x gen_length -> a left-padded batch whose length is rounded up (`bucket`), so
+that compiled programs are reused -> sampling.run, one compiled program -> `Sampled` -> text, or a picture.
 """
 
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from lladax import autoregressive, checkpoint, diffusion, sampling, visualize
+from lladax import animation, autoregressive, checkpoint, diffusion, huggingface, sampling, visualize
 from lladax import tokenizer as tokenizers
 from lladax.mask_predictor import MaskPredictorConfig, Params
 from lladax.sampling import SamplerConfig
 
-_BUCKET = 32  # prompts and canvases are padded to a multiple of so many tokens, so that programs are reused
+# A prompt: text, ids, or the messages of a conversation, which the chat template makes into ids.
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+
+
+def bucket(length: int) -> int:
+  """The length that prompts and canvases are padded to: multiples of 32 up to 256, then eight to an octave.
+
+  32, 64, ..., 256, 288, 320, ..., 512, 576, ...: a program is compiled once for each, and at most an eighth is padding.
+  """
+  quantum = max(32, 2 ** ((length - 1).bit_length() - 4)) if length else 1
+  return -(-length // quantum) * quantum
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,18 +53,28 @@ class Sampled:
   nfe: int
   padding: np.ndarray
   piece: Callable[[int], str]  # id -> text of one token
+  mask_id: int  # what masked positions hold in a canvas that `LLaDA.stream` has not finished
 
   def unmaskings(self) -> list[visualize.Unmasking]:
     """The rows without their padding, ready to be drawn."""
-    rows = zip(self.tokens, self.unmasked_at, self.confidence, self.padding, strict=True)
+    unmasked_at = np.where(self.tokens == self.mask_id, self.nfe + 1, self.unmasked_at)  # not yet
+    rows = zip(self.tokens, unmasked_at, self.confidence, self.padding, strict=True)
     return [
       visualize.Unmasking(tuple(self.piece(int(i)) for i in tokens[n:]), at[n:], confidence[n:])
       for tokens, at, confidence, n in rows
     ]
 
-  def html(self, title: str = "") -> str:
+  def html(self, title: str = "") -> visualize.Html:
     """A self-contained page with a slider over the steps."""
     return visualize.html(self.unmaskings(), title)
+
+  def heat_map(self, title: str = "") -> visualize.Html:
+    """A self-contained page of order against position: how often a position was unmasked at a step, over all rows."""
+    return visualize.heat_map(self.unmaskings(), title)
+
+  def gif(self, path: str | Path, **options) -> None:
+    """Writes the unmasking as an animation (needs matplotlib); options are those of `animation.gif`."""
+    animation.gif(self.unmaskings(), path, **options)
 
   def _repr_html_(self) -> str:
     return self.html()
@@ -69,22 +90,41 @@ class LLaDA:
   mask_id: int
   eos_id: int
   vocab_size: int  # ids in use; rows of the embedding behind it are never sampled
+  eot_id: int | None = None  # ends a turn of a conversation
 
-  def sample(self, prompts: str | Sequence[str] | Sequence[Sequence[int]], **options) -> Sampled:
-    """Continues each prompt (text, or a list of ids) with `gen_length` tokens; options are those of `SamplerConfig`.
+  def sample(self, prompts: Prompt | Sequence[Prompt], **options) -> Sampled:
+    """Continues each prompt with `gen_length` tokens, or until EOS where that is None.
+
+    Args:
+      prompts: texts, lists of ids, or conversations (lists of {"role": ..., "content": ...}).
+      **options: those of `SamplerConfig`.
 
     Raises:
       TypeError: an option that does not exist.
       ValueError: an option out of range; `gen_length` that is not a multiple of `block_length`.
     """
-    c = SamplerConfig(**options)
-    ids = [self._ids(prompt) for prompt in _listed(prompts)]
+    *_, last = self._continue_or_fill(self._prompts(prompts), SamplerConfig(**options), every=None)
+    return last
+
+  def stream(self, prompts: Prompt | Sequence[Prompt], *, every: str = "block", **options) -> Iterator[Sampled]:
+    """`sample`, seen on its way: the canvas after each block, or each step; the last one is what `sample` returns.
+
+    Positions still masked hold `mask_id`. The program is the one that `sample` runs.
+    """
+    if every not in ("block", "step"):
+      raise ValueError(f"every={every!r}: use block or step")
     if self.model.causal:
-      return self._continue(ids, c)
-    if c.gen_length % min(c.block_length, c.gen_length):
-      raise ValueError(f"sample.gen_length={c.gen_length} is not a multiple of sample.block_length={c.block_length}")
-    canvases = [row + [self.mask_id] * c.gen_length for row in ids]
-    return self._fill(canvases, c, prompt_length=_round_up(max(map(len, ids))))
+      raise ValueError("a causal model is not streamed: use sample()")
+    return self._continue_or_fill(self._prompts(prompts), SamplerConfig(**options), every=every)
+
+  def chat(self, messages: Sequence[Mapping[str, str]], **options) -> Sampled:
+    """The assistant's reply to a conversation, `out.text[0]`; ends at EOS or EoT (`early_stop`) unless told otherwise.
+
+    Args:
+      messages: {"role": "system" | "user" | "assistant", "content": text}, oldest first.
+      **options: those of `SamplerConfig`.
+    """
+    return self.sample([messages], **({"early_stop": True} | options))
 
   def unmask(self, canvases: Sequence[Sequence[int]], **options) -> Sampled:
     """Fills `mask_id` in canvases of any lengths; needs no tokenizer. Default: one block, the whole canvas."""
@@ -94,23 +134,34 @@ class LLaDA:
     longest = max(map(len, canvases), default=0)
     if not longest:
       raise ValueError("unmask: the canvases are empty")
-    block: dict[str, Any] = {"block_length": _round_up(longest)}
-    c = SamplerConfig(**block | options)
-    return self._fill(canvases, c, prompt_length=None)
+    block: dict[str, Any] = {"block_length": bucket(longest)}
+    c = SamplerConfig(**(block | options))
+    if c.gen_length is None:
+      raise ValueError("sample.gen_length=None: a canvas has a length; leave it out")
+    W = min(c.block_length, bucket(longest))
+    *_, last = self._fill(*self._left_pad(canvases, -(-bucket(longest) // W) * W), 0, c, every=None)
+    return last
 
   def infill(self, texts: str | Sequence[str], **options) -> Sampled:
     """Fills every "[MASK]" (one token each) of the texts."""
-    return self.unmask([self._text().encode_canvas(text) for text in _listed(texts)], **options)
+    return self.unmask(
+      [self._text().encode_canvas(text) for text in ([texts] if isinstance(texts, str) else texts)], **options
+    )
 
-  def log_likelihood(self, prompt, answer, *, num_samples: int = 128, guidance_scale: float = 0.0, seed: int = 0):
-    """Log p(answer | prompt) in nats: Monte-Carlo over exact-count masks (P Eq. 6), exact for a causal model.
+  def log_likelihood(
+    self, prompt, answer, *, num_samples: int = 128, guidance_scale: float = 0.0, seed: int = 0,
+    method: str = "monte_carlo",
+  ):  # fmt: skip
+    """Log p(answer | prompt) in nats; exact for a causal model.
 
     Args:
-      prompt: text or a list of ids; or a list of either, for many pairs at once.
+      prompt: text or a list of ids; or a list of either, for many pairs at once, of any lengths.
       answer: likewise.
       num_samples: forward passes per pair; one is enough, and all that is spent, for an answer of one token.
       guidance_scale: classifier-free guidance with the prompt masked.
       seed: of the masks; the same masks for every pair of the same lengths.
+      method: "monte_carlo", over stratified exact-count masks (P Eq. 6); or "chain_rule", the answer's tokens from
+        left to right, those to the right of each masked: one forward pass a token, no noise.
 
     Returns:
       A float, or a list of floats.
@@ -124,46 +175,142 @@ class LLaDA:
       raise ValueError("log_likelihood: an answer is empty")
     if num_samples < 1:
       raise ValueError(f"num_samples={num_samples}: must be at least 1")
-    L = _round_up(max(len(p) + len(a) for p, a in pairs))
-    result = []
-    for p, a in pairs:
-      tokens_L = np.array(p + a + [self.eos_id] * (L - len(p) - len(a)), np.int32)
-      at_L = np.arange(L)
-      S = 1 if len(a) == 1 or self.model.causal else num_samples
-      scored_L, segment_L = (at_L >= len(p)) & (at_L < len(p) + len(a)), (at_L < len(p) + len(a)).astype(np.int32)
-      rows = max(1, min(S, 8192 // L))
-      draws = [
-        _likelihood(
-          self.params, np.tile(tokens_L, (rows, 1)), np.tile(scored_L, (rows, 1)), np.tile(segment_L, (rows, 1)),
-          np.arange(first, first + rows, dtype=np.int32), seed, model=self.model, mask_id=self.mask_id,
-          eos_id=self.eos_id, num_samples=S, guidance_scale=guidance_scale,
-        )
-        for first in range(0, S, rows)
-      ]  # fmt: skip
-      result.append(float(np.concatenate(draws)[:S].mean()))
-    return result if many else result[0]
+    if method not in ("monte_carlo", "chain_rule"):
+      raise ValueError(f"method={method!r}: use monte_carlo or chain_rule")
+    if self.model.causal:
+      method, num_samples = "monte_carlo", 1
+
+    def passes(answer):
+      return len(answer) if method == "chain_rule" or len(answer) == 1 else num_samples
+
+    # Every forward pass of every pair is a row; rows of one bucketed length share batches, whosever they are.
+    lengths = [bucket(len(p) + len(a)) for p, a in pairs]
+    total = np.zeros(len(pairs))
+    for L in sorted(set(lengths)):
+      rows = [(i, s) for i, n in enumerate(lengths) if n == L for s in range(passes(pairs[i][1]))]
+      size = min(max(1, 8192 // L), 2 ** (len(rows) - 1).bit_length())
+      for first in range(0, len(rows), size):
+        batch = rows[first : first + size]
+        drawn = self._draws([(*pairs[i], s, passes(pairs[i][1])) for i, s in batch], L, size, seed, method,
+                            guidance_scale)  # fmt: skip
+        np.add.at(total, [i for i, _ in batch], drawn[: len(batch)])
+    if method == "monte_carlo":
+      total /= [passes(a) for _, a in pairs]
+    return total.tolist() if many else float(total[0])
+
+  def _draws(self, rows: list[tuple], L: int, size: int, seed: int, method: str, guidance_scale: float) -> np.ndarray:
+    """The terms of (prompt, answer, which of its passes, of how many), in nats; short batches repeat their last row."""
+    tokens_BL = np.full((size, L), self.eos_id, np.int32)
+    scored_BL, segment_BL = np.zeros((size, L), bool), np.zeros((size, L), np.int32)
+    for b, (p, a, _, _) in enumerate(rows):
+      n = len(p) + len(a)
+      tokens_BL[b, :n], scored_BL[b, len(p) : n], segment_BL[b, :n] = p + a, True, 1
+    for array_BL in (tokens_BL, scored_BL, segment_BL):
+      array_BL[len(rows) :] = array_BL[len(rows) - 1]
+    sample_B, samples_B = (np.resize([row[i] for row in rows], size).astype(np.int32) for i in (2, 3))
+    return np.asarray(_likelihood(
+      self.params, tokens_BL, scored_BL, segment_BL, sample_B, samples_B, seed, model=self.model,
+      mask_id=self.mask_id, eos_id=self.eos_id, guidance_scale=guidance_scale, method=method,
+    ))  # fmt: skip
 
   def logits(self, tokens_BL, segment_BL=None) -> np.ndarray:
     """Float32 logits [B, L, V] of a canvas of ids; `segment_BL` 0 = padding."""
     segment = None if segment_BL is None else jnp.asarray(segment_BL, jnp.int32)
     return np.asarray(_logits(self.params, jnp.asarray(tokens_BL, jnp.int32), segment, model=self.model))
 
-  def _fill(self, canvases: list[list[int]], c: SamplerConfig, prompt_length: int | None) -> Sampled:
-    """`prompt_length`: padded length of the prompts, behind which the blocks begin; None: everywhere."""
-    length = _round_up(max(map(len, canvases))) if prompt_length is None else prompt_length + c.gen_length
-    W = min(c.block_length, length)
-    length = length if prompt_length is not None else -(-length // W) * W
-    tokens_BL, segment_BL = self._left_pad(canvases, length)
-    canvas = _sample(
-      self.params, tokens_BL, segment_BL if (segment_BL == 0).any() else None, c.seed,
-      model=self.model, c=dataclasses.replace(c, seed=0), mask_id=self.mask_id, vocab_size=self.vocab_size,
-      first=prompt_length or 0,
-    )  # fmt: skip
-    return self._sampled(canvas.tokens_BL, canvas.unmasked_at_BL, canvas.confidence_BL, canvas.nfe, segment_BL,
-                         prompt_length)  # fmt: skip
+  def _prompts(self, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
+    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
+    rows = [self._ids(cast(Prompt, prompt)) for prompt in ([prompts] if one else prompts)]
+    if not rows:
+      raise ValueError("there is nothing to sample: the list of prompts is empty")
+    return rows
+
+  def _continue_or_fill(self, rows: list[list[int]], c: SamplerConfig, every: str | None) -> Iterator[Sampled]:
+    longest, most, W = max(map(len, rows)), self.model.max_length, c.block_length
+    first = bucket(longest)
+    if self.model.causal:
+      return iter([self._continue(rows, c)])
+    if c.gen_length is not None:
+      if c.gen_length % min(W, c.gen_length):
+        raise ValueError(f"sample.gen_length={c.gen_length} is not a multiple of sample.block_length={W}")
+      canvases = self._left_pad([row + [self.mask_id] * c.gen_length for row in rows], first + c.gen_length)
+      return self._fill(*canvases, first, c, every)
+    room = (most - longest) // W * W
+    if room < 1:
+      raise ValueError(f"a prompt of {longest} tokens leaves no block of {W} within model.max_length={most}")
+    return self._grow(*self._left_pad(rows, first), room, dataclasses.replace(c, early_stop=True), every)
+
+  def _fill(self, tokens_BL, segment_BL, first: int, c: SamplerConfig, every: str | None) -> Iterator[Sampled]:
+    for state in self._advance(self._start(tokens_BL, first, c), segment_BL, first, c, every):
+      yield self._sampled(state.canvas, segment_BL, first)
+
+  def _grow(self, tokens_BL, segment_BL, room: int, c: SamplerConfig, every: str | None) -> Iterator[Sampled]:
+    """Block after block until every row has ended, or `room` is used up; a full canvas doubles."""
+    first, W = tokens_BL.shape[1], c.block_length
+    size, canvas, ended_B = 0, None, np.zeros(len(tokens_BL), bool)
+    while size < room and not np.all(ended_B):
+      old, size = size, min(max(4 * W, 2 * size), room)
+      more = ((0, 0), (0, size - old))
+      segment_BL = np.pad(segment_BL, more, constant_values=1)
+      new_BL = np.full((len(tokens_BL), size - old), self.mask_id)
+      new_BL[ended_B] = self.eos_id
+      begun = self._start(np.concatenate([tokens_BL, new_BL], axis=1, dtype=np.int32), first, c)
+      if canvas is not None:
+        unmasked_at_BL = np.pad(canvas.unmasked_at_BL, more)
+        unmasked_at_BL[ended_B, first + old :] = canvas.step_B[ended_B, None]
+        begun = begun._replace(
+          block=jnp.int32(old // W),
+          canvas=canvas._replace(
+            tokens_BL=begun.canvas.tokens_BL, unmasked_at_BL=jnp.asarray(unmasked_at_BL),
+            confidence_BL=np.pad(canvas.confidence_BL, more, constant_values=1.0),
+          ),
+        )  # fmt: skip
+      for state in self._advance(begun, segment_BL, first, c, every):
+        end = first + int(state.block + (state.step > 0)) * W
+        seen = [x[:, :end] if x.ndim == 2 else x for x in state.canvas]
+        yield self._sampled(sampling.Canvas(*seen), segment_BL[:, :end], first)
+      canvas = jax.device_get(state.canvas)
+      tokens_BL = canvas.tokens_BL
+      ended_B = np.isin(tokens_BL[:, first:], self._ends).any(axis=1)
+
+  def _start(self, tokens_BL: np.ndarray, first: int, c: SamplerConfig) -> sampling.State:
+    cache = None
+    if c.cache:
+      rows = tokens_BL.shape[0] * (2 if c.guidance_scale else 1)
+      cache = self.model.bind(self.params).new_cache(rows, tokens_BL.shape[1])
+    return sampling.start(jnp.asarray(tokens_BL), c, mask_id=self.mask_id, first=first, cache=cache)
+
+  def _advance(
+    self, state: sampling.State, segment_BL: np.ndarray, first: int, c: SamplerConfig, every: str | None
+  ) -> Iterator[sampling.State]:
+    """The state at the end, or after every block or step; one compiled program for all three."""
+    fixed = dataclasses.replace(c, seed=0, steps=1, gen_length=None if c.gen_length is None else 1)  # not its matter
+    padded = (segment_BL == 0).any() or c.gen_length is None
+    never = np.int32(2**30)
+    where = jax.tree.leaves(self.params)[0].sharding  # where the program leaves the state, too: it is compiled once
+    where = NamedSharding(where.mesh, PartitionSpec()) if isinstance(where, NamedSharding) else where
+    state = jax.device_put(state, where)
+    while True:
+      until_nfe = np.int32(state.canvas.nfe + 1) if every == "step" else never
+      until_block = np.int32(state.block + 1) if every == "block" else never
+      state = _run(
+        self.params, state, segment_BL if padded else None, c.seed, until_nfe, until_block, model=self.model, c=fixed,
+        mask_id=self.mask_id, ends=self._ends, vocab_size=self.vocab_size, first=first,
+      )  # fmt: skip
+      yield state
+      if not (state.canvas.tokens_BL == self.mask_id).any():
+        return
+
+  @property
+  def _ends(self) -> tuple[int, ...]:
+    return (self.eos_id,) if self.eot_id is None else (self.eos_id, self.eot_id)
 
   def _continue(self, ids: list[list[int]], c: SamplerConfig) -> Sampled:
-    prompt_length = _round_up(max(map(len, ids)))
+    if c.gen_length is None:
+      raise ValueError(
+        "sample.gen_length=None: a causal model stops at EOS by itself; give the longest answer to allow"
+      )
+    prompt_length = bucket(max(map(len, ids)))
     length = prompt_length + c.gen_length
     canvases = [row + [self.eos_id] * c.gen_length for row in ids]
     tokens_BL, segment_BL = self._left_pad(canvases, length)
@@ -171,14 +318,15 @@ class LLaDA:
       self.params, tokens_BL, segment_BL, c.seed, model=self.model, temperature=c.temperature,
       prompt_length=prompt_length, eos_id=self.eos_id, mask_id=self.mask_id, vocab_size=self.vocab_size,
     )  # fmt: skip
-    unmasked_at = np.maximum(np.arange(length) - prompt_length + 1, 0)
-    unmasked_at_BL = np.broadcast_to(unmasked_at, tokens_BL.shape)
-    return self._sampled(tokens_BL, unmasked_at_BL, confidence_BL, nfe, segment_BL, prompt_length)
+    unmasked_at_BL = np.broadcast_to(np.maximum(np.arange(length) - prompt_length + 1, 0), tokens_BL.shape)
+    canvas = sampling.Canvas(tokens_BL, jnp.asarray(unmasked_at_BL), confidence_BL, nfe, nfe)
+    return self._sampled(canvas, segment_BL, prompt_length)
 
   def _left_pad(self, rows: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, segment) [B, length]: right ends line up; segment 0 = padding, 1 = the row."""
-    if length > self.model.max_length:
-      raise ValueError(f"a canvas of {length} tokens is longer than model.max_length={self.model.max_length}")
+    longest = max(map(len, rows))
+    if longest > self.model.max_length:
+      raise ValueError(f"a canvas of {longest} tokens is longer than model.max_length={self.model.max_length}")
     tokens = np.full((len(rows), length), self.eos_id, np.int32)
     segment = np.zeros((len(rows), length), np.int32)
     for i, row in enumerate(rows):
@@ -186,18 +334,19 @@ class LLaDA:
         tokens[i, -len(row) :], segment[i, -len(row) :] = row, 1
     return tokens, segment
 
-  def _sampled(self, tokens_BL, unmasked_at_BL, confidence_BL, nfe, segment_BL, prompt_length) -> Sampled:
-    tokens = np.asarray(tokens_BL)
+  def _sampled(self, canvas: sampling.Canvas, segment_BL: np.ndarray, first: int) -> Sampled:
+    """`first` 0: the text is the whole row; otherwise what stands behind the prompt, up to its end."""
+    canvas = jax.device_get(canvas)
     text = []
-    for row, segment in zip(tokens, segment_BL, strict=True):
-      row = row[prompt_length:] if prompt_length is not None else row[segment > 0]
-      ends = np.flatnonzero(row == self.eos_id)
-      row = row[: ends[0]] if prompt_length is not None and len(ends) else row
+    for row, segment in zip(canvas.tokens_BL, segment_BL, strict=True):
+      row = row[first:] if first else row[segment > 0]
+      ends = np.flatnonzero(np.isin(row, self._ends))
+      row = row[: ends[0]] if first and len(ends) else row
       text.append(self.tokenizer.decode(row.tolist()) if self.tokenizer else "")
     return Sampled(
-      text=text, tokens=tokens, unmasked_at=np.asarray(unmasked_at_BL), confidence=np.asarray(confidence_BL),
-      nfe=int(nfe), padding=(segment_BL == 0).sum(axis=1),
-      piece=self._piece,
+      text=text, tokens=np.asarray(canvas.tokens_BL), unmasked_at=np.asarray(canvas.unmasked_at_BL),
+      confidence=np.asarray(canvas.confidence_BL), nfe=int(canvas.nfe), padding=(segment_BL == 0).sum(axis=1),
+      piece=self._piece, mask_id=self.mask_id,
     )  # fmt: skip
 
   def _piece(self, i: int) -> str:
@@ -211,31 +360,48 @@ class LLaDA:
       raise ValueError("this model has no tokenizer: use unmask(), and lists of ids")
     return self.tokenizer
 
-  def _ids(self, text: str | Sequence[int]) -> list[int]:
-    return self._text().encode(text) if isinstance(text, str) else list(map(int, text))
+  def _ids(self, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str):
+      return self._text().encode(prompt)
+    if len(prompt) and isinstance(prompt[0], Mapping):
+      return self._text().chat(cast(Sequence[Mapping[str, str]], prompt))
+    return [int(i) for i in cast(Sequence[int], prompt)]
 
 
 def load(path: str | Path, step: int | None = None) -> LLaDA:
-  """Loads a run's last checkpoint (or that of `step`) with its tokenizer.
+  """Loads a run's last checkpoint (or that of `step`) with its tokenizer, or a published checkpoint.
 
   Args:
-    path: a workdir, or a checkpoint folder WORKDIR/checkpoints/STEP.
+    path: a workdir, or a checkpoint folder WORKDIR/checkpoints/STEP; or a folder in the published layout
+      (config.json and *.safetensors; without tokenizer files, ids only), or its name on the hub, OWNER/NAME.
     step: of a checkpoint; None takes the newest readable one.
 
   Raises:
     FileNotFoundError: there is no run, or no checkpoint.
-    ValueError: the vocabulary and the checkpoint disagree, or nothing can be read.
+    ValueError: the vocabulary and the checkpoint disagree, or nothing can be read, or the layout is not supported.
   """
-  workdir = Path(path).expanduser()
+  workdir = huggingface.find(path)
+  if huggingface.is_published(workdir):
+    published = huggingface.read(workdir)
+    return LLaDA(published.model, huggingface.load_params(published), **published.identity)
   if workdir.name.isdecimal() and workdir.parent.name == "checkpoints":
     workdir, step = workdir.parent.parent, int(workdir.name)
   if not (workdir / "config.json").is_file():
     raise FileNotFoundError(f"{workdir} is not a workdir of lladax: there is no config.json in it")
-  text = tokenizers.load(workdir / "tokenizer")
   saved = json.loads((workdir / "config.json").read_text())
   model = MaskPredictorConfig(**saved["model"])
-  check_vocabulary(model, text)
-  if text.fingerprint != saved["tokenizer_fingerprint"]:
+  imported = (workdir / "published").is_dir()
+  text = None
+  if saved["tokenizer_fingerprint"] or not imported:
+    text = tokenizers.load(workdir / "tokenizer")
+  if imported:
+    identity = huggingface.identity(workdir / "published", model, text)
+  else:
+    assert text is not None
+    check_vocabulary(model, text)
+    names = ("mask_id", "eos_id", "vocab_size", "eot_id")
+    identity: dict[str, Any] = {"tokenizer": text} | {name: getattr(text, name) for name in names}
+  if text and text.fingerprint != saved["tokenizer_fingerprint"]:
     raise ValueError(f"{workdir / 'tokenizer'} holds another tokenizer than the one this model was trained with")
   available = checkpoint.steps(workdir)
   if not available or (step is not None and step not in available):
@@ -243,14 +409,16 @@ def load(path: str | Path, step: int | None = None) -> LLaDA:
     raise FileNotFoundError(f"{workdir} has {wanted} (there are: {available or 'none'}); train it first")
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   shapes = jax.eval_shape(model.init, jax.random.key(0))
-  abstract = {"params": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)}
+  dtypes = checkpoint.metadata(workdir, available[-1])["params"] if imported else shapes  # an import keeps its own
+  abstract = jax.tree.map(lambda x, kept: jax.ShapeDtypeStruct(x.shape, kept.dtype, sharding=here), shapes, dtypes)
+  abstract = {"params": abstract}
   if step is not None:
     tree = checkpoint.restore(workdir, step, abstract)
   else:
     found = checkpoint.restore_latest(workdir, abstract, set_aside=False)
     assert found is not None
     tree = found[1]
-  return LLaDA(model, tree["params"], text, text.mask_id, text.eos_id, text.vocab_size)
+  return LLaDA(model, tree["params"], **identity)
 
 
 def check_vocabulary(model: MaskPredictorConfig, text: tokenizers.Tokenizer) -> None:
@@ -260,17 +428,6 @@ def check_vocabulary(model: MaskPredictorConfig, text: tokenizers.Tokenizer) -> 
       f"model.V={model.V} is smaller than the tokenizer's vocabulary of {text.vocab_size} ids:"
       f" this tokenizer does not belong to this model; it needs V={text.rows}"
     )
-
-
-def _listed(x: str | Sequence) -> list:
-  rows = [x] if isinstance(x, str) else list(x)
-  if not rows:
-    raise ValueError("there is nothing to sample: the list of prompts is empty")
-  return rows
-
-
-def _round_up(n: int) -> int:
-  return -(-n // _BUCKET) * _BUCKET
 
 
 def _positions(segment_BL: jax.Array) -> jax.Array:
@@ -288,26 +445,51 @@ def _keys(seed: jax.Array, rows: int) -> jax.Array:
   return jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(rows))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "c", "mask_id", "vocab_size", "first"))
-def _sample(params, tokens_BL, segment_BL, seed, *, model, c, mask_id, vocab_size, first) -> sampling.Canvas:
-  """`segment_BL` None: no row is padded, and attention needs no mask."""
-  bound, B = model.bind(params), tokens_BL.shape[0]
-  where = () if segment_BL is None else (segment_BL, _positions(segment_BL))
-  given_BL = tokens_BL != mask_id
+@functools.partial(jax.jit, static_argnames=("model", "c", "mask_id", "ends", "vocab_size", "first"))
+def _run(
+  params, state, segment_BL, seed, until_nfe, until_block, *, model, c, mask_id, ends, vocab_size, first
+) -> sampling.State:
+  """`segment_BL` None: no row is padded, attention needs no mask. gen_length None: nothing behind a block is seen."""
+  bound, (B, L) = model.bind(params), state.canvas.tokens_BL.shape
+  at_L = jnp.arange(L)
+  position_BL = None if segment_BL is None else _positions(segment_BL)
+  given_BL = (state.canvas.tokens_BL != mask_id) & (state.canvas.unmasked_at_BL == 0)
 
-  def predict(canvas_BL, start, W):
-    at = where
+  def predict(canvas_BL, start, W, cache):
+    segment, position = segment_BL, position_BL
+    if c.gen_length is None and segment is not None:
+      segment = jnp.where(at_L[None] < start + W, segment, 0)
     if c.guidance_scale:  # the second half of the batch sees what is given masked
       canvas_BL = jnp.concatenate([canvas_BL, jnp.where(given_BL, mask_id, canvas_BL)])
-      at = tuple(jnp.tile(x, (2, 1)) for x in where)
-    hidden_BLD, _ = bound.hidden(canvas_BL, *at)
-    logits = bound.logits(jax.lax.dynamic_slice_in_dim(hidden_BLD, start, W, axis=1))
+      segment, position = jax.tree.map(lambda x: jnp.tile(x, (2, 1)), (segment, position))
+
+    def hidden(size, window_start, reuse_L):  # of the block, from a window that holds it
+      tokens_BW = jax.lax.dynamic_slice_in_dim(canvas_BL, window_start, size, axis=1)
+      hidden_BWD, _ = bound.hidden(tokens_BW, segment, position, cache, window_start, reuse_L)
+      return jax.lax.dynamic_slice_in_dim(hidden_BWD, start - window_start, W, axis=1)
+
+    if cache is None:
+      empty = bound.new_cache(canvas_BL.shape[0], L) if c.cache else None
+      hidden_BLD, cache = bound.hidden(canvas_BL, segment, position, empty)
+      hidden_BWD = jax.lax.dynamic_slice_in_dim(hidden_BLD, start, W, axis=1)
+    elif c.cache == "dual" or c.gen_length is None:
+      hidden_BWD = hidden(W, start, (at_L < start) | (at_L >= start + W))
+    else:  # the rest of the canvas, in the smallest of a few windows that holds it
+      sizes = [W << i for i in range((L - first).bit_length()) if W << i < L - first] + [L - first]
+      windows = [functools.partial(hidden, size, L - size, at_L < start) for size in sizes]
+      hidden_BWD = jax.lax.switch(jnp.searchsorted(jnp.array(sizes), L - start), windows)
+    logits = bound.logits(hidden_BWD)
     if c.guidance_scale:
       logits = logits[B:] + (c.guidance_scale + 1) * (logits[:B] - logits[B:])
-    return logits
+    if c.logits_eos_inf:
+      logits = logits.at[..., ends[0]].set(-jnp.inf)
+    return logits, cache
 
-  allowed_V = _allowed(model.V, mask_id, vocab_size)
-  return sampling.sample(predict, tokens_BL, _keys(seed, B), c, mask_id=mask_id, allowed_V=allowed_V, first=first)
+  return sampling.run(
+    predict, state, _keys(seed, B), c, mask_id=mask_id, allowed_V=_allowed(model.V, mask_id, vocab_size),
+    late_V=jnp.isin(jnp.arange(model.V), jnp.array(ends)) if c.confidence_eos_eot_inf else None, ends=ends, first=first,
+    place_L=at_L - first if first else L - at_L, until_nfe=until_nfe, until_block=until_block,
+  )  # fmt: skip
 
 
 @functools.partial(
@@ -330,9 +512,9 @@ def _autoregressive_sample(
   )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("model", "mask_id", "eos_id", "num_samples", "guidance_scale"))
+@functools.partial(jax.jit, static_argnames=("model", "mask_id", "eos_id", "guidance_scale", "method"))
 def _likelihood(
-  params, tokens_BL, scored_BL, segment_BL, sample_B, seed, *, model, mask_id, eos_id, num_samples, guidance_scale=0.0
+  params, tokens_BL, scored_BL, segment_BL, sample_B, samples_B, seed, *, model, mask_id, eos_id, guidance_scale, method
 ):
   bound = model.bind(params)
 
@@ -340,15 +522,22 @@ def _likelihood(
     if not guidance_scale:
       return bound.nll(input_BL, target_BL, segment_BL)
     unconditional_BL = jnp.where(scored_BL | (segment_BL == 0), input_BL, mask_id)
-    cond, un = bound(input_BL, segment_BL), bound(unconditional_BL, segment_BL)
-    log_p = jax.nn.log_softmax(un + (guidance_scale + 1) * (cond - un))
-    picked_BL = jnp.take_along_axis(log_p, jnp.maximum(target_BL, 0)[..., None], axis=-1)[..., 0]
-    return jnp.where(target_BL < 0, 0.0, -picked_BL)
+    cond_BLD, un_BLD = bound.hidden(input_BL, segment_BL)[0], bound.hidden(unconditional_BL, segment_BL)[0]
+
+    def row(x):  # one row's logits at a time
+      cond, un = bound.logits(x[0]), bound.logits(x[1])
+      log_p = jax.nn.log_softmax(un + (guidance_scale + 1) * (cond - un))
+      picked_L = jnp.take_along_axis(log_p, jnp.maximum(x[2], 0)[:, None], axis=-1)[:, 0]
+      return jnp.where(x[2] < 0, 0.0, -picked_L)
+
+    return jax.lax.map(row, (cond_BLD, un_BLD, target_BL))
 
   if model.causal:
     return autoregressive.log_likelihood(nll, tokens_BL, scored_BL, segment_BL, start_id=eos_id)
+  if method == "chain_rule":
+    return diffusion.chain_rule(nll, tokens_BL, scored_BL, sample_B, mask_id=mask_id)
   key_B = jnp.broadcast_to(jax.random.key(seed), tokens_BL.shape[:1])  # every pair meets the same masks
-  return diffusion.log_likelihood(nll, tokens_BL, scored_BL, key_B, sample_B, mask_id=mask_id, num_samples=num_samples)
+  return diffusion.log_likelihood(nll, tokens_BL, scored_BL, key_B, sample_B, samples_B, mask_id=mask_id)
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -147,7 +147,10 @@ class Block(nnx.Module):
     self.down = _weight(rngs, c, "FD", c.F, residual)
 
   def __call__(self, x_BWD, cache: Cache | None, *, cos, sin, allowed_BWL, start):
-    """Returns the new stream, and the layer's keys and values over the canvas if there is a cache."""
+    """Returns the new stream, and the layer's keys and values over the canvas if there is a cache to write.
+
+    `start` None: the cache is read only, and the window's own keys stand behind it.
+    """
     c, dtype = self.c, x_BWD.dtype
     B, W, _ = x_BWD.shape
 
@@ -158,7 +161,11 @@ class Block(nnx.Module):
     q_BWHK = rotate(project(n_BWD, self.q, c.D).reshape(B, W, c.H, c.K), cos, sin)
     k_BLGK = rotate(project(n_BWD, self.k, c.D).reshape(B, W, c.G, c.K), cos, sin)
     v_BLGK = project(n_BWD, self.v, c.D).reshape(B, W, c.G, c.K)
-    if cache is not None:
+    if cache is not None and start is None:
+      k_BLGK = jnp.concatenate([cache["k"], k_BLGK], axis=1)
+      v_BLGK = jnp.concatenate([cache["v"], v_BLGK], axis=1)
+      cache = None
+    elif cache is not None:
       k_BLGK = jax.lax.dynamic_update_slice_in_dim(cache["k"], k_BLGK, start, axis=1)
       v_BLGK = jax.lax.dynamic_update_slice_in_dim(cache["v"], v_BLGK, start, axis=1)
       cache = {"k": k_BLGK, "v": v_BLGK}
@@ -199,6 +206,7 @@ class MaskPredictor(nnx.Module):
     position_BL: jax.Array | None = None,
     cache: Cache | None = None,
     start: jax.Array | int = 0,
+    reuse_L: jax.Array | None = None,
   ) -> tuple[jax.Array, Cache | None]:
     """Runs the blocks over a window of the canvas.
 
@@ -208,9 +216,11 @@ class MaskPredictor(nnx.Module):
       position_BL: int32 positions for RoPE (B may be 1); None: 0 .. L - 1.
       cache: keys and values of the canvas, L positions; the window's are replaced. None: W == L.
       start: where the window begins.
+      reuse_L: bool, the positions whose keys and values are taken from the cache, which is then left as it is;
+        those of the others must be in the window. None: the window's go into the cache, and all are used.
 
     Returns:
-      (hidden_BWD after the final norm, the new cache or None).
+      (hidden_BWD after the final norm, the cache or None).
     """
     c = self.c
     W = tokens_BW.shape[1]
@@ -221,23 +231,28 @@ class MaskPredictor(nnx.Module):
     position_BW = window(position_BL) if W < L else position_BL
     cos, sin = rotary(position_BW, c)
     allowed_BWL = None
-    if segment_BL is not None or c.causal:
+    if segment_BL is not None or c.causal or reuse_L is not None:
       if segment_BL is None:
         segment_BL = jnp.ones((1, L), jnp.int32)
       segment_BW = window(segment_BL) if W < L else segment_BL
       allowed_BWL = attention.allowed(segment_BW, segment_BL, position_BW, position_BL, causal=c.causal)
+      if reuse_L is not None:  # the keys are those of the cache, then those of the window
+        reuse_11L = reuse_L[None, None]
+        fresh_BWW = jax.lax.dynamic_slice_in_dim(allowed_BWL & ~reuse_11L, start, W, axis=2)
+        allowed_BWL = jnp.concatenate([allowed_BWL & reuse_11L, fresh_BWW], axis=2)
+    write_at = start if reuse_L is None else None
 
     def body(x_BWD, layer):
       block, layer_cache = layer
-      return block(x_BWD, layer_cache, cos=cos, sin=sin, allowed_BWL=allowed_BWL, start=start)
+      return block(x_BWD, layer_cache, cos=cos, sin=sin, allowed_BWL=allowed_BWL, start=write_at)
 
     if c.remat != "none":
       body = jax.checkpoint(body, policy=REMAT[c.remat], prevent_cse=False)
     x_BWD = self.embedding[...].astype(c.compute_dtype)[tokens_BW]
     # XLA's CPU backend copies the residuals of a loop into stacked arrays: unrolled, a step takes 0.75 of the time.
     unroll = c.N if jax.default_backend() == "cpu" and c.N <= 8 else 1
-    x_BWD, cache = jax.lax.scan(body, x_BWD, (self.blocks, cache), unroll=unroll)
-    return rms_norm(x_BWD, self.final_norm[...], c.norm_eps), cache
+    x_BWD, written = jax.lax.scan(body, x_BWD, (self.blocks, cache), unroll=unroll)
+    return rms_norm(x_BWD, self.final_norm[...], c.norm_eps), cache if reuse_L is not None else written
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Float32 logits [..., V] of hidden states [..., D]."""

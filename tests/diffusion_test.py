@@ -212,7 +212,8 @@ def draw_log_likelihoods(scored_L, num_samples, keys, nll=table_nll):
   def one(key):
     rows = [jnp.tile(jnp.asarray(x)[None], (num_samples, 1)) for x in (TOKENS[0], scored_L)]
     key_B = jnp.broadcast_to(key, num_samples)
-    return diffusion.log_likelihood(nll, *rows, key_B, jnp.arange(num_samples), mask_id=MASK, num_samples=num_samples)
+    samples_B = jnp.full(num_samples, num_samples)
+    return diffusion.log_likelihood(nll, *rows, key_B, jnp.arange(num_samples), samples_B, mask_id=MASK)
 
   return jax.vmap(one)(jax.random.split(jax.random.key(0), keys))
 

@@ -33,7 +33,10 @@ def keys(rows, seed=0):
 
 @functools.partial(jax.jit, static_argnames=("c", "predict", "first"))
 def run(tokens_BL, key_B, c, predict=predict, allowed_V=ALLOWED, first=0):
-  return sampling.sample(predict, tokens_BL, key_B, c, mask_id=MASK, allowed_V=jnp.asarray(allowed_V), first=first)
+  return sampling.sample(
+    lambda tokens_BL, start, W, cache: (predict(tokens_BL, start, W), cache), tokens_BL, key_B, c,
+    mask_id=MASK, allowed_V=jnp.asarray(allowed_V), first=first,
+  )  # fmt: skip
 
 
 def fill(tokens_BL, c, seed=0, **options):
@@ -236,9 +239,9 @@ def test_no_row_depends_on_its_neighbours_or_its_padding(options):
   def answer(tokens_BL, segment_BL, key_B):
     position_BL = jnp.maximum(jnp.cumsum(segment_BL, axis=1) - 1, 0)
 
-    def predict(tokens_BL, start, W):
+    def predict(tokens_BL, start, W, cache):
       hidden_BLD, _ = c.bind(params).hidden(tokens_BL, segment_BL, position_BL)
-      return c.bind(params).logits(jax.lax.dynamic_slice_in_dim(hidden_BLD, start, W, axis=1))
+      return c.bind(params).logits(jax.lax.dynamic_slice_in_dim(hidden_BLD, start, W, axis=1)), cache
 
     return sampling.sample(predict, tokens_BL, key_B, sampler, mask_id=MASK, allowed_V=jnp.asarray(ALLOWED))
 
@@ -256,6 +259,30 @@ def test_no_row_depends_on_its_neighbours_or_its_padding(options):
       np.testing.assert_array_equal(tokens_L, together.tokens_BL[i, -length:])
       np.testing.assert_array_equal(at_L, together.unmasked_at_BL[i, -length:])
       np.testing.assert_allclose(confidence_L, together.confidence_BL[i, -length:], rtol=1e-4)
+
+
+@pytest.mark.parametrize("remasking", REMASKING)
+@pytest.mark.parametrize("temperature", [0.0, 0.3])
+def test_late_ids_wait_for_all_others_at_any_temperature(remasking, temperature):
+  late_V = np.isin(np.arange(V), (1, 2))
+  likely_L = np.array([1, 5, 2, 6, 1, 7, 8, 2])  # where the late ids are likely, they are more so than others elsewhere
+  logits_LV = np.where(np.arange(V) == likely_L[:, None], np.where(late_V, 30.0, 12.0), TABLE[0, :8]).astype(np.float32)
+
+  def fixed(tokens_BL, start, W, cache):
+    return jnp.broadcast_to(jnp.asarray(logits_LV), (len(tokens_BL), W, V)), cache
+
+  def answer(late_V):
+    return sampling.sample(
+      fixed, jnp.full((2, 8), MASK), keys(2), SamplerConfig(block_length=8, steps=8, remasking=remasking,
+      temperature=temperature), mask_id=MASK, allowed_V=jnp.asarray(ALLOWED), late_V=late_V,
+    )  # fmt: skip
+
+  out, late_L = jax.tree.map(np.asarray, answer(jnp.asarray(late_V))), np.isin(likely_L, (1, 2))
+  np.testing.assert_array_equal(out.tokens_BL, [likely_L] * 2)
+  assert out.unmasked_at_BL[:, late_L].min() > out.unmasked_at_BL[:, ~late_L].max()
+  assert (out.confidence_BL[:, late_L] == 0).all() and (out.confidence_BL[:, ~late_L] > 0.9).all()
+  if remasking != "random":
+    assert np.asarray(answer(None).unmasked_at_BL)[:, late_L].max() == 4  # left alone, they come first
 
 
 @pytest.mark.parametrize(
