@@ -3,24 +3,30 @@
   pip install torch==2.13.0   # for this benchmark only
   python benchmarks/cpu.py                # the same sizes, float32, two threads, one table
   python benchmarks/cpu.py --D 512 --L 256 --json
+  python benchmarks/cpu.py --mode sample --rounds 1 --V 32768 --D 768 --N 8 --H 12 --K 64 --F 2048 \
+    --prompt 256 --gen 256 --steps 256 --rows 1   # the caches, on 107M parameters
 
 Each contender lives in a process of its own, held to the same two cores, and they take turns: round by round one step
 of each, so that a machine that slows down slows all of them. Quoted are medians, and the median of the ratios of a
 round. In training, PyTorch masks as published and computes the head at the masked positions only; lladax is shown with
 the published masking (head everywhere) and with exact counts and antithetic times (head on half the positions).
-In sampling PyTorch is shown with the head on all positions, as in the published code, and on the block alone.
+In sampling PyTorch is shown with the head on all positions, as in the published code, and on the block alone. Weights
+are random, and so is what is sampled; `--sharpness` multiplies the head, so that a threshold finds something to keep:
+the passes (NFE) that a threshold saves are those of this model, and of no trained one. Memory is the peak of the whole
+process, Python, the framework and the compiler included.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
+import resource
 import statistics
 import time
 from collections.abc import Callable
 
 SIZES = {"V": 1024, "D": 192, "N": 6, "H": 6, "K": 32, "F": 512}
-SHAPES = {"B": 64, "L": 64, "prompt": 64, "gen": 64, "block": 32, "steps": 64, "rows": 4}
+SHAPES = {"B": 64, "L": 64, "prompt": 64, "gen": 64, "block": 32, "steps": 64, "rows": 4, "sharpness": 8}
 
 
 def torch_train(a: dict, compiled: bool) -> Callable[[], object]:
@@ -37,15 +43,20 @@ def torch_train(a: dict, compiled: bool) -> Callable[[], object]:
 
 
 def torch_sample(a: dict, block_head: bool) -> Callable[[], object]:
-  """One call of the PyTorch sampler."""
+  """One call of the PyTorch sampler; returns its forward passes."""
   import torch
   import torch_baseline
 
   model = _torch_model(a).eval()
   prompt_BL = torch.randint(0, a["V"] - 1, (a["rows"], a["prompt"]))
-  return lambda: torch_baseline.generate(
-    model, prompt_BL, a["gen"], a["block"], a["steps"], mask_id=a["V"] - 1, block_head=block_head
-  )
+
+  def call():
+    torch_baseline.generate(
+      model, prompt_BL, a["gen"], a["block"], a["steps"], mask_id=a["V"] - 1, block_head=block_head
+    )
+    return a["steps"]
+
+  return call
 
 
 def _torch_model(a: dict):
@@ -93,8 +104,8 @@ def lladax_train(a: dict, exact: bool) -> Callable[[], object]:
   return call
 
 
-def lladax_sample(a: dict, _: bool) -> Callable[[], object]:
-  """One call of LLaDA.unmask on prompts and masks."""
+def lladax_sample(a: dict, options: dict) -> Callable[[], object]:
+  """One call of LLaDA.sample on lists of ids; returns its forward passes."""
   import jax
   import numpy as np
 
@@ -103,10 +114,11 @@ def lladax_sample(a: dict, _: bool) -> Callable[[], object]:
 
   model = MaskPredictorConfig(**{name: a[name] for name in SIZES}, G=a["H"])
   mask_id = a["V"] - 1
-  llada = LLaDA(model, model.init(jax.random.key(0)), None, mask_id, mask_id - 1, mask_id)
+  params = jax.jit(model.init)(jax.random.key(0))
+  params["head"] = params["head"] * a["sharpness"]
+  llada = LLaDA(model, params, None, mask_id, mask_id - 1, mask_id)
   prompt = np.random.default_rng(0).integers(0, mask_id - 1, (a["rows"], a["prompt"])).tolist()
-  options = {"gen_length": a["gen"], "block_length": a["block"], "steps": a["steps"]}
-  return lambda: llada.sample(prompt, **options)
+  return lambda: llada.sample(prompt, gen_length=a["gen"], block_length=a["block"], steps=a["steps"], **options).nfe
 
 
 CONTENDERS = {
@@ -119,7 +131,11 @@ CONTENDERS = {
   "sample": {
     "PyTorch, head everywhere": (torch_sample, False),
     "PyTorch, head on the block": (torch_sample, True),
-    "lladax": (lladax_sample, False),
+    "lladax": (lladax_sample, {}),
+    "lladax, threshold": (lladax_sample, {"threshold": 0.9}),
+    "lladax, prefix cache": (lladax_sample, {"cache": "prefix"}),
+    "lladax, dual cache": (lladax_sample, {"cache": "dual"}),
+    "lladax, dual cache and threshold": (lladax_sample, {"cache": "dual", "threshold": 0.9}),
   },
 }
 
@@ -132,34 +148,39 @@ def worker(pipe, mode: str, name: str, a: dict) -> None:
     from lladax.main import keep_freed_memory
 
     keep_freed_memory()  # as `python -m lladax.main` does
-  call = make(a, option)
+  a = dict(a)
+  call, steps = make(a, option), a["steps"]
+  a["steps"] = a["gen"] // a["block"]  # the same program, with one step a block
   for _ in range(2):
     call()
+  a["steps"] = steps
   pipe.send(None)
   while pipe.recv():
     began = time.perf_counter()
-    call()
-    pipe.send(time.perf_counter() - began)
+    passes = call() if mode == "sample" else call() and 1
+    seconds = time.perf_counter() - began
+    pipe.send((seconds, passes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20))
 
 
-def compare(mode: str, a: dict, rounds: int) -> dict[str, list[float]]:
-  """Seconds of each contender's calls, taken in turn."""
+def compare(mode: str, a: dict, rounds: int, only: str) -> dict[str, list[tuple[float, int, float]]]:
+  """(seconds, forward passes, peak GiB) of each contender's calls, taken in turn."""
   context = multiprocessing.get_context("spawn")
   pipes, processes = {}, []
-  for name in CONTENDERS[mode]:
+  for name in [name for name in CONTENDERS[mode] if only in name]:
     pipes[name], theirs = context.Pipe()
     processes.append(context.Process(target=worker, args=(theirs, mode, name, a), daemon=True))
     processes[-1].start()
+    theirs.close()
     pipes[name].recv()
-  seconds: dict[str, list[float]] = {name: [] for name in pipes}
+  seen: dict[str, list[tuple[float, int, float]]] = {name: [] for name in pipes}
   for _ in range(rounds):
     for name, pipe in pipes.items():
       pipe.send(True)
-      seconds[name].append(pipe.recv())
+      seen[name].append(pipe.recv())
   for process, pipe in zip(processes, pipes.values(), strict=True):
     pipe.send(False)
     process.join()
-  return seconds
+  return seen
 
 
 def main() -> None:
@@ -167,28 +188,32 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--mode", choices=("train", "sample", "both"), default="both")
   parser.add_argument("--rounds", type=int, default=9)
+  parser.add_argument("--only", default="", help="contenders with this in their name")
   parser.add_argument("--json", action="store_true")
   for name, default in (SIZES | SHAPES).items():
     parser.add_argument(f"--{name}", type=int, default=default)
   a = vars(parser.parse_args())
   for mode in ("train", "sample") if a["mode"] == "both" else (a["mode"],):
-    seconds = compare(mode, a, a["rounds"])
+    seen = compare(mode, a, a["rounds"], a["only"])
     tokens = a["B"] * a["L"] if mode == "train" else a["rows"] * a["gen"]
-    first = next(iter(seconds.values()))
+    first = next(iter(seen.values()))
     rows = {
       name: {
-        "median_ms": 1e3 * statistics.median(times),
-        "tokens_per_second": tokens / statistics.median(times),
-        "speed_over_first": statistics.median(x / y for x, y in zip(first, times, strict=True)),
+        "median_ms": 1e3 * statistics.median(x[0] for x in calls),
+        "tokens_per_second": tokens / statistics.median(x[0] for x in calls),
+        "speed_over_first": statistics.median(x[0] / y[0] for x, y in zip(first, calls, strict=True)),
+        "passes": calls[-1][1],
+        "peak_gib": calls[-1][2],
       }
-      for name, times in seconds.items()
+      for name, calls in seen.items()
     }
     if a["json"]:
       print(json.dumps({"mode": mode, "sizes": a, "results": rows}))
       continue
-    print(f"{mode:32}{'ms':>10}{'tokens/s':>12}{'speed':>8}")
+    print(f"{mode:32}{'ms':>10}{'tokens/s':>12}{'speed':>8}{'passes':>8}{'peak GiB':>10}")
     for name, row in rows.items():
-      print(f"{name:32}{row['median_ms']:10.0f}{row['tokens_per_second']:12,.0f}{row['speed_over_first']:7.2f}x")
+      print(f"{name:32}{row['median_ms']:10.0f}{row['tokens_per_second']:12,.1f}{row['speed_over_first']:7.2f}x"
+            f"{row['passes']:8}{row['peak_gib']:10.2f}", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
