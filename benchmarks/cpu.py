@@ -20,13 +20,14 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import resource
 import statistics
 import time
 from collections.abc import Callable
 
 SIZES = {"V": 1024, "D": 192, "N": 6, "H": 6, "K": 32, "F": 512}
-SHAPES = {"B": 64, "L": 64, "prompt": 64, "gen": 64, "block": 32, "steps": 64, "rows": 4, "sharpness": 8}
+SHAPES = {"B": 64, "L": 64, "prompt": 64, "gen": 64, "block": 32, "steps": 64, "rows": 4, "sharpness": 16}
 
 
 def torch_train(a: dict, compiled: bool) -> Callable[[], object]:
@@ -166,7 +167,7 @@ def compare(mode: str, a: dict, rounds: int, only: str) -> dict[str, list[tuple[
   """(seconds, forward passes, peak GiB) of each contender's calls, taken in turn."""
   context = multiprocessing.get_context("spawn")
   pipes, processes = {}, []
-  for name in [name for name in CONTENDERS[mode] if only in name]:
+  for name in [name for name in CONTENDERS[mode] if re.search(only, name)]:
     pipes[name], theirs = context.Pipe()
     processes.append(context.Process(target=worker, args=(theirs, mode, name, a), daemon=True))
     processes[-1].start()
@@ -188,7 +189,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--mode", choices=("train", "sample", "both"), default="both")
   parser.add_argument("--rounds", type=int, default=9)
-  parser.add_argument("--only", default="", help="contenders with this in their name")
+  parser.add_argument("--only", default="", help="contenders whose name this pattern finds")
   parser.add_argument("--json", action="store_true")
   for name, default in (SIZES | SHAPES).items():
     parser.add_argument(f"--{name}", type=int, default=default)

@@ -322,6 +322,7 @@ def test_hub_names(monkeypatch):
     lladax.load("runs/mine")
 
 
+@pytest.mark.slow
 def test_import_and_export_from_the_command_line(with_text, tmp_path):
   workdir, target = tmp_path / "workdir", tmp_path / "target"
   assert command("--mode=import", f"--source={with_text}", f"--workdir={workdir}") == (0, "", "")
@@ -422,7 +423,8 @@ SHAPES = {
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
-@pytest.mark.parametrize("shape", ["270M", pytest.param("1B", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["270M", "1B"])
 def test_memory_while_importing(tmp_path, shape):
   config = LLADA | SHAPES[shape]
   source = publish(tmp_path / "source", config, files=4, seed=None)

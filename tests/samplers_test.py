@@ -49,14 +49,19 @@ def assert_same(out, i, other, j):
 
 
 OPTIONS = [
-  {"cache": "prefix", "factor": 2.1},
   {"cache": "dual", "threshold": 0.06, "early_stop": True},
-  {"cache": "dual", "guidance_scale": 0.7, "remasking": "random"},
   {"cache": "prefix", "guidance_scale": 0.7, "temperature": 0.8},
-  {"remasking": "low_margin", "logits_eos_inf": True},
-  {"remasking": "high_entropy", "confidence_eos_eot_inf": True, "cache": "dual"},
   {"gen_length": None, "cache": "dual", "steps": 3},
-  {"gen_length": None, "guidance_scale": 0.7, "temperature": 0.8},
+  *(
+    pytest.param(options, marks=pytest.mark.slow)
+    for options in (
+      {"cache": "prefix", "factor": 2.1},
+      {"cache": "dual", "guidance_scale": 0.7, "remasking": "random"},
+      {"remasking": "low_margin", "logits_eos_inf": True},
+      {"remasking": "high_entropy", "confidence_eos_eot_inf": True, "cache": "dual"},
+      {"gen_length": None, "guidance_scale": 0.7, "temperature": 0.8},
+    )
+  ),
 ]
 
 
