@@ -364,6 +364,8 @@ class LLaDA:
     if isinstance(prompt, str):
       return self._text().encode(prompt)
     if len(prompt) and isinstance(prompt[0], Mapping):
+      if self.tokenizer is not None and self.eot_id is None:
+        raise ValueError("a conversation: this model's vocabulary has no chat tokens (<|eot_id|>); give it text")
       return self._text().chat(cast(Sequence[Mapping[str, str]], prompt))
     return [int(i) for i in cast(Sequence[int], prompt)]
 
