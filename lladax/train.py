@@ -322,7 +322,9 @@ def _abstract(tree: Any) -> Any:
 
 
 def _llada(run: Run, state: State) -> LLaDA:
-  return LLaDA(run.config.model, state.params, run.text, run.text.mask_id, run.text.eos_id, run.text.vocab_size, run.text.eot_id)
+  return LLaDA(
+    run.config.model, state.params, run.text, run.text.mask_id, run.text.eos_id, run.text.vocab_size, run.text.eot_id
+  )
 
 
 def _put(at: dict[str, Any], batch_size: int, batch: data.Batch) -> dict[str, jax.Array]:
