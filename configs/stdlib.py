@@ -4,8 +4,8 @@
 
 The corpus is the .py files of the Python that runs this (3.11: 731 files, 12.1 MB; tests and site-packages left out),
 held out by file: 703 to train on (3.63M tokens of 4,096 pieces), 28 held out. On 2 x86-64 cores busy with other work it
-took 48 minutes at commit f9107e3; left alone they make 5,000 tokens/s. Expect 1.80 bits per byte (bound, ± 0.02), beside
-2.79 of a unigram model over the same tokens and 1.56 of `xz -9`, which so small a model does not reach in that time.
+took 48 minutes at commit f9107e3; left alone they make 5,000 tokens/s. Expect a bound of 1.80 ± 0.02 bits per byte,
+beside 2.79 of a unigram model over the same tokens and 1.56 of `xz -9`, which so small a model does not reach so soon.
 """
 
 from configs import base
