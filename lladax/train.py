@@ -254,13 +254,16 @@ def _loop(run: Run, state: State, jitted: Any, start: int, console: Console, sto
         write(*waiting)
       waiting = (step, scalars)
       last = step == config.steps or stop.signal
-      if last or step % config.checkpoint.every == 0:
+      saves = last or step % config.checkpoint.every == 0
+      evaluates = not last and config.evaluate.every and step % config.evaluate.every == 0
+      if saves or evaluates:
         write(*waiting)  # a state that is not a number is never saved
         waiting = None
+      if saves:
         saver.save(step, to_tree(state))
       if last:
         break
-      if config.evaluate.every and step % config.evaluate.every == 0:
+      if evaluates:
         values = evaluate.bound(_llada(run, state), config, rows=config.evaluate.rows)
         writer.write(step, {f"held_out_{name}": value for name, value in values.items()})
         ticks[:] = [time.monotonic()]
