@@ -139,14 +139,13 @@ class LLaDA:
     if c.gen_length is None:
       raise ValueError("sample.gen_length=None: a canvas has a length; leave it out")
     W = min(c.block_length, bucket(longest))
-    *_, last = self._fill(*self._left_pad(canvases, -(-bucket(longest) // W) * W), 0, c, every=None)
+    *_, last = self._fill(*self._left_pad(canvases, -(-bucket(longest) // W) * W), None, c, every=None)
     return last
 
   def infill(self, texts: str | Sequence[str], **options) -> Sampled:
     """Fills every "[MASK]" (one token each) of the texts."""
-    return self.unmask(
-      [self._text().encode_canvas(text) for text in ([texts] if isinstance(texts, str) else texts)], **options
-    )
+    texts = [texts] if isinstance(texts, str) else texts
+    return self.unmask([self._text().encode_canvas(text) for text in texts], **options)
 
   def log_likelihood(
     self, prompt, answer, *, num_samples: int = 128, guidance_scale: float = 0.0, seed: int = 0,
@@ -240,7 +239,7 @@ class LLaDA:
       raise ValueError(f"a prompt of {longest} tokens leaves no block of {W} within model.max_length={most}")
     return self._grow(*self._left_pad(rows, first), room, dataclasses.replace(c, early_stop=True), every)
 
-  def _fill(self, tokens_BL, segment_BL, first: int, c: SamplerConfig, every: str | None) -> Iterator[Sampled]:
+  def _fill(self, tokens_BL, segment_BL, first: int | None, c: SamplerConfig, every: str | None) -> Iterator[Sampled]:
     for state in self._advance(self._start(tokens_BL, first, c), segment_BL, first, c, every):
       yield self._sampled(state.canvas, segment_BL, first)
 
@@ -271,17 +270,17 @@ class LLaDA:
         yield self._sampled(sampling.Canvas(*seen), segment_BL[:, :end], first)
       canvas = jax.device_get(state.canvas)
       tokens_BL = canvas.tokens_BL
-      ended_B = np.isin(tokens_BL[:, first:], self._ends).any(axis=1)
+      ended_B = np.isin(tokens_BL[:, first:], self.ends).any(axis=1)
 
-  def _start(self, tokens_BL: np.ndarray, first: int, c: SamplerConfig) -> sampling.State:
+  def _start(self, tokens_BL: np.ndarray, first: int | None, c: SamplerConfig) -> sampling.State:
     cache = None
     if c.cache:
       rows = tokens_BL.shape[0] * (2 if c.guidance_scale else 1)
       cache = self.model.bind(self.params).new_cache(rows, tokens_BL.shape[1])
-    return sampling.start(jnp.asarray(tokens_BL), c, mask_id=self.mask_id, first=first, cache=cache)
+    return sampling.start(jnp.asarray(tokens_BL), c, mask_id=self.mask_id, first=first or 0, cache=cache)
 
   def _advance(
-    self, state: sampling.State, segment_BL: np.ndarray, first: int, c: SamplerConfig, every: str | None
+    self, state: sampling.State, segment_BL: np.ndarray, first: int | None, c: SamplerConfig, every: str | None
   ) -> Iterator[sampling.State]:
     """The state at the end, or after every block or step; one compiled program for all three."""
     fixed = dataclasses.replace(c, seed=0, steps=1, gen_length=None if c.gen_length is None else 1)  # not its matter
@@ -295,14 +294,15 @@ class LLaDA:
       until_block = np.int32(state.block + 1) if every == "block" else never
       state = _run(
         self.params, state, segment_BL if padded else None, c.seed, until_nfe, until_block, model=self.model, c=fixed,
-        mask_id=self.mask_id, ends=self._ends, vocab_size=self.vocab_size, first=first,
+        mask_id=self.mask_id, ends=self.ends, vocab_size=self.vocab_size, first=first,
       )  # fmt: skip
       yield state
       if not (state.canvas.tokens_BL == self.mask_id).any():
         return
 
   @property
-  def _ends(self) -> tuple[int, ...]:
+  def ends(self) -> tuple[int, ...]:
+    """Ids that end a text: EOS, and EoT where there is one."""
     return (self.eos_id,) if self.eot_id is None else (self.eos_id, self.eot_id)
 
   def _continue(self, ids: list[list[int]], c: SamplerConfig) -> Sampled:
@@ -334,14 +334,14 @@ class LLaDA:
         tokens[i, -len(row) :], segment[i, -len(row) :] = row, 1
     return tokens, segment
 
-  def _sampled(self, canvas: sampling.Canvas, segment_BL: np.ndarray, first: int) -> Sampled:
-    """`first` 0: the text is the whole row; otherwise what stands behind the prompt, up to its end."""
+  def _sampled(self, canvas: sampling.Canvas, segment_BL: np.ndarray, first: int | None) -> Sampled:
+    """The text is what stands behind the prompt, up to its end; `first` None: the whole row of a canvas."""
     canvas = jax.device_get(canvas)
     text = []
     for row, segment in zip(canvas.tokens_BL, segment_BL, strict=True):
-      row = row[first:] if first else row[segment > 0]
-      ends = np.flatnonzero(np.isin(row, self._ends))
-      row = row[: ends[0]] if first and len(ends) else row
+      row = row[segment > 0] if first is None else row[first:]
+      ends = np.flatnonzero(np.isin(row, self.ends))
+      row = row[: ends[0]] if first is not None and len(ends) else row
       text.append(self.tokenizer.decode(row.tolist()) if self.tokenizer else "")
     return Sampled(
       text=text, tokens=np.asarray(canvas.tokens_BL), unmasked_at=np.asarray(canvas.unmasked_at_BL),
@@ -451,9 +451,13 @@ def _keys(seed: jax.Array, rows: int) -> jax.Array:
 def _run(
   params, state, segment_BL, seed, until_nfe, until_block, *, model, c, mask_id, ends, vocab_size, first
 ) -> sampling.State:
-  """`segment_BL` None: no row is padded, attention needs no mask. gen_length None: nothing behind a block is seen."""
+  """`segment_BL` None: no row is padded, attention needs no mask. gen_length None: nothing behind a block is seen.
+
+  `first` None: canvases, whose noise is told by the distance from the right end, and not from the prompt's.
+  """
   bound, (B, L) = model.bind(params), state.canvas.tokens_BL.shape
   at_L = jnp.arange(L)
+  place_L, first = (L - at_L, 0) if first is None else (at_L - first, first)
   position_BL = None if segment_BL is None else _positions(segment_BL)
   given_BL = (state.canvas.tokens_BL != mask_id) & (state.canvas.unmasked_at_BL == 0)
 
@@ -490,7 +494,7 @@ def _run(
   return sampling.run(
     predict, state, _keys(seed, B), c, mask_id=mask_id, allowed_V=_allowed(model.V, mask_id, vocab_size),
     late_V=jnp.isin(jnp.arange(model.V), jnp.array(ends)) if c.confidence_eos_eot_inf else None, ends=ends, first=first,
-    place_L=at_L - first if first else L - at_L, until_nfe=until_nfe, until_block=until_block,
+    place_L=place_L, until_nfe=until_nfe, until_block=until_block,
   )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from lladax.config import Config, parse
+from lladax.sampling import SamplerConfig
 
 NAMES = sorted(path.stem for path in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -44,3 +45,7 @@ def test_a_default_is_that_of_the_base_config(name, kind):
   assert {field: default for field, default in defaults.items() if field in base} == {
     field: value for field, value in base.items() if field in defaults
   }
+
+
+def test_the_base_config_has_every_option_of_the_sampler():
+  assert set(values("base")["sample"]) == {field.name for field in dataclasses.fields(SamplerConfig)}

@@ -236,3 +236,12 @@ def test_bad_options(llada):
     llada.unmask([[1, llada.mask_id]], gen_length=None)
   with pytest.raises(ValueError, match="sample.gen_length=None ends at EOS"):
     llada.sample("a", gen_length=None, logits_eos_inf=True)
+
+
+def test_an_empty_prompt_alone_answers_as_it_does_among_others():
+  ending, options = make(eos_bias=8.0), {"gen_length": 64, "block_length": 16, "steps": 8, "temperature": 1.0}
+  alone, among = ending.sample([[]], **options), ending.sample([[], PROMPTS[0]], **options)
+  assert_same(alone, 0, among, 0)
+  tokens = alone.tokens[0].tolist()
+  end = min(tokens.index(i) for i in ending.ends if i in tokens)
+  assert alone.text == [ending.tokenizer.decode(tokens[:end])] == among.text[:1]
