@@ -28,8 +28,10 @@ def get_config() -> ConfigDict:
   config.model.norm_eps = 1e-5
   config.model.max_length = 4096  # longest canvas
   config.model.dtype = "auto"  # of the computation: bfloat16 on accelerators, float32 on a CPU
-  config.model.remat = "none"  # recompute in the backward pass: "none" | "dots" (all but matmuls) | "full"
-  config.model.head_chunk = 8192  # tokens whose logits exist at once
+  config.model.attention = "auto"  # kernel of full passes: the fastest exact one | "xla" | "cudnn" | "splash"
+  # What the backward pass computes again: "none" | "dots" (all but matmuls) | "attention" (all but it) | "full" (all).
+  config.model.remat = "none"
+  config.model.head_chunk = 8192  # tokens of a device whose logits exist at once
 
   config.tokenizer = ConfigDict()
   config.tokenizer.kind = "sentencepiece"  # | "bytes" | "huggingface" (a tokenizer.json)
@@ -63,10 +65,11 @@ def get_config() -> ConfigDict:
   config.optimizer.clip = 1.0  # global norm of the gradient; 0: none
 
   config.mesh = ConfigDict()  # devices along each axis; -1: the rest
-  config.mesh.data = -1
-  config.mesh.fsdp = 1
-  config.mesh.tensor = 1
-  config.mesh.context = 1
+  config.mesh.slices = 1  # groups that only the data-centre network joins
+  config.mesh.data = -1  # copies of the parameters, each with its part of the batch
+  config.mesh.fsdp = 1  # parameters and batch sliced
+  config.mesh.tensor = 1  # heads, feed-forward and vocabulary sliced
+  config.mesh.context = 1  # the canvas sliced
 
   config.checkpoint = ConfigDict()
   config.checkpoint.every = 1000  # steps
@@ -79,6 +82,7 @@ def get_config() -> ConfigDict:
   config.log.tensorboard = True
   config.log.profile_first = 0  # profiler trace from this step ...
   config.log.profile_last = 0  # ... up to this one; 0: none
+  config.log.hang_seconds = 1800.0  # a step (or its compilation) that takes longer ends the run; 0: never
 
   config.evaluate = ConfigDict()
   config.evaluate.every = 0  # steps between evaluations of the held-out bound; 0: at the end only

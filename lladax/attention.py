@@ -1,43 +1,209 @@
-"""One attention call. Who may look at whom is data (`allowed_BWL`), not code.
+"""One attention call, three kernels. Who may look at whom is data (`allowed_BWL`, segments), not code.
+
+  xla     plain einsums: every case, every device; the scores of all heads exist at once
+  cudnn   NVIDIA's fused kernel: bfloat16, head widths up to 128. Padding at the right end goes by lengths; other
+          segments (packed documents, padding at the left) as a bias of one row of scores for all heads
+  splash  the Pallas kernel for TPUs: lengths that are multiples of 128; segments are native
 
 Letters are those of `mask_predictor.py`. Softmax runs in float32 whatever the compute dtype.
 """
 
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+KERNELS = ("auto", "xla", "cudnn", "splash")
 
 # Finite, so that a row that may look at nothing (padding) gives garbage and never a NaN.
 _NEVER = -1e30
 
 
-def attend(q_BWHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, allowed_BWL: jax.Array | None = None) -> jax.Array:
+def choose(
+  kernel: str, *, W: int, L: int, K: int, dtype: jnp.dtype, causal: bool, segments: str, cached: bool = False,
+  platform: str, context: int = 1,
+) -> str:  # fmt: skip
+  """The kernel that runs: the one asked for, or for "auto" the fastest that is exact for the input.
+
+  Args:
+    kernel: one of `KERNELS`.
+    W: queries.
+    L: keys.
+    K: head width.
+    dtype: of the queries.
+    causal: whether later keys are hidden.
+    segments: "none"; "right", 1s and then padding; "any".
+    cached: a window over a cache; always "xla", since its mask is its own.
+    platform: "cpu", "gpu" or "tpu".
+    context: into how many parts the mesh slices the queries.
+
+  Raises:
+    ValueError: the kernel asked for cannot do it; the message says why.
+  """
+
+  def why_not(name: str) -> str | None:
+    home, lanes = {"cudnn": ("gpu", 8), "splash": ("tpu", 1)}[name]
+    if platform != home:
+      return f"it runs on a {home}, and this is a {platform}"
+    if causal and context > 1:
+      return f"it cannot be causal with mesh.context={context}"
+    if name == "cudnn" and dtype not in (jnp.bfloat16, jnp.float16):
+      return f"it computes in bfloat16, not {dtype}"
+    if name == "cudnn" and (K % lanes or K > 128):
+      return f"model.K={K} is not a multiple of 8 up to 128"
+    if name == "splash" and (W // context % 128 or L % 128):
+      return f"the length {L} on {context} devices is not a multiple of 128 on each"
+    return None
+
+  if cached or kernel == "xla":
+    return "xla"
+  if kernel == "auto":
+    if platform == "tpu":
+      return _said("xla" if why_not("splash") else "splash", why_not("splash"))
+    if platform == "gpu":
+      small = segments == "any" and W * L < 2**20 and "there are segments and few tokens"
+      return _said("xla" if why_not("cudnn") or small else "cudnn", why_not("cudnn") or small or None)
+    return "xla"
+  if reason := why_not(kernel):
+    raise ValueError(f"model.attention={kernel!r}: {reason}; use auto or xla")
+  return _said(kernel, None)
+
+
+@functools.cache
+def _said(kernel: str, reason: str | None) -> str:
+  logging.getLogger("lladax").info("attention kernel: %s%s", kernel, f" ({reason})" if reason else "")
+  return kernel
+
+
+def attend(
+  q_BWHK: jax.Array,
+  k_BLGK: jax.Array,
+  v_BLGK: jax.Array,
+  allowed_BWL: jax.Array | None = None,
+  *,
+  kernel: str = "xla",
+  segment_BL: jax.Array | None = None,
+  right_padded: bool = False,
+  causal: bool = False,
+  on_each_device: Callable[..., jax.Array] = lambda fn, *arrays: fn(*(x for x, _ in arrays)),
+) -> jax.Array:
   """Scaled dot-product attention; `H` query heads share `G` key/value heads in groups of H/G.
 
   Args:
     q_BWHK: queries of the window that is run.
     k_BLGK: keys of the whole canvas.
     v_BLGK: values of the whole canvas.
-    allowed_BWL: True where query w may look at key l (B may be 1); None allows everything.
+    allowed_BWL: True where query w may look at key l (B may be 1); None allows everything. Read by xla, and by
+      cudnn unless lengths say the same.
+    kernel: as `choose` chose.
+    segment_BL: the segments behind `allowed_BWL` (W == L), which splash, and cudnn if `right_padded`, read instead.
+    right_padded: the segments are 1s and then padding.
+    causal: later keys are hidden (`allowed_BWL` hides them too).
+    on_each_device: `sharding.on_each_device` on a mesh, for the kernels that XLA cannot slice by itself.
 
   Returns:
-    [B, W, H, K] in the dtype of the queries. A query that may look at nothing gets the mean value.
+    [B, W, H, K] in the dtype of the queries. A query that may look at nothing gets a finite value that means nothing.
   """
+  qkv: Any = ((q_BWHK, "BLHK"), (k_BLGK, "B.GK"), (v_BLGK, "B.GK"))
+  segments: Any = () if segment_BL is None else ((segment_BL, "BL"), (segment_BL, "B."))
+  if kernel == "xla":
+    out_BWHK = _xla(q_BWHK, k_BLGK, v_BLGK, allowed_BWL)
+  elif kernel == "splash":
+    out_BWHK = on_each_device(functools.partial(_splash, causal=causal), *qkv, *segments)
+  elif segment_BL is None or right_padded:
+    out_BWHK = on_each_device(functools.partial(_cudnn_lengths, causal=causal), *qkv, *segments)
+  else:
+    out_BWHK = on_each_device(_cudnn_bias, *qkv, (allowed_BWL, "BL."))
+  # Splash names its own residuals, the log-sum-exp among them.
+  return out_BWHK if kernel == "splash" else checkpoint_name(out_BWHK, "attention")
+
+
+def einsum32(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  """An einsum of two arrays of one dtype with a float32 result, whose gradient is computed in that dtype too.
+
+  (JAX would multiply the float32 cotangent with them: a float32 matmul, a tenth of the speed of a bfloat16 one.)
+  """
+  return _einsum32(formula, a, b)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _einsum32(formula, a, b):
+  return jnp.einsum(formula, a, b, preferred_element_type=jnp.float32)
+
+
+def _einsum32_backward(formula, residuals, cotangent):
+  a, b = residuals
+  inputs, out = formula.split("->")
+  letters_a, letters_b = inputs.split(",")
+  cotangent = cotangent.astype(a.dtype)
+  gradient_a = jnp.einsum(f"{out},{letters_b}->{letters_a}", cotangent, b, preferred_element_type=a.dtype)
+  gradient_b = jnp.einsum(f"{letters_a},{out}->{letters_b}", a, cotangent, preferred_element_type=b.dtype)
+  return gradient_a, gradient_b
+
+
+_einsum32.defvjp(lambda formula, a, b: (_einsum32(formula, a, b), (a, b)), _einsum32_backward)
+
+
+def _xla(q_BWHK, k_BLGK, v_BLGK, allowed_BWL):
   B, W, H, K = q_BWHK.shape
-  L, G = k_BLGK.shape[1:3]
+  G = k_BLGK.shape[2]
   q_BGRWK = (q_BWHK * K**-0.5).reshape(B, W, G, H // G, K).transpose(0, 2, 3, 1, 4)
   k_BGLK, v_BGLK = k_BLGK.transpose(0, 2, 1, 3), v_BLGK.transpose(0, 2, 1, 3)
-  scores_BGRWL = jnp.einsum("BGRWK,BGLK->BGRWL", q_BGRWK, k_BGLK, preferred_element_type=jnp.float32)
+  scores_BGRWL = einsum32("BGRWK,BGLK->BGRWL", q_BGRWK, k_BGLK)
   if allowed_BWL is not None:
     scores_BGRWL = jnp.where(allowed_BWL[:, None, None], scores_BGRWL, _NEVER)
   # Softmax, divided after the values: K numbers a query instead of L, and 0.8 of the time on a CPU.
   highest = jax.lax.stop_gradient(jnp.max(scores_BGRWL, axis=-1, keepdims=True))
   exp_BGRWL = jnp.exp(scores_BGRWL - highest)
   sum_BGRW1 = jnp.sum(exp_BGRWL, axis=-1, keepdims=True)
-  out_BGRWK = jnp.einsum(
-    "BGRWL,BGLK->BGRWK", exp_BGRWL.astype(v_BGLK.dtype), v_BGLK, preferred_element_type=jnp.float32
-  )
+  out_BGRWK = einsum32("BGRWL,BGLK->BGRWK", exp_BGRWL.astype(v_BGLK.dtype), v_BGLK)
   out_BGRWK = (out_BGRWK / sum_BGRW1).astype(q_BWHK.dtype)
   return out_BGRWK.transpose(0, 3, 1, 2, 4).reshape(B, W, H, K)
+
+
+def _cudnn_lengths(q_BWHK, k_BLGK, v_BLGK, query_segment_BW=None, segment_BL=None, *, causal):
+  if segment_BL is None:
+    return jax.nn.dot_product_attention(q_BWHK, k_BLGK, v_BLGK, is_causal=causal, implementation="cudnn")
+  valid_BW = query_segment_BW > 0
+  out_BWHK = jax.nn.dot_product_attention(
+    q_BWHK, k_BLGK, v_BLGK, is_causal=causal, implementation="cudnn",
+    query_seq_lengths=valid_BW.sum(axis=1, dtype=jnp.int32),
+    key_value_seq_lengths=(segment_BL > 0).sum(axis=1, dtype=jnp.int32),
+  )  # fmt: skip
+  # What cuDNN leaves in the rows of the padding is nobody's business: neither the value nor a gradient gets through.
+  return jnp.where(valid_BW[:, :, None, None], out_BWHK, 0)
+
+
+def _cudnn_bias(q_BWHK, k_BLGK, v_BLGK, allowed_BWL):
+  return jax.nn.dot_product_attention(q_BWHK, k_BLGK, v_BLGK, mask=allowed_BWL[:, None], implementation="cudnn")
+
+
+def _splash(q_BWHK, k_BLGK, v_BLGK, query_segment_BW=None, segment_BL=None, *, causal, interpret=False):
+  """Splash attention on one device. Padding looks at padding here: what it sees, nobody does."""
+  from jax.experimental.pallas.ops.tpu import splash_attention  # Pallas takes a while to import
+
+  _, W, H, K = q_BWHK.shape
+  L = k_BLGK.shape[1]
+  mask = splash_attention.CausalMask((W, L)) if causal else splash_attention.FullMask((W, L))
+  q_tile, k_tile = (next(n for n in (512, 256, 128) if size % n == 0) for size in (W, L))
+  kernel = splash_attention.make_splash_mha(
+    splash_attention.MultiHeadMask([mask] * H), head_shards=1, q_seq_shards=1, interpret=interpret,
+    residual_checkpoint_name="attention",
+    block_sizes=splash_attention.BlockSizes(
+      block_q=q_tile, block_kv=k_tile, block_kv_compute=k_tile, block_q_dkv=q_tile, block_kv_dkv=k_tile,
+      block_kv_dkv_compute=k_tile, block_q_dq=q_tile, block_kv_dq=k_tile,
+    ),
+  )  # fmt: skip
+  q_BHWK, k_BGLK, v_BGLK = (x.transpose(0, 2, 1, 3) for x in (q_BWHK * K**-0.5, k_BLGK, v_BLGK))
+  if segment_BL is None:
+    out_BHWK = jax.vmap(kernel)(q_BHWK, k_BGLK, v_BGLK)
+  else:
+    out_BHWK = jax.vmap(kernel)(q_BHWK, k_BGLK, v_BGLK, splash_attention.SegmentIds(query_segment_BW, segment_BL))
+  return out_BHWK.transpose(0, 2, 1, 3)
 
 
 def allowed(

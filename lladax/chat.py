@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from lladax import visualize
+from lladax import sharding, visualize
 from lladax.config import Config
 from lladax.llada import LLaDA, Sampled, load
 
@@ -37,7 +37,7 @@ def run(config: Config, workdir: Path, system: str = "") -> None:
   """Talks with the workdir's last checkpoint, sampled as its config says; a reply ends at EOS or EoT."""
   options = dataclasses.asdict(config.sample)
   del options["early_stop"]
-  talk(load(workdir), system, options)
+  talk(load(workdir, mesh=sharding.make_mesh(config.mesh)), system, options)
 
 
 def talk(llada: LLaDA, system: str = "", options: Mapping[str, Any] | None = None) -> Messages:

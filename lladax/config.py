@@ -40,11 +40,14 @@ class LogConfig:
   tensorboard: bool = True
   profile_first: int = 0  # profiler trace from this step ...
   profile_last: int = 0  # ... up to, not including, this one; 0: none
+  hang_seconds: float = 1800.0  # a step (or its compilation) that takes longer ends the run; 0: never
 
   def __post_init__(self):
     for name in ("every", "console_every"):
       if getattr(self, name) < 1:
         raise ValueError(f"log.{name}={getattr(self, name)}: must be at least 1")
+    if self.hang_seconds < 0:
+      raise ValueError(f"log.hang_seconds={self.hang_seconds}: must be positive, or 0 for never")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +169,7 @@ _SAFE = (
   "sample.",
   "mesh.",
   "model.remat",
+  "model.attention",
   "model.head_chunk",
 )
 

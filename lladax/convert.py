@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from lladax import checkpoint, huggingface, safetensors
+from lladax import checkpoint, huggingface, safetensors, sharding
 from lladax import tokenizer as tokenizers
 from lladax.mask_predictor import MaskPredictorConfig
 
@@ -43,7 +42,9 @@ def from_published(source: str | Path, workdir: Path, values: dict[str, Any]) ->
     special |= {"kind": settings["kind"], "path": "".join(map(str, files))}
     values = values | {"tokenizer": values["tokenizer"] | special}
   saver = checkpoint.Checkpoints(workdir)
-  saver.save(0, {"step": jnp.int32(0), "params": huggingface.load_params(published)})
+  mesh = sharding.make_mesh(sharding.MeshConfig(**values["mesh"]))
+  params = huggingface.load_params(published, sharding.shardings(mesh, published.model.letters()))
+  saver.save(0, {"step": jax.device_put(0, sharding.shardings(mesh, "")), "params": params})
   saver.close()
   shape = {name: getattr(published.model, name) for name, *_ in (*huggingface.FIELDS, "K")}
   values = values | {"objective": "diffusion", "model": values["model"] | shape}

@@ -81,7 +81,7 @@ def batches(
   seed: int,
   start: int,
   stop: int,
-  part: tuple[int, int] = (0, 1),
+  rows_R: np.ndarray | None = None,
 ) -> Iterator[Batch]:
   """Batches of the steps start .. stop - 1, read ahead on a thread.
 
@@ -92,7 +92,7 @@ def batches(
     seed: of the order; the same seed gives the same batch at the same step, always.
     start: first step.
     stop: one past the last step.
-    part: (number of this process, number of processes); a batch holds this process's rows only.
+    rows_R: which rows of each batch are read, those of this process; None: all.
   """
   B, L, total = c.batch_size, c.length, len(stream_T)
   if total < L:
@@ -101,11 +101,11 @@ def batches(
     )
   count = -(-total // L)
   order = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
-  local = B // part[1]
-  first = part[0] * local
+  local_R = np.arange(B) if rows_R is None else rows_R
+  local = len(local_R)
 
   def batch(step: int) -> Batch:
-    index = step * B + first + np.arange(local)
+    index = step * B + local_R
     offset = np.array([_hash(seed, int(epoch)) % L for epoch in index // count])
     window = np.array([order[int(i)] for i in index])
     columns = rows(stream_T, window * L + offset, L, eos_id, c.segments)

@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from lladax import autoregressive, checkpoint, data, diffusion, visualize
+from lladax import autoregressive, checkpoint, data, diffusion, distributed, sharding, visualize
 from lladax.config import Config
 from lladax.llada import LLaDA, Sampled
 
@@ -95,32 +95,34 @@ def _nats(llada: LLaDA, config: Config, tokens_RL: np.ndarray, segment_RL: np.nd
   total_R = np.zeros(R)
   for first in range(0, R, size):
     at = np.minimum(np.arange(first, first + size), R - 1)  # the last rows again, to fill the batch
-    tokens_BL, segment_BL, row_B = jnp.asarray(tokens_RL[at]), jnp.asarray(segment_RL[at]), jnp.asarray(at)
-    nats = [
-      _score(
-        llada.params, tokens_BL, segment_BL, row_B, seed, draw, model=llada.model, mask_id=llada.mask_id,
-        eos_id=llada.eos_id, num_samples=draws,
-      )
-      for draw in range(draws)
-    ]  # fmt: skip
+    with sharding.on_mesh_of(llada.params):
+      nats = [
+        _score(
+          llada.params, tokens_RL[at], segment_RL[at], at, seed, draw, model=llada.model, mask_id=llada.mask_id,
+          eos_id=llada.eos_id, num_samples=draws, right_padded=not config.data.segments,
+        )
+        for draw in range(draws)
+      ]  # fmt: skip
     n = min(size, R - first)
     total_R[first : first + n] = np.mean(jax.device_get(nats), axis=0)[:n]
   return total_R
 
 
-@functools.partial(jax.jit, static_argnames=("model", "mask_id", "eos_id", "num_samples"))
-def _score(params, tokens_BL, segment_BL, row_B, seed, draw, *, model, mask_id, eos_id, num_samples):
+@functools.partial(jax.jit, static_argnames=("model", "mask_id", "eos_id", "num_samples", "right_padded"))
+def _score(params, tokens_BL, segment_BL, row_B, seed, draw, *, model, mask_id, eos_id, num_samples, right_padded):
   """Minus the log-likelihood of whole rows, by draw number `draw`; [B]."""
   bound_model, scored_BL = model.bind(params), segment_BL > 0
 
   def nll(input_BL, target_BL):
-    return bound_model.nll(input_BL, target_BL, segment_BL)
+    return bound_model.nll(input_BL, target_BL, segment_BL, right_padded=right_padded)
 
   if model.causal:
-    return -autoregressive.log_likelihood(nll, tokens_BL, scored_BL, segment_BL, start_id=eos_id)
+    nats_B = -autoregressive.log_likelihood(nll, tokens_BL, scored_BL, segment_BL, start_id=eos_id)
+    return sharding.constrain(nats_B, ".")
   key_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(row_B)
   draw_B, draws_B = jnp.broadcast_to(draw, row_B.shape), jnp.full(row_B.shape, num_samples)
-  return -diffusion.log_likelihood(nll, tokens_BL, scored_BL, key_B, draw_B, draws_B, mask_id=mask_id)
+  nats_B = -diffusion.log_likelihood(nll, tokens_BL, scored_BL, key_B, draw_B, draws_B, mask_id=mask_id)
+  return sharding.constrain(nats_B, ".")
 
 
 def report(llada: LLaDA, config: Config, results: dict[str, float], workdir: Path, console: Console) -> None:
@@ -135,10 +137,11 @@ def report(llada: LLaDA, config: Config, results: dict[str, float], workdir: Pat
     table.add_row("unigram over the same tokens", f"{results['unigram_bits_per_byte']:.3f}")
     table.add_row("xz -9", f"{results['xz_bits_per_byte']:.3f}")
     console.print(table)
-    with (workdir / "evaluations.jsonl").open("a") as file:
-      file.write(json.dumps({"step": step} | results) + "\n")
+    if distributed.is_first():
+      with (workdir / "evaluations.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step} | results) + "\n")
   filled = samples(llada, config)
-  if filled:
+  if filled and distributed.is_first():
     for unmasking in filled.unmaskings():
       console.print(visualize.terminal(unmasking, frames=4))
     (workdir / "samples.html").write_text(filled.html(f"{workdir.name}, step {step}"))

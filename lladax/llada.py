@@ -16,9 +16,9 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
-from lladax import animation, autoregressive, checkpoint, diffusion, huggingface, sampling, visualize
+from lladax import animation, autoregressive, checkpoint, diffusion, huggingface, sampling, sharding, visualize
 from lladax import tokenizer as tokenizers
 from lladax.mask_predictor import MaskPredictorConfig, Params
 from lladax.sampling import SamplerConfig
@@ -82,7 +82,10 @@ class Sampled:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LLaDA:
-  """A mask predictor with its parameters and tokenizer (None: ids only)."""
+  """A mask predictor with its parameters and tokenizer (None: ids only).
+
+  Parameters on a mesh (`load(path, mesh=...)`) are used there: rows and heads are shared out, answers come back whole.
+  """
 
   model: MaskPredictorConfig
   params: Params
@@ -207,15 +210,17 @@ class LLaDA:
     for array_BL in (tokens_BL, scored_BL, segment_BL):
       array_BL[len(rows) :] = array_BL[len(rows) - 1]
     sample_B, samples_B = (np.resize([row[i] for row in rows], size).astype(np.int32) for i in (2, 3))
-    return np.asarray(_likelihood(
-      self.params, tokens_BL, scored_BL, segment_BL, sample_B, samples_B, seed, model=self.model,
-      mask_id=self.mask_id, eos_id=self.eos_id, guidance_scale=guidance_scale, method=method,
-    ))  # fmt: skip
+    with sharding.on_mesh_of(self.params):
+      return np.asarray(_likelihood(
+        self.params, tokens_BL, scored_BL, segment_BL, sample_B, samples_B, seed, model=self.model,
+        mask_id=self.mask_id, eos_id=self.eos_id, guidance_scale=guidance_scale, method=method,
+      ))  # fmt: skip
 
   def logits(self, tokens_BL, segment_BL=None) -> np.ndarray:
     """Float32 logits [B, L, V] of a canvas of ids; `segment_BL` 0 = padding."""
-    segment = None if segment_BL is None else jnp.asarray(segment_BL, jnp.int32)
-    return np.asarray(_logits(self.params, jnp.asarray(tokens_BL, jnp.int32), segment, model=self.model))
+    segment = None if segment_BL is None else np.asarray(segment_BL, np.int32)
+    with sharding.on_mesh_of(self.params):
+      return np.asarray(_logits(self.params, np.asarray(tokens_BL, np.int32), segment, model=self.model))
 
   def _prompts(self, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
     one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
@@ -276,7 +281,8 @@ class LLaDA:
     cache = None
     if c.cache:
       rows = tokens_BL.shape[0] * (2 if c.guidance_scale else 1)
-      cache = self.model.bind(self.params).new_cache(rows, tokens_BL.shape[1])
+      with sharding.on_mesh_of(self.params):
+        cache = _new_cache(self.model, rows, tokens_BL.shape[1])
     return sampling.start(jnp.asarray(tokens_BL), c, mask_id=self.mask_id, first=first or 0, cache=cache)
 
   def _advance(
@@ -286,16 +292,18 @@ class LLaDA:
     fixed = dataclasses.replace(c, seed=0, steps=1, gen_length=None if c.gen_length is None else 1)  # not its matter
     padded = (segment_BL == 0).any() or c.gen_length is None
     never = np.int32(2**30)
-    where = jax.tree.leaves(self.params)[0].sharding  # where the program leaves the state, too: it is compiled once
-    where = NamedSharding(where.mesh, PartitionSpec()) if isinstance(where, NamedSharding) else where
-    state = jax.device_put(state, where)
+    where = jax.tree.leaves(self.params)[0].sharding  # where the program leaves the canvas, too: it is compiled once
+    where = NamedSharding(where.mesh, sharding.spec("")) if isinstance(where, NamedSharding) else where
+    bare = jax.device_put(jax.device_get(state._replace(cache=None)), where)
+    state = bare._replace(cache=state.cache)
     while True:
       until_nfe = np.int32(state.canvas.nfe + 1) if every == "step" else never
       until_block = np.int32(state.block + 1) if every == "block" else never
-      state = _run(
-        self.params, state, segment_BL if padded else None, c.seed, until_nfe, until_block, model=self.model, c=fixed,
-        mask_id=self.mask_id, ends=self.ends, vocab_size=self.vocab_size, first=first,
-      )  # fmt: skip
+      with sharding.on_mesh_of(self.params):
+        state = _run(
+          self.params, state, segment_BL if padded else None, c.seed, until_nfe, until_block, model=self.model,
+          c=fixed, mask_id=self.mask_id, ends=self.ends, vocab_size=self.vocab_size, first=first,
+        )  # fmt: skip
       yield state
       if not (state.canvas.tokens_BL == self.mask_id).any():
         return
@@ -314,10 +322,11 @@ class LLaDA:
     length = prompt_length + c.gen_length
     canvases = [row + [self.eos_id] * c.gen_length for row in ids]
     tokens_BL, segment_BL = self._left_pad(canvases, length)
-    tokens_BL, confidence_BL, nfe = _autoregressive_sample(
-      self.params, tokens_BL, segment_BL, c.seed, model=self.model, temperature=c.temperature,
-      prompt_length=prompt_length, eos_id=self.eos_id, mask_id=self.mask_id, vocab_size=self.vocab_size,
-    )  # fmt: skip
+    with sharding.on_mesh_of(self.params):
+      tokens_BL, confidence_BL, nfe = _autoregressive_sample(
+        self.params, tokens_BL, segment_BL, c.seed, model=self.model, temperature=c.temperature,
+        prompt_length=prompt_length, eos_id=self.eos_id, mask_id=self.mask_id, vocab_size=self.vocab_size,
+      )  # fmt: skip
     unmasked_at_BL = np.broadcast_to(np.maximum(np.arange(length) - prompt_length + 1, 0), tokens_BL.shape)
     canvas = sampling.Canvas(tokens_BL, jnp.asarray(unmasked_at_BL), confidence_BL, nfe, nfe)
     return self._sampled(canvas, segment_BL, prompt_length)
@@ -370,13 +379,14 @@ class LLaDA:
     return [int(i) for i in cast(Sequence[int], prompt)]
 
 
-def load(path: str | Path, step: int | None = None) -> LLaDA:
+def load(path: str | Path, step: int | None = None, mesh: Mesh | None = None) -> LLaDA:
   """Loads a run's last checkpoint (or that of `step`) with its tokenizer, or a published checkpoint.
 
   Args:
     path: a workdir, or a checkpoint folder WORKDIR/checkpoints/STEP; or a folder in the published layout
       (config.json and *.safetensors; without tokenizer files, ids only), or its name on the hub, OWNER/NAME.
     step: of a checkpoint; None takes the newest readable one.
+    mesh: where the parameters go, as `sharding.make_mesh(MeshConfig(tensor=8))`; None: on one device.
 
   Raises:
     FileNotFoundError: there is no run, or no checkpoint.
@@ -385,7 +395,8 @@ def load(path: str | Path, step: int | None = None) -> LLaDA:
   workdir = huggingface.find(path)
   if huggingface.is_published(workdir):
     published = huggingface.read(workdir)
-    return LLaDA(published.model, huggingface.load_params(published), **published.identity)
+    at = None if mesh is None else sharding.shardings(mesh, published.model.letters())
+    return LLaDA(published.model, huggingface.load_params(published, at), **published.identity)
   if workdir.name.isdecimal() and workdir.parent.name == "checkpoints":
     workdir, step = workdir.parent.parent, int(workdir.name)
   if not (workdir / "config.json").is_file():
@@ -412,7 +423,10 @@ def load(path: str | Path, step: int | None = None) -> LLaDA:
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   dtypes = checkpoint.metadata(workdir, available[-1])["params"] if imported else shapes  # an import keeps its own
-  abstract = jax.tree.map(lambda x, kept: jax.ShapeDtypeStruct(x.shape, kept.dtype, sharding=here), shapes, dtypes)
+  at = jax.tree.map(lambda _: here, shapes) if mesh is None else sharding.shardings(mesh, model.letters())
+  abstract = jax.tree.map(
+    lambda x, kept, at: jax.ShapeDtypeStruct(x.shape, kept.dtype, sharding=at), shapes, dtypes, at
+  )
   abstract = {"params": abstract}
   if step is not None:
     tree = checkpoint.restore(workdir, step, abstract)
@@ -447,6 +461,14 @@ def _keys(seed: jax.Array, rows: int) -> jax.Array:
   return jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(rows))
 
 
+_new_cache = jax.jit(MaskPredictorConfig.new_cache, static_argnums=(0, 1, 2))
+
+
+def _laid_out(x: Any) -> Any:
+  """How a program leaves what it returns on a mesh: caches sliced along rows and heads, all else whole everywhere."""
+  return jax.tree.map(lambda x: sharding.constrain(x, ".B.G." if x.ndim == 5 else "." * x.ndim), x)
+
+
 @functools.partial(jax.jit, static_argnames=("model", "c", "mask_id", "ends", "vocab_size", "first"))
 def _run(
   params, state, segment_BL, seed, until_nfe, until_block, *, model, c, mask_id, ends, vocab_size, first
@@ -475,7 +497,7 @@ def _run(
       return jax.lax.dynamic_slice_in_dim(hidden_BWD, start - window_start, W, axis=1)
 
     if cache is None:
-      empty = bound.new_cache(canvas_BL.shape[0], L) if c.cache else None
+      empty = model.new_cache(canvas_BL.shape[0], L) if c.cache else None
       hidden_BLD, cache = bound.hidden(canvas_BL, segment, position, empty)
       hidden_BWD = jax.lax.dynamic_slice_in_dim(hidden_BLD, start, W, axis=1)
     elif c.cache == "dual" or c.gen_length is None:
@@ -491,11 +513,12 @@ def _run(
       logits = logits.at[..., ends[0]].set(-jnp.inf)
     return logits, cache
 
-  return sampling.run(
+  state = sampling.run(
     predict, state, _keys(seed, B), c, mask_id=mask_id, allowed_V=_allowed(model.V, mask_id, vocab_size),
     late_V=jnp.isin(jnp.arange(model.V), jnp.array(ends)) if c.confidence_eos_eot_inf else None, ends=ends, first=first,
     place_L=place_L, until_nfe=until_nfe, until_block=until_block,
   )  # fmt: skip
+  return _laid_out(state)
 
 
 @functools.partial(
@@ -512,23 +535,23 @@ def _autoregressive_sample(
     hidden_BWD, cache = bound.hidden(tokens_BW, segment_BL, position_BL, cache, start)
     return jnp.where(allowed_V[None, :], bound.logits(hidden_BWD[:, -1]), -jnp.inf), cache
 
-  return autoregressive.sample(
-    step, bound.new_cache(B, L), tokens_BL, segment_BL, _keys(seed, B),
+  return _laid_out(autoregressive.sample(
+    step, model.new_cache(B, L), tokens_BL, segment_BL, _keys(seed, B),
     prompt_length=prompt_length, start_id=eos_id, eos_id=eos_id, temperature=temperature,
-  )  # fmt: skip
+  ))  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("model", "mask_id", "eos_id", "guidance_scale", "method"))
 def _likelihood(
   params, tokens_BL, scored_BL, segment_BL, sample_B, samples_B, seed, *, model, mask_id, eos_id, guidance_scale, method
 ):
-  bound = model.bind(params)
+  bound, right = model.bind(params), {"right_padded": True}
 
   def nll(input_BL, target_BL):
     if not guidance_scale:
-      return bound.nll(input_BL, target_BL, segment_BL)
+      return bound.nll(input_BL, target_BL, segment_BL, **right)
     unconditional_BL = jnp.where(scored_BL | (segment_BL == 0), input_BL, mask_id)
-    cond_BLD, un_BLD = bound.hidden(input_BL, segment_BL)[0], bound.hidden(unconditional_BL, segment_BL)[0]
+    cond_BLD, un_BLD = (bound.hidden(x, segment_BL, **right)[0] for x in (input_BL, unconditional_BL))
 
     def row(x):  # one row's logits at a time
       cond, un = bound.logits(x[0]), bound.logits(x[1])
@@ -539,13 +562,13 @@ def _likelihood(
     return jax.lax.map(row, (cond_BLD, un_BLD, target_BL))
 
   if model.causal:
-    return autoregressive.log_likelihood(nll, tokens_BL, scored_BL, segment_BL, start_id=eos_id)
+    return _laid_out(autoregressive.log_likelihood(nll, tokens_BL, scored_BL, segment_BL, start_id=eos_id))
   if method == "chain_rule":
-    return diffusion.chain_rule(nll, tokens_BL, scored_BL, sample_B, mask_id=mask_id)
+    return _laid_out(diffusion.chain_rule(nll, tokens_BL, scored_BL, sample_B, mask_id=mask_id))
   key_B = jnp.broadcast_to(jax.random.key(seed), tokens_BL.shape[:1])  # every pair meets the same masks
-  return diffusion.log_likelihood(nll, tokens_BL, scored_BL, key_B, sample_B, samples_B, mask_id=mask_id)
+  return _laid_out(diffusion.log_likelihood(nll, tokens_BL, scored_BL, key_B, sample_B, samples_B, mask_id=mask_id))
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _logits(params, tokens_BL, segment_BL, *, model):
-  return model.bind(params)(tokens_BL, segment_BL)
+  return _laid_out(model.bind(params)(tokens_BL, segment_BL))

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import dataclasses
 import difflib
 import importlib.util
 import logging
@@ -25,6 +26,11 @@ _DTYPE = flags.DEFINE_enum(
   "dtype", None, ["float32", "bfloat16", "float16"], "mode=export: of the tensors (default: as in the checkpoint)."
 )
 _HTML = flags.DEFINE_string("html", None, "mode=sample: also write the unmasking to this page.")
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", "", "HOST:PORT of process 0, where neither a TPU pod nor Slurm says it; with the next two."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Processes of the job.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Number of this one, from 0.")
 _SYSTEM = flags.DEFINE_string("system", "", "mode=chat: the system prompt.")
 
 
@@ -44,9 +50,11 @@ def main(argv: list[str]) -> None:
   if _MODE.value not in ("train", "import") and not (workdir / "config.json").is_file():
     raise FileNotFoundError(f"--workdir={workdir}: there is no run in it; train one first with --mode=train")
 
-  from lladax import chat, convert, train  # the slow imports come after the quick checks
+  from lladax import chat, convert, distributed, train  # the slow imports come after the quick checks
   from lladax import config as configs
+  from lladax.sharding import MeshConfig
 
+  distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if _MODE.value == "export":
     return convert.to_published(workdir, Path(target).expanduser(), _DTYPE.value)
   if _MODE.value == "import":
@@ -58,7 +66,7 @@ def main(argv: list[str]) -> None:
   if _CONFIG.value is not None:
     config = configs.parse(_CONFIG.value.to_dict())
   else:
-    config = configs.load(workdir)
+    config = dataclasses.replace(configs.load(workdir), mesh=MeshConfig())  # of the devices here, not there
   if _MODE.value == "train":
     train.train(config, workdir)
   elif _MODE.value == "evaluate":
@@ -110,6 +118,7 @@ def _complain(message: str) -> int:
 def _main(argv: list[str]) -> int:
   """One line for the input errors that lladax itself raises; a traceback for everything else."""
   logging.basicConfig(format="lladax: %(message)s", level=logging.WARNING, force=True)
+  logging.getLogger("lladax").setLevel(logging.INFO)  # which attention kernel runs
   logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and its abandoned reads report themselves, one by one
   try:

@@ -12,21 +12,25 @@ Flax, `MaskPredictorConfig.init` makes them and `MaskPredictorConfig.bind` lends
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from lladax import attention
+from lladax import attention, sharding
 
 Params = dict[str, Any]
 Cache = dict[str, jax.Array]  # {"k": k_NBLGK, "v": v_NBLGK}
 
+# What the backward pass finds ready; the rest is computed again. Gathered weights are gathered again in every case.
 REMAT = {
-  "none": None,
-  "full": jax.checkpoint_policies.nothing_saveable,
+  "none": jax.checkpoint_policies.save_anything_except_these_names("gathered"),
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+  "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
@@ -47,8 +51,9 @@ class MaskPredictorConfig:
   norm_eps: float = 1e-5
   max_length: int = 4096
   dtype: str = "auto"  # of the computation; "auto" is bfloat16 on accelerators, float32 on a CPU
+  attention: str = "auto"  # the kernel, see attention.py
   remat: str = "none"
-  head_chunk: int = 8192  # tokens whose logits exist at once
+  head_chunk: int = 8192  # tokens of a device whose logits exist at once
 
   def __post_init__(self):
     for name in "DNHGKF":
@@ -60,13 +65,17 @@ class MaskPredictorConfig:
       raise ValueError(f"model.K={self.K}: RoPE rotates pairs, the head width must be even")
     if self.remat not in REMAT:
       raise ValueError(f"model.remat={self.remat!r}: use one of {', '.join(REMAT)}")
+    if self.attention not in attention.KERNELS:
+      raise ValueError(f"model.attention={self.attention!r}: use one of {', '.join(attention.KERNELS)}")
+    if self.head_chunk < 1:
+      raise ValueError(f"model.head_chunk={self.head_chunk}: must be at least 1")
     if self.dtype not in ("auto", "float32", "bfloat16"):
       raise ValueError(f"model.dtype={self.dtype!r}: use auto, float32 or bfloat16")
 
   @property
   def compute_dtype(self) -> jnp.dtype:
-    """`dtype`, with "auto" resolved for the backend at hand."""
-    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    """`dtype`, with "auto" resolved for the devices of the mesh, or of the backend at hand."""
+    auto = "float32" if sharding.platform() == "cpu" else "bfloat16"
     return jnp.dtype(auto if self.dtype == "auto" else self.dtype)
 
   def init(self, rng: jax.Array) -> Params:
@@ -83,6 +92,11 @@ class MaskPredictorConfig:
     """The dimension letters of every parameter, in the tree of the parameters: {"embedding": "VD", ...}."""
     blocks = {name: "N" + letters for name, letters in Block.LETTERS.items()}
     return {"embedding": "VD", "blocks": blocks, "final_norm": "D"} | ({} if self.tied else {"head": "DV"})
+
+  def new_cache(self, batch_size: int, length: int) -> Cache:
+    """An empty cache of keys and values for canvases [batch_size, length]."""
+    shape = (self.N, batch_size, length, self.G, self.K)
+    return {name: sharding.constrain(jnp.zeros(shape, self.compute_dtype), ".B.GK") for name in ("k", "v")}
 
   def num_params(self, embedding: bool = True) -> int:
     """Parameter count; without `embedding`, neither the embedding nor the head."""
@@ -125,6 +139,11 @@ def rotate(x_BWHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BWHK.dtype)
 
 
+def _flat(x: jax.Array) -> jax.Array:
+  """[..., D] as [tokens, D]: on the CPU backend, matmuls of two axes are several times faster backward."""
+  return x.reshape(-1, x.shape[-1])
+
+
 class Block(nnx.Module):
   """x += out(attention(norm(x))); x += down(silu(gate(norm(x))) * up(norm(x)))."""
 
@@ -146,21 +165,29 @@ class Block(nnx.Module):
     self.up = _weight(rngs, c, "DF", c.D)
     self.down = _weight(rngs, c, "FD", c.F, residual)
 
-  def __call__(self, x_BWD, cache: Cache | None, *, cos, sin, allowed_BWL, start):
+  def weight(self, name: str, dtype: jnp.dtype) -> jax.Array:
+    """A parameter in the compute dtype, gathered along its width: cast first, so that half the bytes travel."""
+    letters = self.LETTERS[name].replace("D", ".")
+    return checkpoint_name(sharding.constrain(getattr(self, name)[...].astype(dtype), letters), "gathered")
+
+  def __call__(self, x_BWD, cache: Cache | None, *, cos, sin, start, attend):
     """Returns the new stream, and the layer's keys and values over the canvas if there is a cache to write.
 
     `start` None: the cache is read only, and the window's own keys stand behind it.
     """
     c, dtype = self.c, x_BWD.dtype
-    B, W, _ = x_BWD.shape
 
-    def project(x, weight, width_in):  # flat matmuls: several times faster backward on the CPU backend
-      return x.reshape(B * W, width_in) @ weight[...].astype(dtype).reshape(width_in, -1)
+    def project(x, name, letters):  # the axes behind B and W times the weight, to these letters
+      x_BWI = x.reshape(*x.shape[:2], -1)
+      weight = self.weight(name, dtype).reshape(x_BWI.shape[-1], -1)
+      out = (_flat(x_BWI) if sharding.axis_size("context") == 1 else x_BWI) @ weight
+      out = out.reshape(*x.shape[:2], *(getattr(c, letter) for letter in letters))
+      return sharding.constrain(out, "BL" + letters)
 
-    n_BWD = rms_norm(x_BWD, self.attention_norm[...], c.norm_eps)
-    q_BWHK = rotate(project(n_BWD, self.q, c.D).reshape(B, W, c.H, c.K), cos, sin)
-    k_BLGK = rotate(project(n_BWD, self.k, c.D).reshape(B, W, c.G, c.K), cos, sin)
-    v_BLGK = project(n_BWD, self.v, c.D).reshape(B, W, c.G, c.K)
+    n_BWD = rms_norm(x_BWD, self.weight("attention_norm", dtype), c.norm_eps)
+    q_BWHK = rotate(project(n_BWD, "q", "HK"), cos, sin)
+    k_BLGK = rotate(project(n_BWD, "k", "GK"), cos, sin)
+    v_BLGK = project(n_BWD, "v", "GK")
     if cache is not None and start is None:
       k_BLGK = jnp.concatenate([cache["k"], k_BLGK], axis=1)
       v_BLGK = jnp.concatenate([cache["v"], v_BLGK], axis=1)
@@ -169,12 +196,14 @@ class Block(nnx.Module):
       k_BLGK = jax.lax.dynamic_update_slice_in_dim(cache["k"], k_BLGK, start, axis=1)
       v_BLGK = jax.lax.dynamic_update_slice_in_dim(cache["v"], v_BLGK, start, axis=1)
       cache = {"k": k_BLGK, "v": v_BLGK}
-    mixed_BWHK = attention.attend(q_BWHK, k_BLGK, v_BLGK, allowed_BWL)
-    x_BWD = x_BWD + project(mixed_BWHK, self.out, c.H * c.K).reshape(B, W, c.D)
+    # A mesh may slice the canvas: keys and values are gathered, queries stay.
+    k_BLGK, v_BLGK = sharding.constrain(k_BLGK, "B.GK"), sharding.constrain(v_BLGK, "B.GK")
+    mixed_BWHK = attend(q_BWHK, k_BLGK, v_BLGK)
+    x_BWD = x_BWD + project(mixed_BWHK, "out", "D")
 
-    n_BWD = rms_norm(x_BWD, self.ff_norm[...], c.norm_eps)
-    inner = jax.nn.silu(project(n_BWD, self.gate, c.D)) * project(n_BWD, self.up, c.D)
-    return x_BWD + project(inner, self.down, c.F).reshape(B, W, c.D), cache
+    n_BWD = rms_norm(x_BWD, self.weight("ff_norm", dtype), c.norm_eps)
+    inner_BWF = jax.nn.silu(project(n_BWD, "gate", "F")) * project(n_BWD, "up", "F")
+    return x_BWD + project(inner_BWF, "down", "D"), cache
 
 
 class MaskPredictor(nnx.Module):
@@ -194,11 +223,6 @@ class MaskPredictor(nnx.Module):
     if not c.tied:
       self.head = _weight(rngs, c, "DV", c.D)
 
-  def new_cache(self, batch_size: int, length: int) -> Cache:
-    """An empty cache of keys and values for canvases [batch_size, length]."""
-    shape = (self.c.N, batch_size, length, self.c.G, self.c.K)
-    return {name: jnp.zeros(shape, self.c.compute_dtype) for name in ("k", "v")}
-
   def hidden(
     self,
     tokens_BW: jax.Array,
@@ -207,6 +231,7 @@ class MaskPredictor(nnx.Module):
     cache: Cache | None = None,
     start: jax.Array | int = 0,
     reuse_L: jax.Array | None = None,
+    right_padded: bool = False,
   ) -> tuple[jax.Array, Cache | None]:
     """Runs the blocks over a window of the canvas.
 
@@ -218,6 +243,7 @@ class MaskPredictor(nnx.Module):
       start: where the window begins.
       reuse_L: bool, the positions whose keys and values are taken from the cache, which is then left as it is;
         those of the others must be in the window. None: the window's go into the cache, and all are used.
+      right_padded: every row of `segment_BL` is 1s and then 0s, which some kernels know how to use.
 
     Returns:
       (hidden_BWD after the final norm, the cache or None).
@@ -230,6 +256,11 @@ class MaskPredictor(nnx.Module):
     window = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=W, axis=1)
     position_BW = window(position_BL) if W < L else position_BL
     cos, sin = rotary(position_BW, c)
+    segments = "none" if segment_BL is None else "right" if right_padded else "any"
+    kernel = attention.choose(
+      c.attention, W=W, L=L, K=c.K, dtype=c.compute_dtype, causal=c.causal, segments=segments,
+      cached=cache is not None, platform=sharding.platform(), context=sharding.axis_size("context"),
+    )  # fmt: skip
     allowed_BWL = None
     if segment_BL is not None or c.causal or reuse_L is not None:
       if segment_BL is None:
@@ -241,31 +272,47 @@ class MaskPredictor(nnx.Module):
         fresh_BWW = jax.lax.dynamic_slice_in_dim(allowed_BWL & ~reuse_11L, start, W, axis=2)
         allowed_BWL = jnp.concatenate([allowed_BWL & reuse_11L, fresh_BWW], axis=2)
     write_at = start if reuse_L is None else None
+    attend = functools.partial(
+      attention.attend, allowed_BWL=allowed_BWL, kernel=kernel, segment_BL=segment_BL, right_padded=right_padded,
+      causal=c.causal, on_each_device=sharding.on_each_device,
+    )  # fmt: skip
 
     def body(x_BWD, layer):
       block, layer_cache = layer
-      return block(x_BWD, layer_cache, cos=cos, sin=sin, allowed_BWL=allowed_BWL, start=write_at)
+      x_BWD, layer_cache = block(x_BWD, layer_cache, cos=cos, sin=sin, start=write_at, attend=attend)
+      return sharding.constrain(x_BWD, "BLD"), layer_cache
 
-    if c.remat != "none":
+    if c.remat != "none" or sharding.axis_size("fsdp") > 1:
       body = jax.checkpoint(body, policy=REMAT[c.remat], prevent_cse=False)
-    x_BWD = self.embedding[...].astype(c.compute_dtype)[tokens_BW]
+    embedding_VD = sharding.constrain(self.embedding[...].astype(c.compute_dtype), "V.")
+    x_BWD = sharding.constrain(embedding_VD[sharding.constrain(tokens_BW, "BL")], "BLD")
     # XLA's CPU backend copies the residuals of a loop into stacked arrays: unrolled, a step takes 0.75 of the time.
-    unroll = c.N if jax.default_backend() == "cpu" and c.N <= 8 else 1
+    unroll = c.N if sharding.platform() == "cpu" and c.N <= 8 else 1
     x_BWD, written = jax.lax.scan(body, x_BWD, (self.blocks, cache), unroll=unroll)
-    return rms_norm(x_BWD, self.final_norm[...], c.norm_eps), cache if reuse_L is not None else written
+    final_norm_D = sharding.constrain(self.final_norm[...], ".")
+    return rms_norm(x_BWD, final_norm_D, c.norm_eps), cache if reuse_L is not None else written
 
-  def logits(self, hidden: jax.Array) -> jax.Array:
-    """Float32 logits [..., V] of hidden states [..., D]."""
-    head_DV = self.embedding[...].T if self.c.tied else self.head[...]
-    flat = hidden.reshape(-1, self.c.D)
-    out = jnp.matmul(flat, head_DV.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    return out.reshape(*hidden.shape[:-1], self.c.V)
+  def head_DV(self, dtype: jnp.dtype) -> jax.Array:
+    """The matrix from hidden states to logits, gathered along its width."""
+    if self.c.tied:
+      return sharding.constrain(self.embedding[...].astype(dtype), "V.").T
+    return sharding.constrain(self.head[...].astype(dtype), ".V")
+
+  def logits(self, hidden: jax.Array, head_DV: jax.Array | None = None) -> jax.Array:
+    """Float32 logits [..., V] of hidden states [..., D]; `head_DV` if it is at hand already."""
+    head_DV = self.head_DV(hidden.dtype) if head_DV is None else head_DV
+    if sharding.axis_size("context") > 1:
+      axes = "abc"[: hidden.ndim - 1]
+      return attention.einsum32(f"{axes}D,DV->{axes}V", hidden, head_DV)
+    return attention.einsum32("TD,DV->TV", _flat(hidden), head_DV).reshape(*hidden.shape[:-1], self.c.V)
 
   def __call__(self, tokens_BL: jax.Array, segment_BL=None, position_BL=None) -> jax.Array:
     """Float32 logits [B, L, V]; see `hidden` for the arguments."""
     return self.logits(self.hidden(tokens_BL, segment_BL, position_BL)[0])
 
-  def nll(self, input_BL, target_BL, segment_BL=None, *, per_pair: int | None = None) -> jax.Array:
+  def nll(
+    self, input_BL, target_BL, segment_BL=None, *, per_pair: int | None = None, right_padded: bool = False
+  ) -> jax.Array:
     """Cross-entropy in nats of `target` given `input`, float32 [B, L]; 0 where the target is negative.
 
     Args:
@@ -274,36 +321,49 @@ class MaskPredictor(nnx.Module):
       segment_BL: as in `hidden`.
       per_pair: at most so many targets are asked of each two neighbouring rows: the head then runs on
         those only. (With exact counts and antithetic times it is L + 1 of 2 L.)
+      right_padded: as in `hidden`.
     """
-    hidden_BLD = self.hidden(input_BL, segment_BL)[0]
+    hidden_BLD = self.hidden(input_BL, segment_BL, right_padded=right_padded)[0]
     if per_pair is None:
-      return self._cross_entropy(hidden_BLD.reshape(-1, self.c.D), target_BL.reshape(-1)).reshape(input_BL.shape)
+      return self._cross_entropy(hidden_BLD, target_BL)
     B, L = input_BL.shape
     target_PS = target_BL.reshape(B // 2, 2 * L)
     asked_PA = jnp.argsort(target_PS < 0, axis=1, stable=True)[:, :per_pair]
     # Gathers and scatters within a pair: rows never leave their device, and no position is hit twice.
     unique = {"unique_indices": True, "indices_are_sorted": False, "mode": "promise_in_bounds"}
     pick = jax.vmap(lambda x_SD, at_A: x_SD.at[at_A].get(**unique))
+    hidden_BLD = sharding.constrain(hidden_BLD, "B.D")
     hidden_PAD = pick(hidden_BLD.reshape(B // 2, 2 * L, -1), asked_PA)
-    target_PA = jnp.take_along_axis(target_PS, asked_PA, axis=1)
-    nll_PA = self._cross_entropy(hidden_PAD.reshape(-1, self.c.D), target_PA.reshape(-1)).reshape(asked_PA.shape)
+    nll_PA = self._cross_entropy(hidden_PAD, jnp.take_along_axis(target_PS, asked_PA, axis=1))
     put = jax.vmap(lambda nll_A, at_A: jnp.zeros(2 * L).at[at_A].set(nll_A, **unique))
     return put(nll_PA, asked_PA).reshape(B, L)
 
-  def _cross_entropy(self, hidden_TD: jax.Array, target_T: jax.Array) -> jax.Array:
-    """Logits of `head_chunk` tokens at a time; recomputed in the backward pass when there are several."""
+  def _cross_entropy(self, hidden_BLD: jax.Array, target_BL: jax.Array) -> jax.Array:
+    """Logits of `head_chunk` tokens of a device at a time; recomputed in the backward pass when there are several.
 
-    def chunk_nll(hidden, target):
-      logits = self.logits(hidden)
-      hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == target[:, None]
+    A chunk takes the same positions of every row, and of every part of a canvas that the mesh slices: nothing moves.
+    """
+    head_DV = self.head_DV(hidden_BLD.dtype)
+
+    def chunk_nll(head_DV, hidden, target):
+      logits = self.logits(hidden, head_DV)
+      hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == target[..., None]
       nll = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
       return jnp.where(target < 0, 0.0, nll)
 
-    T, chunk = hidden_TD.shape[0], self.c.head_chunk
-    if T <= chunk:
-      return chunk_nll(hidden_TD, target_T)
-    pad = -T % chunk
-    hidden = jnp.pad(hidden_TD, ((0, pad), (0, 0))).reshape(-1, chunk, self.c.D)
-    target = jnp.pad(target_T, (0, pad), constant_values=-1).reshape(-1, chunk)
-    nll = jax.lax.map(lambda x: jax.checkpoint(chunk_nll, prevent_cse=False)(*x), (hidden, target))
-    return nll.reshape(-1)[:T]
+    B, L = target_BL.shape
+    parts = sharding.axis_size("context")
+    rows = B // math.prod(map(sharding.axis_size, sharding.AXES["B"])) or 1
+    length = -(-L // parts)
+    chunks = -(-length // max(1, self.c.head_chunk // rows))
+    if chunks == 1:
+      return chunk_nll(head_DV, hidden_BLD, target_BL)
+    width = -(-length // chunks)
+    pad = parts * chunks * width - L
+    hidden = jnp.pad(hidden_BLD, ((0, 0), (0, pad), (0, 0))).reshape(B, parts, chunks, width, -1)
+    target = jnp.pad(target_BL, ((0, 0), (0, pad)), constant_values=-1).reshape(B, parts, chunks, width)
+    hidden = sharding.constrain(jnp.moveaxis(hidden, 2, 0), ".BL.D")
+    target = sharding.constrain(jnp.moveaxis(target, 2, 0), ".BL.")
+    one = functools.partial(jax.checkpoint(chunk_nll, prevent_cse=False), head_DV)
+    nll = jax.lax.map(lambda x: one(*x), (hidden, target))
+    return jnp.moveaxis(nll, 0, 2).reshape(B, -1)[:, :L]

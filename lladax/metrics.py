@@ -41,8 +41,13 @@ def flops_per_token(num_params: int, layers: int, width: int, length: int) -> fl
 class Writer:
   """Writes one object a line to WORKDIR/metrics.jsonl, scalars to TensorBoard, and a line to the console."""
 
-  def __init__(self, workdir: Path, total_steps: int, *, start: int = 0, tensorboard: bool = True):
-    """Continues after step `start`: later lines, from a run that was cut off, are dropped."""
+  def __init__(
+    self, workdir: Path, total_steps: int, *, start: int = 0, tensorboard: bool = True, silent: bool = False
+  ):
+    """Continues after step `start`: later lines, from a run that was cut off, are dropped. `silent`: does nothing."""
+    self._silent = silent
+    if silent:
+      return
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "metrics.jsonl"
     if path.exists():
@@ -59,6 +64,8 @@ class Writer:
 
   def write(self, step: int, scalars: dict[str, Any], *, console: bool = True) -> None:
     """Records `scalars` (floats, or strings for the file and the console alone) at `step`."""
+    if self._silent:
+      return
     self._file.write(json.dumps({"step": step} | scalars) + "\n")
     self._file.flush()
     if self._board:
@@ -81,6 +88,8 @@ class Writer:
 
   def close(self) -> None:
     """Flushes and closes all files."""
+    if self._silent:
+      return
     self._file.close()
     if self._board:
       self._board.close()

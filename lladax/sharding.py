@@ -1,16 +1,23 @@
-"""The mesh, and where each dimension letter lives. The one table of the whole house."""
+"""The mesh, and where each dimension letter lives. The one table of the whole house.
 
+`jax.set_mesh` says on which mesh a program is traced; `constrain` and the kernels find it there. Without one, or on a
+mesh of a single device, nothing here does anything.
+"""
+
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # Letters as in mask_predictor.py. A letter that is not here is on every device.
 AXES = {
-  "B": ("data", "fsdp"),  # the batch
+  "B": ("slices", "data", "fsdp"),  # the batch
   "L": ("context",),  # the canvas
   "D": ("fsdp",),  # parameters are sliced along the width, and gathered layer by layer
   "H": ("tensor",),
@@ -24,14 +31,19 @@ AXES = {
 class MeshConfig:
   """How many devices along each axis; one of them may be -1, "the rest"."""
 
-  data: int = -1  # copies of the parameters, each with its part of the batch
+  slices: int = 1  # groups of devices that only the data-centre network joins; each with a copy of the parameters
+  data: int = -1  # copies of the parameters within a slice, each with its part of the batch
   fsdp: int = 1  # parameters and batch sliced
   tensor: int = 1  # heads, feed-forward and vocabulary sliced
   context: int = 1  # the canvas sliced
 
 
 def make_mesh(c: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh over all devices (or those given), with the axes data, fsdp, tensor, context."""
+  """A mesh over all devices (or those given), with the axes slices, data, fsdp, tensor, context.
+
+  Within a slice the axes follow the wiring of the chips; a slice is what the devices say (multi-slice TPUs), or else
+  a run of neighbouring devices.
+  """
   devices = list(jax.devices() if devices is None else devices)
   sizes = dataclasses.asdict(c)
   rest = [name for name, size in sizes.items() if size == -1]
@@ -46,8 +58,15 @@ def make_mesh(c: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mes
   if math.prod(sizes.values()) != len(devices):
     axes = ", ".join(f"mesh.{name}={size}" for name, size in dataclasses.asdict(c).items())
     raise ValueError(f"{axes} do not multiply to the {len(devices)} devices there are")
+  islands = {getattr(device, "slice_index", None) or 0 for device in devices}
+  if len(islands) not in (1, sizes["slices"]):
+    raise ValueError(f"mesh.slices={sizes['slices']}: the devices are in {len(islands)} slices; use as many")
+  devices.sort(key=lambda device: getattr(device, "slice_index", None) or 0)
+  shape = tuple(size for name, size in sizes.items() if name != "slices")
+  groups = np.split(np.asarray(devices), sizes["slices"])
+  grids = [mesh_utils.create_device_mesh(shape, group, allow_split_physical_axes=True) for group in groups]
   auto = (jax.sharding.AxisType.Auto,) * len(sizes)
-  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
+  return Mesh(np.stack(grids), tuple(sizes), axis_types=auto)
 
 
 def spec(letters: str) -> PartitionSpec:
@@ -66,12 +85,82 @@ def shardings(mesh: Mesh, letters: Any) -> Any:
   return jax.tree.map(lambda x: NamedSharding(mesh, spec(x)), letters)
 
 
-def check_batch(mesh: Mesh, batch_size: int, field: str = "data.batch_size") -> None:
-  """Raises ValueError if the devices cannot divide the batch."""
+def axis_size(axis: str) -> int:
+  """Devices along an axis of the mesh that is traced on; 1 without a mesh."""
+  return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
+
+
+def platform() -> str:
+  """Where what is traced will run: "cpu", "gpu" or "tpu". A plan is made for devices that are not at hand."""
+  device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+  return device.platform if device else jax.default_backend()
+
+
+def fit(letters: str, shape: Sequence[int]) -> PartitionSpec:
+  """`spec` on the mesh that is traced on, without the axes that do not divide their dimension (a batch of one)."""
+  parts = []
+  for size, axes in zip(shape, spec(letters), strict=True):
+    ways = math.prod(map(axis_size, axes or ()))
+    parts.append(axes if ways > 1 and size % ways == 0 else None)
+  return PartitionSpec(*parts)
+
+
+def constrain(x: jax.Array, letters: str) -> jax.Array:
+  """`x`, laid out as its letters say on the mesh that is traced on; a letter without axes (".") is gathered."""
+  if jax.sharding.get_abstract_mesh().size <= 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, fit(letters, x.shape))
+
+
+def on_each_device(fn: Callable[..., jax.Array], *arrays: tuple[jax.Array, str]) -> jax.Array:
+  """`fn` of the part of each (array, letters) that a device holds; the result has the letters of the first."""
+  args = [x for x, _ in arrays]
+  if jax.sharding.get_abstract_mesh().size <= 1:
+    return fn(*args)
+  specs = tuple(fit(letters, x.shape) for x, letters in arrays)
+  return jax.shard_map(fn, in_specs=specs, out_specs=specs[0], check_vma=False)(*args)
+
+
+def on_mesh_of(tree: Any) -> contextlib.AbstractContextManager:
+  """Programs called in this context are traced on the mesh that the arrays of `tree` lie on, if they lie on one."""
+  where = next((x.sharding for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)), None)
+  return jax.set_mesh(where.mesh) if isinstance(where, NamedSharding) else contextlib.nullcontext()
+
+
+def local_rows(where: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:
+  """The indices along the first dimension that this process's devices hold, in order."""
+  index = where.addressable_devices_indices_map(shape).values()
+  parts: Iterable[slice] = (i[0] for i in index if i)
+  return np.unique(np.concatenate([np.arange(shape[0])[part] for part in parts]))
+
+
+def check_batch(mesh: Mesh, batch_size: int, field: str = "data.batch_size", multiple: int = 1) -> None:
+  """Raises ValueError if the devices cannot divide the batch into parts of a multiple of `multiple` rows."""
   ways = math.prod(mesh.shape[axis] for axis in AXES["B"])
-  if batch_size % ways:
-    near = [n for n in (batch_size // ways * ways, (batch_size // ways + 1) * ways) if n]
+  if batch_size % (ways * multiple):
+    step = ways * multiple
+    near = [n for n in (batch_size // step * step, (batch_size // step + 1) * step) if n]
+    axes = " x ".join(f"mesh.{axis}" for axis in AXES["B"] if axis != "slices" or mesh.shape[axis] > 1)
     raise ValueError(
-      f"{field}={batch_size} does not divide over mesh.data x mesh.fsdp = {ways} devices:"
-      f" use {' or '.join(map(str, near))}"
+      f"{field}={batch_size} does not divide over {axes} = {ways} devices"
+      + (f" in rows that come in {multiple}s" if multiple > 1 else "")
+      + f": use {' or '.join(map(str, near))}"
     )
+
+
+def check_divides(mesh: Mesh, sizes: dict[str, int], length: int) -> None:
+  """Raises ValueError if an axis of the mesh does not divide the model's dimensions (letter -> size) or the canvas."""
+  fields = {f"model.{letter}": (letter, size) for letter, size in sizes.items()} | {"data.length": ("L", length)}
+  for field, (letter, size) in fields.items():
+    for axis in AXES.get(letter, ()):
+      if size % mesh.shape[axis]:
+        raise ValueError(f"mesh.{axis}={mesh.shape[axis]} does not divide {field}={size}: use a divisor of it")
+
+
+def replicated(tree: dict[str, Any], at_least: int) -> list[tuple[str, int]]:
+  """(name, bytes) of the arrays of `at_least` bytes that every device of a mesh holds in full."""
+  found = []
+  for path, x in jax.tree_util.tree_leaves_with_path(tree):
+    if x.nbytes >= at_least and len(x.sharding.device_set) > 1 and x.sharding.is_fully_replicated:
+      found.append((jax.tree_util.keystr(path, simple=True, separator="/"), x.nbytes))
+  return found

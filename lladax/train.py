@@ -8,7 +8,9 @@ the metrics of step n - 1 are written -> every so often an asynchronous checkpoi
 
 import dataclasses
 import functools
+import hashlib
 import json
+import logging
 import math
 import signal
 import sys
@@ -21,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
@@ -30,6 +33,7 @@ from lladax import (
   checkpoint,
   data,
   diffusion,
+  distributed,
   evaluate,
   metrics,
   optimizer,
@@ -63,22 +67,27 @@ def train_step(
   B, L = config.data.batch_size, config.data.length
 
   def loss_fn(params, batch):
-    segment_BL = batch["segment"] if config.masks_attention or config.model.causal else None
-    nll = functools.partial(config.model.bind(params).nll, segment_BL=segment_BL)
+    segment_BL = batch["segment"] if config.masks_attention else None
+    nll = functools.partial(config.model.bind(params).nll, segment_BL=segment_BL, right_padded=not config.data.segments)
     if config.objective == "autoregressive":
       return autoregressive.loss(nll, batch, start_id=eos_id)
     nll = functools.partial(nll, per_pair=config.noise.targets_per_pair(L))
     return diffusion.loss(nll, batch, rng, mask_id=mask_id, noise=config.noise, batch_size=B)
 
+  letters = config.model.letters()
+
   def gradient(batch):
+    batch = {name: sharding.constrain(x, "BL"[: x.ndim]) for name, x in batch.items()}
     (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
-    return grads, {"loss": loss} | aux
+    return jax.tree.map(sharding.constrain, grads, letters), {"loss": loss} | aux
 
   M = config.micro_batches
   if M == 1:
     grads, scalars = gradient(batch)
   else:  # weights are normalised over the whole batch: the parts simply add up
-    parts = jax.tree.map(lambda x: x.reshape(M, B // M, *x.shape[1:]), batch)
+    parts = {
+      name: sharding.constrain(x.reshape(M, B // M, *x.shape[1:]), ".BL"[: x.ndim + 1]) for name, x in batch.items()
+    }
     shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     (grads, scalars), _ = jax.lax.scan(
@@ -104,10 +113,19 @@ class Run(NamedTuple):
   stream_T: Any
 
 
+def check_mesh(config: Config, mesh: Mesh) -> None:
+  """Raises ValueError if the batch or a dimension of the model cannot be shared out over the mesh."""
+  part, field = config.data.batch_size // config.micro_batches, "data.batch_size / micro_batches"
+  # The two rows of an antithetic pair live on one device.
+  sharding.check_batch(mesh, part, field, multiple=2 if config.noise.times == "antithetic" else 1)
+  sizes = {letter: getattr(config.model, letter) for letter in "DHGFV" if getattr(config.model, letter)}
+  sharding.check_divides(mesh, sizes, config.data.length)
+
+
 def prepare(config: Config, workdir: Path) -> Run:
   """Checks everything there is to check, makes or loads the tokenizer, and writes the config beside it."""
   mesh = sharding.make_mesh(config.mesh)
-  sharding.check_batch(mesh, config.data.batch_size // config.micro_batches, "data.batch_size / micro_batches")
+  check_mesh(config, mesh)
   saved_config = workdir / "config.json"
   saved = json.loads(saved_config.read_text()) if saved_config.exists() else None
   console = _console()
@@ -120,6 +138,7 @@ def prepare(config: Config, workdir: Path) -> Run:
   model = dataclasses.replace(config.model, V=config.model.V or text.rows)
   check_vocabulary(model, text)
   config = dataclasses.replace(config, model=model)
+  check_mesh(config, mesh)
   plain = json.loads(json.dumps(dataclasses.asdict(config) | {"tokenizer_fingerprint": text.fingerprint}))
   if saved:
     check_saved(saved, plain, workdir)
@@ -130,18 +149,25 @@ def prepare(config: Config, workdir: Path) -> Run:
     f" to train on, {len(held_out):,} held out"
   )
   next(data.batches(stream_T, config.data, eos_id=text.eos_id, seed=config.seed, start=0, stop=1))  # too short?
-  workdir.mkdir(parents=True, exist_ok=True)
-  if not saved:
-    text.save(workdir / "tokenizer")
-  new_config = saved_config.with_suffix(".new")
-  new_config.write_text(json.dumps(plain, indent=2) + "\n")
-  new_config.replace(saved_config)  # at once: a run may be killed here
+  digest = hashlib.blake2b(stream_T.tobytes()).hexdigest()
+  distributed.agree(config=json.dumps(plain), data=digest, workdir=str(workdir), jax=jax.__version__)
+  if distributed.is_first():
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not saved:
+      text.save(workdir / "tokenizer")
+    new_config = saved_config.with_suffix(".new")
+    new_config.write_text(json.dumps(plain, indent=2) + "\n")
+    new_config.replace(saved_config)  # at once: a run may be killed here
+  return Run(config, workdir, text, mesh, *program(config, mesh), stream_T)
 
-  letters = model.letters()
+
+def program(config: Config, mesh: Mesh) -> tuple[optax.GradientTransformation, Callable[[], State], State, Any]:
+  """(optimizer, how the state begins, where it lives, where the columns of a batch live)."""
+  letters = config.model.letters()
   tx = optimizer.create(config.optimizer, config.steps, letters)
 
   def init() -> State:
-    params = model.init(jax.random.fold_in(jax.random.key(config.seed), 0x1217))
+    params = config.model.init(jax.random.fold_in(jax.random.key(config.seed), 0x1217))
     return State(jnp.int32(0), params, tx.init(params))
 
   shapes = jax.eval_shape(init)
@@ -150,17 +176,7 @@ def prepare(config: Config, workdir: Path) -> Run:
   opt_at = jax.tree.map(lambda _: everywhere, shapes.opt_state)
   opt_at = optax.tree_utils.tree_set(opt_at, mu=params_at, nu=params_at)
   columns = {"tokens": "BL", "weight": "BL", "segment": "BL", "index": "B"}
-  return Run(
-    config,
-    workdir,
-    text,
-    mesh,
-    tx,
-    init,
-    State(everywhere, params_at, opt_at),
-    sharding.shardings(mesh, columns),
-    stream_T,
-  )
+  return tx, init, State(everywhere, params_at, opt_at), sharding.shardings(mesh, columns)
 
 
 def train(config: Config, workdir: str | Path) -> dict[str, float]:
@@ -176,6 +192,11 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
   began = time.monotonic()
   console = _console()
   run = prepare(config, Path(workdir).expanduser())
+  with jax.set_mesh(run.mesh):
+    return _train(run, console, began)
+
+
+def _train(run: Run, console: Console, began: float) -> dict[str, float]:
   config = run.config
   # Random draws compile slowly on a CPU, and run once: a fifth of the time without optimisation.
   quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
@@ -185,9 +206,9 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
     state = from_tree(restored[1], state)
     console.print(f"continuing from step {restored[0]} of {run.workdir}")
   start = int(state.step)
-
+  distributed.agree(checkpoint=str(start))
   step_fn = functools.partial(train_step, config=config, tx=run.tx, mask_id=run.text.mask_id, eos_id=run.text.eos_id)
-  jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=(run.shardings, None))
+  jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=(run.shardings, run.shardings.step))
   stop = _Interrupt()
   try:
     if start < config.steps:
@@ -208,16 +229,20 @@ def _loop(run: Run, state: State, jitted: Any, start: int, console: Console, sto
   config, workdir = run.config, run.workdir
   batches = data.batches(
     run.stream_T, config.data, eos_id=run.text.eos_id, seed=config.seed, start=start, stop=config.steps,
-    part=(jax.process_index(), jax.process_count()),
+    rows_R=sharding.local_rows(run.batch_sharding["index"], (config.data.batch_size,)),
   )  # fmt: skip
   put = functools.partial(_put, run.batch_sharding, config.data.batch_size)
+  watchdog = distributed.Watchdog(config.log.hang_seconds)
+  watchdog.beat("compiling the step")
   batch = put(next(batches))
   compiled = jitted.lower(state, batch).compile()
   flops = describe(run, state, compiled, console)
   peak = metrics.peak_flops(jax.devices()[0])
   rate = optimizer.schedule(config.optimizer, config.steps)
   saver = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every)
-  writer = metrics.Writer(workdir, config.steps, start=start, tensorboard=config.log.tensorboard)
+  writer = metrics.Writer(
+    workdir, config.steps, start=start, tensorboard=config.log.tensorboard, silent=not distributed.is_first()
+  )
   profiler = metrics.ProfilerWindow(workdir / "profile", config.log.profile_first, config.log.profile_last)
   tokens = config.data.batch_size * config.data.length
   waiting: tuple[int, Any] | None = None
@@ -245,6 +270,7 @@ def _loop(run: Run, state: State, jitted: Any, start: int, console: Console, sto
 
   try:
     for step in range(start + 1, config.steps + 1):
+      watchdog.beat(f"step {step}")
       profiler.at(step)
       with jax.transfer_guard("disallow"):
         state, scalars = compiled(state, batch)
@@ -253,7 +279,7 @@ def _loop(run: Run, state: State, jitted: Any, start: int, console: Console, sto
       if waiting:
         write(*waiting)
       waiting = (step, scalars)
-      last = step == config.steps or stop.signal
+      last = step == config.steps or stop.at(step)
       saves = last or step % config.checkpoint.every == 0
       evaluates = not last and config.evaluate.every and step % config.evaluate.every == 0
       if saves or evaluates:
@@ -268,6 +294,7 @@ def _loop(run: Run, state: State, jitted: Any, start: int, console: Console, sto
         writer.write(step, {f"held_out_{name}": value for name, value in values.items()})
         ticks[:] = [time.monotonic()]
   finally:
+    watchdog.close()
     profiler.stop()
     saver.close()
     writer.close()
@@ -275,13 +302,23 @@ def _loop(run: Run, state: State, jitted: Any, start: int, console: Console, sto
 
 
 def describe(run: Run, state: State, compiled: Any, console: Console) -> float:
-  """Prints the parameter table, the compiled step's memory and the FLOPs formula; returns FLOPs per token."""
+  """Prints what is sliced how, the compiled step's memory and the FLOPs formula; returns FLOPs per token."""
   config, c = run.config, run.config.model
-  table = Table("parameter", "letters", "shape", "size", title=f"{c.num_params():,} parameters", title_justify="left")
+  axes = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items() if size > 1)
+  title = f"{c.num_params():,} parameters" + (f" on a mesh of {axes}" if axes else "")
+  table = Table("parameter", "letters", "shape", "size", "on a device", title=title, title_justify="left")
   letters = dict(checkpoint.flat(c.letters()))
   for name, x in checkpoint.flat(state.params):
-    table.add_row(name, letters[name], "x".join(map(str, x.shape)), f"{x.size:,}")
+    here = x.sharding.shard_shape(x.shape)
+    table.add_row(name, letters[name], "x".join(map(str, x.shape)), f"{x.size:,}", "x".join(map(str, here)))
   console.print(table)
+  whole = sharding.replicated(to_tree(state, copy=False), at_least=64 * 2**20)
+  if whole and distributed.is_first():
+    largest = max(whole, key=lambda x: x[1])
+    logging.warning(
+      "every device holds %d large arrays in full, %.1f GiB in all, the largest %s: mesh.fsdp slices them",
+      len(whole), sum(size for _, size in whole) / 2**30, largest[0],
+    )  # fmt: skip
   memory = compiled.memory_analysis()
   if memory:
     parts = {"state and batch": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}
@@ -299,12 +336,12 @@ def describe(run: Run, state: State, compiled: Any, console: Console) -> float:
   return flops
 
 
-def to_tree(state: State) -> dict[str, Any]:
+def to_tree(state: State, *, copy: bool = True) -> dict[str, Any]:
   """The state as the plain dict that is saved."""
   mu, nu = (optax.tree_utils.tree_get(state.opt_state, name) for name in ("mu", "nu"))
   tree = {"step": state.step, "params": state.params, "mu": mu, "nu": nu}
   # On a CPU an array on the host is the array on the device: the next step would overwrite it under the writer.
-  return jax.tree.map(jnp.copy, tree) if jax.default_backend() == "cpu" else tree
+  return jax.tree.map(jnp.copy, tree) if copy and jax.default_backend() == "cpu" else tree
 
 
 def from_tree(tree: dict[str, Any], like: State) -> State:
@@ -316,8 +353,8 @@ def from_tree(tree: dict[str, Any], like: State) -> State:
 
 
 def _console() -> Console:
-  """Progress and tables go to stderr; stdout is for text that was asked for."""
-  return Console(stderr=True, highlight=False, soft_wrap=True)
+  """Progress and tables of the first process go to stderr; stdout is for text that was asked for."""
+  return Console(stderr=True, highlight=False, soft_wrap=True, quiet=not distributed.is_first())
 
 
 def _abstract(tree: Any) -> Any:
@@ -332,22 +369,40 @@ def _llada(run: Run, state: State) -> LLaDA:
 
 def _put(at: dict[str, Any], batch_size: int, batch: data.Batch) -> dict[str, jax.Array]:
   """This process's rows -> global arrays."""
-  return {
-    name: jax.make_array_from_process_local_data(at[name], x, (batch_size, *x.shape[1:])) for name, x in batch.items()
-  }
+  rows = sharding.local_rows(at["index"], (batch_size,))
+
+  def place(where, x):
+    def part(index):  # of the batch; its rows are neighbours here, too
+      first, end = np.searchsorted(rows, index[0].indices(batch_size)[:2])
+      return x[(slice(first, end), *index[1:])]
+
+    return jax.make_array_from_callback((batch_size, *x.shape[1:]), where, part)
+
+  return {name: place(at[name], x) for name, x in batch.items()}
 
 
 class _Interrupt:
-  """Ctrl-C and SIGTERM (preemption) end the run after the current step, with a checkpoint; a second one ends it."""
+  """Ctrl-C and SIGTERM (preemption) end the run after the current step, with a checkpoint; a second one ends it.
+
+  Of several processes one may be told alone: JAX's runtime listens for SIGTERM then, and names a step to all.
+  """
 
   def __init__(self):
     self.signal = 0
     self._old: dict[int, Any] = {}
+    if jax.process_count() > 1:
+      return
     for number in (signal.SIGINT, signal.SIGTERM):
       try:
         self._old[number] = signal.signal(number, self._note)
       except ValueError:  # not the main thread (a notebook kernel may run us elsewhere)
         return
+
+  def at(self, step: int) -> bool:
+    """Whether this step is the last."""
+    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+      self.signal = signal.SIGTERM
+    return bool(self.signal)
 
   def _note(self, number: int, frame: Any) -> None:
     self.signal = number
@@ -361,7 +416,7 @@ class _Interrupt:
 
 def evaluate_last(config: Config, workdir: Path) -> dict[str, float]:
   """Evaluates the workdir's last checkpoint as at the end of training, and adds a line to evaluations.jsonl."""
-  llada = load(workdir)
+  llada = load(workdir, mesh=sharding.make_mesh(config.mesh))
   config = dataclasses.replace(config, model=llada.model)
   results = evaluate.bound(llada, config)
   evaluate.report(llada, config, results, workdir, _console())
@@ -373,17 +428,20 @@ def show_samples(config: Config, workdir: Path, prompts: list[str], html: str | 
   prompts = prompts or [line.rstrip("\n") for line in sys.stdin]
   if not prompts:
     raise ValueError("--prompt is missing, and nothing came from standard input")
-  llada, options, pages = load(workdir), dataclasses.asdict(config.sample), []
+  llada = load(workdir, mesh=sharding.make_mesh(config.mesh))
+  options, pages = dataclasses.asdict(config.sample), []
   for prompt in prompts:
     if "[MASK]" in prompt:
       options_here = {name: value for name, value in options.items() if name != "block_length"}
       out = llada.infill(prompt, **options_here)
     else:
       out = llada.sample(prompt, **options)
+    if not distributed.is_first():
+      continue
     if sys.stdout.isatty():
       Console(highlight=False, soft_wrap=True).print(visualize.terminal(out.unmaskings()[0]))
     else:
       print(out.text[0])
     pages += out.unmaskings()
-  if html:
+  if html and distributed.is_first():
     Path(html).write_text(visualize.html(pages, f"{workdir.name}"))

@@ -16,8 +16,8 @@ def numbered(total):
   return np.arange(1, total + 1, dtype=np.int32)
 
 
-def batches(stream_T, c=SMALL, *, start=0, stop=8, seed=0, part=(0, 1)):
-  return list(data.batches(stream_T, c, eos_id=EOS, seed=seed, start=start, stop=stop, part=part))
+def batches(stream_T, c=SMALL, *, start=0, stop=8, seed=0, rows=None):
+  return list(data.batches(stream_T, c, eos_id=EOS, seed=seed, start=start, stop=stop, rows_R=rows))
 
 
 def epoch(stream_T, number, c=SMALL):
@@ -109,11 +109,13 @@ def test_the_batch_of_a_step_does_not_depend_on_the_start():
       assert_same(a, b)
 
 
-def test_the_parts_of_the_processes_are_the_batch():
+def test_the_rows_of_the_processes_are_the_batch():
   c = DataConfig(length=4, batch_size=6, random_lengths=0.5)
-  whole, first, second = (batches(numbered(37), c, part=part) for part in ((0, 1), (0, 2), (1, 2)))
-  for a, b, b2 in zip(whole, first, second, strict=True):
-    assert_same(a, {name: np.concatenate([b[name], b2[name]]) for name in a})
+  whole = batches(numbered(37), c)
+  parts = [np.array([0, 3, 4]), np.array([1, 2, 5])]
+  for rows in parts:
+    for a, b in zip(whole, batches(numbered(37), c, rows=rows), strict=True):
+      assert_same({name: x[rows] for name, x in a.items()}, b)
 
 
 def test_a_corpus_shorter_than_a_row():

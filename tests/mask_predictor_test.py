@@ -162,7 +162,7 @@ def test_cached_window_over_a_fresh_cache_equals_the_full_pass(causal, W):
   segment_BL = np.array([[1] * 8, [0] * 2 + [1] * 6], np.int32)
   position_BL = np.maximum(segment_BL.cumsum(axis=1) - 1, 0)
   expected_BLD, _ = hidden(c, params, tokens_BL, segment_BL, position_BL)
-  hidden_BLD, cache = hidden(c, params, tokens_BL, segment_BL, position_BL, c.bind(params).new_cache(2, 8), 0)
+  hidden_BLD, cache = hidden(c, params, tokens_BL, segment_BL, position_BL, c.new_cache(2, 8), 0)
   np.testing.assert_allclose(hidden_BLD, expected_BLD, atol=1e-5)
   for start in range(2, 9 - W):
     window_BW = tokens_BL[:, start : start + W]
@@ -176,7 +176,7 @@ def test_window_replaces_its_own_keys_and_values():
   params, old_BL = random_params(c), random_tokens(c, 2, 8)
   new_BL = old_BL.copy()
   new_BL[:, 3:6] = random_tokens(c, 2, 3, seed=1)
-  _, cache = hidden(c, params, old_BL, None, None, c.bind(params).new_cache(2, 8), 0)
+  _, cache = hidden(c, params, old_BL, None, None, c.new_cache(2, 8), 0)
   hidden_BWD, _ = hidden(c, params, new_BL[:, 3:6], None, None, cache, 3)
   np.testing.assert_allclose(hidden_BWD, hidden(c, params, new_BL)[0][:, 3:6], atol=1e-5)
 
@@ -184,7 +184,7 @@ def test_window_replaces_its_own_keys_and_values():
 def test_causal_decoding_from_an_empty_cache_equals_the_full_pass():
   c = dataclasses.replace(TINY, causal=True)
   params, tokens_BL = random_params(c), random_tokens(c, 2, 6)
-  cache, columns = c.bind(params).new_cache(2, 6), []
+  cache, columns = c.new_cache(2, 6), []
   for i in range(6):
     hidden_B1D, cache = hidden(c, params, tokens_BL[:, i : i + 1], None, None, cache, i)
     columns.append(hidden_B1D)
@@ -265,7 +265,7 @@ def test_bfloat16_computes_float32_logits():
     ({"N": -1}, "model.N=-1"),
     ({"H": 3}, "model.H=3 is not a multiple of model.G=2"),
     ({"K": 5}, "model.K=5"),
-    ({"remat": "some"}, "model.remat='some': use one of none, full, dots"),
+    ({"remat": "some"}, "model.remat='some': use one of none, dots, attention, full"),
     ({"dtype": "float16"}, "model.dtype='float16': use auto, float32 or bfloat16"),
   ],
 )

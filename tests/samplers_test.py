@@ -86,7 +86,7 @@ def test_a_window_over_a_fresh_cache_is_the_full_pass(cache, tied, G):
   tokens_BL = jax.random.randint(jax.random.key(1), (2, 20), 0, 32)
   segment_BL = jnp.asarray(np.arange(20)[None] >= np.array([[0], [5]]), jnp.int32)
   position_BL = jnp.maximum(jnp.cumsum(segment_BL, axis=1) - 1, 0)
-  full, made = model.hidden(tokens_BL, segment_BL, position_BL, model.new_cache(2, 20))
+  full, made = model.hidden(tokens_BL, segment_BL, position_BL, c.new_cache(2, 20))
   plain, _ = model.hidden(tokens_BL, segment_BL, position_BL)
   np.testing.assert_allclose(full, plain, atol=1e-6)
   stale = jax.tree.map(lambda x: x.at[:, :, 8:].set(1e3) if cache == "prefix" else x.at[:, :, 8:12].set(1e3), made)

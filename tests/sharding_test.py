@@ -9,16 +9,17 @@ from lladax.sharding import MeshConfig
 @pytest.mark.parametrize(
   ("sizes", "shape"),
   [
-    ({}, (8, 1, 1, 1)),
-    ({"fsdp": 4, "tensor": 2}, (1, 4, 2, 1)),
-    ({"data": 2, "fsdp": -1}, (2, 4, 1, 1)),
-    ({"data": 1, "tensor": 2, "context": -1}, (1, 1, 2, 4)),
-    ({"data": 2, "fsdp": 2, "tensor": 2, "context": 1}, (2, 2, 2, 1)),
+    ({}, (1, 8, 1, 1, 1)),
+    ({"fsdp": 4, "tensor": 2}, (1, 1, 4, 2, 1)),
+    ({"data": 2, "fsdp": -1}, (1, 2, 4, 1, 1)),
+    ({"data": 1, "tensor": 2, "context": -1}, (1, 1, 1, 2, 4)),
+    ({"data": 2, "fsdp": 2, "tensor": 2, "context": 1}, (1, 2, 2, 2, 1)),
+    ({"slices": 2, "fsdp": 2}, (2, 2, 2, 1, 1)),
   ],
 )
 def test_mesh_sizes(sizes, shape):
   mesh = sharding.make_mesh(MeshConfig(**sizes))
-  assert dict(mesh.shape) == dict(zip(("data", "fsdp", "tensor", "context"), shape, strict=True))
+  assert dict(mesh.shape) == dict(zip(("slices", "data", "fsdp", "tensor", "context"), shape, strict=True))
 
 
 def test_a_mesh_of_some_devices():
@@ -45,10 +46,10 @@ def test_bad_meshes_are_named(sizes, message):
 @pytest.mark.parametrize(
   ("letters", "expected"),
   [
-    ("BL", P(("data", "fsdp"), ("context",))),
+    ("BL", P(("slices", "data", "fsdp"), ("context",))),
     ("NDHK", P(None, ("fsdp",), ("tensor",), None)),
     ("VD", P(("tensor",), ("fsdp",))),
-    ("BLD", P(("data", "fsdp"), ("context",), None)),  # the batch has taken fsdp
+    ("BLD", P(("slices", "data", "fsdp"), ("context",), None)),  # the batch has taken fsdp
     ("HF", P(("tensor",), None)),
     ("", P()),
   ],

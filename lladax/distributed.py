@@ -1,0 +1,109 @@
+"""Several processes: how they find each other, agree before the first step, and end instead of hanging.
+
+Every process runs the same program on its own devices, and all arrays are global. The first process (0) writes what
+is written once; checkpoints are written by all.
+"""
+
+import faulthandler
+import glob
+import hashlib
+import importlib.util
+import os
+import sys
+import threading
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+HUNG = 75  # the exit code of a job that the watchdog ended ("temporary failure": a launcher may start it again)
+
+
+def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
+  """Joins the other processes, if there are any; to be called before the first array.
+
+  A TPU pod, Slurm and MPI say themselves who is there, and JAX asks them; else the three flags do.
+
+  Args:
+    coordinator: host:port of process 0, free on that machine.
+    num_processes: of the job.
+    process_id: of this one, 0 .. num_processes - 1.
+
+  Raises:
+    ValueError: flags that do not belong together.
+  """
+  if coordinator or num_processes or process_id >= 0:
+    if not coordinator or num_processes < 1 or not 0 <= process_id < num_processes:
+      raise ValueError(
+        f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}: give all three, as in"
+        " --coordinator=localhost:9876 --num_processes=2 --process_id=0"
+      )
+    if ":" not in coordinator:
+      raise ValueError(f"--coordinator={coordinator} has no port: write it HOST:PORT")
+    jax.distributed.initialize(coordinator, num_processes, process_id)
+  elif _many():
+    jax.distributed.initialize()
+
+
+def _many() -> bool:
+  """Whether the surroundings speak of several processes, or this is a host of TPUs (of a pod, perhaps)."""
+  counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
+  if any(int(os.environ.get(name) or 1) > 1 for name in counts) or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+    return True
+  tpu = importlib.util.find_spec("libtpu") and (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
+  return bool(tpu) and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")
+
+
+def is_first() -> bool:
+  """Whether this is the process that writes what is written once."""
+  return jax.process_index() == 0
+
+
+def agree(**facts: str) -> None:
+  """Compares facts of this process with those of the others.
+
+  Raises:
+    ValueError: in every process, if one of them has another value than process 0.
+  """
+  if jax.process_count() == 1:
+    return
+  digests = [hashlib.blake2b(value.encode(), digest_size=8).digest() for value in facts.values()]
+  every = np.asarray(multihost_utils.process_allgather(np.frombuffer(b"".join(digests), np.uint32).reshape(-1, 2)))
+  for process, fact in np.argwhere((every != every[:1]).any(axis=-1)):
+    name = list(facts)[fact]
+    raise ValueError(f"process {process} has another {name} than process 0: start all with the same files and flags")
+
+
+class Watchdog:
+  """Ends this process, with a message and the stacks of all threads, when `beat` has not been called for `seconds`.
+
+  The others of the job end with it, by the heartbeat of JAX's distributed runtime.
+  """
+
+  def __init__(self, seconds: float):
+    """`seconds` 0: never."""
+    self._seconds, self._doing = seconds, "starting"
+    self._beat, self._closed = threading.Event(), False
+    if seconds:
+      threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+  def beat(self, doing: str) -> None:
+    """All is well; what comes next, for the message."""
+    self._doing = doing
+    self._beat.set()
+
+  def close(self) -> None:
+    """Stops watching."""
+    self._closed = True
+    self._beat.set()
+
+  def _watch(self) -> None:
+    while self._beat.wait(self._seconds):
+      self._beat.clear()
+      if self._closed:
+        return
+    where = f"process {jax.process_index()} of {jax.process_count()}"
+    print(f"lladax: {where}: {self._doing} took more than {self._seconds:g} seconds (log.hang_seconds); the stacks:",
+          file=sys.stderr, flush=True)  # fmt: skip
+    faulthandler.dump_traceback(all_threads=True)
+    os._exit(HUNG)
