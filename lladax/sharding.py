@@ -69,15 +69,18 @@ def make_mesh(c: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mes
   return Mesh(np.stack(grids), tuple(sizes), axis_types=auto)
 
 
-def spec(letters: str) -> PartitionSpec:
-  """The partition of an array with these dimension letters; no mesh axis is used twice."""
+def _axes(letters: str) -> list[tuple[str, ...]]:
   used: set[str] = set()
   parts = []
   for letter in letters:
-    axes = tuple(axis for axis in AXES.get(letter, ()) if axis not in used)
-    used.update(axes)
-    parts.append(axes or None)
-  return PartitionSpec(*parts)
+    parts.append(tuple(axis for axis in AXES.get(letter, ()) if axis not in used))
+    used.update(parts[-1])
+  return parts
+
+
+def spec(letters: str) -> PartitionSpec:
+  """The partition of an array with these dimension letters; no mesh axis is used twice."""
+  return PartitionSpec(*(axes or None for axes in _axes(letters)))
 
 
 def shardings(mesh: Mesh, letters: Any) -> Any:
@@ -99,8 +102,8 @@ def platform() -> str:
 def fit(letters: str, shape: Sequence[int]) -> PartitionSpec:
   """`spec` on the mesh that is traced on, without the axes that do not divide their dimension (a batch of one)."""
   parts = []
-  for size, axes in zip(shape, spec(letters), strict=True):
-    ways = math.prod(map(axis_size, axes or ()))
+  for size, axes in zip(shape, _axes(letters), strict=True):
+    ways = math.prod(map(axis_size, axes))
     parts.append(axes if ways > 1 and size % ways == 0 else None)
   return PartitionSpec(*parts)
 

@@ -107,11 +107,54 @@ def test_micro_batches_change_nothing(tiny, tiny_workdir, tmp_path, monkeypatch)
   assert_close(tmp_path, tiny_workdir)
 
 
-def test_one_device_and_eight_are_the_same(tiny, tiny_workdir, tmp_path, monkeypatch):
-  make_mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+def on(monkeypatch, devices):
+  make_mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:devices])
   monkeypatch.setattr(sharding, "make_mesh", make_mesh)
   monkeypatch.setattr(evaluate, "bound", lambda *_: {})
-  train.train(tiny(), tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("devices", "mesh"),
+  [
+    (1, {}),
+    (8, {"data": 1, "fsdp": 8}),
+    (8, {"data": 1, "fsdp": 4, "tensor": 2}),
+    (8, {"data": 1, "fsdp": 2, "tensor": 2, "context": 2}),
+    (8, {"slices": 2, "data": 1, "fsdp": 2, "context": 2}),
+  ],
+  ids=str,
+)
+def test_every_mesh_is_the_same(tiny, tiny_workdir, tmp_path, monkeypatch, devices, mesh):
+  on(monkeypatch, devices)
+  train.train(tiny({f"mesh.{axis}": size for axis, size in mesh.items()}), tmp_path)
+  assert_close(tmp_path, tiny_workdir)
+
+
+@pytest.mark.parametrize("objective", ["diffusion", "autoregressive"])
+def test_every_mesh_is_the_same_with_segments_chunks_pairs_and_micro_batches(tiny, tmp_path, monkeypatch, objective):
+  changes = {
+    "objective": objective, "data.segments": True, "data.random_lengths": 0.3, "noise.masking": "exact",
+    "noise.times": "antithetic", "model.head_chunk": 3, "model.G": 1, "model.remat": "attention", "steps": 5,
+  }  # fmt: skip
+  parts = {"micro_batches": 2, "mesh.data": 2, "mesh.fsdp": 2, "mesh.context": 2, "model.remat": "none"}
+  for name, devices, more in (("one", 1, {}), ("eight", 8, parts)):
+    with monkeypatch.context() as patch:
+      on(patch, devices)
+      train.train(tiny(changes | more), tmp_path / name)
+  assert_close(tmp_path / "eight", tmp_path / "one")
+
+
+def test_a_run_goes_on_on_another_mesh(tiny, tiny_workdir, tmp_path, monkeypatch):
+  """8 devices, then 4, then 1: the same examples, noise and losses."""
+  for steps, devices, mesh in (
+    (7, 8, {"data": 2, "fsdp": 4}),
+    (13, 4, {"data": 1, "fsdp": 2, "tensor": 2}),
+    (20, 1, {}),
+  ):
+    with monkeypatch.context() as patch:
+      on(patch, devices)
+      changes = {f"mesh.{axis}": size for axis, size in mesh.items()}
+      train.train(tiny(changes | {"steps": steps}), tmp_path)
   assert_close(tmp_path, tiny_workdir)
 
 

@@ -1,0 +1,119 @@
+"""Two processes of four devices each, on this machine; and what ends a job that goes wrong."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from lladax import distributed, train
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+def start(flags, workdir, *, more=({}, {})):
+  """Two processes that train together; `more`: flags of each, name -> value."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+  command = [sys.executable, "-m", "lladax.main", *flags, f"--workdir={workdir}"]
+  command += [f"--coordinator=localhost:{port}", "--num_processes=2"]
+  return [
+    subprocess.Popen(
+      [*command, f"--process_id={i}", *(f"--{name}={value}" for name, value in more[i].items())],
+      env=env, stderr=subprocess.PIPE, text=True,
+    )
+    for i in range(2)
+  ]  # fmt: skip
+
+
+def finish(processes):
+  """[(exit code, stderr), ...]."""
+  try:
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  return list(zip([process.returncode for process in processes], errors, strict=True))
+
+
+def losses(workdir):
+  return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("mesh", [{"data": -1}, {"data": 1, "tensor": 2, "context": 4}], ids=str)
+def test_two_processes_get_the_losses_of_one(tiny_flags, tiny_workdir, tmp_path, mesh):
+  flags = [*tiny_flags, *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items())]
+  (first, console), (second, quiet) = finish(start(flags, tmp_path))
+  assert (first, second) == (0, 0), console + quiet
+  np.testing.assert_allclose(losses(tmp_path), losses(tiny_workdir), rtol=1e-6)
+  assert "step 20/20" in console and "step" not in quiet  # one of them speaks
+  bound, expected = (
+    json.loads((path / "evaluations.jsonl").read_text())["bits_per_byte"] for path in (tmp_path, tiny_workdir)
+  )
+  assert abs(bound - expected) < 1e-4
+
+
+def test_a_signal_to_one_ends_both_and_one_process_goes_on(tiny, tiny_flags, tiny_workdir, tmp_path):
+  processes = start([*tiny_flags, "--config.steps=100000", "--config.checkpoint.every=100000"], tmp_path)
+  path = tmp_path / "metrics.jsonl"
+  while all(process.poll() is None for process in processes):
+    if path.exists() and path.read_text().count("\n") > 2:
+      break
+    time.sleep(0.05)
+  processes[1].send_signal(signal.SIGTERM)
+  ends = finish(processes)
+  assert [code for code, _ in ends] == [128 + signal.SIGTERM] * 2, ends
+  (saved,) = (int(folder.name) for folder in (tmp_path / "checkpoints").iterdir())
+  assert saved == len(losses(tmp_path))
+  train.train(tiny({"steps": saved + 3, "checkpoint.every": 100000}), tmp_path)  # 1 process, 8 devices
+  found = losses(tmp_path)
+  assert len(found) == saved + 3
+  n = min(20, len(found))  # the unbroken run's losses, as far as it went
+  np.testing.assert_allclose(found[:n], losses(tiny_workdir)[:n], rtol=1e-6)
+
+
+def test_processes_that_disagree_do_not_start(tiny_flags, tmp_path):
+  ends = finish(start(tiny_flags, tmp_path, more=({}, {"config.seed": 1})))
+  for code, error in ends:
+    assert code == 1
+    assert "process 1 has another config than process 0" in error
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (("localhost:1", 2, 2), "--process_id=2: give all three"),
+    (("", 2, 0), "--coordinator= --num_processes=2 --process_id=0: give all three"),
+    (("localhost", 2, 0), "--coordinator=localhost has no port"),
+  ],
+)
+def test_flags_that_do_not_belong_together(arguments, message):
+  with pytest.raises(ValueError, match=message):
+    distributed.initialize(*arguments)
+
+
+def test_the_watchdog_ends_a_process_that_hangs():
+  code = (
+    "import time; from lladax.distributed import Watchdog; w = Watchdog(0.5)\n"
+    "for i in range(5): w.beat(f'step {i}'); time.sleep(0.2)\n"
+    "def stuck(): time.sleep(60)\n"
+    "stuck()"
+  )
+  result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+  assert result.returncode == distributed.HUNG
+  assert "process 0 of 1: step 4 took more than 0.5 seconds (log.hang_seconds)" in result.stderr
+  assert "in stuck" in result.stderr
+
+
+def test_the_watchdog_lets_a_process_end():
+  watchdog = distributed.Watchdog(0.2)
+  watchdog.close()
+  time.sleep(0.5)  # still here
