@@ -9,11 +9,17 @@ Not run by us beyond its parameter count.
 
 from configs import llada_8b
 
+TOPOLOGIES = {
+  "v5p_1x1x1": {"micro_batches": 64, "model.remat": "dots", "model.head_chunk": 4096, "mesh.fsdp": 1, "mesh.data": 1},
+  "v5e_4x4": {"micro_batches": 8, "model.remat": "dots", "model.head_chunk": 1024},
+}
 
-def get_config():
+
+def get_config(topology: str = ""):
   config = llada_8b.get_config()
   config.model.update(D=2048, N=22, H=32, G=4, K=64, F=5634, V=126464)
   config.data.batch_size = 256
   config.optimizer.schedule = ((2000, 4e-4), (-1, 4e-4), (0.2, 1e-5))
   config.steps = 100_000
+  config.update_from_flattened_dict(llada_8b.settings(TOPOLOGIES, topology))
   return config

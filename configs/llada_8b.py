@@ -3,6 +3,9 @@
   python -m lladax.main --config=configs/llada_8b.py --workdir=gs://BUCKET/llada_8b \
     --config.data.corpus='files:/data/*.jsonl.xz' --config.tokenizer.path=/data/tokenizer.json
 
+A topology's own settings follow a colon, --config=configs/llada_8b.py:v5p_4x4x4; see TOPOLOGIES. That they fit is
+checked by --mode=plan.
+
 8,015,581,184 parameters; 2.3T tokens of 4096 x 1280 a step. As published: 0.13M H800 hours. Betas and clipping are
 not in the paper; they are those of its predecessor SMDM. Not run by us: what is tested here is that it builds, and
 that its parameter count and learning rates are the published ones.
@@ -10,8 +13,21 @@ that its parameter count and learning rates are the published ones.
 
 from configs import base
 
+TOPOLOGIES = {
+  # 20 rows a chip, 4 at a time: so few leave room to keep all matmuls for the backward pass. (Over 64 chips in one
+  # axis libtpu 0.0.42 makes all-reduces of the gathers: 16 x 4.)
+  "v5p_4x4x4": {"micro_batches": 5, "model.remat": "dots", "model.head_chunk": 4096, "mesh.data": -1, "mesh.fsdp": 16},
+  # 5 rows a chip.
+  "v6e_16x16": {"model.head_chunk": 2048},
+  # 10 rows a chip, 5 at a time: gradients cross the data-centre network once for each part.
+  "v5p_4x4x4_x2": {
+    "micro_batches": 2, "model.remat": "attention", "model.head_chunk": 4096,
+    "mesh.slices": 2, "mesh.data": -1, "mesh.fsdp": 16,
+  },
+}  # fmt: skip
 
-def get_config():
+
+def get_config(topology: str = ""):
   config = base.get_config()
   config.model.update(D=4096, N=32, H=32, G=32, K=128, F=12288, V=126464, max_length=4096, remat="full")
   config.tokenizer.update(kind="huggingface", path="tokenizer.json")
@@ -22,5 +38,14 @@ def get_config():
   config.mesh.update(data=1, fsdp=-1)
   config.checkpoint.update(every=1000, keep=3, keep_every=20_000)
   config.log.update(console_every=10)
+  config.sample.update(gen_length=1024, block_length=1024, steps=1024)  # as in the paper's evaluation of the base model
   config.evaluate.update(every=5000, rows=1024, num_samples=4, batch_size=256)
+  config.update_from_flattened_dict(settings(TOPOLOGIES, topology))
   return config
+
+
+def settings(topologies, topology):
+  """The fields of a topology's entry; none for ""."""
+  if topology and topology not in topologies:
+    raise ValueError(f"--config=...:{topology}: there are settings for {', '.join(topologies)}")
+  return topologies.get(topology, {})

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import sys
 import threading
+import time
 
 import jax
 import numpy as np
@@ -50,8 +51,21 @@ def _many() -> bool:
   counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
   if any(int(os.environ.get(name) or 1) > 1 for name in counts) or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
     return True
-  tpu = importlib.util.find_spec("libtpu") and (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
-  return bool(tpu) and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")
+  return has_tpu() and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")
+
+
+def has_tpu() -> bool:
+  """Whether JAX would find TPUs: libtpu alone, which `--mode=plan` installs, is not enough."""
+  devices = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+  return bool(devices) and importlib.util.find_spec("libtpu") is not None
+
+
+def leave(code: int) -> None:
+  """Ends this process of several at once: on its way out it would wait minutes for the others, which wait for it."""
+  if jax.distributed.is_initialized() and jax.process_count() > 1:
+    sys.stderr.flush()
+    time.sleep(2 * is_first())  # the coordinator: the others may have something to say, too
+    os._exit(code)
 
 
 def is_first() -> bool:

@@ -289,7 +289,6 @@ class LLaDA:
     self, state: sampling.State, segment_BL: np.ndarray, first: int | None, c: SamplerConfig, every: str | None
   ) -> Iterator[sampling.State]:
     """The state at the end, or after every block or step; one compiled program for all three."""
-    fixed = dataclasses.replace(c, seed=0, steps=1, gen_length=None if c.gen_length is None else 1)  # not its matter
     padded = (segment_BL == 0).any() or c.gen_length is None
     never = np.int32(2**30)
     where = jax.tree.leaves(self.params)[0].sharding  # where the program leaves the canvas, too: it is compiled once
@@ -302,7 +301,7 @@ class LLaDA:
       with sharding.on_mesh_of(self.params):
         state = _run(
           self.params, state, segment_BL if padded else None, c.seed, until_nfe, until_block, model=self.model,
-          c=fixed, mask_id=self.mask_id, ends=self.ends, vocab_size=self.vocab_size, first=first,
+          c=_fixed(c), mask_id=self.mask_id, ends=self.ends, vocab_size=self.vocab_size, first=first,
         )  # fmt: skip
       yield state
       if not (state.canvas.tokens_BL == self.mask_id).any():
@@ -519,6 +518,24 @@ def _run(
     place_L=place_L, until_nfe=until_nfe, until_block=until_block,
   )  # fmt: skip
   return _laid_out(state)
+
+
+def _fixed(c: SamplerConfig) -> SamplerConfig:
+  """Without what is not the program's matter, so that it is compiled once."""
+  return dataclasses.replace(c, seed=0, steps=1, gen_length=None if c.gen_length is None else 1)
+
+
+def lower_sampler(
+  model: MaskPredictorConfig, params: Any, state: Any, c: SamplerConfig, *, first: int, mask_id: int,
+  ends: tuple[int, ...],
+) -> Any:  # fmt: skip
+  """The program that `LLaDA.sample` runs on prompts of `first` tokens, lowered from shapes for `plan.py`."""
+  at = jax.tree.leaves(state)[0].sharding
+  segment = jax.ShapeDtypeStruct(state.canvas.tokens_BL.shape, jnp.int32, sharding=at)
+  return _run.lower(
+    params, state, segment, 0, 0, 0, model=model, c=_fixed(c), mask_id=mask_id, ends=ends, vocab_size=model.V,
+    first=first,
+  )  # fmt: skip
 
 
 @functools.partial(

@@ -16,7 +16,9 @@ from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; --config.steps=200 overrides a field.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, tokenizer, checkpoints, metrics.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "sample", "chat", "import", "export"], "What to do.")
+_MODE = flags.DEFINE_enum(
+  "mode", "train", ["train", "evaluate", "sample", "chat", "import", "export", "plan"], "What to do."
+)
 _PROMPT = flags.DEFINE_multi_string(
   "prompt", [], "mode=sample: text to continue, or text with [MASK]s to fill in; repeat for several (default: stdin)."
 )
@@ -31,18 +33,24 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Processes of the job.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Number of this one, from 0.")
+_TOPOLOGY = flags.DEFINE_string("topology", "v5p:4x4x4", "mode=plan: the TPUs to plan for.")
+_SLICES = flags.DEFINE_integer("slices", 1, "mode=plan: so many of that topology, over the data-centre network.")
+_UTILISATION = flags.DEFINE_float("utilisation", 0.4, "mode=plan: of the peak FLOP/s, for the times.")
+_JSON = flags.DEFINE_bool("json", False, "mode=plan: print JSON.")
 _SYSTEM = flags.DEFINE_string("system", "", "mode=chat: the system prompt.")
 
 
-def main(argv: list[str]) -> None:
-  """Reads the config, and calls the mode."""
+def main(argv: list[str]) -> int:
+  """Reads the config, and calls the mode; returns the exit code."""
   if len(argv) > 1:
     raise ValueError(f"unexpected argument {argv[1]!r}: options are written --name=value")
+  if _MODE.value in ("train", "plan") and _CONFIG.value is None:
+    raise ValueError("--config is missing: name a config, as in --config=configs/quickstart.py")
+  if _MODE.value == "plan":
+    return _plan()
   if not _WORKDIR.value:
     raise ValueError("--workdir is missing: name a folder for the run, as in --workdir=runs/quickstart")
   workdir = Path(_WORKDIR.value).expanduser()
-  if _MODE.value == "train" and _CONFIG.value is None:
-    raise ValueError("--config is missing: name a config, as in --config=configs/quickstart.py")
   source, target = _SOURCE.value or "", _TARGET.value or ""
   for mode, name, value in (("import", "source", source), ("export", "target", target)):
     if _MODE.value == mode and not value:
@@ -56,13 +64,15 @@ def main(argv: list[str]) -> None:
 
   distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if _MODE.value == "export":
-    return convert.to_published(workdir, Path(target).expanduser(), _DTYPE.value)
+    convert.to_published(workdir, Path(target).expanduser(), _DTYPE.value)
+    return 0
   if _MODE.value == "import":
     from configs import base
 
     values = (_CONFIG.value or base.get_config()).to_dict()
     configs.parse(values)
-    return convert.from_published(source, workdir, values)
+    convert.from_published(source, workdir, values)
+    return 0
   if _CONFIG.value is not None:
     config = configs.parse(_CONFIG.value.to_dict())
   else:
@@ -75,6 +85,18 @@ def main(argv: list[str]) -> None:
     chat.run(config, workdir, _SYSTEM.value)
   else:
     train.show_samples(config, workdir, _PROMPT.value, _HTML.value)
+  return 0
+
+
+def _plan() -> int:
+  import jax
+
+  jax.config.update("jax_platforms", "cpu")  # the devices of a plan are not here, and those that are stay free
+  from lladax import config as configs
+  from lladax import plan
+
+  config = configs.parse(_CONFIG.value.to_dict())
+  return plan.run(config, _TOPOLOGY.value, _SLICES.value, utilisation=_UTILISATION.value, as_json=_JSON.value)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -116,18 +138,23 @@ def _complain(message: str) -> int:
 
 
 def _main(argv: list[str]) -> int:
-  """One line for the input errors that lladax itself raises; a traceback for everything else."""
+  """One line and 1 for the input errors that lladax itself raises; a traceback and 70 for everything else."""
   logging.basicConfig(format="lladax: %(message)s", level=logging.WARNING, force=True)
   logging.getLogger("lladax").setLevel(logging.INFO)  # which attention kernel runs
   logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and its abandoned reads report themselves, one by one
   try:
-    main(argv)
-  except (ValueError, FileNotFoundError, FloatingPointError) as error:
-    if Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent != Path(__file__).parent:
-      raise
-    return _complain(str(error))
-  return 0
+    return main(argv)
+  except Exception as error:
+    ours = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent == Path(__file__).parent
+    if ours and isinstance(error, ValueError | FileNotFoundError | FloatingPointError):
+      code = _complain(str(error))
+    else:
+      traceback.print_exc()
+      code = 70  # EX_SOFTWARE: a launcher may start it again
+  if "lladax.distributed" in sys.modules:
+    sys.modules["lladax.distributed"].leave(code)
+  return code
 
 
 def keep_freed_memory() -> None:
@@ -137,8 +164,10 @@ def keep_freed_memory() -> None:
   large blocks back to the system at once, and a training step on a CPU spends a quarter of its time in page faults.
   Hosts of accelerators, where XLA does not live in malloc, are left as they are, and so is another libc.
   """
-  accelerators = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
-  if os.environ.get("JAX_PLATFORMS") != "cpu" and any(map(importlib.util.find_spec, accelerators)):
+  from lladax.distributed import has_tpu
+
+  gpus = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
+  if os.environ.get("JAX_PLATFORMS") != "cpu" and (has_tpu() or any(map(importlib.util.find_spec, gpus))):
     return
   with contextlib.suppress(AttributeError, OSError):  # no mallopt
     mallopt = ctypes.CDLL(None).mallopt

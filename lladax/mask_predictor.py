@@ -167,8 +167,7 @@ class Block(nnx.Module):
 
   def weight(self, name: str, dtype: jnp.dtype) -> jax.Array:
     """A parameter in the compute dtype, gathered along its width: cast first, so that half the bytes travel."""
-    letters = self.LETTERS[name].replace("D", ".")
-    return checkpoint_name(sharding.constrain(getattr(self, name)[...].astype(dtype), letters), "gathered")
+    return checkpoint_name(sharding.gather(getattr(self, name)[...].astype(dtype), self.LETTERS[name]), "gathered")
 
   def __call__(self, x_BWD, cache: Cache | None, *, cos, sin, start, attend):
     """Returns the new stream, and the layer's keys and values over the canvas if there is a cache to write.
@@ -284,19 +283,20 @@ class MaskPredictor(nnx.Module):
 
     if c.remat != "none" or sharding.axis_size("fsdp") > 1:
       body = jax.checkpoint(body, policy=REMAT[c.remat], prevent_cse=False)
+    # Not `gather`: a gradient sliced along the width would have the scatter-add gather the stream's.
     embedding_VD = sharding.constrain(self.embedding[...].astype(c.compute_dtype), "V.")
     x_BWD = sharding.constrain(embedding_VD[sharding.constrain(tokens_BW, "BL")], "BLD")
     # XLA's CPU backend copies the residuals of a loop into stacked arrays: unrolled, a step takes 0.75 of the time.
     unroll = c.N if sharding.platform() == "cpu" and c.N <= 8 else 1
     x_BWD, written = jax.lax.scan(body, x_BWD, (self.blocks, cache), unroll=unroll)
-    final_norm_D = sharding.constrain(self.final_norm[...], ".")
+    final_norm_D = sharding.gather(self.final_norm[...], "D")
     return rms_norm(x_BWD, final_norm_D, c.norm_eps), cache if reuse_L is not None else written
 
   def head_DV(self, dtype: jnp.dtype) -> jax.Array:
     """The matrix from hidden states to logits, gathered along its width."""
     if self.c.tied:
-      return sharding.constrain(self.embedding[...].astype(dtype), "V.").T
-    return sharding.constrain(self.head[...].astype(dtype), ".V")
+      return sharding.gather(self.embedding[...].astype(dtype), "VD").T
+    return sharding.gather(self.head[...].astype(dtype), "DV")
 
   def logits(self, hidden: jax.Array, head_DV: jax.Array | None = None) -> jax.Array:
     """Float32 logits [..., V] of hidden states [..., D]; `head_DV` if it is at hand already."""

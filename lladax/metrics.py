@@ -10,13 +10,14 @@ import jax
 import tensorboardX
 from rich.console import Console
 
-# Dense bfloat16 peak in FLOP/s per device, from the makers' data sheets; the key is part of `device_kind`.
+# Dense bfloat16 peak in FLOP/s per device, from the makers' data sheets; the first key that is part of `device_kind`.
+# A v5p calls itself "TPU v5"; a TPU7x has two devices a chip.
 PEAK_FLOPS = {
   "TPU v4": 275e12,
   "TPU v5 lite": 197e12,
-  "TPU v5p": 459e12,
+  "TPU v5": 459e12,
   "TPU v6 lite": 918e12,
-  "TPU7x": 2307e12,
+  "TPU7x": 2307e12 / 2,
   "A100": 312e12,
   "H100": 989e12,
   "H200": 989e12,

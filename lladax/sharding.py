@@ -6,6 +6,7 @@ mesh of a single device, nothing here does anything.
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -113,6 +114,20 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
   if jax.sharding.get_abstract_mesh().size <= 1:
     return x
   return jax.lax.with_sharding_constraint(x, fit(letters, x.shape))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather(x: jax.Array, letters: str) -> jax.Array:
+  """A parameter with these letters, gathered along its width; its gradient is scattered in the same movement.
+
+  (The gradient of a plain constraint is gathered as well: summed in full on every device, and sliced afterwards.)
+  """
+  return constrain(x, letters.replace("D", "."))
+
+
+gather.defvjp(
+  lambda x, letters: (gather(x, letters), None), lambda letters, _, cotangent: (constrain(cotangent, letters),)
+)
 
 
 def on_each_device(fn: Callable[..., jax.Array], *arrays: tuple[jax.Array, str]) -> jax.Array:

@@ -179,6 +179,24 @@ def program(config: Config, mesh: Mesh) -> tuple[optax.GradientTransformation, C
   return tx, init, State(everywhere, params_at, opt_at), sharding.shardings(mesh, columns)
 
 
+def jit_step(config: Config, tx: optax.GradientTransformation, at: State, *, mask_id: int, eos_id: int) -> Any:
+  """`train_step`, jitted: the state is donated, and stays where it lives."""
+  step = functools.partial(train_step, config=config, tx=tx, mask_id=mask_id, eos_id=eos_id)
+  return jax.jit(step, donate_argnums=0, out_shardings=(at, at.step))
+
+
+def flops_per_token(config: Config) -> float:
+  """Model FLOPs of a training step per token, `metrics.flops_per_token` of the config's model."""
+  c = config.model
+  return metrics.flops_per_token(_matmuls(config), c.N, c.H * c.K, config.data.length)
+
+
+def _matmuls(config: Config) -> int:
+  """Parameters in matmuls: all but the embedding, where that is not the head."""
+  c = config.model
+  return c.num_params() - (0 if c.tied else c.V * c.D)
+
+
 def train(config: Config, workdir: str | Path) -> dict[str, float]:
   """Trains up to `config.steps`, from the workdir's last checkpoint if there is one; evaluates at the end.
 
@@ -207,8 +225,7 @@ def _train(run: Run, console: Console, began: float) -> dict[str, float]:
     console.print(f"continuing from step {restored[0]} of {run.workdir}")
   start = int(state.step)
   distributed.agree(checkpoint=str(start))
-  step_fn = functools.partial(train_step, config=config, tx=run.tx, mask_id=run.text.mask_id, eos_id=run.text.eos_id)
-  jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=(run.shardings, run.shardings.step))
+  jitted = jit_step(config, run.tx, run.shardings, mask_id=run.text.mask_id, eos_id=run.text.eos_id)
   stop = _Interrupt()
   try:
     if start < config.steps:
@@ -323,13 +340,11 @@ def describe(run: Run, state: State, compiled: Any, console: Console) -> float:
   if memory:
     parts = {"state and batch": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}
     console.print("memory per device: " + ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in parts.items()))
-  head = c.V * c.D
-  matmuls = c.num_params() - (0 if c.tied else head)
-  flops = metrics.flops_per_token(matmuls, c.N, c.H * c.K, config.data.length)
+  flops = flops_per_token(config)
   peak = metrics.peak_flops(jax.devices()[0])
   kind = jax.devices()[0].device_kind
   console.print(
-    f"{flops / 1e6:,.2f} MFLOP per token = 6 N + 12 L d T with N={matmuls:,}, L={c.N}, d={c.H * c.K},"
+    f"{flops / 1e6:,.2f} MFLOP per token = 6 N + 12 L d T with N={_matmuls(config):,}, L={c.N}, d={c.H * c.K},"
     f" T={config.data.length}; {jax.device_count()} x {kind}, "
     + (f"peak {peak / 1e12:,.0f} TFLOP/s each" if peak else "unknown peak")
   )

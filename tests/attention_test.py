@@ -1,9 +1,13 @@
+import contextlib
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
-from lladax import attention
+from lladax import attention, sharding
 
 
 def random_qkv(W=3, L=5, H=4, G=2, K=6, dtype=np.float32):
@@ -50,3 +54,127 @@ def test_allowed_is_the_table_of_its_docstring(causal):
   np.testing.assert_array_equal(allowed_BLL[0], expected_LL)
   allowed_BWL = attention.allowed(segment_BL[:, 2:4], segment_BL, position_BL[:, 2:4], position_BL, causal=causal)
   np.testing.assert_array_equal(allowed_BWL[0], expected_LL[2:4])  # a window's are its rows
+
+
+SEGMENTS = {
+  "none": None,
+  "right": (np.arange(256) < [[256], [100], [3], [256]]).astype(np.int32),
+  "any": np.stack([np.sort(np.random.default_rng(i).integers(0, 3, 256)) for i in range(4)]).astype(np.int32),
+}
+
+
+def kernels(segments, G, causal, kernel):
+  """attend(q, k, v) with these segments by this kernel, as the mask predictor calls it."""
+  segment_BL = SEGMENTS[segments]
+  position_BL = np.arange(256)[None]
+  filled_BL = np.ones((1, 256), np.int32) if segment_BL is None else segment_BL
+  allowed_BWL = attention.allowed(filled_BL, filled_BL, position_BL, position_BL, causal=causal)
+  return functools.partial(
+    attention.attend, allowed_BWL=allowed_BWL, kernel=kernel, causal=causal, right_padded=segments == "right",
+    segment_BL=None if segment_BL is None else jnp.asarray(segment_BL), on_each_device=sharding.on_each_device,
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("segments", "G", "causal", "mesh"),
+  [
+    ("none", 2, False, None),
+    ("any", 1, False, None),
+    ("any", 4, True, None),
+    ("any", 2, False, {"data": 2, "tensor": 2, "context": 2}),
+    ("right", 4, True, {"data": 1, "fsdp": 4, "tensor": 2}),
+  ],
+)
+def test_splash_is_xla(monkeypatch, segments, G, causal, mesh):
+  """Forward and gradients, in Pallas's interpreter."""
+  monkeypatch.setattr(attention, "_splash", functools.partial(attention._splash, interpret=True))
+  rng = np.random.default_rng(0)
+  shapes = [(4, 256, 4, 16), (4, 256, G, 16), (4, 256, G, 16), (4, 256, 4, 16)]
+  *qkv, weight = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+  if segments != "none":  # the padding's own answers are nobody's business
+    weight = weight * (SEGMENTS[segments] > 0)[:, :, None, None]
+
+  def answers(kernel):
+    attend = kernels(segments, G, causal, kernel)
+    return jax.jit(jax.value_and_grad(lambda *qkv: jnp.sum(weight * attend(*qkv)), argnums=(0, 1, 2)))(*qkv)
+
+  with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(**mesh))) if mesh else contextlib.nullcontext():
+    found = answers("splash")
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(answers("xla")), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("segments", ["none", "right", "any"])
+@pytest.mark.parametrize("G", [2, 4])
+def test_cudnn_is_asked_for_what_is_meant(monkeypatch, segments, G):
+  """Lowered for a GPU, not run: the fused kernels are called, and scores exist only as the bias of packed segments."""
+  monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+  q, kv = jax.ShapeDtypeStruct((4, 256, 4, 64), jnp.bfloat16), jax.ShapeDtypeStruct((4, 256, G, 64), jnp.bfloat16)
+  attend = kernels(segments, G, False, "cudnn")
+  grad = jax.jit(jax.grad(lambda *qkv: attend(*qkv).astype(jnp.float32).sum(), argnums=(0, 1, 2)))
+  text = grad.trace(q, kv, kv).lower(lowering_platforms=("cuda",)).as_text()
+  name = "fmhaScaleBiasSoftmax" if segments == "any" else "fmhaSoftmax"
+  assert f"__cudnn${name}" in text and f"__cudnn${name}Backward" in text
+  assert ("256x256" in text) == (segments == "any")
+  assert "4x4x256x256" not in text
+
+
+CHOICE = {"W": 256, "L": 256, "K": 64, "dtype": jnp.bfloat16, "causal": False, "segments": "none"}
+
+
+@pytest.mark.parametrize(
+  ("platform", "changes", "chosen"),
+  [
+    ("cpu", {}, "xla"),
+    ("tpu", {}, "splash"),
+    ("tpu", {"segments": "any", "context": 2}, "splash"),
+    ("tpu", {"L": 200, "W": 200}, "xla"),
+    ("tpu", {"causal": True, "context": 2}, "xla"),
+    ("tpu", {"cached": True}, "xla"),
+    ("gpu", {}, "cudnn"),
+    ("gpu", {"segments": "right"}, "cudnn"),
+    ("gpu", {"segments": "any"}, "xla"),
+    ("gpu", {"segments": "any", "W": 4096, "L": 4096}, "cudnn"),
+    ("gpu", {"dtype": jnp.float32}, "xla"),
+    ("gpu", {"K": 256}, "xla"),
+  ],
+)
+def test_the_fastest_exact_kernel_is_chosen(platform, changes, chosen):
+  assert attention.choose("auto", **(CHOICE | changes), platform=platform) == chosen
+  assert attention.choose("xla", **(CHOICE | changes), platform=platform) == "xla"
+
+
+@pytest.mark.parametrize(
+  ("kernel", "platform", "changes", "why"),
+  [
+    ("splash", "cpu", {}, "it runs on a tpu, and this is a cpu"),
+    ("cudnn", "tpu", {}, "it runs on a gpu, and this is a tpu"),
+    ("cudnn", "gpu", {"dtype": jnp.dtype("float32")}, "it computes in bfloat16, not float32"),
+    ("cudnn", "gpu", {"K": 200}, "model.K=200 is not a multiple of 8 up to 128"),
+    ("cudnn", "gpu", {"causal": True, "context": 4}, "it cannot be causal with mesh.context=4"),
+    ("splash", "tpu", {"L": 192, "W": 192}, "the length 192 on 1 devices is not a multiple of 128"),
+  ],
+)
+def test_an_explicit_kernel_that_cannot_is_an_error(kernel, platform, changes, why):
+  with pytest.raises(ValueError, match=f"model.attention={kernel!r}: {why}.*; use auto or xla"):
+    attention.choose(kernel, **(CHOICE | changes), platform=platform)
+
+
+def test_the_choice_is_logged_once(caplog):
+  attention._said.cache_clear()
+  with caplog.at_level("INFO", "lladax"):
+    for _ in range(3):
+      attention.choose("auto", **(CHOICE | {"L": 200, "W": 200}), platform="tpu")
+  assert [record.getMessage() for record in caplog.records] == [
+    "attention kernel: xla (the length 200 on 1 devices is not a multiple of 128 on each)"
+  ]
+
+
+def test_the_gradient_of_einsum32_is_in_the_dtype_of_its_inputs():
+  a, b = (jnp.asarray(np.random.default_rng(i).standard_normal((8, 8)), jnp.bfloat16) for i in range(2))
+  gradient = jax.grad(lambda a, b: jnp.sum(attention.einsum32("TD,DV->TV", a, b) ** 2), argnums=(0, 1))
+  text = jax.jit(gradient).lower(a, b).as_text()
+  assert all("f32>, " not in line.split("->")[0] for line in text.splitlines() if "dot_general" in line)
+  exact = jax.grad(lambda a, b: jnp.sum((a @ b) ** 2), argnums=(0, 1))(a.astype(jnp.float32), b.astype(jnp.float32))
+  for x, y in zip(gradient(a, b), exact, strict=True):
+    np.testing.assert_allclose(x.astype(jnp.float32), y, atol=0.02 * float(jnp.abs(y).max()))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lladax import llada as llada_module
-from lladax import tokenizer
+from lladax import sharding, tokenizer
 from lladax.llada import LLaDA, bucket
 from lladax.mask_predictor import MaskPredictorConfig
 
@@ -245,3 +245,37 @@ def test_an_empty_prompt_alone_answers_as_it_does_among_others():
   tokens = alone.tokens[0].tolist()
   end = min(tokens.index(i) for i in ending.ends if i in tokens)
   assert alone.text == [ending.tokenizer.decode(tokens[:end])] == among.text[:1]
+
+
+MESHES = [{"data": 2, "tensor": 2, "context": 2}, {"data": 1, "fsdp": 4, "tensor": 2}]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_any_mesh_answers_alike(mesh):
+  llada = make(G=2, D=16, V=384)
+  grid = sharding.make_mesh(sharding.MeshConfig(**mesh))
+  params = jax.device_put(llada.params, sharding.shardings(grid, llada.model.letters()))
+  meshed = dataclasses.replace(llada, params=params)
+  for options in (
+    {"steps": 16, "gen_length": 16, "block_length": 8},
+    {"steps": 16, "gen_length": 16, "block_length": 8, "cache": "dual", "guidance_scale": 0.7, "temperature": 0.8},
+    {"steps": 3, "gen_length": None, "block_length": 8, "cache": "prefix"},
+  ):
+    out, expected = (model.sample([*PROMPTS, [1]], **options) for model in (meshed, llada))
+    for i in range(4):
+      assert_same(out, i, expected, i)
+    assert out.nfe == expected.nfe
+  pairs = [PROMPTS, [[1, 2, 3], [4], [5, 6]]]
+  for options in ({"num_samples": 4}, {"num_samples": 4, "guidance_scale": 0.5}, {"method": "chain_rule"}):
+    out, expected = (model.log_likelihood(*pairs, **options) for model in (meshed, llada))
+    np.testing.assert_allclose(out, expected, rtol=1e-5)
+  out, expected = (model.logits([[1, 2, 3, 4]]) for model in (meshed, llada))
+  np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def test_a_causal_model_on_a_mesh():
+  llada = make(G=2, D=16, V=384, causal=True)
+  grid = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+  params = jax.device_put(llada.params, sharding.shardings(grid, llada.model.letters()))
+  out, expected = (model.sample(PROMPTS, gen_length=8) for model in (dataclasses.replace(llada, params=params), llada))
+  np.testing.assert_array_equal(out.tokens, expected.tokens)

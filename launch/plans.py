@@ -1,0 +1,42 @@
+"""The table "What fits where" of launch/README.md: every topology that the configs have settings for, compiled.
+
+python launch/plans.py                   # all rows: about a quarter of an hour on two cores
+python launch/plans.py llada_1b:v5e_4x4  # some
+"""
+
+import json
+import subprocess
+import sys
+
+ROWS = [
+  "llada_8b:v5p_4x4x4", "llada_8b:v6e_16x16", "llada_8b:v5p_4x4x4_x2", "llada_1b:v5p_1x1x1", "llada_1b:v5e_4x4"
+]  # fmt: skip
+
+
+def row(name: str) -> str:
+  """One line of the table."""
+  config, _, settings = name.partition(":")
+  kind, shape, *slices = settings.split("_")
+  command = [
+    sys.executable, "-m", "lladax.main", "--mode=plan", "--json", f"--config=configs/{config}.py:{settings}",
+    f"--topology={kind}:{shape}", f"--slices={slices[0][1:] if slices else 1}",
+  ]  # fmt: skip
+  plan = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+  set_, train, sample = plan["settings"], plan["train"], plan["sample"]
+  gib = [f"{x / 2**30:.1f}" for x in (train["arguments"], train["total"], plan["limit"], sample["total"])]
+  moved = ", ".join(
+    f"{kind} {size / 2**30:.0f}" for kind, (_, size) in sorted(train["collectives"].items()) if size > 2**29
+  )
+  return (
+    f"| `{name}` | {plan['chips']} | {set_['micro_batches']} | {set_['remat']} | {gib[0]} | {gib[1]} of {gib[2]} |"
+    f" {gib[3]} | {moved or 'none'} | {plan['seconds_per_step']:.2f} | {plan['hours'] / 24:.1f} |"
+    f" {plan['chip_hours']:,.0f} | {train['seconds'] + sample['seconds']:.0f} |"
+  )
+
+
+if __name__ == "__main__":
+  head = "config, chips, micro-batches, remat, state GiB, step GiB a device, sampler GiB, collectives of a step GiB"
+  head = [*head.split(", "), "s a step", "days", "chip-hours", "s to compile"]
+  print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+  for name in sys.argv[1:] or ROWS:
+    print(row(name), flush=True)
