@@ -1,6 +1,6 @@
 """iLLaDA 8B (arXiv 2606.25331): grouped keys, tied embeddings, 8192 tokens; 7,615,025,152 parameters.
 
-  python -m lladax.main --config=configs/illada_8b.py --workdir=gs://BUCKET/illada_8b \
+  python -m lladax.main --config=configs/illada_8b.py --workdir=/shared/runs/illada_8b \
     --config.data.corpus='files:/data/*.jsonl.xz' --config.tokenizer.path=/data/tokenizer.json
 
 The geometry is the published one; the schedule is LLaDA 8B's. Not run by us beyond its parameter count.

@@ -1,6 +1,6 @@
 """LLaDA 1B, the size of the paper's scaling study (arXiv 2502.09992, appendix B.2); 1,487,243,264 parameters.
 
-  python -m lladax.main --config=configs/llada_1b.py --workdir=gs://BUCKET/llada_1b \
+  python -m lladax.main --config=configs/llada_1b.py --workdir=/shared/runs/llada_1b \
     --config.data.corpus='files:/data/*.jsonl.xz' --config.tokenizer.path=/data/tokenizer.json
 
 Geometry and vocabulary are the published ones; the learning rate is a common one for the size, not the paper's.

@@ -1,14 +1,14 @@
 """LLaDA 8B, pre-training (arXiv 2502.09992, section 2.2 and appendix B).
 
-  python -m lladax.main --config=configs/llada_8b.py --workdir=gs://BUCKET/llada_8b \
+  python -m lladax.main --config=configs/llada_8b.py --workdir=/shared/runs/llada_8b \
     --config.data.corpus='files:/data/*.jsonl.xz' --config.tokenizer.path=/data/tokenizer.json
 
-A topology's own settings follow a colon, --config=configs/llada_8b.py:v5p_4x4x4; see TOPOLOGIES. That they fit is
-checked by --mode=plan.
+A topology's own settings follow a colon, --config=configs/llada_8b.py:v5p_4x4x4; launch/README.md has what --mode=plan
+says of them.
 
 8,015,581,184 parameters; 2.3T tokens of 4096 x 1280 a step. As published: 0.13M H800 hours. Betas and clipping are
-not in the paper; they are those of its predecessor SMDM. Not run by us: what is tested here is that it builds, and
-that its parameter count and learning rates are the published ones.
+not in the paper; they are those of its predecessor SMDM. Not run by us: what is tested here is that it builds, that
+its parameter count and learning rates are the published ones, and that it compiles for its TPUs and fits them.
 """
 
 from configs import base
@@ -19,10 +19,10 @@ TOPOLOGIES = {
   "v5p_4x4x4": {"micro_batches": 5, "model.remat": "dots", "model.head_chunk": 4096, "mesh.data": -1, "mesh.fsdp": 16},
   # 5 rows a chip.
   "v6e_16x16": {"model.head_chunk": 2048},
-  # 10 rows a chip, 5 at a time: gradients cross the data-centre network once for each part.
+  # 10 rows a chip, 2 at a time; each part's gradients cross the data-centre network, a sixteenth of them per chip.
   "v5p_4x4x4_x2": {
-    "micro_batches": 2, "model.remat": "attention", "model.head_chunk": 4096,
-    "mesh.slices": 2, "mesh.data": -1, "mesh.fsdp": 16,
+    "micro_batches": 5, "model.remat": "dots", "model.head_chunk": 4096, "mesh.slices": 2, "mesh.data": -1,
+    "mesh.fsdp": 16,
   },
 }  # fmt: skip
 

@@ -73,8 +73,8 @@ run_once() {
       unset "pids[i]"
       ((exit_code == 0 || code)) && continue
       code=$exit_code
-      # 143: all processes leave together, behind a checkpoint that the others may still be writing.
-      if ((code != 143)); then
+      # 143, or a signal passed on: all leave together, behind a checkpoint that the others may still be writing.
+      if ((code != 143 && !stopped)); then
         kill -TERM "${pids[@]}" 2>/dev/null
         deadline=$((SECONDS + GRACE))
       fi

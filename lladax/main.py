@@ -110,6 +110,8 @@ def _parse(argv: list[str]) -> list[str]:
   except (AttributeError, KeyError) as error:
     unknown = [a.split("=")[0].removeprefix("--config.") for a in argv if a.startswith("--config.")]
     raise SystemExit(_complain(_nearest(unknown) or str(error))) from None
+  except ValueError as error:  # a config file's own
+    raise SystemExit(_complain(str(error))) from None
   except OSError as error:
     raise SystemExit(_complain(f"--config: {str(error).splitlines()[-1].strip()}")) from None
 

@@ -5,6 +5,7 @@ the real sampler, lowered from shapes alone and compiled ahead of time by libtpu
 collectives -> bytes per device, and, with the FLOPs by formula and a stated utilisation, time and chip-hours.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -21,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 from rich.table import Table
 
@@ -173,7 +175,8 @@ def _compile(lower: Any) -> Program:
   with tempfile.TemporaryDirectory() as folder:
     options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
     try:
-      compiled = lower().compile(compiler_options=options)
+      with _uncached():
+        compiled = lower().compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
@@ -186,6 +189,19 @@ def _compile(lower: Any) -> Program:
     time.monotonic() - began, memory.argument_size_in_bytes, memory.temp_size_in_bytes,
     int(reported[1]) if reported else 0, collectives(hlo),
   )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+  """Programs for devices that are not here can be written to JAX's cache, but not read back."""
+  before = jax.config.jax_enable_compilation_cache
+  jax.config.update("jax_enable_compilation_cache", False)
+  compilation_cache.reset_cache()  # it would remember that it was used
+  try:
+    yield
+  finally:
+    jax.config.update("jax_enable_compilation_cache", before)
+    compilation_cache.reset_cache()
 
 
 def _lower_step(config: Config, mesh: jax.sharding.Mesh) -> Any:

@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lladax import (
+  attention,
   autoregressive,
   checkpoint,
   data,
@@ -114,12 +115,17 @@ class Run(NamedTuple):
 
 
 def check_mesh(config: Config, mesh: Mesh) -> None:
-  """Raises ValueError if the batch or a dimension of the model cannot be shared out over the mesh."""
+  """Raises ValueError if the batch or the model cannot be shared out over the mesh, or the kernel is not for it."""
   part, field = config.data.batch_size // config.micro_batches, "data.batch_size / micro_batches"
   # The two rows of an antithetic pair live on one device.
   sharding.check_batch(mesh, part, field, multiple=2 if config.noise.times == "antithetic" else 1)
   sizes = {letter: getattr(config.model, letter) for letter in "DHGFV" if getattr(config.model, letter)}
   sharding.check_divides(mesh, sizes, config.data.length)
+  c, L = config.model, config.data.length
+  attention.choose(
+    c.attention, W=L, L=L, K=c.K, dtype=c.compute_dtype, causal=c.causal, platform=mesh.devices.flat[0].platform,
+    segments="any" if config.data.segments else "right", context=mesh.shape["context"],
+  )  # fmt: skip
 
 
 def prepare(config: Config, workdir: Path) -> Run:
