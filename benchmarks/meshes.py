@@ -38,7 +38,9 @@ def run(workdir: str, devices: int, processes: int, mesh: dict[str, int]) -> tup
     coordinator = f"--coordinator=localhost:{free.getsockname()[1]}"
   each = [[coordinator, f"--num_processes={processes}", f"--process_id={i}"] for i in range(processes)]
   children = [
-    subprocess.Popen([*command, *(flags if processes > 1 else [])], env=env, stderr=subprocess.DEVNULL)
+    subprocess.Popen(
+      [*command, *(flags if processes > 1 else [])], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     for flags in each
   ]
   if any([child.wait() for child in children]):

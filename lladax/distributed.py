@@ -60,6 +60,14 @@ def has_tpu() -> bool:
   return bool(devices) and importlib.util.find_spec("libtpu") is not None
 
 
+def hush_libtpu() -> None:
+  """Tells a libtpu without TPUs (of `--mode=plan`) who it is; it would ask a metadata server, and complain."""
+  known = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+           "TPU_WORKER_ID": "0", "TPU_ACCELERATOR_TYPE": "v5litepod-1"}  # fmt: skip
+  for name, value in known.items():
+    os.environ.setdefault(name, value)
+
+
 def leave(code: int) -> None:
   """Ends this process of several at once: on its way out it would wait minutes for the others, which wait for it."""
   if jax.distributed.is_initialized() and jax.process_count() > 1:

@@ -14,6 +14,8 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
+from lladax.distributed import has_tpu, hush_libtpu
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; --config.steps=200 overrides a field.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, tokenizer, checkpoints, metrics.")
 _MODE = flags.DEFINE_enum(
@@ -105,13 +107,11 @@ def _parse(argv: list[str]) -> list[str]:
     rest = flags.FLAGS(argv)
     getattr(_CONFIG.value, "to_dict", None)  # a config file that is not there complains when it is asked
     return rest
-  except flags.Error as error:
-    raise SystemExit(_complain(str(error))) from None
+  except flags.Error as error:  # of an error that a config file raises, the last line of its traceback
+    raise SystemExit(_complain(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))) from None
   except (AttributeError, KeyError) as error:
     unknown = [a.split("=")[0].removeprefix("--config.") for a in argv if a.startswith("--config.")]
     raise SystemExit(_complain(_nearest(unknown) or str(error))) from None
-  except ValueError as error:  # a config file's own
-    raise SystemExit(_complain(str(error))) from None
   except OSError as error:
     raise SystemExit(_complain(f"--config: {str(error).splitlines()[-1].strip()}")) from None
 
@@ -166,8 +166,6 @@ def keep_freed_memory() -> None:
   large blocks back to the system at once, and a training step on a CPU spends a quarter of its time in page faults.
   Hosts of accelerators, where XLA does not live in malloc, are left as they are, and so is another libc.
   """
-  from lladax.distributed import has_tpu
-
   gpus = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
   if os.environ.get("JAX_PLATFORMS") != "cpu" and (has_tpu() or any(map(importlib.util.find_spec, gpus))):
     return
@@ -179,6 +177,8 @@ def keep_freed_memory() -> None:
 
 def run() -> None:
   """The console script `lladax`: the same as `python -m lladax.main`."""
+  if not has_tpu():
+    hush_libtpu()
   keep_freed_memory()
   sys.path.insert(0, os.getcwd())  # configs import each other as `configs.NAME`, as they can under `python -m`
   app.run(_main, flags_parser=_parse)

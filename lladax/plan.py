@@ -11,7 +11,6 @@ import functools
 import json
 import logging
 import math
-import os
 import re
 import tempfile
 import time
@@ -26,7 +25,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 from rich.table import Table
 
-from lladax import llada, metrics, sampling, sharding, train
+from lladax import distributed, llada, metrics, sampling, sharding, train
 from lladax.config import Config
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -102,11 +101,7 @@ def devices(topology: str, slices: int = 1) -> list[jax.Device]:
   """
   if not re.fullmatch(r"\w+:\d+(x\d+)+", topology) or slices < 1:
     raise ValueError(f"--topology={topology} --slices={slices}: name them as in --topology=v5p:4x4x4 --slices=2")
-  # libtpu asks a metadata server who it is, and would refuse to share a machine.
-  quiet = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-           "TPU_WORKER_ID": "0", "TPU_ACCELERATOR_TYPE": "v5litepod-1"}  # fmt: skip
-  for name, value in quiet.items():
-    os.environ.setdefault(name, value)
+  distributed.hush_libtpu()
   options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
   if chips(topology) == 1:
     options["chips_per_host_bounds"] = (1, 1, 1)
