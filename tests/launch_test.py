@@ -275,6 +275,7 @@ def test_local_passes_signals_on_and_waits(tmp_path, number, code):
   assert len((tmp_path / "tries_0").read_text()) == 1
 
 
+@pytest.mark.slow
 def test_local_trains(tmp_path, tiny_flags, quick_compiles):
   workdir = tmp_path / "run"
   flags = [flag for flag in tiny_flags if "schedule" not in flag]  # the base's are fractions, and fit three steps

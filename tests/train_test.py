@@ -117,10 +117,10 @@ def on(monkeypatch, devices):
   ("devices", "mesh"),
   [
     (1, {}),
-    (8, {"data": 1, "fsdp": 8}),
-    (8, {"data": 1, "fsdp": 4, "tensor": 2}),
+    pytest.param(8, {"data": 1, "fsdp": 8}, marks=pytest.mark.slow),
+    pytest.param(8, {"data": 1, "fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
     (8, {"data": 1, "fsdp": 2, "tensor": 2, "context": 2}),
-    (8, {"slices": 2, "data": 1, "fsdp": 2, "context": 2}),
+    pytest.param(8, {"slices": 2, "data": 1, "fsdp": 2, "context": 2}, marks=pytest.mark.slow),
   ],
   ids=str,
 )
@@ -130,7 +130,7 @@ def test_every_mesh_is_the_same(tiny, tiny_workdir, tmp_path, monkeypatch, devic
   assert_close(tmp_path, tiny_workdir)
 
 
-@pytest.mark.parametrize("objective", ["diffusion", "autoregressive"])
+@pytest.mark.parametrize("objective", ["diffusion", pytest.param("autoregressive", marks=pytest.mark.slow)])
 def test_every_mesh_is_the_same_with_segments_chunks_pairs_and_micro_batches(tiny, tmp_path, monkeypatch, objective):
   changes = {
     "objective": objective, "data.segments": True, "data.random_lengths": 0.3, "noise.masking": "exact",
@@ -144,6 +144,7 @@ def test_every_mesh_is_the_same_with_segments_chunks_pairs_and_micro_batches(tin
   assert_close(tmp_path / "eight", tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(tiny, tiny_workdir, tmp_path, monkeypatch):
   """8 devices, then 4, then 1: the same examples, noise and losses."""
   for steps, devices, mesh in (
