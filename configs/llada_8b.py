@@ -18,7 +18,7 @@ TOPOLOGIES = {
   # axis libtpu 0.0.42 makes all-reduces of the gathers: 16 x 4.)
   "v5p_4x4x4": {"micro_batches": 5, "model.remat": "dots", "model.head_chunk": 4096, "mesh.data": -1, "mesh.fsdp": 16},
   # 5 rows a chip.
-  "v6e_16x16": {"model.remat": "attention", "model.head_chunk": 2048},
+  "v6e_16x16": {"model.head_chunk": 2048},
   # 10 rows a chip, 2 at a time; each part's gradients cross the data-centre network, a sixteenth of them per chip.
   "v5p_4x4x4_x2": {
     "micro_batches": 5, "model.remat": "dots", "model.head_chunk": 4096, "mesh.slices": 2, "mesh.data": -1,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from lladax import checkpoint, huggingface, safetensors, sharding
 from lladax import tokenizer as tokenizers
@@ -21,7 +22,8 @@ def from_published(source: str | Path, workdir: Path, values: dict[str, Any]) ->
   Args:
     source: folder or hub name.
     workdir: new, or empty.
-    values: a run's config as plain values; its model, and its tokenizer if there is one, become the source's.
+    values: a run's config as plain values; its model, and its tokenizer if there is one, become the source's. A mesh
+      that slices parameters is used.
 
   Raises:
     FileNotFoundError, ValueError: as `huggingface.find` and `read`; the workdir is in use.
@@ -42,9 +44,11 @@ def from_published(source: str | Path, workdir: Path, values: dict[str, Any]) ->
     special |= {"kind": settings["kind"], "path": "".join(map(str, files))}
     values = values | {"tokenizer": values["tokenizer"] | special}
   saver = checkpoint.Checkpoints(workdir)
-  mesh = sharding.make_mesh(sharding.MeshConfig(**values["mesh"]))
+  c = sharding.MeshConfig(**values["mesh"])
+  sliced = (c.fsdp, c.tensor) != (1, 1)  # copies of the parameters would help nobody here
+  mesh = sharding.make_mesh(c) if sliced else sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])
   params = huggingface.load_params(published, sharding.shardings(mesh, published.model.letters()))
-  saver.save(0, {"step": jax.device_put(0, sharding.shardings(mesh, "")), "params": params})
+  saver.save(0, {"step": jax.device_put(np.int32(0), sharding.shardings(mesh, "")), "params": params})
   saver.close()
   shape = {name: getattr(published.model, name) for name, *_ in (*huggingface.FIELDS, "K")}
   values = values | {"objective": "diffusion", "model": values["model"] | shape}

@@ -103,6 +103,8 @@ def devices(topology: str, slices: int = 1) -> list[jax.Device]:
     raise ValueError(f"--topology={topology} --slices={slices}: name them as in --topology=v5p:4x4x4 --slices=2")
   distributed.hush_libtpu()
   options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+  if topology.startswith("v4:"):
+    options["chip_config_name"] = "megacore"  # one device a chip, as v4 runs; libtpu's default here is two
   if chips(topology) == 1:
     options["chips_per_host_bounds"] = (1, 1, 1)
   try:

@@ -81,6 +81,24 @@ def test_a_signal_to_one_ends_both_and_one_process_goes_on(tiny, tiny_flags, tin
   np.testing.assert_allclose(found[:n], losses(tiny_workdir)[:n], rtol=1e-6)
 
 
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_job(tiny_flags, tmp_path):
+  flags = [*tiny_flags, "--config.steps=100000", "--config.checkpoint.every=100000", "--config.log.hang_seconds=30"]
+  processes = start(flags, tmp_path)
+  path = tmp_path / "metrics.jsonl"
+  while all(process.poll() is None for process in processes):
+    if path.exists() and path.read_text().count("\n") > 2:
+      break
+    time.sleep(0.05)
+  processes[1].send_signal(signal.SIGSTOP)
+  error = processes[0].communicate(timeout=120)[1]
+  assert processes[0].returncode == distributed.HUNG
+  assert "process 0 of 2: step " in error and "took more than 30 seconds" in error
+  assert "train.py" in error and "in _loop" in error  # the stack
+  processes[1].kill()
+  processes[1].communicate(timeout=60)
+
+
 def test_processes_that_disagree_do_not_start(tiny_flags, tmp_path):
   ends = finish(start(tiny_flags, tmp_path, more=({}, {"config.seed": 1})))
   for code, error in ends:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import lladax
-from lladax import tokenizer
+from lladax import sharding, tokenizer
 from lladax.llada import LLaDA
 from lladax.mask_predictor import MaskPredictorConfig
 
@@ -28,6 +28,14 @@ def golden():
 
 def test_golden_logits(golden):
   llada, answers = golden
+  np.testing.assert_allclose(llada.logits(answers["x_masked"]), answers["logits"], atol=1e-4)
+
+
+def test_golden_logits_on_a_mesh(golden):
+  _, answers = golden
+  mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+  llada = lladax.load(GOLDEN, mesh=mesh)
+  assert llada.params["blocks"]["gate"].sharding.spec == sharding.spec("NDF")
   np.testing.assert_allclose(llada.logits(answers["x_masked"]), answers["logits"], atol=1e-4)
 
 
