@@ -168,6 +168,7 @@ def _xla(q_BWHK, k_BLGK, v_BLGK, allowed_BWL):
 def _cudnn_lengths(q_BWHK, k_BLGK, v_BLGK, query_segment_BW=None, segment_BL=None, *, causal):
   if segment_BL is None:
     return jax.nn.dot_product_attention(q_BWHK, k_BLGK, v_BLGK, is_causal=causal, implementation="cudnn")
+  assert query_segment_BW is not None
   valid_BW = query_segment_BW > 0
   out_BWHK = jax.nn.dot_product_attention(
     q_BWHK, k_BLGK, v_BLGK, is_causal=causal, implementation="cudnn",
@@ -200,8 +201,9 @@ def _splash(q_BWHK, k_BLGK, v_BLGK, query_segment_BW=None, segment_BL=None, *, c
   )  # fmt: skip
   q_BHWK, k_BGLK, v_BGLK = (x.transpose(0, 2, 1, 3) for x in (q_BWHK * K**-0.5, k_BLGK, v_BLGK))
   if segment_BL is None:
-    out_BHWK = jax.vmap(kernel)(q_BHWK, k_BGLK, v_BGLK)
+    out_BHWK: Any = jax.vmap(kernel)(q_BHWK, k_BGLK, v_BGLK)
   else:
+    assert query_segment_BW is not None
     out_BHWK = jax.vmap(kernel)(q_BHWK, k_BGLK, v_BGLK, splash_attention.SegmentIds(query_segment_BW, segment_BL))
   return out_BHWK.transpose(0, 2, 1, 3)
 

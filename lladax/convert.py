@@ -44,7 +44,7 @@ def from_published(source: str | Path, workdir: Path, values: dict[str, Any]) ->
     special |= {"kind": settings["kind"], "path": "".join(map(str, files))}
     values = values | {"tokenizer": values["tokenizer"] | special}
   saver = checkpoint.Checkpoints(workdir)
-  c = sharding.MeshConfig(**values["mesh"])
+  c = sharding.MeshConfig(**values.get("mesh", {}))
   sliced = (c.fsdp, c.tensor) != (1, 1)  # copies of the parameters would help nobody here
   mesh = sharding.make_mesh(c) if sliced else sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])
   params = huggingface.load_params(published, sharding.shardings(mesh, published.model.letters()))

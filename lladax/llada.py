@@ -294,7 +294,7 @@ class LLaDA:
     where = jax.tree.leaves(self.params)[0].sharding  # where the program leaves the canvas, too: it is compiled once
     where = NamedSharding(where.mesh, sharding.spec("")) if isinstance(where, NamedSharding) else where
     bare = jax.device_put(jax.device_get(state._replace(cache=None)), where)
-    state = bare._replace(cache=state.cache)
+    state = bare._replace(cache=jax.device_put(state.cache, jax.tree.map(lambda x: x.sharding, state.cache)))
     while True:
       until_nfe = np.int32(state.canvas.nfe + 1) if every == "step" else never
       until_block = np.int32(state.block + 1) if every == "block" else never

@@ -191,7 +191,7 @@ def _compile(lower: Any) -> Program:
 @contextlib.contextmanager
 def _uncached() -> Iterator[None]:
   """Programs for devices that are not here can be written to JAX's cache, but not read back."""
-  before = jax.config.jax_enable_compilation_cache
+  before = getattr(jax.config, "jax_enable_compilation_cache")  # noqa: B009  (type checkers do not see it)
   jax.config.update("jax_enable_compilation_cache", False)
   compilation_cache.reset_cache()  # it would remember that it was used
   try:

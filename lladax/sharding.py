@@ -65,7 +65,7 @@ def make_mesh(c: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mes
   devices.sort(key=lambda device: getattr(device, "slice_index", None) or 0)
   shape = tuple(size for name, size in sizes.items() if name != "slices")
   groups = np.split(np.asarray(devices), sizes["slices"])
-  grids = [mesh_utils.create_device_mesh(shape, group, allow_split_physical_axes=True) for group in groups]
+  grids = [mesh_utils.create_device_mesh(shape, list(group), allow_split_physical_axes=True) for group in groups]
   auto = (jax.sharding.AxisType.Auto,) * len(sizes)
   return Mesh(np.stack(grids), tuple(sizes), axis_types=auto)
 
@@ -116,17 +116,21 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, fit(letters, x.shape))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather(x: jax.Array, letters: str) -> jax.Array:
   """A parameter with these letters, gathered along its width; its gradient is scattered in the same movement.
 
   (The gradient of a plain constraint is gathered as well: summed in full on every device, and sliced afterwards.)
   """
+  return _gather(x, letters)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(x: Any, letters: str) -> Any:
   return constrain(x, letters.replace("D", "."))
 
 
-gather.defvjp(
-  lambda x, letters: (gather(x, letters), None), lambda letters, _, cotangent: (constrain(cotangent, letters),)
+_gather.defvjp(
+  lambda x, letters: (_gather(x, letters), None), lambda letters, _, cotangent: (constrain(cotangent, letters),)
 )
 
 
@@ -142,7 +146,8 @@ def on_each_device(fn: Callable[..., jax.Array], *arrays: tuple[jax.Array, str])
 def on_mesh_of(tree: Any) -> contextlib.AbstractContextManager:
   """Programs called in this context are traced on the mesh that the arrays of `tree` lie on, if they lie on one."""
   where = next((x.sharding for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)), None)
-  return jax.set_mesh(where.mesh) if isinstance(where, NamedSharding) else contextlib.nullcontext()
+  mesh = where.mesh if isinstance(where, NamedSharding) else None
+  return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else contextlib.nullcontext()
 
 
 def local_rows(where: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:

@@ -247,30 +247,32 @@ def test_an_empty_prompt_alone_answers_as_it_does_among_others():
   assert alone.text == [ending.tokenizer.decode(tokens[:end])] == among.text[:1]
 
 
-MESHES = [
-  {"data": 2, "tensor": 2, "context": 2},
-  pytest.param({"data": 1, "fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
-]
+SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_any_mesh_answers_alike(mesh):
+@pytest.mark.parametrize(
+  ("mesh", "options"),
+  [
+    ({"data": 2, "tensor": 2, "context": 2}, {}),
+    pytest.param({"data": 1, "fsdp": 4, "tensor": 2}, {}, marks=SLOW),
+    pytest.param({"data": 2, "tensor": 2, "context": 2}, {"cache": "dual", "guidance_scale": 0.7}, marks=SLOW),
+    pytest.param({"data": 1, "fsdp": 4, "tensor": 2}, {"cache": "prefix", "temperature": 0.8}, marks=SLOW),
+  ],
+  ids=str,
+)
+def test_any_mesh_answers_alike(mesh, options):
   llada = make(G=2, D=16, V=384)
   grid = sharding.make_mesh(sharding.MeshConfig(**mesh))
   params = jax.device_put(llada.params, sharding.shardings(grid, llada.model.letters()))
   meshed = dataclasses.replace(llada, params=params)
-  for options in (
-    {"steps": 16, "gen_length": 16, "block_length": 8},
-    {"steps": 16, "gen_length": 16, "block_length": 8, "cache": "dual", "guidance_scale": 0.7, "temperature": 0.8},
-  ):
-    out, expected = (model.sample([*PROMPTS, [1]], **options) for model in (meshed, llada))
-    for i in range(4):
-      assert_same(out, i, expected, i)
-    assert out.nfe == expected.nfe
-  pairs = [PROMPTS, [[1, 2, 3], [4], [5, 6]]]
-  for options in ({"num_samples": 4}, {"num_samples": 4, "guidance_scale": 0.5}):
-    out, expected = (model.log_likelihood(*pairs, **options) for model in (meshed, llada))
-    np.testing.assert_allclose(out, expected, rtol=1e-5)
+  options = {"steps": 16, "gen_length": 16, "block_length": 8} | options
+  out, expected = (model.sample([*PROMPTS, [1]], **options) for model in (meshed, llada))
+  for i in range(4):
+    assert_same(out, i, expected, i)
+  assert out.nfe == expected.nfe
+  scored = {"num_samples": 4, "guidance_scale": options.get("guidance_scale", 0.0)}
+  out, expected = (model.log_likelihood(PROMPTS, [[1, 2, 3], [4], [5, 6]], **scored) for model in (meshed, llada))
+  np.testing.assert_allclose(out, expected, rtol=1e-5)
   out, expected = (model.logits([[1, 2, 3, 4]]) for model in (meshed, llada))
   np.testing.assert_allclose(out, expected, atol=1e-5)
 
