@@ -119,7 +119,7 @@ def on(monkeypatch, devices):
     (1, {}),
     pytest.param(8, {"data": 1, "fsdp": 8}, marks=pytest.mark.slow),
     pytest.param(8, {"data": 1, "fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
-    (8, {"data": 1, "fsdp": 2, "tensor": 2, "context": 2}),
+    pytest.param(8, {"data": 1, "fsdp": 2, "tensor": 2, "context": 2}, marks=pytest.mark.slow),
     pytest.param(8, {"slices": 2, "data": 1, "fsdp": 2, "context": 2}, marks=pytest.mark.slow),
   ],
   ids=str,
