@@ -23,7 +23,6 @@ def row(name: str) -> str:
     sys.executable, "-m", "lladax.main", "--mode=plan", "--json", f"--config=configs/{config}.py:{settings}",
     f"--topology={kind}:{shape}", f"--slices={slices[0][1:] if slices else 1}",
   ]  # fmt: skip
-  command = ["bash", "-c", 'source launch/flags.sh "$0" && exec "$@"', kind, *command]  # as it is launched
   plan = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
   set_, train, sample = plan["settings"], plan["train"], plan["sample"]
   gib = [f"{x / 2**30:.1f}" for x in (train["arguments"], train["total"], plan["limit"], sample["total"])]
