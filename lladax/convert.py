@@ -45,10 +45,12 @@ def from_published(source: str | Path, workdir: Path, values: dict[str, Any]) ->
     values = values | {"tokenizer": values["tokenizer"] | special}
   saver = checkpoint.Checkpoints(workdir)
   c = sharding.MeshConfig(**values.get("mesh", {}))
-  sliced = (c.fsdp, c.tensor) != (1, 1)  # copies of the parameters would help nobody here
-  mesh = sharding.make_mesh(c) if sliced else sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])
-  params = huggingface.load_params(published, sharding.shardings(mesh, published.model.letters()))
-  saver.save(0, {"step": jax.device_put(np.int32(0), sharding.shardings(mesh, "")), "params": params})
+  at, step_at = None, None
+  if (c.fsdp, c.tensor) != (1, 1):  # copies of the parameters would help nobody here
+    mesh = sharding.make_mesh(c)
+    at, step_at = sharding.shardings(mesh, published.model.letters()), sharding.shardings(mesh, "")
+  params = huggingface.load_params(published, at)
+  saver.save(0, {"step": jax.device_put(np.int32(0), step_at), "params": params})
   saver.close()
   shape = {name: getattr(published.model, name) for name, *_ in (*huggingface.FIELDS, "K")}
   values = values | {"objective": "diffusion", "model": values["model"] | shape}
