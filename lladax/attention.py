@@ -46,14 +46,14 @@ def choose(
   """
 
   def why_not(name: str) -> str | None:
-    home, lanes = {"cudnn": ("gpu", 8), "splash": ("tpu", 1)}[name]
+    home = {"cudnn": "gpu", "splash": "tpu"}[name]
     if platform != home:
       return f"it runs on a {home}, and this is a {platform}"
     if causal and context > 1:
       return f"it cannot be causal with mesh.context={context}"
     if name == "cudnn" and dtype not in (jnp.bfloat16, jnp.float16):
       return f"it computes in bfloat16, not {dtype}"
-    if name == "cudnn" and (K % lanes or K > 128):
+    if name == "cudnn" and (K % 8 or K > 128):
       return f"model.K={K} is not a multiple of 8 up to 128"
     if name == "splash" and (W // context % 128 or L % 128):
       return f"the length {L} on {context} devices is not a multiple of 128 on each"

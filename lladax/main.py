@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from lladax.distributed import has_tpu, hush_libtpu
+from lladax import distributed
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; --config.steps=200 overrides a field.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, tokenizer, checkpoints, metrics.")
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
   if _MODE.value not in ("train", "import") and not (workdir / "config.json").is_file():
     raise FileNotFoundError(f"--workdir={workdir}: there is no run in it; train one first with --mode=train")
 
-  from lladax import chat, convert, distributed, train  # the slow imports come after the quick checks
+  from lladax import chat, convert, train  # the slow imports come after the quick checks
   from lladax import config as configs
   from lladax.sharding import MeshConfig
 
@@ -154,8 +154,7 @@ def _main(argv: list[str]) -> int:
     else:
       traceback.print_exc()
       code = 70  # EX_SOFTWARE: a launcher may start it again
-  if "lladax.distributed" in sys.modules:
-    sys.modules["lladax.distributed"].leave(code)
+  distributed.leave(code)
   return code
 
 
@@ -167,7 +166,7 @@ def keep_freed_memory() -> None:
   Hosts of accelerators, where XLA does not live in malloc, are left as they are, and so is another libc.
   """
   gpus = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
-  if os.environ.get("JAX_PLATFORMS") != "cpu" and (has_tpu() or any(map(importlib.util.find_spec, gpus))):
+  if os.environ.get("JAX_PLATFORMS") != "cpu" and (distributed.has_tpu() or any(map(importlib.util.find_spec, gpus))):
     return
   with contextlib.suppress(AttributeError, OSError):  # no mallopt
     mallopt = ctypes.CDLL(None).mallopt
@@ -177,8 +176,8 @@ def keep_freed_memory() -> None:
 
 def run() -> None:
   """The console script `lladax`: the same as `python -m lladax.main`."""
-  if not has_tpu():
-    hush_libtpu()
+  if not distributed.has_tpu():
+    distributed.hush_libtpu()
   keep_freed_memory()
   sys.path.insert(0, os.getcwd())  # configs import each other as `configs.NAME`, as they can under `python -m`
   app.run(_main, flags_parser=_parse)

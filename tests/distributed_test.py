@@ -43,6 +43,15 @@ def finish(processes):
   return list(zip([process.returncode for process in processes], errors, strict=True))
 
 
+def wait_for_steps(processes, workdir):
+  """Until three steps are written, or a process has ended."""
+  path = workdir / "metrics.jsonl"
+  while all(process.poll() is None for process in processes):
+    if path.exists() and path.read_text().count("\n") > 2:
+      break
+    time.sleep(0.05)
+
+
 def losses(workdir):
   return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
@@ -64,11 +73,7 @@ def test_two_processes_get_the_losses_of_one(tiny_flags, tiny_workdir, tmp_path,
 
 def test_a_signal_to_one_ends_both_and_one_process_goes_on(tiny, tiny_flags, tiny_workdir, tmp_path):
   processes = start([*tiny_flags, "--config.steps=100000", "--config.checkpoint.every=100000"], tmp_path)
-  path = tmp_path / "metrics.jsonl"
-  while all(process.poll() is None for process in processes):
-    if path.exists() and path.read_text().count("\n") > 2:
-      break
-    time.sleep(0.05)
+  wait_for_steps(processes, tmp_path)
   processes[1].send_signal(signal.SIGTERM)
   ends = finish(processes)
   assert [code for code, _ in ends] == [128 + signal.SIGTERM] * 2, ends
@@ -85,11 +90,7 @@ def test_a_signal_to_one_ends_both_and_one_process_goes_on(tiny, tiny_flags, tin
 def test_a_process_that_hangs_ends_the_job(tiny_flags, tmp_path):
   flags = [*tiny_flags, "--config.steps=100000", "--config.checkpoint.every=100000", "--config.log.hang_seconds=30"]
   processes = start(flags, tmp_path)
-  path = tmp_path / "metrics.jsonl"
-  while all(process.poll() is None for process in processes):
-    if path.exists() and path.read_text().count("\n") > 2:
-      break
-    time.sleep(0.05)
+  wait_for_steps(processes, tmp_path)
   processes[1].send_signal(signal.SIGSTOP)
   error = processes[0].communicate(timeout=120)[1]
   assert processes[0].returncode == distributed.HUNG
