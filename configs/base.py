@@ -12,6 +12,7 @@ def get_config() -> ConfigDict:
   config = ConfigDict()
   config.seed = 0  # of the parameters, the data order and the noise
   config.objective = "diffusion"  # | "autoregressive": the causal baseline on the same batches
+  config.init_from = ""  # a workdir (its last checkpoint), or WORKDIR/checkpoints/STEP: gives parameters, their shape, tokenizer
   config.steps = 1000  # updates
   config.micro_batches = 1  # parts of a batch whose gradients are added up before the update
 
@@ -32,6 +33,9 @@ def get_config() -> ConfigDict:
   # What the backward pass computes again: "none" | "dots" (all but matmuls) | "attention" (all but it) | "full" (all).
   config.model.remat = "none"
   config.model.head_chunk = 8192  # tokens of a device whose logits exist at once
+  config.model.lora_rank = 0  # of adapters (LoRA), which alone are trained then, on init_from; 0: none
+  config.model.lora_alpha = 16.0  # their product counts alpha / rank times
+  config.model.lora_targets = ("q", "k", "v", "out", "gate", "up", "down")  # the matrices that have them
 
   config.tokenizer = ConfigDict()
   config.tokenizer.kind = "sentencepiece"  # | "bytes" | "huggingface" (a tokenizer.json)
@@ -42,13 +46,23 @@ def get_config() -> ConfigDict:
   config.tokenizer.pad = ""  # "": the EOS
 
   config.data = ConfigDict()
-  config.data.corpus = "unicode"  # | "stdlib" | "files:GLOB[,GLOB]" (text, or JSON lines; .gz and .xz too)
-  config.data.text_field = "text"  # of JSON lines
-  config.data.held_out = 0.05  # fraction of the documents kept for evaluation
+  # | "stdlib" | "files:GLOB[,GLOB]" (text, JSON, Parquet; packed too) | "tfds:NAME[:SPLIT]" | "records:FOLDER" (prepared)
+  config.data.corpus = "unicode"
+  config.data.mixture = ()  # ((corpus, weight), ...): several, in place of corpus
+  config.data.stages = ()  # ((length, (weight, ...)), ...): other weights in each stage; lengths as in optimizer.schedule
+  config.data.format = "text"  # | "chat": conversations, of which replies are learnt (fine-tuning)
+  config.data.text_field = "text"  # of records, in text
+  config.data.prompt_field = ""  # of records, in chat, together with response_field; "": known names
+  config.data.response_field = ""
+  config.data.bad_lines = "stop"  # at the first line that cannot be used | "skip", and count them
+  config.data.held_out = 0.05  # fraction of the documents kept for evaluation; of records: as they were prepared
   config.data.length = 64  # tokens of a row
   config.data.batch_size = 64  # rows of an update
   config.data.segments = False  # documents of a row do not see each other; False: concatenated, as published
   config.data.random_lengths = 0.0  # fraction of rows cut to a random length; LLaDA: 0.01
+  # In chat a reply is filled up with EOS that count, as published, to the "batch"'s longest row or the "row"'s end, or "none".
+  config.data.eos_padding = "batch"
+  config.data.packing = False  # several conversations in a row, which do not see each other; with eos_padding="none"
 
   config.noise = ConfigDict()
   config.noise.masking = "independent"  # as published | "exact": exactly l of L tokens, less variance
@@ -89,7 +103,7 @@ def get_config() -> ConfigDict:
   config.evaluate.num_samples = 16  # masks per row
   config.evaluate.rows = 0  # rows used before the end; 0: all
   config.evaluate.batch_size = 64  # rows of a forward pass
-  config.evaluate.canvases = ()  # texts with "[MASK]"s, filled at the end
+  config.evaluate.canvases = ()  # texts with "[MASK]"s, filled at the end; in chat: what the user says, answered
 
   config.sample = ConfigDict()
   config.sample.gen_length = FieldReference(64, field_type=object)  # tokens after a prompt; None: blocks until EOS

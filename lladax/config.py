@@ -72,6 +72,7 @@ class Config:
 
   seed: int
   objective: str
+  init_from: str
   steps: int
   micro_batches: int
   model: MaskPredictorConfig
@@ -102,12 +103,17 @@ class Config:
       )
     if self.data.length > self.model.max_length:
       raise ValueError(f"data.length={self.data.length} is longer than model.max_length={self.model.max_length}")
+    if self.steps * B >= 2**31:
+      raise ValueError(f"steps={self.steps} of data.batch_size={B} rows: an example's index must be less than 2^31")
+    if self.model.lora_rank and not self.init_from:
+      raise ValueError(f"model.lora_rank={self.model.lora_rank}: adapters need a model to adapt; name it as init_from")
     optimizer.schedule(self.optimizer, self.steps)
+    data.Mixture(self.data, seed=self.seed, steps=self.steps)
 
   @property
   def masks_attention(self) -> bool:
     """Whether rows hold padding or separate documents, so that attention needs the segments."""
-    return self.data.segments or self.data.random_lengths > 0
+    return self.data.separates or self.data.pads
 
 
 def parse(values: dict[str, Any], cls: Any = Config, path: str = "config") -> Any:
@@ -155,8 +161,12 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
 def load(workdir: Path) -> Config:
   """The config that a workdir was trained with."""
   values = json.loads((workdir / "config.json").read_text())
-  del values["tokenizer_fingerprint"]
-  return parse(values)
+  for name in NOT_FIELDS:
+    values.pop(name, None)
+  return parse({"init_from": ""} | values)
+
+
+NOT_FIELDS = ("tokenizer_fingerprint", "base")  # what config.json holds besides: the checkpoint that init_from was
 
 
 # What may differ between the first start of a run and its continuation.
@@ -176,7 +186,7 @@ _SAFE = (
 
 def check_saved(saved: dict[str, Any], given: dict[str, Any], workdir: Path) -> None:
   """The run may go on with other steps, logging and evaluation; with nothing else."""
-  old, new = _flatten(saved), _flatten(given)
+  old, new = ({"init_from": ""} | _flatten(x) for x in (saved, given))
   differ = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
   unsafe = [name for name in differ if not name.startswith(_SAFE)]
   if unsafe:

@@ -1,145 +1,379 @@
-"""Where text comes from: a corpus is a list of documents, a document is a string.
+"""Where text comes from: a corpus is a list of documents (strings), or of conversations (lists of messages).
 
-Two corpora need no download, so that a first run works anywhere: "unicode", the names of the
-characters (one name a document), and "stdlib", the source of the Python standard library (one file
-a document). Both are as the running Python has them. The third kind is "files:GLOB[,GLOB...]":
-plain text (one document a file) or JSON lines (one document a line), as they are or compressed.
-Documents keep a fixed order, empty ones are dropped, and `split` sets some aside for judging.
+Two corpora need no download, so that a first run works anywhere: "unicode", the names of the characters (one name a
+document), and "stdlib", the source of the Python standard library (one file a document). Both are as the running
+Python has them. "files:GLOB[,GLOB...]" reads files, here or at any address that fsspec knows (gs://, s3://, https://):
+.jsonl, .json (one list) and .parquet hold a record a line, item or row, anything else is one document; .gz, .xz, .bz2
+and .zst are unpacked. "tfds:NAME[:SPLIT]" reads a data set of TensorFlow Datasets, or a folder of one.
+Items keep a fixed order, empty ones are left out and counted, and `split` sets some aside for judging.
 """
 
-import glob
-import gzip
+import dataclasses
+import functools
 import hashlib
+import importlib
+import io
 import json
+import logging
 import lzma
+import os
 import pathlib
 import sysconfig
 import tokenize
 import unicodedata
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
-_OPEN = {".gz": gzip.open, ".xz": lzma.open}
+import fsspec
+
+from lladax.tokenizer import ROLES
+
+Messages = list[dict[str, str]]  # {"role": "user", "content": "Hi"}, oldest first
+
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_PACKED = {".gz", ".xz", ".bz2", ".zst"}
+_ENDS = ("output", "response", "completion")  # what an answer is called beside an instruction or a prompt
+_TFDS_PARTS = 64  # a data set is read in so many pieces
 
 
-def documents(corpus: str, text_field: str = "text") -> list[str]:
+@dataclasses.dataclass
+class Tally:
+  """What reading met. A line that cannot be used ends the run (`bad_lines="stop"`), or is counted ("skip")."""
+
+  bad_lines: str = "stop"
+  items: int = 0
+  empty: int = 0
+  bad: int = 0
+
+  def spoiled(self, message: str) -> None:
+    """Takes note of one bad line; the first ones are named."""
+    if self.bad_lines == "stop":
+      raise ValueError(f"{message}; mend it, or leave such lines out: --config.data.bad_lines=skip")
+    self.bad += 1
+    if self.bad <= 5:
+      logging.warning("left out: %s%s", message, "; further ones are only counted" if self.bad == 5 else "")
+
+  def __add__(self, other: "Tally") -> "Tally":
+    return Tally(self.bad_lines, self.items + other.items, self.empty + other.empty, self.bad + other.bad)
+
+
+def documents(corpus: str, text_field: str = "text", tally: Tally | None = None) -> list[str]:
   """All documents of a corpus, in an order that does not depend on the machine.
 
   Args:
-    corpus: "unicode", "stdlib" or "files:GLOB[,GLOB...]"; `~` and `**` work in a glob, and the
-      suffixes .jsonl, .gz and .xz say how a file is read.
-    text_field: the field of a JSON line that holds the text: a string, or a list of lines.
+    corpus: "unicode", "stdlib", "files:GLOB[,GLOB...]" (`~` and `**` work in a glob) or "tfds:NAME[:SPLIT]".
+    text_field: the field of a record that holds the text: a string, or a list of lines. Several, "question,answer",
+      are joined by a newline.
+    tally: what to do with bad lines; counts what was read.
 
   Raises:
     FileNotFoundError: a glob matches no file.
-    ValueError: an unknown corpus, a file that cannot be read as its name says, or no text at all.
+    ValueError: an unknown corpus, a file that cannot be read as its name says, a bad line, or no text at all.
   """
-  kind, _, patterns = corpus.partition(":")
-  if corpus == "unicode":
-    texts = _unicode()
-  elif corpus == "stdlib":
-    texts = _stdlib(pathlib.Path(sysconfig.get_path("stdlib")))
-  elif kind == "files" and patterns:
-    texts = (text for path in _match(patterns) for text in _read(path, text_field))
-  else:
-    raise ValueError(f"data.corpus={corpus!r} is unknown: use unicode, stdlib or files:GLOB[,GLOB]")
-  found = [text for text in texts if text.strip()]
+  tally = tally or Tally()
+  found = [text for part in parts(corpus) for text in read_texts(part, text_field, tally)]
   if not found:
     raise ValueError(f"data.corpus={corpus!r} holds no text: every document is empty")
   return found
 
 
-def split(documents: Sequence[str], held_out: float) -> tuple[list[str], list[str]]:
-  """(training, held-out) documents: by a hash of the text, so equal texts are in the same part.
+def conversations(
+  corpus: str, prompt_field: str = "", response_field: str = "", tally: Tally | None = None
+) -> list[Messages]:
+  """All conversations of a corpus: records of chat (`messages`), of instructions, or of prompt and response.
 
   Args:
-    documents: any texts; their order is kept.
-    held_out: the expected fraction of distinct documents held out, in [0, 1).
+    corpus: as in `documents`.
+    prompt_field: with `response_field`, the fields of a record; "" recognises `messages`; `instruction`, `input` and
+      `output`; `prompt` and `response`.
+    response_field: see `prompt_field`.
+    tally: what to do with bad lines; a record without a reply, or with an empty one, is empty.
+
+  Raises:
+    FileNotFoundError, ValueError: as `documents`; a role that the chat template does not know.
+  """
+  tally = tally or Tally()
+  of = functools.partial(_conversation, prompt_field=prompt_field, response_field=response_field)
+  found = [messages for part in parts(corpus) for messages in _read(part, tally, of)]
+  if not found:
+    raise ValueError(f"data.corpus={corpus!r} holds no conversation with a reply")
+  return found
+
+
+def read_texts(part: str, text_field: str, tally: Tally) -> Iterator[str]:
+  """The documents of one of `parts(corpus)`."""
+  return _read(part, tally, functools.partial(_text, field=text_field), tuple(text_field.split(",")))
+
+
+def parts(corpus: str) -> list[str]:
+  """What a corpus is made of, in a fixed order; each can be read by itself, on another machine too.
+
+  Raises:
+    FileNotFoundError, ValueError: as `documents`.
+  """
+  kind, _, rest = corpus.partition(":")
+  if corpus in ("unicode", "stdlib"):
+    return [corpus]
+  if kind == "files" and rest:
+    return _match(rest)
+  if kind == "tfds" and rest:
+    name, split, count = _tfds(corpus)[:3]
+    edges = [count * i // _TFDS_PARTS for i in range(_TFDS_PARTS + 1)]
+    return [f"tfds:{name}:{split}[{a}:{b}]" for a, b in zip(edges, edges[1:], strict=False) if a < b]
+  known = "unicode, stdlib, files:GLOB[,GLOB], tfds:NAME[:SPLIT] or, to train on, records:FOLDER"
+  raise ValueError(f"data.corpus={corpus!r} is unknown: use {known}")
+
+
+def split(items: Sequence[Any], held_out: float) -> tuple[list[Any], list[Any]]:
+  """(training, held-out) items: by a hash of their text, so equal ones are in the same part.
+
+  Args:
+    items: texts, or conversations; their order is kept.
+    held_out: the expected fraction of distinct items held out, in [0, 1).
   """
   if not 0 <= held_out < 1:
     raise ValueError(f"data.held_out={held_out}: must be at least 0 and less than 1")
-  parts: tuple[list[str], list[str]] = ([], [])
-  for text in documents:
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    parts[int.from_bytes(digest) < held_out * 2**64].append(text)
-  if held_out and not all(parts):
-    empty = "held-out" if parts[0] else "training"
+  kept: tuple[list[Any], list[Any]] = ([], [])
+  for item in items:
+    kept[is_held_out(item if isinstance(item, str) else json.dumps(item), held_out)].append(item)
+  if held_out and not all(kept):
+    empty = "held-out" if kept[0] else "training"
     raise ValueError(
-      f"data.held_out={held_out} leaves the {empty} part of {len(documents)} documents empty: "
-      "use another fraction, or 0"
+      f"data.held_out={held_out} leaves the {empty} part of {len(items)} documents empty: use another fraction, or 0"
     )
-  return parts
+  return kept
 
 
-def _unicode() -> Iterator[str]:
+def is_held_out(text: str, held_out: float) -> bool:
+  """Whether a document is set aside: a matter of its text alone."""
+  return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) < held_out * 2**64
+
+
+def _unicode() -> Iterator[tuple[str, str]]:
   """Names in code point order, without those made by a rule (CJK UNIFIED IDEOGRAPH-4E00, ...)."""
   for code in range(0x110000):
     name = unicodedata.name(chr(code), "")
     if not name.endswith(f"-{code:04X}") and not name.startswith("HANGUL SYLLABLE "):
-      yield name
+      yield f"U+{code:04X}", name
 
 
-def _stdlib(root: pathlib.Path) -> Iterator[str]:
+def _stdlib(root: pathlib.Path) -> Iterator[tuple[str, str]]:
   """Sources in the order of their paths, without tests and what pip installed."""
   paths = {path.relative_to(root): path for path in root.rglob("*.py")}
   for name in sorted(paths, key=pathlib.PurePath.as_posix):
     if _LEFT_OUT.isdisjoint(name.parts):
       try:
         with tokenize.open(paths[name]) as file:
-          yield file.read()
+          yield str(name), file.read()
       except (OSError, SyntaxError, UnicodeDecodeError):  # unreadable, or not in its encoding
         continue
 
 
-def _match(patterns: str) -> list[pathlib.Path]:
+def _match(patterns: str) -> list[str]:
   """The files of comma-separated globs, each once, in the order of their paths."""
-  found: set[pathlib.Path] = set()
-  for pattern in patterns.split(","):
-    names = glob.iglob(str(pathlib.Path(pattern.strip()).expanduser()), recursive=True)
-    paths = {path for path in map(pathlib.Path, names) if path.is_file()}
+  found: set[str] = set()
+  for pattern in map(str.strip, patterns.split(",")):
+    try:
+      system, path = fsspec.url_to_fs(os.path.expanduser(pattern))
+      paths = [name for name, about in system.glob(path, detail=True).items() if about["type"] == "file"]
+    except (ImportError, ValueError, OSError) as error:  # such as: Please install gcsfs to access Google Storage
+      raise ValueError(f"data.corpus=files:{patterns}: {pattern!r} cannot be opened: {error}") from None
     if not paths:
-      raise FileNotFoundError(f"data.corpus=files:{patterns}: no file matches {pattern.strip()!r}")
-    found |= paths
-  return sorted(found, key=pathlib.PurePath.as_posix)
+      raise FileNotFoundError(f"data.corpus=files:{patterns}: no file matches {pattern!r}")
+    remote = "://" in pattern
+    found.update(system.unstrip_protocol(name) if remote else name for name in paths)
+  return sorted(found, key=lambda name: pathlib.PurePath(name).as_posix())
 
 
-def _read(path: pathlib.Path, text_field: str) -> Iterator[str]:
-  """The documents of one file."""
-  where = f"data.corpus=files:... {path}"
-  lines_of_json = path.with_suffix("").suffix if path.suffix in _OPEN else path.suffix
+def _tfds(corpus: str) -> tuple[str, str, int, Any]:
+  """(name, split, number of examples, builder) of "tfds:NAME[:SPLIT]"."""
+  name, _, split = corpus.removeprefix("tfds:").partition(":")
   try:
-    # utf-8-sig: a byte order mark is no text.
-    with _OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8-sig") as file:
-      if lines_of_json == ".jsonl":
-        yield from _records(file, where, text_field)
-      else:
-        yield file.read()
-  except UnicodeDecodeError as error:
-    raise ValueError(f"{where} is not UTF-8 ({error.reason}): convert it") from None
-  except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+    tfds = importlib.import_module("tensorflow_datasets")
+  except ImportError:
+    raise ValueError(f"data.corpus={corpus!r} needs TensorFlow Datasets: pip install 'lladax[tfds]'") from None
+  split = split or "train"
+  try:
+    builder = tfds.builder_from_directory(name) if os.path.isdir(name) else tfds.builder(name)
+    return name, split, builder.info.splits[split].num_examples, builder
+  except Exception as error:  # the library raises many kinds
+    why = str(error).strip().splitlines()[0]
+    raise ValueError(f"data.corpus={corpus!r} cannot be opened: {why}") from None
+
+
+def _read(part: str, tally: Tally, of: Callable[[Any, str], Any], columns: tuple[str, ...] = ()) -> Iterator[Any]:
+  """What `of` makes of every record of a part; None, and a text without letters, is empty."""
+  if part == "unicode":
+    records = _unicode()
+  elif part == "stdlib":
+    records = _stdlib(pathlib.Path(sysconfig.get_path("stdlib")))
+  elif part.startswith("tfds:"):
+    records = _examples(part)
+  else:
+    records = _file(part, tally, columns)
+  for where, record in records:
+    try:
+      item = of(record, where)
+    except ValueError as error:
+      tally.spoiled(str(error))
+      continue
+    if item is None or (isinstance(item, str) and not item.strip()):
+      tally.empty += 1
+    else:
+      tally.items += 1
+      yield item
+
+
+def _examples(part: str) -> Iterator[tuple[str, Any]]:
+  """The examples start .. stop - 1 of "tfds:NAME:SPLIT[start:stop]"; bytes become text."""
+  corpus, _, span = part.removesuffix("]").rpartition("[")
+  *_, builder = _tfds(corpus)
+  source = builder.as_data_source(corpus.rpartition(":")[2])
+  for i in range(*map(int, span.split(":"))):
+    example = {name: x.decode("utf-8", "surrogateescape") if isinstance(x, bytes) else x for name, x in source[i].items()}
+    yield f"data.corpus={corpus} example {i}", example
+
+
+def _file(path: str, tally: Tally, columns: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+  """The records of one file: (where it stands, a dictionary or a text)."""
+  where = f"data.corpus=files:... {path}"
+  name = pathlib.PurePath(path)
+  kind = name.with_suffix("").suffix if name.suffix in _PACKED else name.suffix
+  failures = (OSError, EOFError, lzma.LZMAError, zlib.error)
+  if name.suffix == ".zst":
+    failures += (importlib.import_module("zstandard").ZstdError,)
+  try:
+    with fsspec.open(path, "rb", compression="infer" if name.suffix in _PACKED else None) as packed:
+      file = io.BufferedReader(packed)  # type: ignore[arg-type]
+      if kind == ".parquet":
+        yield from _rows(packed, where, columns)
+      elif kind == ".jsonl":
+        yield from _lines(file, where, tally)
+      elif text := _decode(file.read(), where, tally):
+        if kind == ".json":
+          yield from _list(text, where, tally)
+        else:
+          yield where, text.replace("\r\n", "\n").replace("\r", "\n")
+  except failures as error:
     raise ValueError(f"{where} cannot be read: {error}") from error
 
 
-def _records(lines: Iterable[str], where: str, text_field: str) -> Iterator[str]:
-  """The text field of every JSON line."""
-  for number, line in enumerate(lines, start=1):
+def _decode(raw: bytes, where: str, tally: Tally) -> str:
+  try:
+    return raw.decode("utf-8-sig")  # a byte order mark is no text
+  except UnicodeDecodeError as error:
+    tally.spoiled(f"{where} is not UTF-8 ({error.reason} at byte {error.start})")
+    return ""
+
+
+def _lines(lines: Iterable[bytes], where: str, tally: Tally) -> Iterator[tuple[str, Any]]:
+  for number, raw in enumerate(lines, start=1):
+    here = f"{where} line {number}"
+    line = _decode(raw, here, tally)
     if not line.strip():
       continue
     try:
-      record = json.loads(line)
+      yield here, json.loads(line)
     except json.JSONDecodeError as error:
-      raise ValueError(f"{where} line {number} is not JSON: {error}") from None
-    fields = list(record) if isinstance(record, dict) else f"a {type(record).__name__}"
-    if not isinstance(record, dict) or text_field not in record:
-      raise ValueError(f"data.text_field={text_field!r} is not in {where} line {number}: {fields}")
-    text = record[text_field]
-    if isinstance(text, list) and all(isinstance(part, str) for part in text):
-      text = "\n".join(text)
-    if not isinstance(text, str):
-      raise ValueError(f"data.text_field={text_field!r} is no text in {where} line {number}")
-    try:
-      text.encode()
-    except UnicodeEncodeError:
-      raise ValueError(f"{where} line {number}: a lone surrogate is not Unicode") from None
-    yield text
+      tally.spoiled(f"{here} is not JSON: {error}")
+
+
+def _list(text: str, where: str, tally: Tally) -> Iterator[tuple[str, Any]]:
+  """The items of a JSON file that is one list, as many data sets of instructions are."""
+  try:
+    items = json.loads(text)
+  except json.JSONDecodeError as error:
+    return tally.spoiled(f"{where} is not JSON: {error}")
+  if not isinstance(items, list):
+    return tally.spoiled(f"{where} holds a {type(items).__name__}, not a list of records")
+  yield from ((f"{where} item {number}", item) for number, item in enumerate(items, start=1))
+
+
+def _rows(file: Any, where: str, columns: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+  try:
+    parquet = importlib.import_module("pyarrow.parquet")
+  except ImportError:
+    raise ValueError(f"{where} needs pyarrow: pip install pyarrow") from None
+  try:
+    table = parquet.ParquetFile(file)
+  except Exception as error:  # ArrowInvalid is a ValueError, others are not
+    raise ValueError(f"{where} cannot be read: {error}") from None
+  wanted = [name for name in columns if name in table.schema_arrow.names]
+  number = 0
+  for batch in table.iter_batches(batch_size=1024, columns=wanted if wanted else None):
+    for row in batch.to_pylist():
+      number += 1
+      yield f"{where} row {number}", row
+
+
+def _text(record: Any, where: str, field: str) -> str:
+  """The text of a record."""
+  if isinstance(record, str):
+    return record
+  if "," in field:
+    return "\n".join(_text(record, where, name.strip()) for name in field.split(","))
+  fields = list(record) if isinstance(record, dict) else f"a {type(record).__name__}"
+  if not isinstance(record, dict) or field not in record:
+    raise ValueError(f"data.text_field={field!r} is not in {where}: {fields}")
+  text = record[field]
+  if isinstance(text, list) and all(isinstance(part, str) for part in text):
+    text = "\n".join(text)
+  if not isinstance(text, str):
+    raise ValueError(f"data.text_field={field!r} is no text in {where}")
+  return _unicode_text(text, where)
+
+
+def _unicode_text(text: str, where: str) -> str:
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    raise ValueError(f"{where}: a lone surrogate is not Unicode") from None
+  return text
+
+
+def _conversation(record: Any, where: str, prompt_field: str, response_field: str) -> Messages | None:
+  """The messages of a record, up to its last reply; None without any."""
+  if not isinstance(record, dict):
+    raise ValueError(f"{where} is no record with fields")
+  if prompt_field or response_field:
+    pair = [prompt_field], response_field
+  elif "messages" in record:
+    return _messages(record["messages"], where)
+  elif "instruction" in record:
+    pair = ["instruction", "input"] if record.get("input") else ["instruction"], _first(record, _ENDS)
+  else:
+    pair = ["prompt"], _first(record, _ENDS)
+  for name in (*pair[0], pair[1]):
+    if name not in record:
+      raise ValueError(
+        f"{where} has the fields {list(record)}, and no {name!r}: use messages; instruction, input and output; prompt"
+        " and response; or name two fields, --config.data.prompt_field=... --config.data.response_field=..."
+      )
+  prompt = "\n\n".join(_content(record[name], where, name) for name in pair[0])
+  response = _content(record[pair[1]], where, pair[1])
+  return _messages([{"role": "user", "content": prompt}, {"role": "assistant", "content": response}], where)
+
+
+def _first(record: dict[str, Any], names: Sequence[str]) -> str:
+  return next((name for name in names if name in record), names[0])
+
+
+def _content(value: Any, where: str, name: str) -> str:
+  if not isinstance(value, str):
+    raise ValueError(f"{where}: {name} is no text but {type(value).__name__}")
+  return _unicode_text(value, where)
+
+
+def _messages(messages: Any, where: str) -> Messages | None:
+  """The same messages, checked; those behind the last reply, and replies to nothing, are left out."""
+  if not isinstance(messages, list | tuple) or not all(isinstance(message, dict) for message in messages):
+    raise ValueError(f"{where}: messages is no list of objects with role and content")
+  found: Messages = []
+  for message in messages:
+    role = message.get("role")
+    if role not in ROLES:
+      raise ValueError(f"{where}: the role {role!r} is unknown to the chat template: use {', '.join(ROLES)}")
+    found.append({"role": role, "content": _content(message.get("content"), where, "content")})
+  replies = [i for i, message in enumerate(found) if i and message["role"] == "assistant" and message["content"].strip()]
+  return found[: replies[-1] + 1] if replies else None

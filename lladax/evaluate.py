@@ -1,6 +1,6 @@
 """Evaluations: functions (llada, config) -> {metric: value}. `config` is the whole run's.
 
-bound    the held-out text in bits per byte, beside a unigram model of the same tokens and `xz -9`
+bound    the held-out text (or replies) in bits per byte, beside a unigram model of the same tokens and `xz -9`
 samples  the config's canvases, filled
 """
 
@@ -26,7 +26,8 @@ def bound(llada: LLaDA, config: Config, *, rows: int = 0, seed: int = 0) -> dict
   """Bits per byte of the held-out documents: an upper bound for the mask predictor, exact for the baseline.
 
   The held-out documents, each followed by one separator (EOS for the model, a newline for the byte count and for
-  xz), are cut into rows as for training, and every token is scored once.
+  xz), are cut into rows as for training, and every token is scored once. Of conversations every reply is scored, up to
+  its EOS, given its prompt.
 
   Args:
     llada: the model.
@@ -35,29 +36,28 @@ def bound(llada: LLaDA, config: Config, *, rows: int = 0, seed: int = 0) -> dict
     seed: of the masks.
 
   Returns:
-    `bits_per_byte` and its standard error over rows `bits_per_byte_stderr`, `nats_per_token`; over all rows also
-    `unigram_bits_per_byte` (add-one counts of the training tokens) and `xz_bits_per_byte` of the same bytes.
+    `bits_per_byte` and its standard error over rows `bits_per_byte_stderr`, `nats_per_token`; over all rows of text
+    that is at hand also `unigram_bits_per_byte` (add-one counts of the training tokens) and `xz_bits_per_byte`.
   """
-  train_texts, texts = data.texts(config.data)
-  if not texts:
-    raise ValueError("data.held_out=0.0: there is no held-out text to evaluate on")
   assert llada.tokenizer is not None
-  stream_T = data.stream(texts, llada.tokenizer)
-  raw = "".join(text + "\n" for text in texts).encode()
-  tokens_RL, segment_RL = data.held_out_rows(stream_T, config.data, llada.eos_id)
-  keep = np.arange(len(tokens_RL))
+  found = data.held_out(config.data, llada.tokenizer)
+  if found is None:
+    raise ValueError("data.held_out=0.0: there is no held-out text to evaluate on")
+  keep = np.arange(found.num_rows)
   if rows and rows < len(keep):
     keep = np.linspace(0, len(keep) - 1, rows).round().astype(int)
-  nats_R = _nats(llada, config, tokens_RL[keep], segment_RL[keep], seed)
-  tokens = int((segment_RL[keep] > 0).sum())
-  per_byte = len(stream_T) / len(raw) / tokens / math.log(2)  # nats of these rows -> bits per byte
+  tokens_RL, segment_RL, scored_RL = found.take(keep)
+  nats_R = _nats(llada, config, tokens_RL, segment_RL, scored_RL, seed)
+  tokens = int(scored_RL.sum())
+  per_byte = found.num_tokens / found.num_bytes / tokens / math.log(2)  # nats of these rows -> bits per byte
   metrics = {
     "bits_per_byte": float(nats_R.sum() * per_byte),
     "bits_per_byte_stderr": float(nats_R.std(ddof=1) * math.sqrt(len(keep)) * per_byte) if len(keep) > 1 else 0.0,
     "nats_per_token": float(nats_R.sum() / tokens),
   }
-  if len(keep) == len(tokens_RL):
-    metrics |= yardsticks(data.stream(train_texts, llada.tokenizer), stream_T, raw, llada.vocab_size)
+  if len(keep) == found.num_rows and found.raw:
+    train_T = data.stream(data.texts(config.data)[0], llada.tokenizer)
+    metrics |= yardsticks(train_T, tokens_RL[scored_RL], found.raw, llada.vocab_size)
   return metrics
 
 
@@ -75,12 +75,14 @@ def samples(llada: LLaDA, config: Config) -> Sampled | None:
   """The config's canvases filled, each between two EOS, as documents stand in the training text; None without any.
 
   The canvases are filled with the sampler's settings, in one block. A causal model continues what stands before the
-  first [MASK].
+  first [MASK]. After training on conversations (data.format=chat) the canvases are what the user says, and are answered.
   """
   canvases = config.evaluate.canvases
   if not canvases or llada.tokenizer is None:
     return None
   options = dataclasses.asdict(config.sample)
+  if config.data.format == "chat":
+    return llada.sample([[{"role": "user", "content": text}] for text in canvases], **options | {"early_stop": True})
   if llada.model.causal:
     return llada.sample([text.partition("[MASK]")[0] for text in canvases], **options)
   del options["block_length"]
@@ -88,8 +90,10 @@ def samples(llada: LLaDA, config: Config) -> Sampled | None:
   return llada.unmask(rows, **options)
 
 
-def _nats(llada: LLaDA, config: Config, tokens_RL: np.ndarray, segment_RL: np.ndarray, seed: int) -> np.ndarray:
-  """Minus the log-likelihood (bound) of every row."""
+def _nats(
+  llada: LLaDA, config: Config, tokens_RL: np.ndarray, segment_RL: np.ndarray, scored_RL: np.ndarray, seed: int
+) -> np.ndarray:
+  """Minus the log-likelihood (bound) of what is scored of every row, given the rest."""
   R, size = len(tokens_RL), min(config.evaluate.batch_size, len(tokens_RL))
   draws = 1 if llada.model.causal else config.evaluate.num_samples
   total_R = np.zeros(R)
@@ -98,8 +102,8 @@ def _nats(llada: LLaDA, config: Config, tokens_RL: np.ndarray, segment_RL: np.nd
     with sharding.on_mesh_of(llada.params):
       nats = [
         _score(
-          llada.params, tokens_RL[at], segment_RL[at], at, seed, draw, model=llada.model, mask_id=llada.mask_id,
-          eos_id=llada.eos_id, num_samples=draws, right_padded=not config.data.segments,
+          llada.params, tokens_RL[at], segment_RL[at], scored_RL[at], at, seed, draw, model=llada.model,
+          mask_id=llada.mask_id, eos_id=llada.eos_id, num_samples=draws, right_padded=not config.data.segments,
         )
         for draw in range(draws)
       ]  # fmt: skip
@@ -109,9 +113,11 @@ def _nats(llada: LLaDA, config: Config, tokens_RL: np.ndarray, segment_RL: np.nd
 
 
 @functools.partial(jax.jit, static_argnames=("model", "mask_id", "eos_id", "num_samples", "right_padded"))
-def _score(params, tokens_BL, segment_BL, row_B, seed, draw, *, model, mask_id, eos_id, num_samples, right_padded):
-  """Minus the log-likelihood of whole rows, by draw number `draw`; [B]."""
-  bound_model, scored_BL = model.bind(params), segment_BL > 0
+def _score(
+  params, tokens_BL, segment_BL, scored_BL, row_B, seed, draw, *, model, mask_id, eos_id, num_samples, right_padded
+):
+  """Minus the log-likelihood of what is scored of rows, by draw number `draw`; [B]."""
+  bound_model = model.bind(params)
 
   def nll(input_BL, target_BL):
     return bound_model.nll(input_BL, target_BL, segment_BL, right_padded=right_padded)
@@ -129,13 +135,14 @@ def report(llada: LLaDA, config: Config, results: dict[str, float], workdir: Pat
   """Shows the bound beside its yardsticks, and the filled canvases; WORKDIR/samples.html, evaluations.jsonl."""
   step = (checkpoint.steps(workdir) or [0])[-1]
   if results:
-    table = Table("held-out text", "bits per byte")
+    table = Table("held-out replies" if config.data.format == "chat" else "held-out text", "bits per byte")
     name = "exact" if llada.model.causal else "bound"
     table.add_row(
       f"lladax ({name})", f"[bold]{results['bits_per_byte']:.3f}[/] ± {results['bits_per_byte_stderr']:.3f}"
     )
-    table.add_row("unigram over the same tokens", f"{results['unigram_bits_per_byte']:.3f}")
-    table.add_row("xz -9", f"{results['xz_bits_per_byte']:.3f}")
+    for name, label in (("unigram", "unigram over the same tokens"), ("xz", "xz -9")):
+      if f"{name}_bits_per_byte" in results:
+        table.add_row(label, f"{results[f'{name}_bits_per_byte']:.3f}")
     console.print(table)
     if distributed.is_first():
       with (workdir / "evaluations.jsonl").open("a") as file:

@@ -420,9 +420,12 @@ def load(path: str | Path, step: int | None = None, mesh: Mesh | None = None) ->
     wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
     raise FileNotFoundError(f"{workdir} has {wanted} (there are: {available or 'none'}); train it first")
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
-  dtypes = checkpoint.metadata(workdir, available[-1])["params"] if imported else shapes  # an import keeps its own
-  at = jax.tree.map(lambda _: here, shapes) if mesh is None else sharding.shardings(mesh, model.letters())
+  shapes, _ = model.split(jax.eval_shape(model.init, jax.random.key(0)))
+  at = jax.tree.map(lambda _: here, shapes)
+  if mesh is not None:
+    at = sharding.shardings(mesh, model.split(model.letters())[0])
+  keeps = imported and not saved.get("init_from")  # an import keeps the dtypes of its files
+  dtypes = checkpoint.metadata(workdir, available[-1])["params"] if keeps else shapes
   abstract = jax.tree.map(
     lambda x, kept, at: jax.ShapeDtypeStruct(x.shape, kept.dtype, sharding=at), shapes, dtypes, at
   )
@@ -433,7 +436,13 @@ def load(path: str | Path, step: int | None = None, mesh: Mesh | None = None) ->
     found = checkpoint.restore_latest(workdir, abstract, set_aside=False)
     assert found is not None
     tree = found[1]
-  return LLaDA(model, tree["params"], **identity)
+  params = tree["params"]
+  if model.lora_rank:
+    if not checkpoint.folder(Path(saved["base"]).parent.parent).is_dir():
+      raise FileNotFoundError(f"{workdir} holds adapters of {saved['base']}, which is not there: put it back")
+    given = load(saved["base"], mesh=mesh).params
+    model, params = dataclasses.replace(model, lora_rank=0), jax.jit(lambda a, x: model.merge(a, x)[1])(params, given)
+  return LLaDA(model, params, **identity)
 
 
 def check_vocabulary(model: MaskPredictorConfig, text: tokenizers.Tokenizer) -> None:

@@ -19,13 +19,16 @@ from lladax import distributed
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; --config.steps=200 overrides a field.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, tokenizer, checkpoints, metrics.")
 _MODE = flags.DEFINE_enum(
-  "mode", "train", ["train", "evaluate", "sample", "chat", "import", "export", "plan"], "What to do."
+  "mode", "train", ["train", "prepare", "evaluate", "sample", "chat", "import", "export", "plan"], "What to do."
 )
 _PROMPT = flags.DEFINE_multi_string(
   "prompt", [], "mode=sample: text to continue, or text with [MASK]s to fill in; repeat for several (default: stdin)."
 )
 _SOURCE = flags.DEFINE_string("source", None, "mode=import: folder in the published layout, or its hub name.")
-_TARGET = flags.DEFINE_string("target", None, "mode=export: new folder for the published layout.")
+_TARGET = flags.DEFINE_string(
+  "target", None, "mode=export: new folder for the published layout. mode=prepare: folder for the records."
+)
+_SHARDS = flags.DEFINE_integer("shards", 16, "mode=prepare: files of each split; each must fit a worker's memory.")
 _DTYPE = flags.DEFINE_enum(
   "dtype", None, ["float32", "bfloat16", "float16"], "mode=export: of the tensors (default: as in the checkpoint)."
 )
@@ -44,12 +47,14 @@ _SYSTEM = flags.DEFINE_string("system", "", "mode=chat: the system prompt.")
 
 def main(argv: list[str]) -> int:
   """Reads the config, and calls the mode; returns the exit code."""
-  if len(argv) > 1:
+  if len(argv) > 1 and _MODE.value != "prepare":  # what follows -- there is for Beam
     raise ValueError(f"unexpected argument {argv[1]!r}: options are written --name=value")
-  if _MODE.value in ("train", "plan") and _CONFIG.value is None:
+  if _MODE.value in ("train", "prepare", "plan") and _CONFIG.value is None:
     raise ValueError("--config is missing: name a config, as in --config=configs/quickstart.py")
   if _MODE.value == "plan":
     return _plan()
+  if _MODE.value == "prepare":
+    return _prepare(argv[1:])
   if not _WORKDIR.value:
     raise ValueError("--workdir is missing: name a folder for the run, as in --workdir=runs/quickstart")
   workdir = Path(_WORKDIR.value).expanduser()
@@ -87,6 +92,17 @@ def main(argv: list[str]) -> int:
     chat.run(config, workdir, _SYSTEM.value)
   else:
     train.show_samples(config, workdir, _PROMPT.value, _HTML.value)
+  return 0
+
+
+def _prepare(beam_options: list[str]) -> int:
+  if not _TARGET.value:
+    raise ValueError("--target is missing: name a folder for the records, as in --target=records/novels")
+  from lladax import config as configs
+  from lladax import prepare
+
+  config = configs.parse(_CONFIG.value.to_dict())
+  prepare.run(config.data, config.tokenizer, _TARGET.value, _SHARDS.value, beam_options)
   return 0
 
 

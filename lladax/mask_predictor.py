@@ -54,6 +54,9 @@ class MaskPredictorConfig:
   attention: str = "auto"  # the kernel, see attention.py
   remat: str = "none"
   head_chunk: int = 8192  # tokens of a device whose logits exist at once
+  lora_rank: int = 0  # of the adapters (arXiv 2106.09685); 0: none
+  lora_alpha: float = 16.0  # the adapters' product counts alpha / rank times
+  lora_targets: tuple[str, ...] = ("q", "k", "v", "out", "gate", "up", "down")  # the matrices that have adapters
 
   def __post_init__(self):
     for name in "DNHGKF":
@@ -71,6 +74,19 @@ class MaskPredictorConfig:
       raise ValueError(f"model.head_chunk={self.head_chunk}: must be at least 1")
     if self.dtype not in ("auto", "float32", "bfloat16"):
       raise ValueError(f"model.dtype={self.dtype!r}: use auto, float32 or bfloat16")
+    object.__setattr__(self, "lora_targets", tuple(self.lora_targets))  # JSON knows lists alone
+    if self.lora_rank < 0:
+      raise ValueError(f"model.lora_rank={self.lora_rank}: must be at least 1, or 0 for no adapters")
+    for name in self.lora_targets:
+      if name not in Block.MATRICES:
+        raise ValueError(f"model.lora_targets: {name!r} is not one of {', '.join(Block.MATRICES)}")
+    if self.lora_rank and not self.lora_targets:
+      raise ValueError("model.lora_targets=(): name the matrices that get adapters")
+
+  @property
+  def R(self) -> int:
+    """The letter of the adapters' rank."""
+    return self.lora_rank
 
   @property
   def compute_dtype(self) -> jnp.dtype:
@@ -90,13 +106,36 @@ class MaskPredictorConfig:
 
   def letters(self) -> dict[str, Any]:
     """The dimension letters of every parameter, in the tree of the parameters: {"embedding": "VD", ...}."""
-    blocks = {name: "N" + letters for name, letters in Block.LETTERS.items()}
+    blocks = {name: "N" + letters for name, letters in Block.letters(self).items()}
     return {"embedding": "VD", "blocks": blocks, "final_norm": "D"} | ({} if self.tied else {"head": "DV"})
 
   def new_cache(self, batch_size: int, length: int) -> Cache:
     """An empty cache of keys and values for canvases [batch_size, length]."""
     shape = (self.N, batch_size, length, self.G, self.K)
     return {name: sharding.constrain(jnp.zeros(shape, self.compute_dtype), ".B.GK") for name in ("k", "v")}
+
+  def split(self, params: Params) -> tuple[Params, Params]:
+    """(what is trained, what is frozen): the adapters and the rest, or all and nothing."""
+    if not self.lora_rank:
+      return params, {}
+    own = {name for name in Block.letters(self) if name not in Block.LETTERS}
+    blocks = params["blocks"]
+    rest = {name: x for name, x in blocks.items() if name not in own}
+    return {"blocks": {name: blocks[name] for name in sorted(own)}}, params | {"blocks": rest}
+
+  def join(self, trained: Params, frozen: Params) -> Params:
+    """The whole again."""
+    return frozen | {"blocks": frozen["blocks"] | trained["blocks"]} if self.lora_rank else trained
+
+  def merge(self, trained: Params, frozen: Params) -> tuple["MaskPredictorConfig", Params]:
+    """The model without adapters, W + alpha / rank A B in the dtype of W; pure: jit it."""
+    blocks = dict(frozen["blocks"])
+    for name in self.lora_targets:
+      a, b = (trained["blocks"][f"{name}_{x}"].astype(jnp.float32) for x in "ab")
+      w32 = blocks[name].astype(jnp.float32)
+      update = jnp.einsum("NIR,NRO->NIO", a.reshape(self.N, -1, self.R), b.reshape(self.N, self.R, -1))
+      blocks[name] = (w32 + self.lora_alpha / self.R * update.reshape(w32.shape)).astype(blocks[name].dtype)
+    return dataclasses.replace(self, lora_rank=0), frozen | {"blocks": blocks}
 
   def num_params(self, embedding: bool = True) -> int:
     """Parameter count; without `embedding`, neither the embedding nor the head."""
@@ -151,6 +190,16 @@ class Block(nnx.Module):
     "attention_norm": "D", "q": "DHK", "k": "DGK", "v": "DGK", "out": "HKD",
     "ff_norm": "D", "gate": "DF", "up": "DF", "down": "FD",
   }  # fmt: skip
+  MATRICES = {"q": "D", "k": "D", "v": "D", "out": "HK", "gate": "D", "up": "D", "down": "F"}  # and their input's letters
+
+  @classmethod
+  def letters(cls, c: MaskPredictorConfig) -> dict[str, str]:
+    """The dimension letters of a layer's parameters; of a matrix's adapters, NAME_a and NAME_b, too."""
+    found = dict(cls.LETTERS)
+    for name in c.lora_targets if c.lora_rank else ():
+      inputs = cls.MATRICES[name]
+      found |= {name + "_a": inputs + "R", name + "_b": "R" + cls.LETTERS[name].removeprefix(inputs)}
+    return found
 
   def __init__(self, c: MaskPredictorConfig, depth: jax.Array, *, rngs: nnx.Rngs):
     self.c = c
@@ -164,10 +213,16 @@ class Block(nnx.Module):
     self.gate = _weight(rngs, c, "DF", c.D)
     self.up = _weight(rngs, c, "DF", c.D)
     self.down = _weight(rngs, c, "FD", c.F, residual)
+    for name, letters in Block.letters(c).items():
+      if name.endswith("_a"):
+        setattr(self, name, _weight(rngs, c, letters, math.prod(getattr(c, letter) for letter in letters[:-1])))
+      elif name.endswith("_b"):
+        setattr(self, name, nnx.Param(jnp.zeros([getattr(c, letter) for letter in letters])))
 
   def weight(self, name: str, dtype: jnp.dtype) -> jax.Array:
     """A parameter in the compute dtype, gathered along its width: cast first, so that half the bytes travel."""
-    return checkpoint_name(sharding.gather(getattr(self, name)[...].astype(dtype), self.LETTERS[name]), "gathered")
+    letters = Block.letters(self.c)[name]
+    return checkpoint_name(sharding.gather(getattr(self, name)[...].astype(dtype), letters), "gathered")
 
   def __call__(self, x_BWD, cache: Cache | None, *, cos, sin, start, attend):
     """Returns the new stream, and the layer's keys and values over the canvas if there is a cache to write.
@@ -178,8 +233,11 @@ class Block(nnx.Module):
 
     def project(x, name, letters):  # the axes behind B and W times the weight, to these letters
       x_BWI = x.reshape(*x.shape[:2], -1)
-      weight = self.weight(name, dtype).reshape(x_BWI.shape[-1], -1)
-      out = (_flat(x_BWI) if sharding.axis_size("context") == 1 else x_BWI) @ weight
+      x_I = _flat(x_BWI) if sharding.axis_size("context") == 1 else x_BWI
+      out = x_I @ self.weight(name, dtype).reshape(x_BWI.shape[-1], -1)
+      if c.lora_rank and name in c.lora_targets:
+        low = x_I @ self.weight(name + "_a", dtype).reshape(-1, c.R)
+        out += (c.lora_alpha / c.R) * (low @ self.weight(name + "_b", dtype).reshape(c.R, -1))
       out = out.reshape(*x.shape[:2], *(getattr(c, letter) for letter in letters))
       return sharding.constrain(out, "BL" + letters)
 

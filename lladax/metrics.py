@@ -30,13 +30,13 @@ def peak_flops(device: jax.Device) -> float | None:
   return next((peak for kind, peak in PEAK_FLOPS.items() if kind in device.device_kind), None)
 
 
-def flops_per_token(num_params: int, layers: int, width: int, length: int) -> float:
-  """Model FLOPs of a training step per token: 6 N + 12 L d T.
+def flops_per_token(num_params: int, layers: int, width: int, length: int, frozen: int = 0) -> float:
+  """Model FLOPs of a training step per token: 6 N + 12 L d T, less 2 for each frozen parameter, which has no gradient.
 
   6 for each of the N parameters in a matmul (head included, embedding look-up not), and 12 x layers x attention
   width x length for attention, which is bidirectional and counted in full. Recomputation is not counted.
   """
-  return 6.0 * num_params + 12.0 * layers * width * length
+  return 6.0 * num_params - 2.0 * frozen + 12.0 * layers * width * length
 
 
 class Writer:

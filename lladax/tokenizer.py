@@ -115,15 +115,27 @@ class Tokenizer:
     """Ids of a conversation in LLaDA's template; `ask` opens the assistant's next reply."""
     ids = [] if self.bos_id is None else [self.bos_id]
     for message in messages:
-      role, content = message.get("role"), message.get("content")
-      if role not in ROLES or not isinstance(content, str):
-        raise ValueError(f"a message of role {role!r}: use {', '.join(ROLES)}, and a text as content")
-      ids += [*self._turn(role, content.strip()), self.eot_id]
+      ids += self.message(message)
     return ids + self._turn("assistant", "") if ask else ids
+
+  def message(self, message: Mapping[str, str]) -> list[int]:
+    """Ids of one message of a conversation, up to its EoT."""
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES or not isinstance(content, str):
+      raise ValueError(f"a message of role {role!r}: use {', '.join(ROLES)}, and a text as content")
+    return [*self._turn(role, content.strip()), self.eot_id]
+
+  def reply(self, text: str) -> list[int]:
+    """Ids of a reply behind `chat(..., ask=True)`, up to its EoT."""
+    return [*self.encode(text.strip()), self.eot_id]
 
   def _turn(self, role: str, text: str) -> list[int]:
     header = [self.start_header_id, *self.encode(role), self.end_header_id]
     return header + self.encode("\n\n" + text)
+
+  def __reduce__(self):
+    """Pickles as what `save` writes, so that other processes can have it."""
+    return _rebuild, (self._vocabulary.kind, self._vocabulary.content, self._names)
 
   def save(self, folder: str | pathlib.Path) -> None:
     """Writes all that `load` needs into the folder."""
@@ -144,6 +156,10 @@ def load(folder: str | pathlib.Path) -> Tokenizer:
   kind = _KINDS[settings["kind"]]
   content = path.with_name(kind.file).read_bytes() if kind.file else b""
   return Tokenizer(kind(content), settings["names"])
+
+
+def _rebuild(kind: str, content: bytes, names: Mapping[str, str]) -> Tokenizer:
+  return Tokenizer(_KINDS[kind](content), names)
 
 
 def create(config: TokenizerConfig, texts: Sequence[str] | None = None) -> Tokenizer:

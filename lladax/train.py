@@ -8,10 +8,10 @@ the metrics of step n - 1 are written -> every so often an asynchronous checkpoi
 
 import dataclasses
 import functools
-import hashlib
 import json
 import logging
 import math
+import shutil
 import signal
 import sys
 import time
@@ -47,11 +47,12 @@ from lladax.llada import LLaDA, check_vocabulary, load
 
 
 class State(NamedTuple):
-  """What a step updates. `params` and Adam's moments are float32."""
+  """What a step updates, and what it does not. `params` and Adam's moments are float32."""
 
   step: jax.Array
-  params: Any
+  params: Any  # what is trained
   opt_state: Any
+  frozen: Any = {}  # the other parameters, where adapters are trained; in the compute dtype
 
 
 def train_step(
@@ -69,13 +70,14 @@ def train_step(
 
   def loss_fn(params, batch):
     segment_BL = batch["segment"] if config.masks_attention else None
-    nll = functools.partial(config.model.bind(params).nll, segment_BL=segment_BL, right_padded=not config.data.segments)
+    model = config.model.bind(config.model.join(params, state.frozen))
+    nll = functools.partial(model.nll, segment_BL=segment_BL, right_padded=not config.data.separates)
     if config.objective == "autoregressive":
       return autoregressive.loss(nll, batch, start_id=eos_id)
     nll = functools.partial(nll, per_pair=config.noise.targets_per_pair(L))
     return diffusion.loss(nll, batch, rng, mask_id=mask_id, noise=config.noise, batch_size=B)
 
-  letters = config.model.letters()
+  letters, _ = config.model.split(config.model.letters())
 
   def gradient(batch):
     batch = {name: sharding.constrain(x, "BL"[: x.ndim]) for name, x in batch.items()}
@@ -97,7 +99,7 @@ def train_step(
 
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   scalars |= {"grad_norm": optax.tree.norm(grads)}
-  return State(state.step + 1, optax.apply_updates(state.params, updates), opt_state), scalars
+  return State(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.frozen), scalars
 
 
 class Run(NamedTuple):
@@ -111,7 +113,8 @@ class Run(NamedTuple):
   init: Callable[[], State]
   shardings: State
   batch_sharding: dict[str, Any]
-  stream_T: Any
+  sources: list[data.Source]
+  base: str  # the checkpoint that the run begins from; "": random parameters
 
 
 def check_mesh(config: Config, mesh: Mesh) -> None:
@@ -124,7 +127,7 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
   c, L = config.model, config.data.length
   attention.choose(
     c.attention, W=L, L=L, K=c.K, dtype=c.compute_dtype, causal=c.causal, platform=mesh.devices.flat[0].platform,
-    segments="any" if config.data.segments else "right", context=mesh.shape["context"],
+    segments="any" if config.data.separates else "right", context=mesh.shape["context"],
   )  # fmt: skip
 
 
@@ -135,46 +138,73 @@ def prepare(config: Config, workdir: Path) -> Run:
   saved_config = workdir / "config.json"
   saved = json.loads(saved_config.read_text()) if saved_config.exists() else None
   console = _console()
-  console.print(f"reading data.corpus={config.data.corpus!r}")
-  train_texts, held_out = data.texts(config.data)
-  if saved:
-    text = tokenizer.load(workdir / "tokenizer")
+  base = (saved.get("base", "") if saved else find_base(config.init_from)) if config.init_from else ""
+  if base:
+    begun = saved or json.loads((Path(base).parent.parent / "config.json").read_text())
+    shape = {name: begun["model"][name] for name in _SHAPE}
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **shape))
+    console.print(f"parameters, their shape and the tokenizer are those of {base}")
+  console.print(f"reading {', '.join(config.data.corpora)}")
+  if saved or base:
+    text = tokenizer.load((workdir if saved else Path(base).parent.parent) / "tokenizer")
   else:
-    text = tokenizer.create(config.tokenizer, train_texts)
+    text = data.prepared_tokenizer(config.data) or tokenizer.create(config.tokenizer, data.texts(config.data)[0])
   model = dataclasses.replace(config.model, V=config.model.V or text.rows)
   check_vocabulary(model, text)
   config = dataclasses.replace(config, model=model)
   check_mesh(config, mesh)
-  plain = json.loads(json.dumps(dataclasses.asdict(config) | {"tokenizer_fingerprint": text.fingerprint}))
+  extra = {"tokenizer_fingerprint": text.fingerprint, "base": base}
+  plain = json.loads(json.dumps(dataclasses.asdict(config) | extra))
   if saved:
     check_saved(saved, plain, workdir)
-  stream_T = data.stream(train_texts, text)
-  size = sum(len(x.encode()) for x in train_texts)
-  console.print(
-    f"{len(train_texts):,} documents ({size:,} bytes, {len(stream_T):,} tokens of a vocabulary of {text.vocab_size:,})"
-    f" to train on, {len(held_out):,} held out"
-  )
-  next(data.batches(stream_T, config.data, eos_id=text.eos_id, seed=config.seed, start=0, stop=1))  # too short?
-  digest = hashlib.blake2b(stream_T.tobytes()).hexdigest()
+  sources = data.sources(config.data, text, config.seed)
+  for name, source in zip(config.data.corpora, sources, strict=True):
+    console.print(f"{name}: {source.about}")
+  digest = "".join(source.digest for source in sources)
   distributed.agree(config=json.dumps(plain), data=digest, workdir=str(workdir), jax=jax.__version__)
   if distributed.is_first():
     workdir.mkdir(parents=True, exist_ok=True)
     if not saved:
       text.save(workdir / "tokenizer")
+      published = Path(base).parent.parent / "published"
+      if base and published.is_dir():  # for the way back
+        shutil.copytree(published, workdir / "published", dirs_exist_ok=True)
     new_config = saved_config.with_suffix(".new")
     new_config.write_text(json.dumps(plain, indent=2) + "\n")
     new_config.replace(saved_config)  # at once: a run may be killed here
-  return Run(config, workdir, text, mesh, *program(config, mesh), stream_T)
+  return Run(config, workdir, text, mesh, *program(config, mesh), sources, base)
+
+
+_SHAPE = ("D", "N", "H", "G", "K", "F", "V", "tied", "rope_theta", "norm_eps", "max_length")
+
+
+def find_base(init_from: str) -> str:
+  """The checkpoint that a run begins from: `init_from` itself, or the last one of that workdir.
+
+  Raises:
+    FileNotFoundError: there is none.
+  """
+  path = Path(init_from).expanduser().absolute()
+  step = path.name if path.name.isdecimal() and path.parent.name == "checkpoints" else ""
+  workdir = path.parent.parent if step else path
+  steps = checkpoint.steps(workdir)
+  if not (workdir / "config.json").is_file() or not steps or (step and int(step) not in steps):
+    there = f"there are the steps {steps}" if steps else "there is no checkpoint"
+    raise FileNotFoundError(f"init_from={init_from}: {there}; name a workdir that was trained, or made by --mode=import")
+  if not (workdir / "tokenizer").is_dir():
+    raise FileNotFoundError(f"init_from={init_from}: there is no tokenizer in it to read text with")
+  return str(checkpoint.folder(workdir) / (step or str(steps[-1])))
 
 
 def program(config: Config, mesh: Mesh) -> tuple[optax.GradientTransformation, Callable[[], State], State, Any]:
   """(optimizer, how the state begins, where it lives, where the columns of a batch live)."""
-  letters = config.model.letters()
+  c = config.model
+  letters, frozen_letters = c.split(c.letters())
   tx = optimizer.create(config.optimizer, config.steps, letters)
 
   def init() -> State:
-    params = config.model.init(jax.random.fold_in(jax.random.key(config.seed), 0x1217))
-    return State(jnp.int32(0), params, tx.init(params))
+    params, frozen = c.split(c.init(jax.random.fold_in(jax.random.key(config.seed), 0x1217)))
+    return State(jnp.int32(0), params, tx.init(params), jax.tree.map(lambda x: x.astype(c.compute_dtype), frozen))
 
   shapes = jax.eval_shape(init)
   everywhere = sharding.shardings(mesh, "")
@@ -182,7 +212,26 @@ def program(config: Config, mesh: Mesh) -> tuple[optax.GradientTransformation, C
   opt_at = jax.tree.map(lambda _: everywhere, shapes.opt_state)
   opt_at = optax.tree_utils.tree_set(opt_at, mu=params_at, nu=params_at)
   columns = {"tokens": "BL", "weight": "BL", "segment": "BL", "index": "B"}
-  return tx, init, State(everywhere, params_at, opt_at), sharding.shardings(mesh, columns)
+  at = State(everywhere, params_at, opt_at, sharding.shardings(mesh, frozen_letters))
+  return tx, init, at, sharding.shardings(mesh, columns)
+
+
+def begin(run: Run) -> State:
+  """The state of step 0: random parameters, or those of `run.base`; of adapters the second factor is 0."""
+  # Random draws compile slowly on a CPU, and run once: a fifth of the time without optimisation.
+  quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+  if not run.base:
+    return jax.jit(run.init, out_shardings=run.shardings, compiler_options=quick)()
+  given = load(run.base, mesh=run.mesh).params
+  frozen: Any = {}
+  if run.config.model.lora_rank:
+    dtype = run.config.model.compute_dtype
+    frozen = jax.jit(lambda x: jax.tree.map(lambda x: x.astype(dtype), x), out_shardings=run.shardings.frozen)(given)
+    params = jax.jit(lambda: run.init().params, out_shardings=run.shardings.params, compiler_options=quick)()
+  else:
+    params = jax.jit(lambda x: jax.tree.map(lambda x: x.astype(jnp.float32), x), out_shardings=run.shardings.params)(given)
+  opt_state = jax.jit(run.tx.init, out_shardings=run.shardings.opt_state)(params)
+  return State(jax.device_put(jnp.int32(0), run.shardings.step), params, opt_state, frozen)
 
 
 def jit_step(config: Config, tx: optax.GradientTransformation, at: State, *, mask_id: int, eos_id: int) -> Any:
@@ -194,13 +243,19 @@ def jit_step(config: Config, tx: optax.GradientTransformation, at: State, *, mas
 def flops_per_token(config: Config) -> float:
   """Model FLOPs of a training step per token, `metrics.flops_per_token` of the config's model."""
   c = config.model
-  return metrics.flops_per_token(_matmuls(config), c.N, c.H * c.K, config.data.length)
+  return metrics.flops_per_token(_matmuls(config), c.N, c.H * c.K, config.data.length, _frozen(config))
 
 
 def _matmuls(config: Config) -> int:
   """Parameters in matmuls: all but the embedding, where that is not the head."""
   c = config.model
   return c.num_params() - (0 if c.tied else c.V * c.D)
+
+
+def _frozen(config: Config) -> int:
+  """Parameters in matmuls that have no gradient."""
+  c = config.model
+  return _matmuls(dataclasses.replace(config, model=dataclasses.replace(c, lora_rank=0))) if c.lora_rank else 0
 
 
 def train(config: Config, workdir: str | Path) -> dict[str, float]:
@@ -222,9 +277,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
 
 def _train(run: Run, console: Console, began: float) -> dict[str, float]:
   config = run.config
-  # Random draws compile slowly on a CPU, and run once: a fifth of the time without optimisation.
-  quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-  state = jax.jit(run.init, out_shardings=run.shardings, compiler_options=quick)()
+  state = begin(run)
   restored = checkpoint.restore_latest(run.workdir, _abstract(to_tree(state)))
   if restored:
     state = from_tree(restored[1], state)
@@ -251,8 +304,8 @@ def _train(run: Run, console: Console, began: float) -> dict[str, float]:
 def _loop(run: Run, state: State, jitted: Any, start: int, console: Console, stop: "_Interrupt") -> State:
   config, workdir = run.config, run.workdir
   batches = data.batches(
-    run.stream_T, config.data, eos_id=run.text.eos_id, seed=config.seed, start=start, stop=config.steps,
-    rows_R=sharding.local_rows(run.batch_sharding["index"], (config.data.batch_size,)),
+    run.sources, config.data, eos_id=run.text.eos_id, seed=config.seed, steps=config.steps, start=start,
+    stop=config.steps, rows_R=sharding.local_rows(run.batch_sharding["index"], (config.data.batch_size,)),
   )  # fmt: skip
   put = functools.partial(_put, run.batch_sharding, config.data.batch_size)
   watchdog = distributed.Watchdog(config.log.hang_seconds)
@@ -329,6 +382,8 @@ def describe(run: Run, state: State, compiled: Any, console: Console) -> float:
   config, c = run.config, run.config.model
   axes = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items() if size > 1)
   title = f"{c.num_params():,} parameters" + (f" on a mesh of {axes}" if axes else "")
+  if frozen := sum(x.size for x in jax.tree.leaves(state.frozen)):
+    title += f"; {frozen:,} are frozen ({next(iter(jax.tree.leaves(state.frozen))).dtype}), and these are trained"
   table = Table("parameter", "letters", "shape", "size", "on a device", title=title, title_justify="left")
   letters = dict(checkpoint.flat(c.letters()))
   for name, x in checkpoint.flat(state.params):
@@ -351,7 +406,7 @@ def describe(run: Run, state: State, compiled: Any, console: Console) -> float:
   kind = jax.devices()[0].device_kind
   console.print(
     f"{flops / 1e6:,.2f} MFLOP per token = 6 N + 12 L d T with N={_matmuls(config):,}, L={c.N}, d={c.H * c.K},"
-    f" T={config.data.length}; {jax.device_count()} x {kind}, "
+    f" T={config.data.length}{f', less 2 for each of {n:,} frozen' if (n := _frozen(config)) else ''}; {jax.device_count()} x {kind}, "
     + (f"peak {peak / 1e12:,.0f} TFLOP/s each" if peak else "unknown peak")
   )
   return flops
@@ -366,11 +421,11 @@ def to_tree(state: State, *, copy: bool = True) -> dict[str, Any]:
 
 
 def from_tree(tree: dict[str, Any], like: State) -> State:
-  """The state that was saved."""
+  """The state that was saved; what is frozen is never saved."""
   opt_state = optax.tree_utils.tree_set(like.opt_state, mu=tree["mu"], nu=tree["nu"], count=tree["step"])
   # The optimizer's counters and the step must be arrays of their own: the whole state is donated.
   opt_state = jax.tree.map(lambda x: jnp.copy(x) if x is tree["step"] else x, opt_state)
-  return State(tree["step"], tree["params"], opt_state)
+  return State(tree["step"], tree["params"], opt_state, like.frozen)
 
 
 def _console() -> Console:
@@ -383,8 +438,9 @@ def _abstract(tree: Any) -> Any:
 
 
 def _llada(run: Run, state: State) -> LLaDA:
+  c = run.config.model
   return LLaDA(
-    run.config.model, state.params, run.text, run.text.mask_id, run.text.eos_id, run.text.vocab_size, run.text.eot_id
+    c, c.join(state.params, state.frozen), run.text, run.text.mask_id, run.text.eos_id, run.text.vocab_size, run.text.eot_id
   )
 
 

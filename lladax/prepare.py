@@ -1,0 +1,355 @@
+"""A corpus to prepared records (see records.py), with Apache Beam: on this machine, or on any cluster that runs Beam.
+
+The life of a document:
+
+  its file is read by some worker; its hash says whether it is held out, and to which shard it goes;
+  a shard's documents meet on some worker, are sorted by their hash (which shuffles them) and lose their duplicates;
+  they are tokenised, each followed by EOS, laid end to end, and cut into records; a shard's last record is padded;
+  the shard is written under another name, renamed when it is whole, and its counts are written beside it.
+
+Nothing of this depends on the number of workers, and neither do the bytes of the files. A preparation that was cut off
+goes on with the same command: shards that are whole are kept. Memory: a worker holds one shard's text.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from lladax import corpus, records
+from lladax import tokenizer as tokenizers
+from lladax.data import DataConfig, texts
+from lladax.tokenizer import Tokenizer, TokenizerConfig
+
+_BATCH_BYTES = 4_000_000  # of documents that travel together
+_COUNTS = ("documents", "bytes", "tokens", "records", "padding", "duplicates")
+Key = tuple[str, int]  # (split, shard)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """What decides every byte of the records."""
+
+  corpus: str
+  text_field: str
+  held_out: float
+  length: int
+  shards: int
+  tokenizer_fingerprint: str
+
+  def key(self, text: str) -> tuple[Key, bytes]:
+    """((split, shard), hash) of a document."""
+    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+    split = records.SPLITS[corpus.is_held_out(text, self.held_out)]
+    return (split, int.from_bytes(digest[:8]) % self.shards), digest
+
+
+def run(data: DataConfig, tokenizer: TokenizerConfig, target: str, shards: int, beam_options: list[str]) -> dict[str, Any]:
+  """Prepares the corpus of a config; returns the manifest.
+
+  Args:
+    data: corpus, text_field, bad_lines, held_out and length.
+    tokenizer: as for training; SentencePiece without a path is trained on the whole corpus, on this machine.
+    target: folder, or an address that fsspec can write to.
+    shards: files of each split; each is made by one worker, in memory.
+    beam_options: as for any Beam pipeline, such as --runner=DataflowRunner, or --direct_num_workers=2
+      --direct_running_mode=multi_processing.
+
+  Raises:
+    ValueError, FileNotFoundError: bad input, one line.
+  """
+  console = Console(stderr=True, highlight=False, soft_wrap=True)
+  if data.format != "text" or data.mixture:
+    raise ValueError("--mode=prepare makes records of one corpus of text: data.format=text, no data.mixture")
+  if shards < 1:
+    raise ValueError(f"--shards={shards}: must be at least 1")
+  logging.disable(logging.WARNING)  # Beam complains of clouds that are not installed
+  try:
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions
+  except ImportError as error:
+    raise ValueError(f"--mode=prepare needs Apache Beam ({error}): pip install 'lladax[prepare]'") from None
+  finally:
+    logging.disable(logging.NOTSET)
+  parts = corpus.parts(data.corpus)
+  system, root = fsspec.url_to_fs(os.path.expanduser(target))
+  folder = _Folder(target, root)
+  if system.exists(f"{root}/{records.MANIFEST}"):
+    raise ValueError(f"--target={target} holds finished records already: choose another folder, or delete it")
+  text = _tokenizer(folder, tokenizer, data, console)
+  recipe = Recipe(data.corpus, data.text_field, data.held_out, data.length, shards, text.fingerprint)
+  done = folder.begin(recipe)
+  if done:
+    console.print(f"{len(done)} of {2 * shards} shards of {target} are whole already, and are kept")
+  options = PipelineOptions(["--default_sdk_harness_log_level=ERROR", *beam_options])
+  logging.getLogger("apache_beam").setLevel(logging.ERROR)
+  began = time.monotonic()
+  try:
+    with _progress(folder, 2 * shards, console), beam.Pipeline(options=options) as pipeline:
+      read = (
+        pipeline
+        | "parts" >> beam.Create(parts)
+        | "spread" >> beam.Reshuffle()
+        | "read" >> beam.ParDo(_reader(recipe, data.bad_lines, done)).with_outputs("tally", main="documents")
+      )
+      read.documents | "shards" >> beam.GroupByKey() | "write" >> beam.Map(_write, recipe, folder, text)
+      read.tally | "tallies" >> beam.combiners.ToList() | "sum" >> beam.Map(_write_tally, folder)
+  except Exception as error:
+    if line := _own_error(str(error)):
+      raise ValueError(line) from None
+    raise
+  for key in ((split, shard) for split in records.SPLITS for shard in range(shards)):
+    if not folder.counts(key):  # no document went there
+      _write((key, []), recipe, folder, text)
+  manifest = _finish(folder, recipe, text)
+  _report(manifest, 0.0 if done else time.monotonic() - began, target, console)
+  return manifest
+
+
+class _Folder:
+  """The target: files are written here and put there, whole or not at all. Travels to workers as its address."""
+
+  def __init__(self, target: str, root: str):
+    self.target, self.root = target, root
+
+  @property
+  def system(self) -> Any:
+    return fsspec.url_to_fs(os.path.expanduser(self.target))[0]
+
+  def read(self, name: str) -> bytes | None:
+    """A file's content; None if it is not there."""
+    path = f"{self.root}/{name}"
+    return self.system.cat_file(path) if self.system.exists(path) else None
+
+  def write(self, name: str, content: bytes) -> None:
+    self.system.makedirs(self.root, exist_ok=True)
+    self.system.pipe_file(f"{self.root}/{name}.incomplete", content)
+    self.system.mv(f"{self.root}/{name}.incomplete", f"{self.root}/{name}")
+
+  def put(self, local: str, name: str) -> None:
+    self.system.put_file(local, f"{self.root}/{name}.incomplete")
+    self.system.mv(f"{self.root}/{name}.incomplete", f"{self.root}/{name}")
+
+  def counts(self, key: Key) -> dict[str, int] | None:
+    """The counts of a shard that is whole."""
+    content = self.read(_counts_name(key))
+    return json.loads(content) if content else None
+
+  def begin(self, recipe: Recipe) -> set[Key]:
+    """The shards that are whole; refuses a folder that was begun otherwise."""
+    given = dataclasses.asdict(recipe)
+    before = self.read("recipe.json")
+    if before is None:
+      self.write("recipe.json", json.dumps(given, indent=2).encode())
+      return set()
+    found = json.loads(before)
+    differ = [f"{name}: {found.get(name)!r} there, {given[name]!r} here" for name in given if found.get(name) != given[name]]
+    if differ:
+      raise ValueError(f"--target={self.target} was begun with another recipe ({'; '.join(differ)}): choose another folder")
+    keys = [(split, shard) for split in records.SPLITS for shard in range(recipe.shards)]
+    names = {path.rsplit("/", 1)[-1] for path in self.system.ls(self.root, detail=False)}
+    return {key for key in keys if _counts_name(key) in names}
+
+  def done(self) -> int:
+    """How many shards are whole."""
+    return len(self.system.glob(f"{self.root}/counts-*.json"))
+
+
+def _counts_name(key: Key) -> str:
+  return f"counts-{key[0]}-{key[1]:05d}.json"
+
+
+def _tokenizer(folder: _Folder, config: TokenizerConfig, data: DataConfig, console: Console) -> Tokenizer:
+  """The tokenizer of the target where it was begun before, else a new one, which is written there."""
+  with tempfile.TemporaryDirectory() as here:
+    remote = f"{folder.root}/tokenizer"
+    if folder.system.exists(f"{remote}/{tokenizers.SETTINGS}"):
+      folder.system.get(f"{remote}/", here + "/", recursive=True)
+      return tokenizers.load(here)
+    if config.kind == "sentencepiece" and not config.path:
+      console.print("training the tokenizer on the corpus")
+    trains = config.kind == "sentencepiece" and not config.path
+    text = tokenizers.create(config, texts(data)[0] if trains else None)
+    text.save(here)
+    names = sorted(os.listdir(here), key=lambda name: name == tokenizers.SETTINGS)  # the settings last
+    for name in names:
+      folder.system.makedirs(remote, exist_ok=True)
+      folder.system.put_file(f"{here}/{name}", f"{remote}/{name}")
+  return text
+
+
+def _reader(recipe: Recipe, bad_lines: str, done: set[Key]) -> Any:
+  """The DoFn from parts of the corpus to (key, [(hash, text), ...]), and a tally of each part."""
+  import apache_beam as beam
+
+  class Read(beam.DoFn):
+    def process(self, part: str) -> Iterator[Any]:
+      tally = corpus.Tally(bad_lines)
+      waiting, size = collections.defaultdict(list), 0
+      for text in corpus.read_texts(part, recipe.text_field, tally):
+        key, digest = recipe.key(text)
+        if key in done:
+          continue
+        waiting[key].append((digest, text))
+        size += len(text)
+        if size > _BATCH_BYTES:
+          yield from waiting.items()
+          waiting, size = collections.defaultdict(list), 0
+      yield from waiting.items()
+      yield beam.pvalue.TaggedOutput("tally", (tally.items, tally.empty, tally.bad))
+
+  return Read()
+
+
+def _write(of: tuple[Key, Iterable[list[tuple[bytes, str]]]], recipe: Recipe, folder: _Folder, text: Tokenizer) -> None:
+  """Writes a shard and its counts."""
+  from array_record.python.array_record_module import ArrayRecordWriter
+
+  (split, shard), batches = of
+  found = sorted(item for batch in batches for item in batch)
+  unique = [item for i, item in enumerate(found) if not i or item != found[i - 1]]
+  count = dict.fromkeys(_COUNTS, 0) | {"documents": len(unique), "duplicates": len(found) - len(unique)}
+  L, name = recipe.length, records.file_name(split, shard, recipe.shards)
+  with tempfile.TemporaryDirectory() as here:
+    local = f"{here}/{name}"
+    writer = ArrayRecordWriter(local, "group_size:1")
+    for tokens_L, segment_L in _cut(_encoded(unique, text, count), L, text.eos_id):
+      writer.write(records.encode(tokens_L, segment_L))
+      count["records"] += 1
+      count["padding"] += int((segment_L == 0).sum())
+    writer.close()
+    folder.put(local, name)
+  folder.write(_counts_name((split, shard)), json.dumps(count).encode())
+
+
+def _encoded(documents: list[tuple[bytes, str]], text: Tokenizer, count: dict[str, int]) -> Iterator[np.ndarray]:
+  for _, document in documents:
+    ids = np.array([*text.encode(document), text.eos_id], np.int32)
+    count["tokens"] += len(ids)
+    count["bytes"] += len(document.encode())
+    yield ids
+
+
+def _cut(documents: Iterable[np.ndarray], L: int, eos_id: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Documents end to end, in windows: (tokens, segment) [L]; the last one is padded."""
+  tokens_L, segment_L, at, number = np.full(L, eos_id, np.int32), np.zeros(L, np.int32), 0, 0
+  for ids in documents:
+    number += 1
+    while len(ids):
+      taken = ids[: L - at]
+      tokens_L[at : at + len(taken)], segment_L[at : at + len(taken)] = taken, number
+      ids, at = ids[len(taken) :], at + len(taken)
+      if at == L:
+        yield tokens_L, segment_L
+        tokens_L, segment_L, at, number = np.full(L, eos_id, np.int32), np.zeros(L, np.int32), 0, int(len(ids) > 0)
+  if at:
+    yield tokens_L, segment_L
+
+
+def _write_tally(tallies: list[tuple[int, int, int]], folder: _Folder) -> None:
+  items, empty, bad = map(sum, zip(*tallies, strict=True))
+  content = {"parts": len(tallies), "documents": items, "empty": empty, "bad_lines": bad}
+  folder.write("read.json", json.dumps(content).encode())
+
+
+def _finish(folder: _Folder, recipe: Recipe, text: Tokenizer) -> dict[str, Any]:
+  """The manifest, from the counts of the shards, and what TFDS wants to know."""
+  shards = {split: [folder.counts((split, i)) or {} for i in range(recipe.shards)] for split in records.SPLITS}
+  splits = {split: {name: sum(x[name] for x in of) for name in _COUNTS} for split, of in shards.items()}
+  read = json.loads(folder.read("read.json") or b"{}")
+  documents = sum(x["documents"] + x["duplicates"] for x in splits.values())
+  if documents != read["documents"]:
+    raise ValueError(
+      f"--target={folder.target}: {read['documents']} documents were read, and {documents} are in its shards: the corpus"
+      " has changed since it was begun; delete it, and prepare it again"
+    )
+  if not documents:
+    raise ValueError(f"data.corpus={recipe.corpus!r} holds no text: every document is empty")
+  manifest = {"format": 1, **dataclasses.asdict(recipe), "vocab_size": text.vocab_size, "eos_id": text.eos_id, "read": read,
+              "splits": splits}  # fmt: skip
+  _describe_to_tfds(folder, recipe, {split: [x["records"] for x in of] for split, of in shards.items()})
+  folder.write(records.MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+  return manifest
+
+
+def _describe_to_tfds(folder: _Folder, recipe: Recipe, lengths: dict[str, list[int]]) -> None:
+  import tensorflow_datasets as tfds
+
+  kept = ("dataset_info.json", "features.json")
+  array = tfds.features.Tensor(shape=(recipe.length,), dtype=np.int32, encoding="bytes")
+  with tempfile.TemporaryDirectory() as here:
+    template = tfds.core.ShardedFileTemplate(
+      data_dir=here, dataset_name=records.NAME, filetype_suffix="array_record",
+      template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+    )  # fmt: skip
+    splits = [
+      tfds.core.SplitInfo(name=split, shard_lengths=counts, num_bytes=0, filename_template=template)
+      for split, counts in lengths.items()
+    ]
+    for split, counts in lengths.items():
+      for shard in range(len(counts)):
+        Path(here, records.file_name(split, shard, len(counts))).touch()  # their names are looked for
+    tfds.folder_dataset.write_metadata(
+      data_dir=here, features={"tokens": array, "segment": array}, split_infos=splits, filename_template=template,
+      check_data=False, description=f"{recipe.corpus} as records of {recipe.length} token ids, by lladax",
+    )  # fmt: skip
+    for name in kept:
+      folder.write(name, Path(here, name).read_bytes())
+
+
+class _progress:
+  """Says on the console how many shards are whole."""
+
+  def __init__(self, folder: _Folder, total: int, console: Console):
+    self._stop = threading.Event()
+    status = console.status("reading")
+
+    def watch():
+      with status:
+        while not self._stop.wait(1.0):
+          done = folder.done()
+          status.update(f"{done} of {total} shards are whole" if done else "reading and sorting")
+
+    self._thread = threading.Thread(target=watch, daemon=True)
+
+  def __enter__(self):
+    self._thread.start()
+
+  def __exit__(self, *_):
+    self._stop.set()
+    self._thread.join()
+
+
+def _own_error(message: str) -> str:
+  """The line that lladax raised on a worker, out of what Beam made of it."""
+  found = re.findall(r"(?:ValueError|FileNotFoundError): (data\.[^\n]*?)(?: \[while running|\\n|\n|$)", message)
+  return found[-1] if found else ""
+
+
+def _report(manifest: dict[str, Any], seconds: float, target: str, console: Console) -> None:
+  splits, read = manifest["splits"], manifest["read"]
+  table = Table("", *splits, title=target, title_justify="left")
+  for name in _COUNTS:
+    table.add_row(name, *(f"{splits[split][name]:,}" for split in splits))
+  console.print(table)
+  line = f"read {read['documents']:,} documents in {read['parts']:,} parts; left out {read['empty']:,} empty ones"
+  line += f" and {read['bad_lines']:,} bad lines"
+  if seconds:
+    size, tokens = (sum(x[name] for x in splits.values()) for name in ("bytes", "tokens"))
+    line += f"; {seconds:.0f} s, {size / seconds / 1e6:.2f} MB/s, {tokens / seconds:,.0f} tokens/s"
+  console.print(line)

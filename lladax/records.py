@@ -1,0 +1,120 @@
+"""Prepared records: a corpus as windows of token ids on disk, of which any one can be read by its number.
+
+FOLDER/
+  manifest.json            what was prepared from what, and the counts; written last
+  tokenizer/               the tokenizer of the ids
+  records-SPLIT.array_record-00000-of-00016, ...      SPLIT: train, validation
+  dataset_info.json, features.json                    make the folder a data set of TFDS (`tfds.data_source`)
+
+A record is a tf.train.Example of two int32 arrays [length], in bytes: `tokens`, and `segment`, the number of the document
+within the record, 0 = padding. Neither TensorFlow nor TFDS is needed to read it.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from google.protobuf import descriptor_pb2, message_factory
+
+from lladax import tokenizer as tokenizers
+
+NAME = "records"
+SPLITS = ("train", "validation")
+MANIFEST = "manifest.json"
+
+
+def file_name(split: str, shard: int, shards: int) -> str:
+  """Of a shard, as TFDS names them."""
+  return f"{NAME}-{split}.array_record-{shard:05d}-of-{shards:05d}"
+
+
+def encode(tokens_L: np.ndarray, segment_L: np.ndarray) -> bytes:
+  """A record; equal arrays give equal bytes."""
+  example = _example()()
+  for name, x in (("segment", segment_L), ("tokens", tokens_L)):
+    example.features.feature[name].bytes_list.value.append(np.asarray(x, "<i4").tobytes())
+  return example.SerializeToString(deterministic=True)
+
+
+def decode(record: bytes) -> tuple[np.ndarray, np.ndarray]:
+  """(tokens, segment) int32 [length] of a record."""
+  feature = _example().FromString(record).features.feature
+  tokens_L, segment_L = (np.frombuffer(feature[name].bytes_list.value[0], "<i4") for name in ("tokens", "segment"))
+  return tokens_L, segment_L
+
+
+@functools.cache
+def _example() -> Any:
+  """tf.train.Example with bytes alone, under a name of its own."""
+  kind = descriptor_pb2.FieldDescriptorProto
+  proto = descriptor_pb2.FileDescriptorProto(name="lladax/example.proto", package="lladax", syntax="proto3")
+
+  def message(name, field, type, label=kind.LABEL_OPTIONAL, of=None):
+    made = proto.message_type.add(name=name)
+    made.field.add(name=field, number=1, type=type, label=label, type_name=of)
+    return made
+
+  message("BytesList", "value", kind.TYPE_BYTES, kind.LABEL_REPEATED)
+  message("Feature", "bytes_list", kind.TYPE_MESSAGE, of=".lladax.BytesList")
+  features = message("Features", "feature", kind.TYPE_MESSAGE, kind.LABEL_REPEATED, ".lladax.Features.FeatureEntry")
+  entry = features.nested_type.add(name="FeatureEntry")
+  entry.options.map_entry = True
+  entry.field.add(name="key", number=1, type=kind.TYPE_STRING, label=kind.LABEL_OPTIONAL)
+  entry.field.add(name="value", number=2, type=kind.TYPE_MESSAGE, label=kind.LABEL_OPTIONAL, type_name=".lladax.Feature")
+  message("Example", "features", kind.TYPE_MESSAGE, of=".lladax.Features")
+  return message_factory.GetMessages([proto])["lladax.Example"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+  """A finished preparation."""
+
+  path: Path
+  manifest: dict[str, Any]
+
+  @functools.cached_property
+  def tokenizer(self) -> tokenizers.Tokenizer:
+    """Of the ids."""
+    found = tokenizers.load(self.path / "tokenizer")
+    if found.fingerprint != self.manifest["tokenizer_fingerprint"]:
+      raise ValueError(f"{self.path / 'tokenizer'} is not the tokenizer that these records were made with")
+    return found
+
+  def source(self, split: str) -> grain.sources.ArrayRecordDataSource:
+    """Random access to the records of a split, as bytes."""
+    shards = self.manifest["shards"]
+    paths = [self.path / file_name(split, shard, shards) for shard in range(shards)]
+    for path in paths:
+      if not path.is_file():
+        raise ValueError(f"{path} is missing: prepare these records again")
+    found = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
+    if len(found) != (stated := self.manifest["splits"][split]["records"]):
+      raise ValueError(f"{self.path} holds {len(found)} records of {split}, its manifest says {stated}: prepare it again")
+    return found
+
+  @property
+  def digest(self) -> str:
+    """Of the manifest."""
+    return hashlib.blake2b(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+
+
+def open_folder(path: str | Path) -> Folder:
+  """The records that `--mode=prepare` wrote to a folder.
+
+  Raises:
+    FileNotFoundError: there is no such folder.
+    ValueError: the preparation was not finished.
+  """
+  if "://" in str(path):
+    raise ValueError(f"data.corpus=records:{path}: records are read from a mounted file system; give its path")
+  folder = Path(path).expanduser()
+  if not (folder / MANIFEST).is_file():
+    if any(folder.glob(f"{NAME}-*")):
+      raise ValueError(f"data.corpus=records:{path} is not finished: run --mode=prepare with --target={path} again")
+    raise FileNotFoundError(f"data.corpus=records:{path}: there are no records; make them with --mode=prepare")
+  return Folder(folder, json.loads((folder / MANIFEST).read_text()))
