@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
   config = ConfigDict()
   config.seed = 0  # of the parameters, the data order and the noise
   config.objective = "diffusion"  # | "autoregressive": the causal baseline on the same batches
-  config.init_from = ""  # a workdir (its last checkpoint), or WORKDIR/checkpoints/STEP: gives parameters, their shape, tokenizer
+  config.init_from = ""  # WORKDIR (its last checkpoint) or WORKDIR/checkpoints/STEP: parameters, their shape, tokenizer
   config.steps = 1000  # updates
   config.micro_batches = 1  # parts of a batch whose gradients are added up before the update
 
@@ -46,10 +46,10 @@ def get_config() -> ConfigDict:
   config.tokenizer.pad = ""  # "": the EOS
 
   config.data = ConfigDict()
-  # | "stdlib" | "files:GLOB[,GLOB]" (text, JSON, Parquet; packed too) | "tfds:NAME[:SPLIT]" | "records:FOLDER" (prepared)
+  # | "stdlib" | "files:GLOB[,GLOB]" (text, JSON, Parquet; packed too) | "tfds:NAME[:SPLIT]" | "records:FOLDER"
   config.data.corpus = "unicode"
   config.data.mixture = ()  # ((corpus, weight), ...): several, in place of corpus
-  config.data.stages = ()  # ((length, (weight, ...)), ...): other weights in each stage; lengths as in optimizer.schedule
+  config.data.stages = ()  # ((length, (weight, ...)), ...): weights of each stage; lengths as in optimizer.schedule
   config.data.format = "text"  # | "chat": conversations, of which replies are learnt (fine-tuning)
   config.data.text_field = "text"  # of records, in text
   config.data.prompt_field = ""  # of records, in chat, together with response_field; "": known names
@@ -60,7 +60,8 @@ def get_config() -> ConfigDict:
   config.data.batch_size = 64  # rows of an update
   config.data.segments = False  # documents of a row do not see each other; False: concatenated, as published
   config.data.random_lengths = 0.0  # fraction of rows cut to a random length; LLaDA: 0.01
-  # In chat a reply is filled up with EOS that count, as published, to the "batch"'s longest row or the "row"'s end, or "none".
+  # In chat a reply is filled up with EOS, which count: to the "batch"'s longest row, as published, or the "row"'s end;
+  # "none": it ends with one.
   config.data.eos_padding = "batch"
   config.data.packing = False  # several conversations in a row, which do not see each other; with eos_padding="none"
 

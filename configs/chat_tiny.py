@@ -5,8 +5,8 @@
     --config.data.corpus='files:alpaca_data.json'
   python -m lladax.main --workdir=runs/chat --mode=chat
 
-Conversations are JSON (lines, or one list; packed too) with `messages`; with `instruction`, `input` and `output`; or with
-`prompt` and `response`. Without --config.init_from the model begins from random parameters.
+Conversations are JSON (lines, or one list; packed too) with `messages`; with `instruction`, `input` and `output`; or
+with `prompt` and `response`. Without --config.init_from the model begins from random parameters.
 """
 
 from configs import base
@@ -29,5 +29,9 @@ def get_config(stage: str = "chat"):
     config.steps = 600
     config.data.update(format="chat")
     config.optimizer.update(schedule=((0.1, 1e-3), (-1, 1e-3), (0.1, 1e-4)))
-    config.evaluate.canvases = ("Name three colours.", "What is the capital of France?", "Write a short poem about rain.")
+    config.evaluate.canvases = (
+      "Name three colours.",
+      "What is the capital of France?",
+      "Write a short poem about rain.",
+    )
   return config

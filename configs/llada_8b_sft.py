@@ -4,10 +4,10 @@
   python -m lladax.main --config=configs/llada_8b_sft.py --workdir=/shared/runs/llada_8b_sft \
     --config.init_from=/shared/runs/llada_8b_base --config.data.corpus='files:/data/sft/*.jsonl.gz'
 
-4.5M pairs, three epochs of batch 256; of a dialogue one reply is drawn at random, and filled up with EOS to the batch's
-longest row. `:lora` trains adapters of rank 16 instead, on one GPU of 80 GB; `:illada` lets a reply end with one EOS, and
-packs several dialogues into a row (arXiv 2606.25331). Not run by us: what is tested here is that it builds, its learning
-rates, and its memory.
+4.5M pairs, three epochs of batch 256; of a dialogue one reply is drawn at random, and filled up with EOS to the
+batch's longest row. `:lora` trains adapters of rank 16 instead, on one device of 80 GB; `:illada` lets a reply end with
+one EOS, and packs several dialogues into a row (arXiv 2606.25331). Not run by us: what is tested here is that it
+builds, its learning rates, and its memory.
 """
 
 from configs import llada_8b

@@ -8,16 +8,19 @@ and .zst are unpacked. "tfds:NAME[:SPLIT]" reads a data set of TensorFlow Datase
 Items keep a fixed order, empty ones are left out and counted, and `split` sets some aside for judging.
 """
 
+import bz2
+import contextlib
 import dataclasses
 import functools
+import gzip
 import hashlib
 import importlib
-import io
 import json
 import logging
 import lzma
 import os
 import pathlib
+import sys
 import sysconfig
 import tokenize
 import unicodedata
@@ -29,10 +32,15 @@ import fsspec
 
 from lladax.tokenizer import ROLES
 
+if sys.version_info >= (3, 14):
+  from compression import zstd
+else:
+  from backports import zstd
+
 Messages = list[dict[str, str]]  # {"role": "user", "content": "Hi"}, oldest first
 
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_PACKED = {".gz", ".xz", ".bz2", ".zst"}
+_PACKED: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": zstd.open}
 _ENDS = ("output", "response", "completion")  # what an answer is called beside an instruction or a prompt
 _TFDS_PARTS = 64  # a data set is read in so many pieces
 
@@ -231,7 +239,9 @@ def _examples(part: str) -> Iterator[tuple[str, Any]]:
   *_, builder = _tfds(corpus)
   source = builder.as_data_source(corpus.rpartition(":")[2])
   for i in range(*map(int, span.split(":"))):
-    example = {name: x.decode("utf-8", "surrogateescape") if isinstance(x, bytes) else x for name, x in source[i].items()}
+    example = {
+      name: x.decode("utf-8", "surrogateescape") if isinstance(x, bytes) else x for name, x in source[i].items()
+    }
     yield f"data.corpus={corpus} example {i}", example
 
 
@@ -240,14 +250,10 @@ def _file(path: str, tally: Tally, columns: tuple[str, ...]) -> Iterator[tuple[s
   where = f"data.corpus=files:... {path}"
   name = pathlib.PurePath(path)
   kind = name.with_suffix("").suffix if name.suffix in _PACKED else name.suffix
-  failures = (OSError, EOFError, lzma.LZMAError, zlib.error)
-  if name.suffix == ".zst":
-    failures += (importlib.import_module("zstandard").ZstdError,)
   try:
-    with fsspec.open(path, "rb", compression="infer" if name.suffix in _PACKED else None) as packed:
-      file = io.BufferedReader(packed)  # type: ignore[arg-type]
+    with fsspec.open(path, "rb") as packed, _PACKED.get(name.suffix, contextlib.nullcontext)(packed) as file:
       if kind == ".parquet":
-        yield from _rows(packed, where, columns)
+        yield from _rows(file, where, columns)
       elif kind == ".jsonl":
         yield from _lines(file, where, tally)
       elif text := _decode(file.read(), where, tally):
@@ -255,7 +261,7 @@ def _file(path: str, tally: Tally, columns: tuple[str, ...]) -> Iterator[tuple[s
           yield from _list(text, where, tally)
         else:
           yield where, text.replace("\r\n", "\n").replace("\r", "\n")
-  except failures as error:
+  except (OSError, EOFError, lzma.LZMAError, zlib.error, zstd.ZstdError) as error:
     raise ValueError(f"{where} cannot be read: {error}") from error
 
 
@@ -375,5 +381,7 @@ def _messages(messages: Any, where: str) -> Messages | None:
     if role not in ROLES:
       raise ValueError(f"{where}: the role {role!r} is unknown to the chat template: use {', '.join(ROLES)}")
     found.append({"role": role, "content": _content(message.get("content"), where, "content")})
-  replies = [i for i, message in enumerate(found) if i and message["role"] == "assistant" and message["content"].strip()]
+  replies = [
+    i for i, message in enumerate(found) if i and message["role"] == "assistant" and message["content"].strip()
+  ]
   return found[: replies[-1] + 1] if replies else None

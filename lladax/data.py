@@ -19,7 +19,7 @@ step * B .. step * B + B - 1 are the batch of a step, so the position in the dat
 
 Every batch has the same columns, whatever the objective:
   tokens  int32   [B, L]  x_0
-  weight  float32 [B, L]  loss weight, 0 = given or padding; sums to 1 over the batch, and to the same over every response
+  weight  float32 [B, L]  loss weight, 0 = given or padding; every response sums to the same, and all to 1
   segment int32   [B, L]  document within the row, 0 = padding; 1 everywhere if documents may see each other
   index   int32   [B]     global example index, from which the noise is drawn
 """
@@ -81,7 +81,9 @@ class DataConfig:
         if getattr(self, name):
           raise ValueError(f"data.{name}={getattr(self, name)} is for data.format=text")
       if self.packing and self.eos_padding != "none":
-        raise ValueError(f"data.packing=True leaves no room for EOS: data.eos_padding={self.eos_padding!r} must be none")
+        raise ValueError(
+          f"data.packing=True leaves no room for EOS: data.eos_padding={self.eos_padding!r} must be none"
+        )
       for name in self.corpora:
         if name.startswith("records:"):
           raise ValueError(f"data.corpus={name!r} holds text: data.format=chat reads conversations from files")
@@ -145,15 +147,18 @@ class Windows:
 
   @property
   def digest(self) -> str:
+    """Of the ids."""
     return hashlib.blake2b(self.stream_T.tobytes()).hexdigest()
 
   def __len__(self) -> int:
     return -(-len(self.stream_T) // self._c.length)
 
   def shape(self, row: int, epoch: int) -> tuple[int, int]:
+    """As `Source.shape`."""
     return 1, self._c.length
 
   def row(self, row: int, epoch: int, end: int) -> Row:
+    """As `Source.row`."""
     L = self._c.length
     start = row * L + _hash(self._seed, epoch) % L
     tokens_RL, segment_RL = windows(self.stream_T, np.array([start]), self._c, self._eos_id)
@@ -167,7 +172,9 @@ class Records:
     self._folder, self._c = records.open_folder(name.removeprefix("records:")), c
     manifest = self._folder.manifest
     if manifest["length"] != c.length:
-      raise ValueError(f"data.length={c.length}: data.corpus={name!r} was prepared with data.length={manifest['length']}")
+      raise ValueError(
+        f"data.length={c.length}: data.corpus={name!r} was prepared with data.length={manifest['length']}"
+      )
     counts = manifest["splits"][split]
     if not counts["records"]:
       raise ValueError(f"data.corpus={name!r} holds no {split} records: prepare it with another data.held_out")
@@ -181,9 +188,11 @@ class Records:
     return len(self._source)
 
   def shape(self, row: int, epoch: int) -> tuple[int, int]:
+    """As `Source.shape`."""
     return 1, self._c.length
 
   def row(self, row: int, epoch: int, end: int) -> Row:
+    """As `Source.row`."""
     tokens_L, segment_L = records.decode(self._source[row])
     kept_L = segment_L > 0
     return tokens_L, segment_L if self._c.segments else kept_L.astype(np.int32), kept_L / kept_L.sum()
@@ -202,7 +211,13 @@ class Dialogues:
   """Conversations in the chat template: a row is a reply with its prompt, or several where they are packed."""
 
   def __init__(
-    self, conversations: Sequence[corpus.Messages], text: Tokenizer, c: DataConfig, *, seed: int, every_turn: bool = False
+    self,
+    conversations: Sequence[corpus.Messages],
+    text: Tokenizer,
+    c: DataConfig,
+    *,
+    seed: int,
+    every_turn: bool = False,
   ):
     """`every_turn`: each reply is a row, for evaluation; else one of them is drawn."""
     self._c, self._seed, self._eos_id = c, seed, text.eos_id
@@ -233,7 +248,9 @@ class Dialogues:
         ids += reply
       self._turns += [[turn] for turn in made] if every_turn else [made] if made else []
     if not self._turns:
-      raise ValueError(f"data.length={L}: no reply of {len(conversations)} conversations fits a row; use a larger length")
+      raise ValueError(
+        f"data.length={L}: no reply of {len(conversations)} conversations fits a row; use a larger length"
+      )
     self.ids_T = np.asarray(ids, np.int32)
     longest = [max(map(self._length, turns)) for turns in self._turns]
     self._rows = pack(longest, L) if c.packing else [[i] for i in range(len(longest))]
@@ -248,15 +265,18 @@ class Dialogues:
 
   @property
   def digest(self) -> str:
+    """Of the ids."""
     return hashlib.blake2b(self.ids_T.tobytes()).hexdigest()
 
   def __len__(self) -> int:
     return len(self._rows)
 
   def shape(self, row: int, epoch: int) -> tuple[int, int]:
+    """As `Source.shape`."""
     return len(self._rows[row]), sum(self._length(self._draw(i, epoch)) for i in self._rows[row])
 
   def row(self, row: int, epoch: int, end: int) -> Row:
+    """As `Source.row`."""
     c, L = self._c, self._c.length
     end = {"batch": end, "row": L, "none": 0}[c.eos_padding]
     tokens_L, segment_L = np.full(L, self._eos_id, np.int32), np.zeros(L, np.int32)

@@ -75,7 +75,7 @@ def samples(llada: LLaDA, config: Config) -> Sampled | None:
   """The config's canvases filled, each between two EOS, as documents stand in the training text; None without any.
 
   The canvases are filled with the sampler's settings, in one block. A causal model continues what stands before the
-  first [MASK]. After training on conversations (data.format=chat) the canvases are what the user says, and are answered.
+  first [MASK]. After training on conversations (data.format=chat) the canvases are what the user says.
   """
   canvases = config.evaluate.canvases
   if not canvases or llada.tokenizer is None:

@@ -190,7 +190,15 @@ class Block(nnx.Module):
     "attention_norm": "D", "q": "DHK", "k": "DGK", "v": "DGK", "out": "HKD",
     "ff_norm": "D", "gate": "DF", "up": "DF", "down": "FD",
   }  # fmt: skip
-  MATRICES = {"q": "D", "k": "D", "v": "D", "out": "HK", "gate": "D", "up": "D", "down": "F"}  # and their input's letters
+  MATRICES = {
+    "q": "D",
+    "k": "D",
+    "v": "D",
+    "out": "HK",
+    "gate": "D",
+    "up": "D",
+    "down": "F",
+  }  # and their input's letters
 
   @classmethod
   def letters(cls, c: MaskPredictorConfig) -> dict[str, str]:

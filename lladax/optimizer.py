@@ -28,6 +28,8 @@ class OptimizerConfig:
     for piece in self.schedule:
       if len(piece) != 2 or (piece[0] < 0 and piece[0] != -1) or piece[1] < 0:
         raise ValueError(f"optimizer.schedule: {piece} is not (steps, learning rate at the end)")
+    if sum(piece[0] == -1 for piece in self.schedule) > 1:
+      raise ValueError("optimizer.schedule: only one piece can take the rest of the steps (-1)")
     for name in ("b1", "b2"):
       if not 0 <= getattr(self, name) < 1:
         raise ValueError(f"optimizer.{name}={getattr(self, name)}: must lie in [0, 1)")

@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import tempfile
 import threading
 import time
@@ -59,7 +58,9 @@ class Recipe:
     return (split, int.from_bytes(digest[:8]) % self.shards), digest
 
 
-def run(data: DataConfig, tokenizer: TokenizerConfig, target: str, shards: int, beam_options: list[str]) -> dict[str, Any]:
+def run(
+  data: DataConfig, tokenizer: TokenizerConfig, target: str, shards: int, beam_options: list[str]
+) -> dict[str, Any]:
   """Prepares the corpus of a config; returns the manifest.
 
   Args:
@@ -158,9 +159,13 @@ class _Folder:
       self.write("recipe.json", json.dumps(given, indent=2).encode())
       return set()
     found = json.loads(before)
-    differ = [f"{name}: {found.get(name)!r} there, {given[name]!r} here" for name in given if found.get(name) != given[name]]
+    differ = [
+      f"{name}: {found.get(name)!r} there, {given[name]!r} here" for name in given if found.get(name) != given[name]
+    ]
     if differ:
-      raise ValueError(f"--target={self.target} was begun with another recipe ({'; '.join(differ)}): choose another folder")
+      raise ValueError(
+        f"--target={self.target} was begun with another recipe ({'; '.join(differ)}): choose another folder"
+      )
     keys = [(split, shard) for split in records.SPLITS for shard in range(recipe.shards)]
     names = {path.rsplit("/", 1)[-1] for path in self.system.ls(self.root, detail=False)}
     return {key for key in keys if _counts_name(key) in names}
@@ -275,13 +280,13 @@ def _finish(folder: _Folder, recipe: Recipe, text: Tokenizer) -> dict[str, Any]:
   documents = sum(x["documents"] + x["duplicates"] for x in splits.values())
   if documents != read["documents"]:
     raise ValueError(
-      f"--target={folder.target}: {read['documents']} documents were read, and {documents} are in its shards: the corpus"
-      " has changed since it was begun; delete it, and prepare it again"
+      f"--target={folder.target}: {read['documents']} documents were read, and {documents} are in its shards: the"
+      " corpus has changed since it was begun; delete it, and prepare it again"
     )
   if not documents:
     raise ValueError(f"data.corpus={recipe.corpus!r} holds no text: every document is empty")
-  manifest = {"format": 1, **dataclasses.asdict(recipe), "vocab_size": text.vocab_size, "eos_id": text.eos_id, "read": read,
-              "splits": splits}  # fmt: skip
+  about = {"vocab_size": text.vocab_size, "eos_id": text.eos_id, "read": read, "splits": splits}
+  manifest = {"format": 1} | dataclasses.asdict(recipe) | about
   _describe_to_tfds(folder, recipe, {split: [x["records"] for x in of] for split, of in shards.items()})
   folder.write(records.MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
   return manifest

@@ -6,8 +6,8 @@ FOLDER/
   records-SPLIT.array_record-00000-of-00016, ...      SPLIT: train, validation
   dataset_info.json, features.json                    make the folder a data set of TFDS (`tfds.data_source`)
 
-A record is a tf.train.Example of two int32 arrays [length], in bytes: `tokens`, and `segment`, the number of the document
-within the record, 0 = padding. Neither TensorFlow nor TFDS is needed to read it.
+A record is a tf.train.Example of two int32 arrays [length], in bytes: `tokens`, and `segment`, the number of the
+document within the record, 0 = padding. Neither TensorFlow nor TFDS is needed to read it.
 """
 
 import dataclasses
@@ -65,7 +65,9 @@ def _example() -> Any:
   entry = features.nested_type.add(name="FeatureEntry")
   entry.options.map_entry = True
   entry.field.add(name="key", number=1, type=kind.TYPE_STRING, label=kind.LABEL_OPTIONAL)
-  entry.field.add(name="value", number=2, type=kind.TYPE_MESSAGE, label=kind.LABEL_OPTIONAL, type_name=".lladax.Feature")
+  entry.field.add(
+    name="value", number=2, type=kind.TYPE_MESSAGE, label=kind.LABEL_OPTIONAL, type_name=".lladax.Feature"
+  )
   message("Example", "features", kind.TYPE_MESSAGE, of=".lladax.Features")
   return message_factory.GetMessages([proto])["lladax.Example"]
 
@@ -94,7 +96,9 @@ class Folder:
         raise ValueError(f"{path} is missing: prepare these records again")
     found = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
     if len(found) != (stated := self.manifest["splits"][split]["records"]):
-      raise ValueError(f"{self.path} holds {len(found)} records of {split}, its manifest says {stated}: prepare it again")
+      raise ValueError(
+        f"{self.path} holds {len(found)} records of {split}, its manifest says {stated}: prepare it again"
+      )
     return found
 
   @property

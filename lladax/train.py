@@ -190,7 +190,9 @@ def find_base(init_from: str) -> str:
   steps = checkpoint.steps(workdir)
   if not (workdir / "config.json").is_file() or not steps or (step and int(step) not in steps):
     there = f"there are the steps {steps}" if steps else "there is no checkpoint"
-    raise FileNotFoundError(f"init_from={init_from}: {there}; name a workdir that was trained, or made by --mode=import")
+    raise FileNotFoundError(
+      f"init_from={init_from}: {there}; name a workdir that was trained, or made by --mode=import"
+    )
   if not (workdir / "tokenizer").is_dir():
     raise FileNotFoundError(f"init_from={init_from}: there is no tokenizer in it to read text with")
   return str(checkpoint.folder(workdir) / (step or str(steps[-1])))
@@ -222,16 +224,19 @@ def begin(run: Run) -> State:
   quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
   if not run.base:
     return jax.jit(run.init, out_shardings=run.shardings, compiler_options=quick)()
-  given = load(run.base, mesh=run.mesh).params
+  given, c, at = load(run.base, mesh=run.mesh).params, run.config.model, run.shardings
+
+  def cast(dtype):
+    return lambda x: jax.tree.map(lambda x: x.astype(dtype), x)
+
   frozen: Any = {}
-  if run.config.model.lora_rank:
-    dtype = run.config.model.compute_dtype
-    frozen = jax.jit(lambda x: jax.tree.map(lambda x: x.astype(dtype), x), out_shardings=run.shardings.frozen)(given)
-    params = jax.jit(lambda: run.init().params, out_shardings=run.shardings.params, compiler_options=quick)()
+  if c.lora_rank:
+    frozen = jax.jit(cast(c.compute_dtype), out_shardings=at.frozen)(given)
+    params = jax.jit(lambda: run.init().params, out_shardings=at.params, compiler_options=quick)()
   else:
-    params = jax.jit(lambda x: jax.tree.map(lambda x: x.astype(jnp.float32), x), out_shardings=run.shardings.params)(given)
-  opt_state = jax.jit(run.tx.init, out_shardings=run.shardings.opt_state)(params)
-  return State(jax.device_put(jnp.int32(0), run.shardings.step), params, opt_state, frozen)
+    params = jax.jit(cast(jnp.float32), out_shardings=at.params)(given)
+  opt_state = jax.jit(run.tx.init, out_shardings=at.opt_state)(params)
+  return State(jax.device_put(jnp.int32(0), at.step), params, opt_state, frozen)
 
 
 def jit_step(config: Config, tx: optax.GradientTransformation, at: State, *, mask_id: int, eos_id: int) -> Any:
@@ -404,9 +409,10 @@ def describe(run: Run, state: State, compiled: Any, console: Console) -> float:
   flops = flops_per_token(config)
   peak = metrics.peak_flops(jax.devices()[0])
   kind = jax.devices()[0].device_kind
+  formula = "6 N + 12 L d T" + (f" - 2 x {n:,} frozen" if (n := _frozen(config)) else "")
   console.print(
-    f"{flops / 1e6:,.2f} MFLOP per token = 6 N + 12 L d T with N={_matmuls(config):,}, L={c.N}, d={c.H * c.K},"
-    f" T={config.data.length}{f', less 2 for each of {n:,} frozen' if (n := _frozen(config)) else ''}; {jax.device_count()} x {kind}, "
+    f"{flops / 1e6:,.2f} MFLOP per token = {formula} with N={_matmuls(config):,}, L={c.N}, d={c.H * c.K},"
+    f" T={config.data.length}; {jax.device_count()} x {kind}, "
     + (f"peak {peak / 1e12:,.0f} TFLOP/s each" if peak else "unknown peak")
   )
   return flops
@@ -438,10 +444,9 @@ def _abstract(tree: Any) -> Any:
 
 
 def _llada(run: Run, state: State) -> LLaDA:
-  c = run.config.model
-  return LLaDA(
-    c, c.join(state.params, state.frozen), run.text, run.text.mask_id, run.text.eos_id, run.text.vocab_size, run.text.eot_id
-  )
+  c, text = run.config.model, run.text
+  params = c.join(state.params, state.frozen)
+  return LLaDA(c, params, text, text.mask_id, text.eos_id, text.vocab_size, text.eot_id)
 
 
 def _put(at: dict[str, Any], batch_size: int, batch: data.Batch) -> dict[str, jax.Array]:

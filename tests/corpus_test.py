@@ -4,7 +4,11 @@ import lzma
 import pathlib
 import unicodedata
 
+import fsspec
+import pyarrow
+import pyarrow.parquet
 import pytest
+from backports import zstd
 
 from lladax import corpus
 
@@ -14,7 +18,7 @@ TEXTS = ["first\nline two", "zweite Zeile: äöü", "第三\u2028句 😀"]
 def write(path: pathlib.Path, content: str | bytes) -> pathlib.Path:
   path.parent.mkdir(parents=True, exist_ok=True)
   content = content.encode() if isinstance(content, str) else content
-  pack = {".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)
+  pack = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd.compress}.get(path.suffix, bytes)
   path.write_bytes(pack(content))
   return path
 
@@ -51,10 +55,10 @@ def test_stdlib_order_and_what_is_left_out(tmp_path):
   for name in ("test", "a/tests", "idle_test", "site-packages/x", "dist-packages", "__pycache__"):
     write(tmp_path / name / "left_out.py", "left out")
   expected = ["z", "b", "# -*- coding: latin-1 -*-\n# ä\n"]
-  assert list(corpus._stdlib(tmp_path)) == expected
+  assert [text for _, text in corpus._stdlib(tmp_path)] == expected
 
 
-@pytest.mark.parametrize("packed", ["", ".gz", ".xz"])
+@pytest.mark.parametrize("packed", ["", ".gz", ".xz", ".zst"])
 def test_files_of_every_kind(tmp_path, packed):
   write(tmp_path / f"a.jsonl{packed}", json_lines() + "\n" + json.dumps({"text": " \n"}))
   write(tmp_path / "deep" / "er" / f"b.txt{packed}", "\ufeffplain text")
@@ -78,7 +82,7 @@ def test_home_and_text_field(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["nonsense", "files:", "files", "unicode:x", ""])
 def test_unknown_corpus_lists_the_known(name):
-  with pytest.raises(ValueError, match="data.corpus=.* use unicode, stdlib or files:GLOB"):
+  with pytest.raises(ValueError, match="data.corpus=.* use unicode, stdlib, files:GLOB"):
     corpus.documents(name)
 
 
@@ -109,11 +113,11 @@ def test_a_bad_line_is_named(tmp_path, line, message):
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz"])
 def test_invalid_utf8_names_the_file(tmp_path, name):
   path = write(tmp_path / name, b'{"text": "\xff"}')
-  with pytest.raises(ValueError, match=f"data.corpus=.*{name} is not UTF-8"):
+  with pytest.raises(ValueError, match=f"data.corpus=.*{name}( line 1)? is not UTF-8"):
     corpus.documents(f"files:{path}")
 
 
-@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.xz"])
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.xz", "a.jsonl.zst"])
 @pytest.mark.parametrize("cut", [False, True])
 def test_a_damaged_archive_names_the_file(tmp_path, name, cut):
   path = write(tmp_path / name, json_lines())
@@ -126,6 +130,110 @@ def test_an_empty_corpus(tmp_path):
   path = write(tmp_path / "a.txt", " \n")
   with pytest.raises(ValueError, match="data.corpus=.* holds no text"):
     corpus.documents(f"files:{path}")
+
+
+def test_parquet_and_a_list_of_json(tmp_path):
+  table = pyarrow.table({"text": TEXTS, "title": ["a", "b", "c"]})
+  pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+  write(tmp_path / "b.json", json.dumps([{"text": text} for text in TEXTS]))
+  assert corpus.documents(f"files:{tmp_path}/*") == TEXTS * 2
+  assert corpus.documents(f"files:{tmp_path}/a.parquet", "title,text")[0] == f"a\n{TEXTS[0]}"
+  with pytest.raises(ValueError, match="data.text_field='body' is not in .*a.parquet row 1: "):
+    corpus.documents(f"files:{tmp_path}/a.parquet", "body")
+  write(tmp_path / "c.json", '{"text": "x"}')
+  with pytest.raises(ValueError, match="c.json holds a dict, not a list of records"):
+    corpus.documents(f"files:{tmp_path}/c.json")
+  write(tmp_path / "d.parquet", "no parquet")
+  with pytest.raises(ValueError, match="d.parquet cannot be read"):
+    corpus.documents(f"files:{tmp_path}/d.parquet")
+
+
+def test_files_at_an_address():
+  fsspec.filesystem("memory").pipe("/corpus/a.jsonl", json_lines().encode())
+  fsspec.filesystem("memory").pipe("/corpus/b.txt.gz", gzip.compress(b"x\r\ny"))
+  assert corpus.parts("files:memory://corpus/*") == ["memory:///corpus/a.jsonl", "memory:///corpus/b.txt.gz"]
+  assert corpus.documents("files:memory://corpus/*") == [*TEXTS, "x\ny"]
+  with pytest.raises(ValueError, match="data.corpus=files:nowhere://.* cannot be opened"):
+    corpus.documents("files:nowhere://corpus/*")
+
+
+def test_parts_are_the_corpus(tmp_path):
+  for name in "ab":
+    write(tmp_path / f"{name}.jsonl", json_lines())
+  tally = corpus.Tally()
+  parts = corpus.parts(f"files:{tmp_path}/*")
+  assert [text for part in parts for text in corpus.read_texts(part, "text", tally)] == TEXTS * 2
+  assert len(parts) == 2 and tally.items == 6
+
+
+def test_bad_lines_are_counted_where_that_is_wanted(tmp_path, caplog):
+  bad = ['{"text": 3}', "no json", '{"body": "x"}', '{"text": "\\ud800"}', '{"text": ""}', '"x"']
+  path = write(tmp_path / "a.jsonl", json_lines().encode() + "\n".join(bad).encode() + b'\n{"text": "\xff"}\n')
+  tally = corpus.Tally("skip")
+  assert corpus.documents(f"files:{path}", tally=tally) == [*TEXTS, "x"]
+  assert (tally.items, tally.empty, tally.bad) == (4, 1, 5)
+  assert [record.message.count("a.jsonl line") for record in caplog.records] == [1] * 5
+  with pytest.raises(ValueError, match=r"a.jsonl line 4; mend it, or .*--config.data.bad_lines=skip"):
+    corpus.documents(f"files:{path}")
+
+
+QUESTION, ANSWER = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hi."}
+
+
+@pytest.mark.parametrize(
+  "record",
+  [
+    {"messages": [QUESTION, ANSWER, {"role": "user", "content": "left out"}]},
+    {"instruction": "Hi?", "input": "", "output": "Hi."},
+    {"instruction": "Hi?", "response": "Hi."},
+    {"prompt": "Hi?", "response": "Hi."},
+    {"prompt": "Hi?", "completion": "Hi.", "id": 3},
+  ],
+)
+def test_conversations_of_every_kind(tmp_path, record):
+  path = write(tmp_path / "a.jsonl", json.dumps(record))
+  assert corpus.conversations(f"files:{path}") == [[QUESTION, ANSWER]]
+
+
+def test_conversations_by_fields_and_with_an_input(tmp_path):
+  path = write(tmp_path / "a.jsonl", json.dumps({"question": "Hi?", "answer": "Hi."}))
+  assert corpus.conversations(f"files:{path}", "question", "answer") == [[QUESTION, ANSWER]]
+  path = write(tmp_path / "b.jsonl", json.dumps({"instruction": "Add.", "input": "1 2", "output": "3"}))
+  assert corpus.conversations(f"files:{path}")[0][0]["content"] == "Add.\n\n1 2"
+
+
+@pytest.mark.parametrize(
+  ("record", "message"),
+  [
+    (
+      {"messages": [{"role": "robot", "content": "x"}]},
+      "line 1: the role 'robot' is unknown to the chat template: use sys",
+    ),
+    ({"messages": [{"role": "user"}]}, "line 1: content is no text but NoneType"),
+    ({"messages": "x"}, "line 1: messages is no list of objects"),
+    (
+      {"question": "x", "answer": "y"},
+      r"line 1 has the fields \['question', 'answer'\], and no 'prompt'.*prompt_field",
+    ),
+    ({"prompt": "x", "response": 3}, "line 1: response is no text but int"),
+    (["x"], "line 1 is no record with fields"),
+  ],
+)
+def test_a_bad_conversation_is_named(tmp_path, record, message):
+  path = write(tmp_path / "a.jsonl", json.dumps(record))
+  with pytest.raises(ValueError, match=f"a.jsonl {message}"):
+    corpus.conversations(f"files:{path}")
+
+
+def test_conversations_without_a_reply_are_empty(tmp_path):
+  records = [{"messages": [QUESTION]}, {"messages": [ANSWER]}, {"prompt": "x", "response": " "}]
+  path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, records)))
+  with pytest.raises(ValueError, match="holds no conversation with a reply"):
+    corpus.conversations(f"files:{path}")
+  write(path, path.read_text() + "\n" + json.dumps({"messages": [QUESTION, ANSWER]}))
+  tally = corpus.Tally()
+  assert corpus.conversations(f"files:{path}", tally=tally) == [[QUESTION, ANSWER]]
+  assert (tally.items, tally.empty) == (1, 3)
 
 
 def test_split_is_a_partition_that_keeps_order_and_duplicates_together():

@@ -16,8 +16,12 @@ def numbered(total):
   return np.arange(1, total + 1, dtype=np.int32)
 
 
-def batches(stream_T, c=SMALL, *, start=0, stop=8, seed=0, rows=None):
-  return list(data.batches(stream_T, c, eos_id=EOS, seed=seed, start=start, stop=stop, rows_R=rows))
+def draw(sources, c, *, start=0, stop=8, seed=0, rows=None, steps=1000):
+  return list(data.batches(sources, c, eos_id=EOS, seed=seed, steps=steps, start=start, stop=stop, rows_R=rows))
+
+
+def batches(stream_T, c=SMALL, *, seed=0, **options):
+  return draw([data.Windows(stream_T, c, eos_id=EOS, seed=seed)], c, seed=seed, **options)
 
 
 def epoch(stream_T, number, c=SMALL):
@@ -61,11 +65,12 @@ def test_random_lengths_cut_the_right_end():
 
 def test_segments_number_the_documents_of_a_row():
   stream_T = np.array([5, 6, EOS, 7, EOS, 8, 9, 9], np.int32)
-  together = data.rows(stream_T, np.array([0, 6]), 8, EOS, segments=False)
-  assert (together["segment"] == 1).all()
-  apart = data.rows(stream_T, np.array([0, 6]), 8, EOS, segments=True)
-  np.testing.assert_array_equal(apart["tokens"], [[5, 6, EOS, 7, EOS, 8, 9, 9], [9, 9, 5, 6, EOS, 7, EOS, 8]])
-  np.testing.assert_array_equal(apart["segment"], [[1, 1, 1, 2, 2, 3, 3, 3], [1, 1, 1, 1, 1, 2, 2, 3]])
+  starts = np.array([0, 6])
+  _, together_RL = data.windows(stream_T, starts, DataConfig(length=8), EOS)
+  assert (together_RL == 1).all()
+  tokens_RL, apart_RL = data.windows(stream_T, starts, DataConfig(length=8, segments=True), EOS)
+  np.testing.assert_array_equal(tokens_RL, [[5, 6, EOS, 7, EOS, 8, 9, 9], [9, 9, 5, 6, EOS, 7, EOS, 8]])
+  np.testing.assert_array_equal(apart_RL, [[1, 1, 1, 2, 2, 3, 3, 3], [1, 1, 1, 1, 1, 2, 2, 3]])
 
 
 def test_a_document_ends_with_eos():
