@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lladax import checkpoint, huggingface, safetensors, sharding
+from lladax import checkpoint, huggingface, llada, safetensors, sharding
 from lladax import tokenizer as tokenizers
 from lladax.mask_predictor import MaskPredictorConfig
 
@@ -62,19 +62,15 @@ def to_published(workdir: Path, target: Path, dtype: str | None = None) -> None:
   """Writes a workdir's last checkpoint in the published layout, with the files that were imported beside it.
 
   Raises:
-    ValueError: as `huggingface.export`; there is no checkpoint to read.
+    FileNotFoundError: there is no checkpoint.
+    ValueError: as `huggingface.export`; no checkpoint can be read.
   """
   if target.is_dir() and any(target.iterdir()):
     raise ValueError(f"--target={target} is not empty: an export needs a new folder")
   model = MaskPredictorConfig(**json.loads((workdir / "config.json").read_text())["model"])
   huggingface.check_exportable(model)
-  steps = checkpoint.steps(workdir)
-  if not steps:
-    raise FileNotFoundError(f"{workdir} has no checkpoint to export")
-  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  saved = checkpoint.metadata(workdir, steps[-1])["params"]
-  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), saved)
-  params = checkpoint.restore(workdir, steps[-1], {"params": abstract})["params"]
+  found = llada.load(workdir)  # adapters are merged
+  model, params = found.model, found.params
   target.mkdir(parents=True, exist_ok=True)
   if (workdir / "published").is_dir():
     shutil.copytree(workdir / "published", target, dirs_exist_ok=True)

@@ -418,9 +418,22 @@ class Mixture:
   def __init__(self, c: DataConfig, *, seed: int, steps: int):
     stages = c.stages or ((-1, tuple(weight for _, weight in c.mixture) or (1.0,)),)
     lengths = optimizer.lengths([n for n, _ in stages], steps, "data.stages")
-    self._order = grain.MapDataset.range(_MIX).seed(_hash(seed, 2)).shuffle().repeat()
-    self._stages, begin, before = [], 0, np.zeros(len(stages[0][1]), int)
-    for n, (_, weights) in zip(lengths, stages, strict=True):
+    self._stages: list[
+      tuple[int, np.ndarray, np.ndarray]
+    ] = []  # first index, rows of each source in 1,000, rows before
+    begin, before = 0, np.zeros(len(stages[0][1]), int)
+
+    def shuffled(block: int, stage: int) -> tuple[np.ndarray, np.ndarray]:
+      """Of a block of 1,000 rows: the source of each, and how many rows of that source precede it."""
+      counts = self._stages[stage][1]
+      source_P = np.random.default_rng((seed, 2, stage, block)).permutation(np.repeat(np.arange(len(counts)), counts))
+      number_P = np.zeros(_MIX, int)
+      for source, count in enumerate(counts):
+        number_P[source_P == source] = block * count + np.arange(count)
+      return source_P, number_P
+
+    self._shuffled = functools.lru_cache(maxsize=16)(shuffled)
+    for stage, (n, (_, weights)) in enumerate(zip(lengths, stages, strict=True)):
       share = np.array(weights) * (_MIX / sum(weights))
       counts = np.floor(share).astype(int)
       counts[np.argsort(counts - share, kind="stable")[: _MIX - counts.sum()]] += 1  # the largest remainders
@@ -429,23 +442,18 @@ class Mixture:
           raise ValueError(f"data.mixture: the weight {weight} of {name!r} is less than 1 in {_MIX} rows: leave it out")
       self._stages.append((begin, counts, before))
       blocks, rest = divmod(n * c.batch_size, _MIX)
-      drawn = [self._pick(counts, begin, i)[0] for i in range(begin + blocks * _MIX, begin + blocks * _MIX + rest)]
-      before = before + blocks * counts + np.bincount(np.array(drawn, int), minlength=len(counts))
+      before = before + blocks * counts + np.bincount(shuffled(blocks, stage)[0][:rest], minlength=len(counts))
       begin += n * c.batch_size
 
-  def _pick(self, counts: np.ndarray, begin: int, index: int) -> tuple[int, int]:
-    block, _ = divmod(index - begin, _MIX)
-    rank = self._order[index - begin]
-    ends = np.cumsum(counts)
-    source = int(np.searchsorted(ends, rank, side="right"))
-    return source, block * int(counts[source]) + rank - int(ends[source] - counts[source])
-
   def __getitem__(self, index: int) -> tuple[int, int]:
-    begin, counts, before = next(stage for stage in reversed(self._stages) if index >= stage[0])
+    stage = max(i for i, (begin, *_) in enumerate(self._stages) if begin <= index)
+    begin, counts, before = self._stages[stage]
     if len(counts) == 1:
       return 0, index
-    source, number = self._pick(counts, begin, index)
-    return source, int(before[source]) + number
+    block, at = divmod(index - begin, _MIX)
+    source_P, number_P = self._shuffled(block, stage)
+    source = int(source_P[at])
+    return source, int(before[source] + number_P[at])
 
 
 def batches(

@@ -159,13 +159,9 @@ class _Folder:
       self.write("recipe.json", json.dumps(given, indent=2).encode())
       return set()
     found = json.loads(before)
-    differ = [
-      f"{name}: {found.get(name)!r} there, {given[name]!r} here" for name in given if found.get(name) != given[name]
-    ]
+    differ = [f"{name}: {found.get(name)!r} there, {x!r} here" for name, x in given.items() if found.get(name) != x]
     if differ:
-      raise ValueError(
-        f"--target={self.target} was begun with another recipe ({'; '.join(differ)}): choose another folder"
-      )
+      raise ValueError(f"--target={self.target} was begun otherwise ({'; '.join(differ)}): choose another folder")
     keys = [(split, shard) for split in records.SPLITS for shard in range(recipe.shards)]
     names = {path.rsplit("/", 1)[-1] for path in self.system.ls(self.root, detail=False)}
     return {key for key in keys if _counts_name(key) in names}

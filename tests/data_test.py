@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -141,3 +142,202 @@ def test_held_out_rows_are_the_stream_once_and_in_order(total):
 def test_bad_fields_are_named(field):
   with pytest.raises(ValueError, match=f"data.{field}=-1: must"):
     DataConfig(**{field: -1})
+
+
+class Letters:
+  """A tokenizer of characters, with LLaDA's template in short: [role] text <EoT>."""
+
+  eos_id, eot_id, bos_id = EOS, 1, 2
+  role = {"system": 3, "user": 4, "assistant": 5}
+
+  def encode(self, text):
+    return [ord(letter) for letter in text]
+
+  def reply(self, text):
+    return [*self.encode(text), self.eot_id]
+
+  def message(self, message):
+    return [self.role[message["role"]], *self.reply(message["content"])]
+
+  def chat(self, messages, ask=True):
+    return [self.bos_id, *itertools.chain.from_iterable(map(self.message, messages)), *([5] if ask else [])]
+
+
+def talk(*texts):
+  return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+CHAT = DataConfig(format="chat", length=16, batch_size=2)
+
+
+def dialogues(conversations, c=CHAT, **options):
+  return data.Dialogues(conversations, Letters(), c, seed=0, **options)
+
+
+def spelled(ids):
+  return "".join(chr(i) if i > 9 else str(i) for i in ids)
+
+
+@pytest.mark.parametrize(("eos_padding", "end"), [("none", len("24ab15cd10")), ("batch", 12), ("row", 16)])
+def test_a_reply_is_scored_and_its_prompt_is_not(eos_padding, end):
+  source = dialogues([talk("ab", "cd")], dataclasses.replace(CHAT, eos_padding=eos_padding))
+  tokens_L, segment_L, weight_L = source.row(0, 0, 12)
+  assert spelled(tokens_L) == "24ab15cd10000000"
+  np.testing.assert_array_equal(segment_L, np.arange(16) < end)
+  np.testing.assert_array_equal(weight_L > 0, (np.arange(16) >= 6) & (np.arange(16) < end))
+  np.testing.assert_allclose(weight_L.sum(), 1.0)
+  assert source.shape(0, 0) == (1, 10)
+
+
+def test_a_reply_is_filled_up_to_the_longest_row_of_the_batch():
+  c = dataclasses.replace(CHAT, batch_size=3)
+  source = dialogues([talk("a", "b"), talk("aa", "b"), talk("aaaa", "bb")], c)
+  for batch in draw([source], c):
+    described = {name: (x.dtype.name, x.shape) for name, x in batch.items()}
+    assert described == {name: ("int32" if name != "weight" else "float32", (3, 16)) for name in batch} | {
+      "index": ("int32", (3,))
+    }
+    ends = [len("24a15b10"), len("24aa15b10"), len("24aaaa15bb10")]
+    drawn = [ends[{"a1": 0, "aa": 1}.get(spelled(row[2:4]), 2) if row[4] != ord("a") else 2] for row in batch["tokens"]]
+    assert (batch["segment"].sum(axis=1) == max(drawn)).all()
+    np.testing.assert_allclose(batch["weight"].sum(axis=1), 1 / 3, rtol=1e-6)
+  whole, parts = draw([source], c), [draw([source], c, rows=np.array(rows)) for rows in ([0, 2], [1])]
+  for a, b, d in zip(whole, *parts, strict=True):
+    assert_same({name: x[[0, 2]] for name, x in a.items()}, b)
+    assert_same({name: x[[1]] for name, x in a.items()}, d)
+
+
+def test_one_reply_of_a_dialogue_is_drawn_at_random():
+  source = dialogues([talk("a", "b", "c", "d", "e", "f")], dataclasses.replace(CHAT, length=32, eos_padding="none"))
+  seen = [spelled(source.row(0, epoch, 0)[0]).rstrip("0") for epoch in range(300)]
+  possible = ["24a15b1", "24a15b14c15d1", "24a15b14c15d14e15f1"]
+  for text in possible:
+    assert 70 < seen.count(text) < 130, text
+  assert set(seen) == set(possible)
+  assert seen == [spelled(source.row(0, epoch, 0)[0]).rstrip("0") for epoch in range(300)]
+  every = dialogues([talk("a", "b", "c", "d")], dataclasses.replace(CHAT, eos_padding="none"), every_turn=True)
+  assert [spelled(every.row(i, 0, 0)[0]).rstrip("0") for i in range(len(every))] == possible[:2]
+  assert (every.num_bytes, every.num_tokens) == (4, 6)
+
+
+def test_a_long_prompt_loses_its_left_and_a_long_reply_is_left_out():
+  source = dialogues([talk("abcdefghijkl", "mn"), talk("a", "b" * 14), talk("a", "b" * 13)])
+  assert len(source) == 2
+  tokens_L, _, weight_L = source.row(0, 0, 0)
+  assert spelled(tokens_L) == "cdefghijkl15mn10"[-16:]
+  assert (weight_L > 0).sum() == 4
+  assert spelled(source.row(1, 0, 0)[0]) == "5" + 13 * "b" + "10"
+  assert "2 prompts cut at the left to data.length=16; 1 replies left out" in source.about
+  with pytest.raises(ValueError, match="data.length=16: no reply of 1 conversations fits"):
+    dialogues([talk("a", "b" * 14)])
+
+
+def test_packing_is_a_partition_into_few_rows():
+  rng = np.random.default_rng(0)
+  lengths = rng.integers(1, 33, 500).tolist()
+  rows = data.pack(lengths, 64)
+  assert sorted(itertools.chain.from_iterable(rows)) == list(range(500))
+  sizes = [sum(lengths[i] for i in row) for row in rows]
+  assert max(sizes) <= 64
+  assert len(rows) <= 1.02 * math.ceil(sum(lengths) / 64)
+
+
+def test_a_packed_batch_counts_every_reply_the_same():
+  rng = np.random.default_rng(0)
+  conversations = [talk("q" * int(rng.integers(1, 9)), "r" * int(rng.integers(1, 9))) for _ in range(50)]
+  c = DataConfig(format="chat", length=64, batch_size=3, eos_padding="none", packing=True)
+  source = dialogues(conversations, c)
+  assert len(source) < 50 / 2
+  for batch in draw([source], c):
+    replies = [
+      batch["weight"][b][batch["segment"][b] == s].sum()
+      for b in range(3)
+      for s in range(1, batch["segment"][b].max() + 1)
+    ]
+    np.testing.assert_allclose(replies, 1 / len(replies), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"format": "poem"}, "data.format='poem': use text, chat"),
+    ({"bad_lines": "hide"}, "data.bad_lines='hide': use stop, skip"),
+    ({"format": "chat", "segments": True}, "data.segments=True is for data.format=text"),
+    ({"format": "chat", "random_lengths": 0.1}, "data.random_lengths=0.1 is for data.format=text"),
+    ({"format": "chat", "packing": True}, "data.eos_padding='batch' must be none"),
+    ({"format": "chat", "corpus": "records:x"}, "data.corpus='records:x' holds text"),
+    ({"packing": True}, "data.packing=True is for data.format=chat"),
+    ({"prompt_field": "question"}, "data.prompt_field='question', response_field='': name both"),
+    ({"stages": ((-1, (1.0,)),)}, "data.stages is for a mixture"),
+    ({"mixture": (("unicode", 1.0),), "stages": ((-1, (1.0, 1.0)),)}, "data.stages: the weights .* must be 1"),
+    ({"mixture": (("unicode", 1.0), ("stdlib", -1.0))}, "data.mixture: the weights .* none negative"),
+  ],
+)
+def test_fields_that_do_not_go_together(fields, message):
+  with pytest.raises(ValueError, match=message):
+    DataConfig(**fields)
+
+
+MIXED = DataConfig(length=4, batch_size=10, mixture=(("a", 0.5), ("b", 0.3), ("c", 0.2)))
+
+
+def mixed(c=MIXED, **options):
+  """Batches of a mixture of streams whose tokens tell the source and the place."""
+  streams = [numbered(400) + 1000 * i for i in range(3)]
+  sources = [data.Windows(stream_T, c, eos_id=EOS, seed=0) for stream_T in streams]
+  return draw(sources, c, **options)
+
+
+def sources_of(found):
+  return np.concatenate([batch["tokens"][:, 0] for batch in found]) // 1000
+
+
+def test_a_mixture_is_exact_and_in_no_pattern():
+  found = sources_of(mixed(stop=300))
+  np.testing.assert_array_equal(np.bincount(found[:1000]), [500, 300, 200])
+  np.testing.assert_array_equal(np.bincount(found[1000:2000]), [500, 300, 200])
+  assert (found[:1000] != found[1000:2000]).mean() > 0.5
+  correlation = [np.corrcoef(found[:-lag] == 0, found[lag:] == 0)[0, 1] for lag in range(1, 50)]
+  assert np.abs(correlation).max() < 0.1
+
+
+def test_every_source_of_a_mixture_goes_through_its_epochs():
+  rows = np.concatenate([batch["tokens"] for batch in mixed(stop=100)])
+  for source, count in enumerate([500, 300, 200]):
+    of = rows[rows[:, 0] // 1000 == source] - 1000 * source
+    assert len(of) == count
+    for first in range(0, count, 100):  # 400 tokens in rows of 4
+      np.testing.assert_array_equal(np.sort(of[first : first + 100].ravel()), numbered(400))
+
+
+def test_stages_change_the_weights_and_lose_no_row():
+  c = dataclasses.replace(MIXED, stages=((30, (1.0, 0.0, 1.0)), (0.25, (0.0, 1.0, 0.0)), (-1, (1.0, 2.0, 1.0))))
+  found = mixed(c, stop=200, steps=200)
+  of = sources_of(found)
+  assert abs((of[:300] == 0).sum() - 150) < 40 and (of[:300] == 1).sum() == 0
+  assert (of[300:800] == 1).all()
+  np.testing.assert_array_equal(np.bincount(of[800:1800]), [250, 500, 250])
+  rows = np.concatenate([batch["tokens"] for batch in found])
+  first = rows[rows[:, 0] // 1000 == 0]
+  np.testing.assert_array_equal(np.sort(first[:100].ravel()), numbered(400))  # an epoch, over the stages
+  for a, b in zip(found[150:], mixed(c, start=150, stop=200, steps=200), strict=True):
+    assert_same(a, b)
+
+
+def test_a_weight_too_small_to_be_kept_is_refused():
+  with pytest.raises(ValueError, match="data.mixture: the weight 0.0001 of 'b' is less than 1 in 1000 rows"):
+    data.Mixture(DataConfig(mixture=(("a", 1.0), ("b", 0.0001))), seed=0, steps=10)
+
+
+def test_the_millionth_step_reads_its_own_rows_alone():
+  class Counted(data.Windows):
+    read = 0
+
+    def row(self, *args):
+      Counted.read += 1
+      return super().row(*args)
+
+  source = Counted(numbered(40_000), SMALL, eos_id=EOS, seed=0)
+  batch = draw([source], SMALL, start=1_000_000, stop=1_000_001, steps=2_000_000)[0]
+  assert Counted.read == SMALL.batch_size
+  np.testing.assert_array_equal(batch["index"], 3_000_000 + np.arange(3))

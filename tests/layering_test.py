@@ -7,7 +7,7 @@ import sys
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "lladax"
 ORDER = """tokenizer diffusion autoregressive attention sharding distributed optimizer metrics visualize animation
-corpus records mask_predictor sampling data prepare checkpoint safetensors huggingface convert llada config harness
+corpus records mask_predictor sampling data prepare checkpoint safetensors huggingface llada convert config harness
 evaluate train chat plan main __init__""".split()  # a module may import only the modules before it
 HEAVY = {"grain", "tensorflow_datasets", "apache_beam", "torch"}
 

@@ -278,3 +278,48 @@ def test_a_bad_config_is_one_clear_line(fields, said):
 def test_parameters_need_a_vocabulary():
   with pytest.raises(ValueError, match="model.V=0: set the rows"):
     dataclasses.replace(TINY, V=0).init(jax.random.key(0))
+
+
+LORA = dataclasses.replace(TINY, lora_rank=3, lora_alpha=6.0)
+
+
+@pytest.mark.parametrize("targets", [("q",), ("out", "down"), LORA.lora_targets])
+def test_merged_adapters_answer_as_the_adapted_model(targets):
+  c = dataclasses.replace(LORA, lora_targets=targets)
+  params = random_params(c)  # the second factors, too, which begin as zeros
+  trained, frozen = c.split(params)
+  assert sorted(trained["blocks"]) == sorted(f"{name}_{x}" for name in targets for x in "ab")
+  merged_c, merged = c.merge(trained, frozen)
+  assert merged_c == dataclasses.replace(c, lora_rank=0)
+  assert jax.tree.structure(merged) == jax.tree.structure(merged_c.letters())
+  tokens_BL = jnp.asarray(np.random.default_rng(1).integers(0, c.V, (2, 7)), jnp.int32)
+  adapted = c.bind(c.join(trained, frozen))(tokens_BL)
+  np.testing.assert_allclose(adapted, merged_c.bind(merged)(tokens_BL), rtol=1e-4, atol=1e-4)
+  plain = merged_c.bind(frozen)(tokens_BL)
+  assert np.abs(np.asarray(adapted - plain)).max() > 0.01
+
+
+def test_new_adapters_change_nothing():
+  base = dataclasses.replace(LORA, lora_rank=0).init(jax.random.key(0))
+  params = LORA.init(jax.random.key(0))
+  trained, frozen = LORA.split(params)
+  for (name, a), (_, b) in zip(jax.tree.leaves_with_path(base), jax.tree.leaves_with_path(frozen), strict=True):
+    np.testing.assert_array_equal(a, b, err_msg=str(name))
+  _, merged = LORA.merge(trained, frozen)
+  jax.tree.map(np.testing.assert_array_equal, merged, frozen)
+  assert LORA.num_params() == dataclasses.replace(LORA, lora_rank=0).num_params() + sum(
+    x.size for x in jax.tree.leaves(trained)
+  )
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"lora_rank": -1}, "model.lora_rank=-1"),
+    ({"lora_targets": ("head",)}, "model.lora_targets: 'head' is not one of q, k, v, out"),
+    ({"lora_targets": (), "lora_rank": 1}, "name the matrices that get adapters"),
+  ],
+)
+def test_bad_adapters_are_named(fields, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(TINY, **fields)

@@ -1,0 +1,247 @@
+"""Preparing with Beam's own runner in this process; its worker processes, and the command, in `slow` tests."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lladax import corpus, data, prepare, records, tokenizer
+from lladax.data import DataConfig
+from lladax.tokenizer import TokenizerConfig
+
+pytestmark = pytest.mark.filterwarnings(
+  "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
+)
+
+BYTES = TokenizerConfig(kind="bytes")
+LENGTH, SHARDS = 32, 3
+
+
+@pytest.fixture(scope="module")
+def texts():
+  rng = random.Random(0)
+  made = ["".join(rng.choices("abc dé", k=rng.randrange(1, 90))) for _ in range(200)]
+  return [text for text in made if text.strip()] + made[:20]  # the last ones occur twice
+
+
+@pytest.fixture(scope="module")
+def config(texts, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("texts")
+  for name, part in (("a", texts[:90]), ("b", texts[90:])):
+    lines = (json.dumps({"text": text}) + "\n" for text in part)
+    (folder / f"{name}.jsonl").write_text("".join(lines) + '{"text": " "}\n')
+  return DataConfig(corpus=f"files:{folder}/*.jsonl", length=LENGTH, held_out=0.2)
+
+
+@pytest.fixture(scope="module")
+def prepared(config, tmp_path_factory):
+  target = tmp_path_factory.mktemp("records") / "finished"
+  return target, prepare.run(config, BYTES, str(target), SHARDS, [])
+
+
+def contents(folder):
+  return {path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir() if path.is_file()}
+
+
+def read_back(target, split):
+  """The documents of a split, put together from its records shard by shard."""
+  text, found = tokenizer.load(target / "tokenizer"), []
+  for shard in range(SHARDS):
+    source = records.grain.sources.ArrayRecordDataSource(str(target / records.file_name(split, shard, SHARDS)))
+    rows = [records.decode(source[i]) for i in range(len(source))]
+    ids = np.concatenate([tokens[segment > 0] for tokens, segment in rows]) if rows else np.array([], int)
+    ends = np.flatnonzero(ids == text.eos_id)
+    assert not len(ids) or ends[-1] == len(ids) - 1
+    found += [text.decode(part[part != text.eos_id]) for part in np.split(ids, ends + 1)[:-1]]
+  return found
+
+
+def test_every_document_comes_back_once(prepared, config, texts):
+  target, manifest = prepared
+  train, held_out = corpus.split(texts, config.held_out)
+  assert sorted(read_back(target, "train")) == sorted(set(train))
+  assert sorted(read_back(target, "validation")) == sorted(set(held_out))  # the documents that a run on files holds out
+  assert read_back(target, "train") != sorted(read_back(target, "train"))
+  for split, kept in (("train", train), ("validation", held_out)):
+    unique, counts = set(kept), manifest["splits"][split]
+    assert counts["documents"] == len(unique) and counts["duplicates"] == len(kept) - len(unique)
+    assert counts["bytes"] == sum(len(text.encode()) for text in unique)
+    assert counts["tokens"] == counts["bytes"] + len(unique)  # a token a byte, and EOS
+    assert counts["tokens"] + counts["padding"] == LENGTH * counts["records"]
+  assert manifest["read"] == {"parts": 2, "documents": len(texts), "empty": 2, "bad_lines": 0}
+
+
+def test_segments_number_the_documents_of_a_record(prepared):
+  target, _ = prepared
+  source = records.open_folder(target).source("train")
+  eos_id = records.open_folder(target).tokenizer.eos_id
+  for i in range(len(source)):
+    tokens_L, segment_L = records.decode(source[i])
+    kept = int((segment_L > 0).sum())
+    ended = np.cumsum(np.concatenate([[0], tokens_L[: kept - 1] == eos_id]))
+    np.testing.assert_array_equal(segment_L[:kept], 1 + ended)
+    assert (segment_L[kept:] == 0).all() and (tokens_L[kept:] == eos_id).all()
+
+
+def test_it_is_a_data_set_of_tfds(prepared):
+  tfds = pytest.importorskip("tensorflow_datasets")
+  target, manifest = prepared
+  source = tfds.builder_from_directory(target).as_data_source()
+  ours = records.open_folder(target).source("train")
+  assert len(source["train"]) == manifest["splits"]["train"]["records"] == len(ours)
+  for i in (0, len(ours) - 1):
+    tokens_L, segment_L = records.decode(ours[i])
+    np.testing.assert_array_equal(source["train"][i]["tokens"], tokens_L)
+    np.testing.assert_array_equal(source["train"][i]["segment"], segment_L)
+  assert "tensorflow" not in sys.modules
+
+
+def test_a_preparation_goes_on_where_it_was_cut_off(prepared, config, tmp_path, monkeypatch):
+  target, _ = prepared
+  real, written = prepare._write, []
+
+  def fail_at_the_third(of, *args):
+    if len(written) == 2:
+      raise KeyboardInterrupt
+    written.append(of[0])
+    real(of, *args)
+
+  monkeypatch.setattr(prepare, "_write", fail_at_the_third)
+  with pytest.raises(BaseException):  # noqa: B017  (Beam makes of it what it likes)
+    prepare.run(config, BYTES, str(tmp_path / "again"), SHARDS, [])
+  with pytest.raises(ValueError, match="is not finished: run --mode=prepare"):
+    records.open_folder(tmp_path / "again")
+  before = {name: (tmp_path / "again" / name).stat().st_mtime_ns for name in contents(tmp_path / "again")}
+  monkeypatch.setattr(prepare, "_write", real)
+  prepare.run(config, BYTES, str(tmp_path / "again"), SHARDS, [])
+  assert contents(tmp_path / "again") == contents(target)
+  for split, shard in written:
+    name = records.file_name(split, shard, SHARDS)
+    assert (tmp_path / "again" / name).stat().st_mtime_ns == before[name]
+
+
+def test_a_folder_that_is_taken(prepared, config, tmp_path):
+  target, _ = prepared
+  with pytest.raises(ValueError, match="--target=.* holds finished records already"):
+    prepare.run(config, BYTES, str(target), SHARDS, [])
+  folder = prepare._Folder(str(tmp_path), str(tmp_path))
+  recipe = prepare.Recipe("files:x", "text", 0.1, 32, 3, "f")
+  assert folder.begin(recipe) == folder.begin(recipe) == set()
+  with pytest.raises(ValueError, match="was begun otherwise .length: 32 there, 64 here.: choose another folder"):
+    folder.begin(dataclasses.replace(recipe, length=64))
+
+
+def test_a_bad_line_ends_the_preparation_in_one_line(tmp_path):
+  (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"body": "y"}\n')
+  config = DataConfig(corpus=f"files:{tmp_path}/a.jsonl", length=8, held_out=0.0)
+  with pytest.raises(
+    ValueError, match=r"^data.text_field='text' is not in .*a.jsonl line 2: \['body'\]; mend"
+  ) as error:
+    prepare.run(config, BYTES, str(tmp_path / "records"), 1, [])
+  assert "\n" not in str(error.value)
+  skipping = dataclasses.replace(config, bad_lines="skip")
+  manifest = prepare.run(skipping, BYTES, str(tmp_path / "records"), 1, [])
+  assert manifest["read"]["bad_lines"] == 1 and manifest["splits"]["train"]["documents"] == 1
+
+
+def test_what_cannot_be_prepared(tmp_path, config):
+  (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+  empty = dataclasses.replace(config, corpus=f"files:{tmp_path}/empty.jsonl", held_out=0.0)
+  with pytest.raises(ValueError, match="holds no text: every document is empty"):
+    prepare.run(empty, BYTES, str(tmp_path / "a"), 1, [])
+  with pytest.raises(ValueError, match="--shards=0: must be at least 1"):
+    prepare.run(config, BYTES, str(tmp_path / "a"), 0, [])
+  with pytest.raises(ValueError, match="one corpus of text: data.format=text, no data.mixture"):
+    prepare.run(dataclasses.replace(config, format="chat"), BYTES, str(tmp_path / "a"), 1, [])
+  with pytest.raises(FileNotFoundError, match="no file matches"):
+    prepare.run(dataclasses.replace(config, corpus="files:nowhere*"), BYTES, str(tmp_path / "a"), 1, [])
+
+
+def test_a_source_of_prepared_records(prepared, config):
+  target, manifest = prepared
+  c = dataclasses.replace(config, corpus=f"records:{target}", batch_size=4, segments=True)
+  text = data.prepared_tokenizer(c)
+  assert text.fingerprint == tokenizer.create(BYTES).fingerprint
+  sources = data.sources(c, text, 0)
+  n = manifest["splits"]["train"]["records"]
+  assert len(sources[0]) == n
+  steps = -(-n // 4)
+  options = {"eos_id": text.eos_id, "seed": 0, "steps": steps, "start": 0, "stop": steps}
+  rows = np.concatenate([batch["tokens"] for batch in data.batches(sources, c, **options)])[:n]
+  stored = np.stack([records.decode(sources[0]._source[i])[0] for i in range(n)])
+  assert sorted(map(bytes, rows)) == sorted(map(bytes, stored)) and (rows != stored).any()
+  batch = next(data.batches(sources, dataclasses.replace(c, segments=False, random_lengths=1.0), **options))
+  assert (batch["segment"] <= 1).all()
+  np.testing.assert_allclose(batch["weight"].sum(axis=1), 1 / 4, rtol=1e-6)
+  found = data.held_out(c, text)
+  counts = manifest["splits"]["validation"]
+  assert (found.num_rows, found.num_tokens) == (counts["records"], counts["tokens"])
+  assert found.num_bytes == counts["bytes"] + counts["documents"] and found.raw is None
+  tokens_RL, segment_RL, scored_RL = found.take(np.arange(found.num_rows))
+  assert scored_RL.sum() == counts["tokens"] and (scored_RL == (segment_RL > 0)).all()
+
+
+def test_records_that_do_not_fit_the_run(prepared, config, tmp_path):
+  target, _ = prepared
+  c = dataclasses.replace(config, corpus=f"records:{target}", length=16)
+  text = tokenizer.create(BYTES)
+  with pytest.raises(ValueError, match="data.length=16: data.corpus='records:.*' was prepared with data.length=32"):
+    data.sources(c, text, 0)
+  other = tokenizer.create(dataclasses.replace(BYTES, eos="<end>"))
+  with pytest.raises(ValueError, match="was prepared with another tokenizer than this run's"):
+    data.sources(dataclasses.replace(c, length=LENGTH), other, 0)
+  with pytest.raises(FileNotFoundError, match="there are no records; make them with --mode=prepare"):
+    records.open_folder(tmp_path)
+  with pytest.raises(ValueError, match="records are read from a mounted file system"):
+    records.open_folder("gs://bucket/records")
+
+
+def test_a_source_without_rows_is_named(config, tmp_path):
+  (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+  one = dataclasses.replace(config, corpus=f"files:{tmp_path}/a.jsonl", held_out=0.0)
+  prepare.run(one, BYTES, str(tmp_path / "records"), 1, [])
+  c = dataclasses.replace(config, corpus=f"records:{tmp_path}/records")
+  with pytest.raises(ValueError, match="holds no validation records: prepare it with another data.held_out"):
+    data.held_out(c, tokenizer.create(BYTES))
+
+
+@pytest.mark.slow
+def test_the_command_gives_the_same_bytes_with_one_worker_and_with_two(prepared, config, tmp_path):
+  command = [
+    sys.executable, "-m", "lladax.main", "--mode=prepare", "--config=configs/base.py", f"--shards={SHARDS}",
+    f"--config.data.corpus={config.corpus}", f"--config.data.length={LENGTH}", "--config.data.held_out=0.2",
+    "--config.tokenizer.kind=bytes",
+  ]  # fmt: skip
+  for workers in (1, 2):
+    beam = ["--", f"--direct_num_workers={workers}", "--direct_running_mode=multi_processing"]
+    target = tmp_path / str(workers)
+    made = subprocess.run([*command, f"--target={target}", *beam], cwd=pathlib.Path(__file__).parent.parent,
+                          env=os.environ, capture_output=True, text=True, check=False)  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert contents(target) == contents(prepared[0])
+
+
+@pytest.mark.slow
+def test_a_data_set_of_tfds_is_a_corpus(tmp_path):
+  tfds = pytest.importorskip("tensorflow_datasets")
+  from array_record.python.array_record_module import ArrayRecordWriter
+
+  features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+  writer = ArrayRecordWriter(str(tmp_path / "lines-train.array_record-00000-of-00001"), "group_size:1")
+  for i in range(100):
+    writer.write(features.serialize_example({"text": f"Zeile {i}: äö"}))
+  writer.close()
+  template = tfds.core.ShardedFileTemplate(data_dir=tmp_path, dataset_name="lines", filetype_suffix="array_record")
+  split = tfds.core.SplitInfo(name="train", shard_lengths=[100], num_bytes=0, filename_template=template)
+  tfds.folder_dataset.write_metadata(data_dir=tmp_path, features=features, split_infos=[split], check_data=False)
+  parts = corpus.parts(f"tfds:{tmp_path}")
+  assert len(parts) == 64
+  assert corpus.documents(f"tfds:{tmp_path}:train") == [f"Zeile {i}: äö" for i in range(100)]
+  with pytest.raises(ValueError, match="data.corpus='tfds:nothing_of_this_name' cannot be opened"):
+    corpus.parts("tfds:nothing_of_this_name")
