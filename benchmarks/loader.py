@@ -11,21 +11,21 @@ import time
 from pathlib import Path
 
 import jax
-from absl import app
-from ml_collections import config_flags
+from absl import app, flags
 
 from lladax import config as configs
-from lladax import data, train
+from lladax import data, distributed, train
+from lladax import main as door
 
-_CONFIG = config_flags.DEFINE_config_file("config", None)
 ROUNDS, LOADED, STEPS = 5, 200, 3
 MILLION = 1_000_000
 
 
 def main(_):
-  config = configs.parse(_CONFIG.value.to_dict())
+  config = configs.parse(flags.FLAGS.config.to_dict())
   with tempfile.TemporaryDirectory() as folder:
     run = train.prepare(config, Path(folder) / "run")
+  config = run.config
   tokens = config.data.batch_size * config.data.length
 
   def batches(start):
@@ -66,4 +66,6 @@ def main(_):
 
 
 if __name__ == "__main__":
+  distributed.hush_libtpu()
+  door.keep_freed_memory()
   app.run(main)

@@ -27,9 +27,9 @@ def get_config(variant: str = ""):
 
 VARIANTS = {
   "lora": {
-    "model.lora_rank": 16, "model.lora_alpha": 32.0, "data.batch_size": 64, "micro_batches": 64, "model.remat": "full",
-    "model.head_chunk": 2048, "optimizer.schedule": ((50, 2e-4), (-1, 2e-4), (0.1, 2e-5)),
-    "optimizer.weight_decay": 0.0, "mesh.fsdp": 1, "mesh.data": -1,
+    "model.lora_rank": 16, "model.lora_alpha": 32.0, "data.batch_size": 64, "micro_batches": 32, "model.remat": "dots",
+    "model.head_chunk": 2048, "steps": 3000, "optimizer.schedule": ((50, 2e-4), (-1, 2e-4), (0.1, 2e-5)),
+    "optimizer.weight_decay": 0.0, "checkpoint.every": 500, "evaluate.every": 500, "mesh.fsdp": 1, "mesh.data": -1,
   },
   "illada": {"data.eos_padding": "none", "data.packing": True},
 }  # fmt: skip

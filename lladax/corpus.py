@@ -162,7 +162,7 @@ def _unicode() -> Iterator[tuple[str, str]]:
   """Names in code point order, without those made by a rule (CJK UNIFIED IDEOGRAPH-4E00, ...)."""
   for code in range(0x110000):
     name = unicodedata.name(chr(code), "")
-    if not name.endswith(f"-{code:04X}") and not name.startswith("HANGUL SYLLABLE "):
+    if name and not name.endswith(f"-{code:04X}") and not name.startswith("HANGUL SYLLABLE "):
       yield f"U+{code:04X}", name
 
 

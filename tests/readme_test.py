@@ -23,7 +23,7 @@ def commands():
     for call in re.finditer(r"(?:python3? -m lladax\.main|\blladax)\s+(?=(--.*))", line):
       words = shlex.shlex(call[1], posix=True, punctuation_chars=True)
       words.whitespace_split = True
-      words = itertools.takewhile(lambda word: not set(word) <= set("&|;<>()"), words)
+      words = itertools.takewhile(lambda word: word != "--" and not set(word) <= set("&|;<>()"), words)  # -- Beam's
       yield dict(word[2:].partition("=")[::2] for word in words if word.startswith("--"))
 
 
