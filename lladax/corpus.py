@@ -42,6 +42,7 @@ Messages = list[dict[str, str]]  # {"role": "user", "content": "Hi"}, oldest fir
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _PACKED: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": zstd.open}
 _ENDS = ("output", "response", "completion")  # what an answer is called beside an instruction or a prompt
+NAMED = 5  # so many bad lines are named
 _TFDS_PARTS = 64  # a data set is read in so many pieces
 
 
@@ -53,17 +54,16 @@ class Tally:
   items: int = 0
   empty: int = 0
   bad: int = 0
+  named: list[str] = dataclasses.field(default_factory=list)  # the first bad lines
 
   def spoiled(self, message: str) -> None:
     """Takes note of one bad line; the first ones are named."""
     if self.bad_lines == "stop":
       raise ValueError(f"{message}; mend it, or leave such lines out: --config.data.bad_lines=skip")
     self.bad += 1
-    if self.bad <= 5:
-      logging.warning("left out: %s%s", message, "; further ones are only counted" if self.bad == 5 else "")
-
-  def __add__(self, other: "Tally") -> "Tally":
-    return Tally(self.bad_lines, self.items + other.items, self.empty + other.empty, self.bad + other.bad)
+    if self.bad <= NAMED:
+      self.named.append(message)
+      logging.warning("left out: %s%s", message, "; further ones are only counted" if self.bad == NAMED else "")
 
 
 def documents(corpus: str, text_field: str = "text", tally: Tally | None = None) -> list[str]:

@@ -120,7 +120,11 @@ class Source(Protocol):
   """Rows, numbered; what a row holds may differ from epoch to epoch."""
 
   about: str  # one line for the console
-  digest: str  # of the tokens
+
+  @property
+  def digest(self) -> str:
+    """Of the tokens."""
+    ...
 
   def __len__(self) -> int: ...
 
@@ -179,10 +183,15 @@ class Records:
     if not counts["records"]:
       raise ValueError(f"data.corpus={name!r} holds no {split} records: prepare it with another data.held_out")
     self._source = self._folder.source(split)
-    self.tokenizer, self.digest = self._folder.tokenizer, self._folder.digest
+    self.tokenizer = self._folder.tokenizer
     self.num_bytes = counts["bytes"] + counts["documents"]  # a separator each, as in the held-out text of files
     self.num_tokens = counts["tokens"]
     self.about = "{documents:,} documents ({bytes:,} bytes, {tokens:,} tokens) as {records:,} records".format(**counts)
+
+  @property
+  def digest(self) -> str:
+    """Of the manifest."""
+    return self._folder.digest
 
   def __len__(self) -> int:
     return len(self._source)
@@ -482,14 +491,15 @@ def batches(
 
   def place(index: int) -> tuple[Source, int, int]:
     s, number = mixture[index]
-    return sources[s], int(orders[s][number]), number // len(sources[s])
+    row: Any = orders[s][number]
+    return sources[s], int(row), number // len(sources[s])
 
   def batch(step: int) -> Batch:
     first, responses, end = step * B, B, L
     if c.format == "chat":  # all processes must know how many responses the batch has, and its longest row
       responses, ends = np.array([x.shape(row, epoch) for x, row, epoch in map(place, range(first, first + B))]).T
       responses, end = int(responses.sum()), int(ends.max())
-    picked = [source.row(row, epoch, end) for source, row, epoch in map(place, first + local_R)]
+    picked = [source.row(row, epoch, end) for source, row, epoch in map(place, (first + local_R).tolist())]
     tokens, segment, weight = (np.stack(column) for column in zip(*picked, strict=True))
     index = first + local_R
     if c.random_lengths:

@@ -108,8 +108,8 @@ def run(
         | "spread" >> beam.Reshuffle()
         | "read" >> beam.ParDo(_reader(recipe, data.bad_lines, done)).with_outputs("tally", main="documents")
       )
-      read.documents | "shards" >> beam.GroupByKey() | "write" >> beam.Map(_write, recipe, folder, text)
-      read.tally | "tallies" >> beam.combiners.ToList() | "sum" >> beam.Map(_write_tally, folder)
+      _ = read.documents | "shards" >> beam.GroupByKey() | "write" >> beam.Map(_write, recipe, folder, text)
+      _ = read.tally | "tallies" >> beam.combiners.ToList() | "sum" >> beam.Map(_write_tally, folder)
   except Exception as error:
     if line := _own_error(str(error)):
       raise ValueError(line) from None
@@ -197,6 +197,7 @@ def _tokenizer(folder: _Folder, config: TokenizerConfig, data: DataConfig, conso
 def _reader(recipe: Recipe, bad_lines: str, done: set[Key]) -> Any:
   """The DoFn from parts of the corpus to (key, [(hash, text), ...]), and a tally of each part."""
   import apache_beam as beam
+  from apache_beam.pvalue import TaggedOutput
 
   class Read(beam.DoFn):
     def process(self, part: str) -> Iterator[Any]:
@@ -212,7 +213,7 @@ def _reader(recipe: Recipe, bad_lines: str, done: set[Key]) -> Any:
           yield from waiting.items()
           waiting, size = collections.defaultdict(list), 0
       yield from waiting.items()
-      yield beam.pvalue.TaggedOutput("tally", (tally.items, tally.empty, tally.bad))
+      yield TaggedOutput("tally", tally)
 
   return Read()
 
@@ -262,9 +263,10 @@ def _cut(documents: Iterable[np.ndarray], L: int, eos_id: int) -> Iterator[tuple
     yield tokens_L, segment_L
 
 
-def _write_tally(tallies: list[tuple[int, int, int]], folder: _Folder) -> None:
-  items, empty, bad = map(sum, zip(*tallies, strict=True))
-  content = {"parts": len(tallies), "documents": items, "empty": empty, "bad_lines": bad}
+def _write_tally(tallies: list[corpus.Tally], folder: _Folder) -> None:
+  documents, empty, bad = (sum(getattr(x, name) for x in tallies) for name in ("items", "empty", "bad"))
+  named = sorted(message for x in tallies for message in x.named)[: corpus.NAMED]
+  content = {"parts": len(tallies), "documents": documents, "empty": empty, "bad_lines": bad, "first_bad_lines": named}
   folder.write("read.json", json.dumps(content).encode())
 
 
@@ -290,12 +292,13 @@ def _finish(folder: _Folder, recipe: Recipe, text: Tokenizer) -> dict[str, Any]:
 
 def _describe_to_tfds(folder: _Folder, recipe: Recipe, lengths: dict[str, list[int]]) -> None:
   import tensorflow_datasets as tfds
+  from etils import epath
 
   kept = ("dataset_info.json", "features.json")
   array = tfds.features.Tensor(shape=(recipe.length,), dtype=np.int32, encoding="bytes")
   with tempfile.TemporaryDirectory() as here:
     template = tfds.core.ShardedFileTemplate(
-      data_dir=here, dataset_name=records.NAME, filetype_suffix="array_record",
+      data_dir=epath.Path(here), dataset_name=records.NAME, filetype_suffix="array_record",
       template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
     )  # fmt: skip
     splits = [
@@ -354,3 +357,5 @@ def _report(manifest: dict[str, Any], seconds: float, target: str, console: Cons
     size, tokens = (sum(x[name] for x in splits.values()) for name in ("bytes", "tokens"))
     line += f"; {seconds:.0f} s, {size / seconds / 1e6:.2f} MB/s, {tokens / seconds:,.0f} tokens/s"
   console.print(line)
+  for message in read["first_bad_lines"]:
+    console.print(f"left out: {message}")

@@ -87,14 +87,14 @@ class Folder:
       raise ValueError(f"{self.path / 'tokenizer'} is not the tokenizer that these records were made with")
     return found
 
-  def source(self, split: str) -> grain.sources.ArrayRecordDataSource:
+  def source(self, split: str) -> Any:
     """Random access to the records of a split, as bytes."""
     shards = self.manifest["shards"]
     paths = [self.path / file_name(split, shard, shards) for shard in range(shards)]
     for path in paths:
       if not path.is_file():
         raise ValueError(f"{path} is missing: prepare these records again")
-    found = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
+    found: Any = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
     if len(found) != (stated := self.manifest["splits"][split]["records"]):
       raise ValueError(
         f"{self.path} holds {len(found)} records of {split}, its manifest says {stated}: prepare it again"

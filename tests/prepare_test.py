@@ -74,7 +74,7 @@ def test_every_document_comes_back_once(prepared, config, texts):
     assert counts["bytes"] == sum(len(text.encode()) for text in unique)
     assert counts["tokens"] == counts["bytes"] + len(unique)  # a token a byte, and EOS
     assert counts["tokens"] + counts["padding"] == LENGTH * counts["records"]
-  assert manifest["read"] == {"parts": 2, "documents": len(texts), "empty": 2, "bad_lines": 0}
+  assert manifest["read"] == {"parts": 2, "documents": len(texts), "empty": 2, "bad_lines": 0, "first_bad_lines": []}
 
 
 def test_segments_number_the_documents_of_a_record(prepared):
@@ -147,6 +147,7 @@ def test_a_bad_line_ends_the_preparation_in_one_line(tmp_path):
   assert "\n" not in str(error.value)
   skipping = dataclasses.replace(config, bad_lines="skip")
   manifest = prepare.run(skipping, BYTES, str(tmp_path / "records"), 1, [])
+  assert "a.jsonl line 2" in manifest["read"]["first_bad_lines"][0]
   assert manifest["read"]["bad_lines"] == 1 and manifest["splits"]["train"]["documents"] == 1
 
 
