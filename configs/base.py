@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
   config.tokenizer.pad = ""  # "": the EOS
 
   config.data = ConfigDict()
-  # | "stdlib" | "files:GLOB[,GLOB]" (text, JSON, Parquet; packed too) | "tfds:NAME[:SPLIT]" | "records:FOLDER"
+  # | "stdlib" | "facts" | "files:GLOB[,GLOB]" (text, JSON, Parquet) | "tfds:NAME[:SPLIT]" | "records:FOLDER"
   config.data.corpus = "unicode"
   config.data.mixture = ()  # ((corpus, weight), ...): several, in place of corpus
   config.data.stages = ()  # ((length, (weight, ...)), ...): weights of each stage; lengths as in optimizer.schedule
@@ -104,6 +104,7 @@ def get_config() -> ConfigDict:
   config.evaluate.num_samples = 16  # masks per row
   config.evaluate.rows = 0  # rows used before the end; 0: all
   config.evaluate.batch_size = 64  # rows of a forward pass
+  config.evaluate.tasks = ()  # "reversal" (of the facts), "poems:FILE" (of couplets); after the bound
   config.evaluate.canvases = ()  # texts with "[MASK]"s, filled at the end; in chat: what the user says, answered
 
   config.sample = ConfigDict()

@@ -58,6 +58,7 @@ class EvaluateConfig:
   num_samples: int = 16  # masks drawn per row of held-out text (exact counts, stratified)
   rows: int = 0  # held-out rows used while training; 0: all. The last evaluation always takes all
   batch_size: int = 64  # rows of a forward pass
+  tasks: tuple[str, ...] = ()  # "reversal", "poems:FILE"; see `evaluate.task`
   canvases: tuple[str, ...] = ()  # texts with "[MASK]"s to fill at the end, each a document of its own
 
   def __post_init__(self):

@@ -1,11 +1,11 @@
 """Where text comes from: a corpus is a list of documents (strings), or of conversations (lists of messages).
 
-Two corpora need no download, so that a first run works anywhere: "unicode", the names of the characters (one name a
-document), and "stdlib", the source of the Python standard library (one file a document). Both are as the running
-Python has them. "files:GLOB[,GLOB...]" reads files, here or at any address that fsspec knows (gs://, s3://, https://):
-.jsonl, .json (one list) and .parquet hold a record a line, item or row, anything else is one document; .gz, .xz, .bz2
-and .zst are unpacked. "tfds:NAME[:SPLIT]" reads a data set of TensorFlow Datasets, or a folder of one.
-Items keep a fixed order, empty ones are left out and counted, and `split` sets some aside for judging.
+Three corpora need no download, so that a first run works anywhere: "unicode", the names of the characters (one name a
+document), and "stdlib", the source of the Python standard library (one file a document), both as the running Python
+has them; and "facts", see facts.py. "files:GLOB[,GLOB...]" reads files, here or at any address that fsspec knows
+(gs://, s3://, https://): .jsonl, .json (one list) and .parquet hold a record a line, item or row, anything else is one
+document; .gz, .xz, .bz2 and .zst are unpacked. "tfds:NAME[:SPLIT]" reads a data set of TensorFlow Datasets, or a folder
+of one. Items keep a fixed order, empty ones are left out and counted, and `split` sets some aside for judging.
 """
 
 import bz2
@@ -30,6 +30,7 @@ from typing import Any
 
 import fsspec
 
+from lladax import facts
 from lladax.tokenizer import ROLES
 
 if sys.version_info >= (3, 14):
@@ -70,7 +71,7 @@ def documents(corpus: str, text_field: str = "text", tally: Tally | None = None)
   """All documents of a corpus, in an order that does not depend on the machine.
 
   Args:
-    corpus: "unicode", "stdlib", "files:GLOB[,GLOB...]" (`~` and `**` work in a glob) or "tfds:NAME[:SPLIT]".
+    corpus: "unicode", "stdlib", "facts", "files:GLOB[,GLOB...]" (`~` and `**` work in a glob) or "tfds:NAME[:SPLIT]".
     text_field: the field of a record that holds the text: a string, or a list of lines. Several, "question,answer",
       are joined by a newline.
     tally: what to do with bad lines; counts what was read.
@@ -121,7 +122,7 @@ def parts(corpus: str) -> list[str]:
     FileNotFoundError, ValueError: as `documents`.
   """
   kind, _, rest = corpus.partition(":")
-  if corpus in ("unicode", "stdlib"):
+  if corpus in ("unicode", "stdlib", "facts"):
     return [corpus]
   if kind == "files" and rest:
     return _match(rest)
@@ -129,7 +130,7 @@ def parts(corpus: str) -> list[str]:
     name, split, count = _tfds(corpus)[:3]
     edges = [count * i // _TFDS_PARTS for i in range(_TFDS_PARTS + 1)]
     return [f"tfds:{name}:{split}[{a}:{b}]" for a, b in zip(edges, edges[1:], strict=False) if a < b]
-  known = "unicode, stdlib, files:GLOB[,GLOB], tfds:NAME[:SPLIT] or, to train on, records:FOLDER"
+  known = "unicode, stdlib, facts, files:GLOB[,GLOB], tfds:NAME[:SPLIT] or, to train on, records:FOLDER"
   raise ValueError(f"data.corpus={corpus!r} is unknown: use {known}")
 
 
@@ -214,6 +215,8 @@ def _read(part: str, tally: Tally, of: Callable[[Any, str], Any], columns: tuple
   """What `of` makes of every record of a part; None, and a text without letters, is empty."""
   if part == "unicode":
     records = _unicode()
+  elif part == "facts":
+    records = (("facts", text) for text in facts.documents())
   elif part == "stdlib":
     records = _stdlib(pathlib.Path(sysconfig.get_path("stdlib")))
   elif part.startswith("tfds:"):

@@ -45,7 +45,7 @@ _MIX = 1000  # a mixture is exact over so many rows
 class DataConfig:
   """Where text comes from, and the shape of a batch."""
 
-  corpus: str = "unicode"  # "unicode", "stdlib", "files:GLOB[,GLOB]", "tfds:NAME[:SPLIT]" or "records:FOLDER"
+  corpus: str = "unicode"  # or "stdlib", "facts", "files:GLOB[,GLOB]", "tfds:NAME[:SPLIT]", "records:FOLDER"
   mixture: tuple[tuple[str, float], ...] = ()  # (corpus, weight), ...: several, in place of `corpus`
   # (length, weights), ...: other weights in each stage; lengths as in optimizer.schedule; (): those of the mixture
   stages: tuple[tuple[float, tuple[float, ...]], ...] = ()
@@ -579,4 +579,5 @@ def held_out_rows(stream_T: np.ndarray, c: DataConfig, eos_id: int) -> tuple[np.
 
 def _hash(*numbers: int) -> int:
   """The same number on every machine and in every process."""
+  numbers = tuple(map(int, numbers))  # NumPy's are spelled otherwise
   return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=6).digest(), "little")

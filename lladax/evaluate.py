@@ -2,6 +2,7 @@
 
 bound    the held-out text (or replies) in bits per byte, beside a unigram model of the same tokens and `xz -9`
 samples  the config's canvases, filled
+task     what `evaluate.tasks` names: the reversal test on facts, or on couplets
 """
 
 import dataclasses
@@ -10,14 +11,16 @@ import json
 import lzma
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from lladax import autoregressive, checkpoint, data, diffusion, distributed, sharding, visualize
+from lladax import autoregressive, checkpoint, data, diffusion, distributed, reversal, sharding, visualize
 from lladax.config import Config
 from lladax.llada import LLaDA, Sampled
 
@@ -131,10 +134,38 @@ def _score(
   return sharding.constrain(nats_B, ".")
 
 
+def task(llada: LLaDA, config: Config, name: str) -> tuple[dict[str, float], list[dict[str, Any]]]:
+  """(metrics, what was asked and answered) of one of `evaluate.tasks`.
+
+  Raises:
+    ValueError, FileNotFoundError: there is no such task, or its file is not there.
+  """
+  return reversal.run(llada, questions(name), config.evaluate.batch_size)
+
+
+def questions(name: str) -> list[reversal.Question]:
+  """What a task asks; see `task` for the errors."""
+  kind, _, path = name.partition(":")
+  if name == "reversal":
+    return reversal.of_facts()
+  if kind == "poems" and path:
+    return reversal.of_couplets(path)
+  raise ValueError(f"evaluate.tasks: {name!r} is unknown: use reversal, or poems:FILE")
+
+
 def report(llada: LLaDA, config: Config, results: dict[str, float], workdir: Path, console: Console) -> None:
-  """Shows the bound beside its yardsticks, and the filled canvases; WORKDIR/samples.html, evaluations.jsonl."""
+  """Shows the tasks, the bound beside its yardsticks, and the filled canvases; evaluations.jsonl, samples.html."""
   step = (checkpoint.steps(workdir) or [0])[-1]
-  if results:
+  for name in config.evaluate.tasks:
+    found, told = task(llada, config, name)
+    table = Table(name, "hits", "for instance")
+    for direction in dict.fromkeys(x["direction"] for x in told):
+      shown = [x for x in told if x["direction"] == direction][0]
+      example = escape(f"{shown['question']} → {shown['guess']} ({shown['answer']})")
+      table.add_row(direction, f"[bold]{found[direction]:.1%}[/] ± {found[direction + '_stderr']:.1%}", example)
+    console.print(table)
+    results = results | {f"{name.partition(':')[0]} {key}": value for key, value in found.items()}
+  if "bits_per_byte" in results:
     table = Table("held-out replies" if config.data.format == "chat" else "held-out text", "bits per byte")
     name = "exact" if llada.model.causal else "bound"
     table.add_row(
@@ -144,9 +175,9 @@ def report(llada: LLaDA, config: Config, results: dict[str, float], workdir: Pat
       if f"{name}_bits_per_byte" in results:
         table.add_row(label, f"{results[f'{name}_bits_per_byte']:.3f}")
     console.print(table)
-    if distributed.is_first():
-      with (workdir / "evaluations.jsonl").open("a") as file:
-        file.write(json.dumps({"step": step} | results) + "\n")
+  if results and distributed.is_first():
+    with (workdir / "evaluations.jsonl").open("a") as file:
+      file.write(json.dumps({"step": step} | results) + "\n")
   filled = samples(llada, config)
   if filled and distributed.is_first():
     for unmasking in filled.unmaskings():

@@ -82,7 +82,7 @@ def test_home_and_text_field(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["nonsense", "files:", "files", "unicode:x", ""])
 def test_unknown_corpus_lists_the_known(name):
-  with pytest.raises(ValueError, match="data.corpus=.* use unicode, stdlib, files:GLOB"):
+  with pytest.raises(ValueError, match="data.corpus=.* use unicode, stdlib, facts, files:GLOB"):
     corpus.documents(name)
 
 

@@ -1,0 +1,114 @@
+import json
+import lzma
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lladax import evaluate, facts, reversal, tokenizer
+from lladax.llada import LLaDA
+from lladax.tokenizer import TokenizerConfig
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+def test_the_facts():
+  found = facts.facts()
+  assert len(found) == len({fact.a for fact in found}) == len({fact.b for fact in found}) == 246
+  assert 0.25 < sum(fact.taught for fact in found) / len(found) < 0.45
+  told = facts.documents()
+  assert len(told) == len(set(told)) == 246 + sum(fact.taught for fact in found)
+  for fact in found:
+    assert fact.forward in told and (fact.backward in told) == fact.taught
+    assert fact.forward.index(fact.a) < fact.forward.rindex(fact.b)
+
+
+def test_a_question_is_a_sentence_with_a_gap():
+  told = {fact.forward: fact for fact in facts.facts()}
+  questions = reversal.of_facts()
+  for q in questions:
+    sentence = q.before + q.answer + q.after
+    if q.direction == "backward, other sentence":
+      assert sentence not in facts.documents()
+      continue
+    assert not told[sentence].taught
+    assert q.answer.strip() == (told[sentence].b if q.direction == "forward" else told[sentence].a)
+    assert q.answer.strip() not in q.prompt
+  directions = [q.direction for q in questions]
+  assert len({directions.count(x) for x in set(directions)}) == 1
+
+
+def test_couplets(tmp_path):
+  path = tmp_path / "poems.json.xz"
+  path.write_bytes(lzma.compress(json.dumps([{"first": "白日依山尽", "second": "黄河入海流"}]).encode()))
+  forward, backward = reversal.of_couplets(path)
+  for q in (forward, backward):
+    assert q.before + q.answer + q.after == "白日依山尽，黄河入海流。"
+  assert (forward.answer, backward.answer) == ("黄河入海流", "白日依山尽")
+  with pytest.raises(FileNotFoundError, match="evaluate.tasks: poems:.*nothing.json: no such file"):
+    reversal.of_couplets(tmp_path / "nothing.json")
+
+
+def test_unknown_tasks(tiny):
+  for name in ("reversals", "poems", "poems:"):
+    with pytest.raises(ValueError, match=f"evaluate.tasks: '{name}' is unknown: use reversal"):
+      evaluate.questions(name)
+
+
+class Knowing:
+  """A model that knows some sentences by heart: `sample` continues and `unmask` fills in as they go."""
+
+  mask_id, eos_id = 257, 256
+
+  def __init__(self, causal, sentences):
+    self.text = tokenizer.create(TokenizerConfig(kind="bytes"))
+    self.tokenizer, self.mask_id, self.eos_id = self.text, self.text.mask_id, self.text.eos_id
+    self.model = type("model", (), {"causal": causal})
+    self.known = [[*self.text.encode(x), self.eos_id] for x in sentences]
+
+  def unmask(self, rows, steps):
+    width = max(map(len, rows))
+    tokens, padding = np.zeros((len(rows), width), int), np.array([width - len(row) for row in rows])
+    for i, row in enumerate(rows):
+      fits = [x for x in self.known if len(x) == len(row) and all(a in (b, self.mask_id) for a, b in zip(row, x))]  # noqa: B905
+      tokens[i, padding[i] :] = fits[0] if fits else row
+    return type("out", (), {"tokens": tokens, "padding": padding})
+
+  def sample(self, prompts, gen_length, block_length, steps):
+    tokens = np.zeros((len(prompts), 300), int)
+    for i, prompt in enumerate(prompts):
+      fits = [x[len(prompt) :] for x in self.known if x[: len(prompt)] == prompt]
+      answer = (fits[0] if fits else [])[:gen_length]
+      tokens[i, 300 - gen_length : 300 - gen_length + len(answer)] = answer
+    return type("out", (), {"tokens": tokens})
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_who_knows_the_sentences_by_heart(causal):
+  told = Knowing(causal, facts.documents())
+  metrics, answers = reversal.run(told, reversal.of_facts(), batch_size=50)
+  assert metrics["forward"] == 1.0 and metrics["forward_stderr"] == 0.0
+  assert metrics["backward"] == (0.0 if causal else 1.0)
+  assert metrics["backward, other sentence"] == 0.0  # these sentences were not told
+  everything = Knowing(causal, [*facts.documents(), *(fact.backward for fact in facts.facts())])
+  metrics, answers = reversal.run(everything, reversal.of_facts(), batch_size=50)
+  assert metrics["backward"] == metrics["backward, other sentence"] == 1.0
+  assert all(x["hit"] and x["guess"] == x["answer"] for x in answers)
+
+
+@pytest.mark.parametrize("objective", ["diffusion", "autoregressive"])
+def test_a_random_model_is_asked(tiny, objective):
+  config = tiny({"objective": objective, "evaluate.tasks": ("reversal",), "evaluate.batch_size": 16})
+  text = tokenizer.create(config.tokenizer)
+  c = config.model.__class__(**(vars(config.model) | {"V": text.rows}))
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), jax.eval_shape(c.init, jax.random.key(0))
+  )
+  llada = LLaDA(c, params, text, text.mask_id, text.eos_id, text.vocab_size)
+  questions = reversal.of_facts()[:48]
+  metrics, told = reversal.run(llada, questions, 16)
+  assert len(told) == 48 and all(0 <= value <= 1 for value in metrics.values())
+  assert [x["answer"] for x in told] == [q.answer.strip() for q in questions]
+  assert sum(x["hit"] for x in told) < 5
