@@ -104,7 +104,11 @@ def get_config() -> ConfigDict:
   config.evaluate.num_samples = 16  # masks per row
   config.evaluate.rows = 0  # rows used before the end; 0: all
   config.evaluate.batch_size = 64  # rows of a forward pass
-  config.evaluate.tasks = ()  # "reversal" (of the facts), "poems:FILE" (of couplets); after the bound
+  # "reversal" (of the facts), "poems:FILE" (couplets), or lm-eval's: "llada_base/gsm8k" (as published), "lladax_gsm8k".
+  config.evaluate.tasks = ()
+  config.evaluate.data_dir = ""  # folder of local benchmarks for lm-eval's tasks; "": it fetches its own
+  config.evaluate.limit = 0  # questions of each of lm-eval's tasks; 0: all
+  config.evaluate.allow_code = False  # generated code may be run, in a sandbox
   config.evaluate.canvases = ()  # texts with "[MASK]"s, filled at the end; in chat: what the user says, answered
 
   config.sample = ConfigDict()

@@ -2,7 +2,8 @@
 
 bound    the held-out text (or replies) in bits per byte, beside a unigram model of the same tokens and `xz -9`
 samples  the config's canvases, filled
-task     what `evaluate.tasks` names: the reversal test on facts, or on couplets
+task     the reversal test, on facts or on couplets
+tasks    what else `evaluate.tasks` names goes to the lm-evaluation-harness
 """
 
 import dataclasses
@@ -135,28 +136,61 @@ def _score(
 
 
 def task(llada: LLaDA, config: Config, name: str) -> tuple[dict[str, float], list[dict[str, Any]]]:
-  """(metrics, what was asked and answered) of one of `evaluate.tasks`.
+  """(metrics, what was asked and answered) of the reversal test on facts, "reversal", or on couplets, "poems:FILE".
 
   Raises:
     ValueError, FileNotFoundError: there is no such task, or its file is not there.
   """
-  return reversal.run(llada, questions(name), config.evaluate.batch_size)
+  questions = _questions(name)
+  if questions is None:
+    raise ValueError(f"evaluate.tasks: {name!r} is no reversal test: use reversal, or poems:FILE")
+  return reversal.run(llada, questions, config.evaluate.batch_size)
 
 
-def questions(name: str) -> list[reversal.Question]:
-  """What a task asks; see `task` for the errors."""
+def check_tasks(config: Config) -> None:
+  """Raises ValueError or FileNotFoundError if one of `evaluate.tasks` cannot be asked, before long work."""
+  others = [name for name in config.evaluate.tasks if _questions(name) is None]
+  if others:
+    from lladax import harness  # an extra, and slow to import
+
+    harness.check(others, data_dir=config.evaluate.data_dir, allow_code=config.evaluate.allow_code)
+
+
+def _questions(name: str) -> list[reversal.Question] | None:
+  """What a task asks; None: the harness knows."""
   kind, _, path = name.partition(":")
-  if name == "reversal":
-    return reversal.of_facts()
   if kind == "poems" and path:
     return reversal.of_couplets(path)
-  raise ValueError(f"evaluate.tasks: {name!r} is unknown: use reversal, or poems:FILE")
+  return reversal.of_facts() if name == "reversal" else None
+
+
+def _by_harness(llada: LLaDA, config: Config, names: list[str], workdir: Path, console: Console) -> dict[str, float]:
+  """Runs lm-eval's tasks, and shows their metrics."""
+  from lladax import harness
+
+  c = config.evaluate
+  found = harness.evaluate(
+    llada, names, data_dir=c.data_dir, limit=c.limit or None, batch_size=c.batch_size, allow_code=c.allow_code,
+    use_cache=workdir / "harness", output=workdir / "harness.json",
+  )  # fmt: skip
+  table, results = Table("task", "metric", "value"), {}
+  for name, values in found.items():
+    for metric, value in values.items():
+      results[f"{name} {metric}"] = value
+      if f"{metric}_stderr" in values:
+        table.add_row(name, metric, f"[bold]{value:.1%}[/] ± {values[metric + '_stderr']:.1%}")
+  console.print(table)
+  return results
 
 
 def report(llada: LLaDA, config: Config, results: dict[str, float], workdir: Path, console: Console) -> None:
   """Shows the tasks, the bound beside its yardsticks, and the filled canvases; evaluations.jsonl, samples.html."""
   step = (checkpoint.steps(workdir) or [0])[-1]
-  for name in config.evaluate.tasks:
+  own = [name for name in config.evaluate.tasks if _questions(name) is not None]
+  others = [name for name in config.evaluate.tasks if name not in own]
+  if others:
+    results = results | _by_harness(llada, config, others, workdir, console)
+  for name in own:
     found, told = task(llada, config, name)
     table = Table(name, "hits", "for instance")
     for direction in dict.fromkeys(x["direction"] for x in told):

@@ -138,8 +138,7 @@ def prepare(config: Config, workdir: Path) -> Run:
   saved_config = workdir / "config.json"
   saved = json.loads(saved_config.read_text()) if saved_config.exists() else None
   console = _console()
-  for name in config.evaluate.tasks:
-    evaluate.questions(name)
+  evaluate.check_tasks(config)
   base = (saved.get("base", "") if saved else find_base(config.init_from)) if config.init_from else ""
   if base:
     begun = saved or json.loads((Path(base).parent.parent / "config.json").read_text())
@@ -500,6 +499,7 @@ class _Interrupt:
 
 def evaluate_last(config: Config, workdir: Path) -> dict[str, float]:
   """Evaluates the workdir's last checkpoint as at the end of training, and adds a line to evaluations.jsonl."""
+  evaluate.check_tasks(config)
   llada = load(workdir, mesh=sharding.make_mesh(config.mesh))
   config = dataclasses.replace(config, model=llada.model)
   results = evaluate.bound(llada, config) if config.data.held_out else {}

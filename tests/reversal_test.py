@@ -52,8 +52,8 @@ def test_couplets(tmp_path):
 
 def test_unknown_tasks(tiny):
   for name in ("reversals", "poems", "poems:"):
-    with pytest.raises(ValueError, match=f"evaluate.tasks: '{name}' is unknown: use reversal"):
-      evaluate.questions(name)
+    with pytest.raises(ValueError, match=f"evaluate.tasks: '{name}' is no reversal test: use reversal"):
+      evaluate.task(None, tiny(), name)
 
 
 class Knowing:
