@@ -109,6 +109,17 @@ def test_a_plan_of_the_real_programs(small):
   assert report["fits"] and report["chip_hours"] == pytest.approx(found.seconds_per_step * small.steps / 900)
 
 
+@pytest.mark.slow
+def test_a_plan_of_adapters(small):
+  """What is frozen lies there in bfloat16, without moments."""
+  c = dataclasses.replace(small.model, lora_rank=4)
+  found = plan.make(dataclasses.replace(small, model=c, init_from="base"), "v5e:2x2", sampler=False)
+  adapters = c.num_params() - small.model.num_params()
+  state = 2 * small.model.num_params() + 4 * 3 * adapters
+  assert state / 4 <= found.train.arguments <= state / 4 + 2**20
+  assert found.flops_per_step < plan.make(small, "v5e:2x2", sampler=False).flops_per_step
+
+
 def test_what_a_plan_needs(small):
   with pytest.raises(ValueError, match="model.V=0: a plan needs the rows of the embedding"):
     plan.make(dataclasses.replace(small, model=dataclasses.replace(small.model, V=0)), "v5e:2x2")
