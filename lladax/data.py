@@ -392,7 +392,7 @@ def _source(name: str, c: DataConfig, text: Tokenizer, seed: int) -> Source:
   if c.format == "chat":
     found = Dialogues(items, text, c, seed=seed)
   else:
-    stream_T = stream(items, text)
+    stream_T = _stream(name, 0, c, text)
     size = sum(len(x.encode()) for x in items)
     about = f"{len(items):,} documents ({size:,} bytes, {len(stream_T):,} tokens)"
     alone = dataclasses.replace(c, corpus=name, mixture=(), stages=())
@@ -415,6 +415,17 @@ def _read(name, format, text_field, prompt_field, response_field, bad_lines, hel
   else:
     items = corpus.documents(name, text_field, tally)
   return *corpus.split(items, held_out), tally
+
+
+@functools.lru_cache(maxsize=8)
+def _stream(name: str, part: int, c: DataConfig, text: Tokenizer) -> np.ndarray:
+  """`stream` of the training (0) or held-out (1) documents of a corpus."""
+  return stream(_items(name, c)[part], text)
+
+
+def train_stream(c: DataConfig, text: Tokenizer) -> np.ndarray:
+  """The training documents of the corpora that are files, tokenised, one corpus after the other."""
+  return np.concatenate([_stream(name, 0, c, text) for name in c.corpora])
 
 
 def _is_records(name: str) -> bool:
@@ -553,7 +564,7 @@ def _held_out(name: str, c: DataConfig, text: Tokenizer) -> HeldOut:
   elif c.format == "text":
     items = _items(name, c)[1]
     raw = "".join(x + "\n" for x in items).encode()
-    tokens_RL, segment_RL = held_out_rows(stream_T := stream(items, text), c, text.eos_id)
+    tokens_RL, segment_RL = held_out_rows(stream_T := _stream(name, 1, c, text), c, text.eos_id)
     columns = [tokens_RL, segment_RL, segment_RL > 0]
     return HeldOut(len(tokens_RL), len(stream_T), len(raw), raw, lambda keep: [x[keep] for x in columns])
   else:

@@ -60,7 +60,7 @@ def bound(llada: LLaDA, config: Config, *, rows: int = 0, seed: int = 0) -> dict
     "nats_per_token": float(nats_R.sum() / tokens),
   }
   if len(keep) == found.num_rows and found.raw:
-    train_T = data.stream(data.texts(config.data)[0], llada.tokenizer)
+    train_T = data.train_stream(config.data, llada.tokenizer)
     metrics |= yardsticks(train_T, tokens_RL[scored_RL], found.raw, llada.vocab_size)
   return metrics
 
