@@ -420,7 +420,8 @@ def _read(name, format, text_field, prompt_field, response_field, bad_lines, hel
 @functools.lru_cache(maxsize=8)
 def _stream(name: str, part: int, c: DataConfig, text: Tokenizer) -> np.ndarray:
   """`stream` of the training (0) or held-out (1) documents of a corpus."""
-  return stream(_items(name, c)[part], text)
+  items: Any = _items(name, c)
+  return stream(items[part], text)
 
 
 def train_stream(c: DataConfig, text: Tokenizer) -> np.ndarray:

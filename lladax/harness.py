@@ -1,0 +1,544 @@
+"""LLaDA in EleutherAI's lm-evaluation-harness: an adapter, the paper's settings by name, and local benchmarks.
+
+    python -m lladax.harness --tasks lladax_gsm8k --model_args path=WORKDIR,gen_length=256 --data_dir DIR
+
+is the harness's own command line with three things added: the model `lladax` is known (lm-eval 0.4.13 looks for no
+plugins, so its own `lm_eval` cannot find it), and so are the tasks in lladax/tasks, which read benchmarks from files.
+
+The life of a request: text (or a conversation) -> ids -> sorted by length, so that a batch holds little padding ->
+`LLaDA.log_likelihood`, `sample` or `unmask`, a batch at a time -> text up to its first stop string -> the harness's
+cache, batch by batch, so that an interrupted run goes on where it stopped.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import logging
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import numpy as np
+
+from lladax import distributed, sharding
+from lladax import llada as lladas
+from lladax.llada import LLaDA
+from lladax.sampling import SamplerConfig
+
+try:
+  from lm_eval.api.model import LM, CachingLM
+  from lm_eval.api.registry import register_model
+  from tqdm import tqdm
+except ModuleNotFoundError as error:
+  raise ModuleNotFoundError(f"{error}: the harness is an extra, pip install 'lladax[eval]'") from error
+
+TASKS = Path(__file__).parent / "tasks"
+DATA = "LLADAX_EVAL_DATA"  # the environment variable that names the folder of local benchmarks
+_CHAT = "\x1echat:"  # begins a context that is a conversation, as JSON: its special tokens are ids, never text
+_ALIASES = {"cfg": "guidance_scale", "mc_num": "num_samples"}  # the official adapter's names
+_SAMPLER = {field.name: field.default for field in dataclasses.fields(SamplerConfig)}
+_OWN = {"num_samples": 128, "greedy": False}
+_CALL_TOKENS = 16 * 8192  # a likelihood call is about 16 of log_likelihood's batches: what an interruption may lose
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+  """One cell of a published table: what to run, how, and the number to expect of the published weights."""
+
+  task: str  # the harness's name; with local benchmarks lladax_TASK is run, where it exists
+  num_fewshot: int | None = None  # None: the task's own number
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  chat: bool = False  # prompts are conversations
+  published: float | None = None  # percent
+
+
+def _base(task: str, shots: int, published: float, **options) -> Preset:
+  return Preset(task, shots, options, published=published)
+
+
+def _both(name: str, task: str, shots: int, without: float, guidance: float, with_guidance: float) -> dict[str, Preset]:
+  """A row of the base table in its two columns."""
+  return {
+    name: _base(task, shots, without, num_samples=128),
+    f"{name}+guidance": _base(task, shots, with_guidance, num_samples=128, guidance_scale=guidance),
+  }
+
+
+def _instruct(task: str, length: int, block: int, published: float | None = None, **options) -> Preset:
+  # The published shots of these are OpenCompass's, and are not stated: the task's own are used.
+  lengths = {"gen_length": length, "steps": length, "block_length": block}
+  return Preset(task, None, lengths | options, chat=True, published=published)
+
+
+_1024 = {"gen_length": 1024, "steps": 1024, "block_length": 1024}
+
+# LLaDA-8B (arXiv 2502.09992, Tab. 1 and 2) and the settings of its repository's EVAL page.
+PRESETS: dict[str, Preset] = {
+  "llada_base/mmlu": _base("mmlu", 5, 65.9, num_samples=1),  # an answer of one token needs no more
+  "llada_base/cmmlu": _base("cmmlu", 5, 69.9, num_samples=1),
+  "llada_base/ceval": _base("ceval-valid", 5, 70.5, num_samples=1),
+  **_both("llada_base/arc_challenge", "arc_challenge", 0, 45.9, 0.5, 47.9),
+  **_both("llada_base/hellaswag", "hellaswag", 0, 70.5, 0.5, 72.5),
+  **_both("llada_base/piqa", "piqa", 0, 73.6, 0.5, 74.4),
+  **_both("llada_base/truthfulqa", "truthfulqa_mc2", 0, 46.1, 2.0, 46.4),
+  **_both("llada_base/winogrande", "winogrande", 5, 74.8, 0.0, 74.8),
+  **_both("llada_base/gpqa", "gpqa_main_n_shot", 5, 25.2, 0.5, 26.1),
+  "llada_base/bbh": _base("bbh", 3, 49.7, **_1024),
+  "llada_base/gsm8k": _base("gsm8k", 4, 70.3, **_1024),
+  "llada_base/math": _base("minerva_math", 4, 31.4, **_1024),
+  "llada_base/humaneval": _base("humaneval", 0, 35.4, **_1024),
+  "llada_base/mbpp": _base("mbpp", 4, 40.0, **_1024),
+  # Its canvas was never released: the masks are as many as the task's max_gen_toks.
+  "llada_base/humaneval_fim": _base("humaneval_single_line_infilling", 2, 73.8),
+  "llada_instruct/mmlu": _instruct("mmlu_generative", 3, 3),
+  "llada_instruct/mmlu_pro": _instruct("mmlu_pro", 256, 256),
+  "llada_instruct/hellaswag": _instruct("hellaswag_generative", 3, 3),
+  "llada_instruct/arc_challenge": _instruct("arc_challenge_chat", 512, 512),
+  "llada_instruct/gsm8k": _instruct("gsm8k", 512, 512, 69.4, confidence_eos_eot_inf=True),
+  "llada_instruct/gsm8k_blocks": _instruct("gsm8k", 256, 8, 78.6),
+  "llada_instruct/math": _instruct("minerva_math", 512, 512, 31.9, confidence_eos_eot_inf=True),
+  "llada_instruct/math_blocks": _instruct("minerva_math", 512, 64, 42.2),
+  "llada_instruct/gpqa": _instruct("gpqa_main_generative_n_shot", 64, 64, confidence_eos_eot_inf=True),
+  "llada_instruct/humaneval": _instruct("humaneval_instruct", 512, 512, 49.4, logits_eos_inf=True),
+  "llada_instruct/mbpp": _instruct("mbpp_instruct", 256, 256, confidence_eos_eot_inf=True),
+}
+
+
+def preset(name: str) -> Preset:
+  """The published setting of that name, e.g. llada_base/arc_challenge+guidance; ValueError for any other."""
+  if name not in PRESETS:
+    near = difflib.get_close_matches(name, PRESETS, 1, 0.0)[0]
+    raise ValueError(f"preset {name!r}: there is no such preset; did you mean {near}?")
+  return PRESETS[name]
+
+
+class Harness(LM):
+  """A LLaDA as the harness sees it: text in, text and log-likelihoods out.
+
+  Without `greedy` the second value of a likelihood (would greedy decoding have given this answer?) is False and means
+  "not asked": with it each answer is also filled in, a forward pass a token, and compared.
+  """
+
+  def __init__(
+    self, path: str = "", *, llada: LLaDA | None = None, step: int | None = None, batch_size: int | str = 1,
+    device: str | None = None, max_batch_size: int | None = None, **options,
+  ):  # fmt: skip
+    """Loads the model at `path`, or takes `llada`.
+
+    Args:
+      path: as of `lladax.load`.
+      llada: a model at hand, instead of a path.
+      step: of a checkpoint.
+      batch_size: prompts of a generation batch. Likelihoods batch by tokens, whatever this says.
+      device: ignored, JAX has chosen (the harness always passes one).
+      max_batch_size: likewise.
+      **options: `num_samples` (or `mc_num`) and `greedy`, for likelihoods; the fields of `SamplerConfig`
+        (`guidance_scale` may be called `cfg`), of which gen_length, block_length and steps follow the task's
+        max_gen_toks where they are not given; `fsdp`, `tensor` and the other axes of `MeshConfig`, for the mesh.
+
+    Raises:
+      ValueError: an unknown option or a bad value; a model without a tokenizer.
+    """
+    super().__init__()
+    del device, max_batch_size
+    axes = {field.name for field in dataclasses.fields(sharding.MeshConfig)}
+    mesh = {name: options.pop(name) for name in axes & options.keys()}
+    options = {_ALIASES.get(name, name): value for name, value in options.items()}
+    for name in options.keys() - _OWN.keys() - _SAMPLER.keys():
+      near = difflib.get_close_matches(name, [*_OWN, *_SAMPLER, *axes], 1, 0.0)[0]
+      raise ValueError(f"{name}={options[name]!r}: there is no such option; did you mean {near}?")
+    SamplerConfig(**{name: value for name, value in options.items() if name in _SAMPLER})  # says what is wrong now
+    if not str(batch_size).isdecimal() or int(batch_size) < 1:
+      raise ValueError(f"batch_size={batch_size!r}: must be a positive number")
+    if (llada is None) == (not path):
+      raise ValueError("give the model as path=..., a workdir or a published checkpoint (or as llada=)")
+    if llada is None:
+      llada = lladas.load(path, step, mesh=sharding.make_mesh(sharding.MeshConfig(**mesh)) if mesh else None)
+    if llada.tokenizer is None:
+      raise ValueError("this model has no tokenizer, and the harness gives it text: add the tokenizer's files")
+    self.llada, self.text, self.batch_size, self.options = llada, llada.tokenizer, int(batch_size), options
+    self.num_samples, self.greedy = (options.get(name, _OWN[name]) for name in _OWN)
+    self._has_cut = False
+
+  def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    """(log p(continuation | context) in nats, whether it is the greedy answer) for each (context, continuation)."""
+    pairs = [self._pair(*request.args) for request in requests]
+    guidance, seed = (self.options.get(name, _SAMPLER[name]) for name in ("guidance_scale", "seed"))
+
+    def answer(at: list[int]) -> list[tuple[float, bool]]:
+      prompts, answers = [pairs[i][0] for i in at], [pairs[i][1] for i in at]
+      nats = self.llada.log_likelihood(
+        prompts, answers, num_samples=self.num_samples, guidance_scale=guidance, seed=seed
+      )
+      greedy = self._are_greedy(prompts, answers) if self.greedy else [False] * len(at)
+      return list(zip(cast(list[float], nats), greedy, strict=True))
+
+    costs = [(len(p) + len(a)) * (1 if len(a) == 1 else self.num_samples) for p, a in pairs]
+    lengths = [len(p) + len(a) for p, a in pairs]
+    return self._run("loglikelihood", requests, _calls(lengths, costs), answer, disable_tqdm)
+
+  def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+    """Log p of each whole text in nats, given nothing; a long one is cut into windows of `model.max_length` tokens."""
+    most = self.llada.model.max_length
+    rows = [self.text.encode(request.args[0]) for request in requests]
+
+    def answer(at: list[int]) -> list[float]:
+      windows = [(i, rows[i][first : first + most]) for i in at for first in range(0, len(rows[i]), most)]
+      total = dict.fromkeys(at, 0.0)
+      if windows:
+        answers = [ids for _, ids in windows]
+        seed = self.options.get("seed", _SAMPLER["seed"])
+        nats = self.llada.log_likelihood([[]] * len(windows), answers, num_samples=self.num_samples, seed=seed)
+        for (i, _), value in zip(windows, cast(list[float], nats), strict=True):
+          total[i] += value
+      return list(total.values())
+
+    lengths = [len(row) for row in rows]
+    costs = [length * self.num_samples for length in lengths]
+    return self._run("loglikelihood_rolling", requests, _calls(lengths, costs), answer, disable_tqdm)
+
+  def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+    """The text that each context is continued with, up to EOS, the first stop string, or max_gen_toks tokens.
+
+    A task whose generation_kwargs have `infill: MARK` is filled in instead: the canvas is what stands before the last
+    MARK of the context, as many masks as a continuation would have, and what stands behind it; the answer is what
+    takes the place of MARK. Few-shot examples simply stand before.
+    """
+    plans = [self._plan(request.args[1]) for request in requests]
+    rows = [self._split(request.args[0], plan) for request, plan in zip(requests, plans, strict=True)]
+    groups = defaultdict(list)  # only what shares a program shares a batch
+    for i, plan in enumerate(plans):
+      groups[json.dumps(plan.sampler, sort_keys=True), plan.infill is not None].append(i)
+    calls = []
+    for at in groups.values():
+      at.sort(key=lambda i: -sum(map(len, rows[i])))  # the longest first: what does not fit, fails at once
+      calls += [at[first : first + self.batch_size] for first in range(0, len(at), self.batch_size)]
+
+    def answer(at: list[int]) -> list[str]:
+      ids = self._fill([rows[i] for i in at], plans[at[0]])
+      texts = [self.text.decode(self._ended(x[: plans[i].most])) for i, x in zip(at, ids, strict=True)]
+      return [_until(text, plans[i].until) for i, text in zip(at, texts, strict=True)]
+
+    return self._run("generate_until", requests, calls, answer, disable_tqdm)
+
+  def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    """A conversation as a context; what its messages spell can never become a special token (`Tokenizer.chat`)."""
+    if self.llada.eot_id is None:
+      raise ValueError(
+        "a conversation: this model's vocabulary has no chat tokens (<|eot_id|>); leave out the template"
+      )
+    return _CHAT + json.dumps([chat_history, add_generation_prompt], ensure_ascii=False)
+
+  def chat_template(self, chat_template: bool | str = False) -> str:
+    """What stands in the harness's logs for the template."""
+    return "lladax.tokenizer.Tokenizer.chat" if chat_template else ""
+
+  @property
+  def tokenizer_name(self) -> str:
+    """Tells vocabularies apart in the harness's cache of requests."""
+    return f"lladax-{self.text.fingerprint}"
+
+  def _run(
+    self, name: str, requests: Sequence[Any], calls: list[list[int]], answer: Callable, quiet: bool
+  ) -> list[Any]:
+    """Answers all calls (lists of places); each is cached as soon as it is made."""
+    answers: list[Any] = [None] * len(requests)
+    with tqdm(total=len(requests), desc=name, disable=quiet or not distributed.is_first()) as bar:
+      for at in calls:
+        for i, value in zip(at, answer(at), strict=True):
+          answers[i] = value
+          self.cache_hook.add_partial(name, requests[i].args, value)
+        bar.update(len(at))
+    return answers
+
+  def _context(self, context: str) -> list[int]:
+    if not context.startswith(_CHAT):
+      return self.text.encode(context)
+    messages, ask = json.loads(context.removeprefix(_CHAT))
+    if ask:
+      return self.text.chat(messages)
+    return self.text.chat(messages[:-1]) + self.text.encode(messages[-1]["content"])  # a reply that has begun
+
+  def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Ids of both, as the harness splits them: spaces before the continuation are its own, and it is encoded in place.
+
+    Where the two share a token, no split is right, and each is encoded by itself.
+    """
+    if context.startswith(_CHAT):
+      prompt, answer = self._context(context), self.text.encode(continuation)
+    else:
+      bare = context.rstrip()
+      context, continuation = bare, context[len(bare) :] + continuation
+      prompt, whole = self.text.encode(context), self.text.encode(context + continuation)
+      answer = whole[len(prompt) :] if whole[: len(prompt)] == prompt else self.text.encode(continuation)
+    return self._cut(prompt, len(answer)), answer
+
+  def _cut(self, prompt: list[int], rest: int) -> list[int]:
+    """The end of the prompt that leaves room for `rest` more tokens."""
+    most = self.llada.model.max_length
+    if rest > most or (prompt and rest == most):
+      raise ValueError(f"{rest} tokens to score or to generate leave no room in model.max_length={most}: ask for fewer")
+    if len(prompt) + rest > most and not self._has_cut:
+      self._has_cut = True
+      text = "a prompt of %d tokens and %d more do not fit into model.max_length=%d: such prompts lose their start"
+      logging.warning(text, len(prompt), rest, most)
+    return prompt[max(0, len(prompt) + rest - most) :]
+
+  def _are_greedy(self, prompts: list[list[int]], answers: list[list[int]]) -> list[bool]:
+    steps = max(map(len, answers))
+    plan = _Plan({"steps": steps, "gen_length": steps, "guidance_scale": self.options.get("guidance_scale", 0.0)})
+    found = []
+    for first in range(0, len(prompts), self.batch_size):
+      batch = list(zip(prompts, answers, strict=True))[first : first + self.batch_size]
+      rows = [(p, [self.llada.mask_id] * len(a), []) for p, a in batch]
+      filled = self._fill(rows, dataclasses.replace(plan, infill=None if self.llada.model.causal else ""))
+      found += [x[: len(a)] == a for x, (_, a) in zip(filled, batch, strict=True)]
+    return found
+
+  def _plan(self, asked: Mapping[str, Any]) -> "_Plan":
+    """What a request's generation_kwargs and the options come to."""
+    until = asked.get("until") or []
+    most = asked.get("max_gen_toks", 256)
+    sampler = {name: value for name, value in asked.items() if name in _SAMPLER and name != "temperature"}
+    if asked.get("do_sample"):
+      sampler["temperature"] = asked.get("temperature", 1.0)
+    sampler |= {name: value for name, value in self.options.items() if name in _SAMPLER}
+    length = sampler.get("gen_length") or most
+    if "gen_length" in sampler:
+      most = length
+    block = min(sampler.get("block_length", length), length)
+    length = -(-length // block) * block
+    sampler |= {"gen_length": length, "block_length": block, "steps": sampler.get("steps", length)}
+    return _Plan(sampler, most, [until] if isinstance(until, str) else list(until), asked.get("infill"))
+
+  def _split(self, context: str, plan: "_Plan") -> tuple[list[int], list[int], list[int]]:
+    """Ids (before, masks, behind); without a mark nothing is behind."""
+    masks = [self.llada.mask_id] * plan.sampler["gen_length"]
+    if plan.infill is None:
+      return self._cut(self._context(context), len(masks)), masks, []
+    before, mark, behind = context.rpartition(plan.infill)
+    if not mark:
+      raise ValueError(f"infill={plan.infill!r}: the context does not hold this mark")
+    suffix = self.text.encode(behind)
+    return self._cut(self.text.encode(before), len(masks) + len(suffix)), masks, suffix
+
+  def _fill(self, rows: list[tuple[list[int], list[int], list[int]]], plan: "_Plan") -> list[list[int]]:
+    """The ids that take the place of the masks; a short batch repeats its last row, as programs have fixed shapes."""
+    full = rows + rows[-1:] * (self.batch_size - len(rows))
+    if plan.infill is None:
+      out = self.llada.sample([before for before, _, _ in full], **plan.sampler)
+      return [row[-plan.sampler["gen_length"] :].tolist() for row in out.tokens[: len(rows)]]
+    options = {name: value for name, value in plan.sampler.items() if name not in ("gen_length", "block_length")}
+    out = self.llada.unmask([before + masks + behind for before, masks, behind in full], **options)
+    filled = []
+    for row, (_, masks, behind) in zip(out.tokens[: len(rows)], rows, strict=True):
+      end = len(row) - len(behind)
+      filled.append(row[end - len(masks) : end].tolist())
+    return filled
+
+  def _ended(self, ids: list[int]) -> list[int]:
+    return ids[: next((i for i, token in enumerate(ids) if token in self.llada.ends), len(ids))]
+
+
+register_model("lladax")(Harness)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+  """How a text is to be generated."""
+
+  sampler: dict[str, Any]  # fields of SamplerConfig
+  most: int = 2**30  # tokens kept
+  until: list[str] = dataclasses.field(default_factory=list)
+  infill: str | None = None
+
+
+def _until(text: str, stops: Iterable[str]) -> str:
+  """The text up to the first of the stop strings."""
+  return text[: min((at for stop in stops if stop and (at := text.find(stop)) >= 0), default=len(text))]
+
+
+def _calls(lengths: list[int], costs: list[int]) -> list[list[int]]:
+  """Places from long to short, cut into calls of about the same work."""
+  calls, spent = [], 0
+  for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    if not calls or spent >= _CALL_TOKENS:
+      calls.append([])
+      spent = 0
+    calls[-1].append(i)
+    spent += costs[i]
+  return calls
+
+
+def evaluate(
+  llada: LLaDA, names: str | Sequence[str], *, data_dir: str = "", limit: int | None = None, batch_size: int = 8,
+  allow_code: bool = False, use_cache: str | Path | None = None, output: str | Path | None = None,
+  num_fewshot: int | None = None, chat: bool | None = None, **options,
+) -> dict[str, dict[str, float]]:  # fmt: skip
+  """Runs presets and tasks, one after the other.
+
+  Args:
+    llada: the model, with its tokenizer.
+    names: of presets (`PRESETS`), of the tasks in lladax/tasks, or of the harness's own.
+    data_dir: the folder of the local benchmarks; "": what LLADAX_EVAL_DATA says. With one, lladax_TASK is run for
+      TASK where it exists; without one the harness fetches its own data.
+    limit: only so many questions of each task, for a trial.
+    batch_size: prompts of a generation batch.
+    allow_code: generated code may be run (in `lladax.sandbox`); without it tasks that do are refused.
+    use_cache: a folder for the answers; a run that stopped goes on at the batch where it did. Every model and setting
+      has a file of its own there.
+    output: a JSON file for the results, written after each name.
+    num_fewshot: instead of the preset's or the task's.
+    chat: prompts are conversations; None: what the preset says.
+    **options: those of `Harness`, before the preset's.
+
+  Returns:
+    name (or name/TASK, for the parts of a group) -> {metric: value, metric_stderr: its standard error, "samples":
+    questions, "published": a preset's number as a fraction, of the published weights}.
+
+  Raises:
+    ValueError: an unknown name or option, a missing data folder, or a task that runs code without `allow_code`.
+  """
+  from lm_eval.evaluator import evaluate as run
+
+  os.environ.setdefault("DISABLE_MULTIPROC", "1")  # of its standard errors: a process with JAX in it must not fork
+  plans, manager, tasks = check(names, data_dir=data_dir, allow_code=allow_code)
+  if use_cache and jax.process_count() > 1:
+    raise ValueError(f"use_cache={str(use_cache)!r}: processes of one job would read different caches; leave it out")
+  results: dict[str, dict[str, float]] = {}
+  for name, plan in plans.items():
+    talks = plan.chat if chat is None else chat
+    with _quiet():
+      loaded = manager.load([tasks[name]])
+      parts = loaded["tasks"].values()
+      for task in parts:
+        shots = plan.num_fewshot if num_fewshot is None else num_fewshot
+        if task.get_config("num_fewshot") is None or (shots is not None and task.get_config("num_fewshot") != 0):
+          task.set_config(key="num_fewshot", value=shots or 0)
+        task.set_fewshot_seed(seed=1234)  # the harness's default
+      # A likelihood that is no choice between answers is asked for with "is it the greedy one?".
+      defaults: dict[str, Any] = {"greedy": True} if any(task.OUTPUT_TYPE == "loglikelihood" for task in parts) else {}
+      lm: Any = Harness(llada=llada, batch_size=batch_size, **(defaults | dict(plan.options) | options))
+      if use_cache:
+        lm = CachingLM(lm, str(Path(use_cache) / f"{_fingerprint(lm)}.db"))
+      found = run(
+        lm=lm, task_dict=loaded, limit=limit, log_samples=False, apply_chat_template=talks, fewshot_as_multiturn=talks,
+        confirm_run_unsafe_code=allow_code, bootstrap_iters=1000,
+      )  # fmt: skip
+    if use_cache:
+      lm.dbdict.close()
+    assert found is not None
+    results |= _numbers(name, tasks[name], found)
+    if plan.published is not None and name in results:
+      results[name]["published"] = plan.published / 100
+    if output and distributed.is_first():
+      settings = {"limit": limit, "batch_size": batch_size, "num_fewshot": num_fewshot, "chat": chat} | options
+      Path(output).parent.mkdir(parents=True, exist_ok=True)
+      Path(output).write_text(json.dumps({"settings": settings, "results": results}, indent=2, default=str) + "\n")
+  return results
+
+
+def check(
+  names: str | Sequence[str], *, data_dir: str = "", allow_code: bool = False
+) -> tuple[dict[str, Preset], Any, dict[str, str]]:
+  """(name -> preset, the harness's task manager, name -> task); raises what `evaluate` raises of names."""
+  names = [names] if isinstance(names, str) else list(names)
+  plans = {name: preset(name) if "/" in name else Preset(name) for name in names}
+  if not plans:
+    raise ValueError("there is nothing to evaluate: the list of names is empty")
+  manager, tasks = _find({name: plan.task for name, plan in plans.items()}, data_dir or os.environ.get(DATA, ""))
+  for name, task in tasks.items():
+    if not allow_code and _runs_code(manager, task):
+      raise ValueError(f"{name} runs generated code: allow it with allow_code=True (--allow_code)")
+  return plans, manager, tasks
+
+
+def _find(wanted: Mapping[str, str], data_dir: str) -> tuple[Any, dict[str, str]]:
+  """The harness's task manager, and name -> task. Its own thousands of tasks are read only where they are needed."""
+  from lm_eval.tasks import TaskManager
+
+  options = {"include_path": str(TASKS), "metadata": {"data_dir": data_dir} if data_dir else {}}
+  manager = TaskManager(include_defaults=False, **options)
+  local = set(manager.all_tasks)
+  tasks = {name: f"lladax_{task}" if data_dir and f"lladax_{task}" in local else task for name, task in wanted.items()}
+  if any(task not in local and not task.startswith("lladax_") for task in tasks.values()):
+    manager = TaskManager(**options)
+  for task in tasks.values():
+    if task not in manager.all_tasks:
+      near = difflib.get_close_matches(task, manager.all_tasks, 1, 0.0)[0]
+      hint = " (its local form needs data_dir)" if f"lladax_{task}" in local and not data_dir else ""
+      raise ValueError(f"task {task!r}: there is no such task{hint}; did you mean {near}?")
+  return manager, tasks
+
+
+def _runs_code(manager: Any, task: str) -> bool:
+  entry = manager.task_index[task]
+  config = entry.cfg or {}
+  parts = config.get("task")
+  parts = parts if isinstance(parts, list) else []  # of a group (of a tag the harness itself asks, a little later)
+  names = [part if isinstance(part, str) else part.get("task", "") for part in parts]
+  known = (name for name in names if name in manager.task_index and name != task)
+  return bool(config.get("unsafe_code")) or any(_runs_code(manager, name) for name in known)
+
+
+def _numbers(name: str, task: str, found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+  """The harness's results without the filter's name where there is but one."""
+  rows = found["results"] | found.get("groups", {})
+  numbers = {}
+  for row, values in rows.items():
+    metrics = {key: value for key, value in values.items() if "," in key and isinstance(value, float | int)}
+    filters = {key.split(",")[1] for key in metrics}
+    short = {key.split(",")[0] if len(filters) == 1 else key.replace(",", "/"): v for key, v in metrics.items()}
+    if row in found["n-samples"]:
+      short["samples"] = found["n-samples"][row]["effective"]
+    numbers[name if row == task else f"{name}/{row.rpartition('::')[2]}"] = short
+  return numbers
+
+
+def _fingerprint(harness: Harness) -> str:
+  """Of what an answer depends on besides the request: some weights of every array, and the options."""
+  llada = harness.llada
+  told = hashlib.sha256(json.dumps([str(llada.model), harness.options, harness.tokenizer_name], default=str).encode())
+  for x in jax.tree.leaves(llada.params):
+    told.update(np.asarray(x[(0,) * (x.ndim - 1)][:256], np.float32).tobytes())
+  return told.hexdigest()[:16]
+
+
+class _quiet:
+  """The harness warns of every local task that it has a function for its data: once is too often."""
+
+  def __enter__(self):
+    self.filter = lambda record: "Custom kwargs can be passed" not in record.getMessage()
+    logging.getLogger("lm_eval.api.task").addFilter(self.filter)
+
+  def __exit__(self, *_):
+    logging.getLogger("lm_eval.api.task").removeFilter(self.filter)
+
+
+def main() -> None:
+  """The harness's command line with `--model lladax` as the default, and `--data_dir DIR` and `--allow_code`."""
+  from lm_eval.__main__ import cli_evaluate
+
+  given = sys.argv[1:]
+  if "--data_dir" in given:
+    at = given.index("--data_dir")
+    os.environ[DATA] = (given[at + 1 : at + 2] or [""])[0]
+    del given[at : at + 2]
+  given = ["--confirm_run_unsafe_code" if x == "--allow_code" else x for x in given]
+  if given and given[0] not in ("run", "ls", "validate"):
+    given.insert(0, "run")
+  if given and "--include_path" not in given:
+    given += ["--include_path", str(TASKS)]
+  if given[:1] == ["run"] and not {"--model", "-M"} & set(given):
+    given += ["--model", "lladax"]
+  sys.argv[1:] = given
+  cli_evaluate()
+
+
+if __name__ == "__main__":
+  main()

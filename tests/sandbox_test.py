@@ -1,0 +1,64 @@
+import os
+import time
+
+import pytest
+
+from lladax import sandbox
+
+
+@pytest.mark.parametrize(
+  "code, why",
+  [
+    ("def f(x):\n  return x + 1\nassert f(1) == 2", ""),
+    ("import math, re, collections, typing, hashlib\nprint('much' * 10**6)\nassert math.sqrt(4) == 2", ""),
+    ("open('here', 'w').write('x')\nassert open('here').read() == 'x'", ""),
+    ("assert 1 + 1 == 3", "AssertionError"),
+    ("def f(:", "SyntaxError"),
+    ("x = [0] * 10**10", "memory"),
+    ("x = []\nwhile True: x.append('a' * 10**6)", "memory"),
+    ("open('big', 'w').write('x' * 10**8)", "OSError: [Errno 27] File too large"),
+    ("open('/tmp/lladax-escaped', 'w')", "PermissionError: open outside the working directory"),
+    ("import os\nos.remove('/etc/hostname')", "PermissionError: os.remove outside the working directory"),
+    ("import os\nwhile True: os.fork()", "PermissionError: os.fork is not allowed here"),
+    ("import subprocess\nsubprocess.run(['true'])", "PermissionError: subprocess.Popen is not allowed here"),
+    ("import os\nos.system('true')", "PermissionError: os.system is not allowed here"),
+    ("import socket\nsocket.create_connection(('127.0.0.1', 9))", "PermissionError: socket."),
+    ("import sys\nsys.exit(0)\nassert False", "SystemExit"),
+    ("import os\nos._exit(0)\nassert False", "ended early"),
+    ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "PermissionError: os.kill"),
+    ("import os\nassert 'PATH' not in os.environ and 'HOME' not in os.environ\nassert os.listdir() == []", ""),
+  ],
+)
+def test_programs(code, why):
+  result = sandbox.run(code)
+  assert result.passed == (why == "")
+  assert result.why.startswith(why) and "\n" not in result.why
+
+
+@pytest.mark.parametrize("code", ["while True: pass", "import time\ntime.sleep(60)"])
+def test_an_endless_program_is_stopped(code):
+  begun = time.monotonic()
+  result = sandbox.run(code, timeout=0.5)
+  assert result == sandbox.Result(False, "time: more than 0.5 s")
+  assert time.monotonic() - begun < 10
+
+
+def test_threads_do_not_outlive_the_program(tmp_path):
+  code = "import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()"
+  begun = time.monotonic()
+  sandbox.run(code)
+  assert time.monotonic() - begun < 10
+
+
+def test_without_namespaces_the_other_fences_hold(monkeypatch):
+  monkeypatch.setattr(sandbox, "_namespaces", lambda: ())
+  assert sandbox.run("assert True").passed
+  assert sandbox.run("import os\nos.fork()").why.startswith("PermissionError")
+  assert sandbox.run("while True: pass", timeout=0.5).why == "time: more than 0.5 s"
+  assert not os.path.exists("/tmp/lladax-escaped")
+
+
+@pytest.mark.parametrize("limits", [{"timeout": 0.0}, {"memory": 0}])
+def test_limits_are_positive(limits):
+  with pytest.raises(ValueError, match="both must be positive"):
+    sandbox.run("", **limits)
