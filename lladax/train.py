@@ -149,7 +149,11 @@ def prepare(config: Config, workdir: Path) -> Run:
   if saved or base:
     text = tokenizer.load((workdir if saved else Path(base).parent.parent) / "tokenizer")
   else:
-    text = data.prepared_tokenizer(config.data) or tokenizer.create(config.tokenizer, data.texts(config.data)[0])
+    text = data.prepared_tokenizer(config.data)
+    if text is None:
+      text = tokenizer.create(config.tokenizer, data.texts(config.data)[0])
+    else:
+      console.print("the tokenizer is that of the records")
   model = dataclasses.replace(config.model, V=config.model.V or text.rows)
   check_vocabulary(model, text)
   config = dataclasses.replace(config, model=model)

