@@ -24,6 +24,7 @@ Every batch has the same columns, whatever the objective:
   index   int32   [B]     global example index, from which the noise is drawn
 """
 
+import array
 import dataclasses
 import functools
 import hashlib
@@ -232,7 +233,7 @@ class Dialogues:
     self._c, self._seed, self._eos_id = c, seed, text.eos_id
     opening = [] if text.bos_id is None else [text.bos_id]
     self._opening, self._header = opening, text.chat([])[len(opening) :]
-    L, ids = c.length, []
+    L, ids = c.length, array.array("i")
     self._turns: list[list[Turn]] = []
     self.num_bytes = self.num_tokens = cut = too_long = 0  # of the replies
     for messages in conversations:
@@ -250,11 +251,11 @@ class Dialogues:
             self.num_bytes += len(message["content"].strip().encode()) + 1
             self.num_tokens += len(reply)
         history += text.message(message)
-      ids += history
+      ids.extend(history)
       made = []
       for n, reply in turns:
         made.append(Turn(prompt, prompt + n, len(ids), len(ids) + len(reply)))
-        ids += reply
+        ids.extend(reply)
       self._turns += [[turn] for turn in made] if every_turn else [made] if made else []
     if not self._turns:
       raise ValueError(
@@ -336,9 +337,9 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 def stream(documents: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
   """All documents as one array of ids, each followed by EOS."""
-  ids: list[int] = []
+  ids = array.array("i")  # a list would take nine times the memory
   for text in documents:
-    ids += tokenizer.encode(text)
+    ids.extend(tokenizer.encode(text))
     ids.append(tokenizer.eos_id)
   return np.asarray(ids, np.int32)
 

@@ -13,17 +13,18 @@ import tempfile
 
 import pytest
 
-# Before jax is imported. What the user has set stays.
-USER_XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
-if "xla_force_host_platform_device_count" not in USER_XLA_FLAGS:
-  flags = f"{USER_XLA_FLAGS} --xla_force_host_platform_device_count=8"
-  os.environ["XLA_FLAGS"] = flags.strip()
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# A tiny model compiles longer than it runs: the tests, and the commands they start, compile each program once.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lladax-tests-")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+# Before jax is imported. What the user has set stays. Of several test processes (`-n`) the first one does it for all.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+  flags = os.environ["LLADAX_TESTS_USER_XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "")
+  if "xla_force_host_platform_device_count" not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")
+  # A tiny model compiles longer than it runs: the tests, and the commands they start, compile each program once.
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lladax-tests-")
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+  os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+  atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+USER_XLA_FLAGS = os.environ["LLADAX_TESTS_USER_XLA_FLAGS"]
 
 import jax  # noqa: E402
 
