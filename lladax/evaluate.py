@@ -11,6 +11,7 @@ import functools
 import json
 import lzma
 import math
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
-from lladax import autoregressive, checkpoint, data, diffusion, distributed, reversal, sharding, visualize
+from lladax import autoregressive, checkpoint, data, diffusion, distributed, metrics, reversal, sharding, visualize
+from lladax import report as reports
 from lladax.config import Config
 from lladax.llada import LLaDA, Sampled
 
@@ -164,57 +166,105 @@ def _questions(name: str) -> list[reversal.Question] | None:
   return reversal.of_facts() if name == "reversal" else None
 
 
-def _by_harness(llada: LLaDA, config: Config, names: list[str], workdir: Path, console: Console) -> dict[str, float]:
-  """Runs lm-eval's tasks, and shows their metrics."""
+def _by_harness(
+  llada: LLaDA, config: Config, names: list[str], workdir: Path
+) -> tuple[dict[str, dict[str, float]], dict[str, list[dict[str, Any]]]]:
+  """(metrics, some answers) of lm-eval's tasks. The report holds them from the first task on.
+
+  Presets are as published; other tasks take the fields of `config.sample` that are not the defaults.
+  """
   from lladax import harness
 
-  c = config.evaluate
-  found = harness.evaluate(
-    llada, names, data_dir=c.data_dir, limit=c.limit or None, batch_size=c.batch_size, allow_code=c.allow_code,
-    use_cache=workdir / "harness", output=workdir / "harness.json",
-  )  # fmt: skip
-  table, results = Table("task", "metric", "value"), {}
-  for name, values in found.items():
-    for metric, value in values.items():
-      results[f"{name} {metric}"] = value
-      if f"{metric}_stderr" in values:
-        table.add_row(name, metric, f"[bold]{value:.1%}[/] ± {values[metric + '_stderr']:.1%}")
-  console.print(table)
-  return results
+  c, alone = config.evaluate, jax.process_count() == 1  # several processes would not agree on what is in the cache
+  path = workdir / "evaluation"
+  fields = dataclasses.fields(config.sample)
+  chosen = {x.name: value for x in fields if (value := getattr(config.sample, x.name)) != x.default}
+  presets = [name for name in names if name in harness.PRESETS]
+  found, told = {}, {}
+  for part, options in ((presets, {}), ([name for name in names if name not in presets], chosen)):
+    if part:
+      found |= harness.evaluate(
+        llada, part, data_dir=c.data_dir, limit=c.limit or None, batch_size=c.batch_size, allow_code=c.allow_code,
+        use_cache=workdir / "harness" if alone else None, output=path, **options,
+      )  # fmt: skip
+      if distributed.is_first():
+        told |= json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))["told"]
+  return found, told
 
 
-def report(llada: LLaDA, config: Config, results: dict[str, float], workdir: Path, console: Console) -> None:
-  """Shows the tasks, the bound beside its yardsticks, and the filled canvases; evaluations.jsonl, samples.html."""
-  step = (checkpoint.steps(workdir) or [0])[-1]
+def report(llada: LLaDA, config: Config, bounds: dict[str, float], workdir: Path, console: Console) -> dict[str, float]:
+  """Runs the tasks and fills the canvases; shows everything, and writes it.
+
+  Args:
+    llada: the model.
+    config: of the run.
+    bounds: what `bound` found, or {}.
+    workdir: gets a line in evaluations.jsonl, evaluation.json, evaluation.html and samples.html.
+    console: for the tables.
+
+  Returns:
+    `bounds`, and "TASK METRIC" -> value of all tasks.
+  """
   own = [name for name in config.evaluate.tasks if _questions(name) is not None]
   others = [name for name in config.evaluate.tasks if name not in own]
+  found, told = {}, {}
   if others:
-    results = results | _by_harness(llada, config, others, workdir, console)
+    found, told = _by_harness(llada, config, others, workdir)
   for name in own:
-    found, told = task(llada, config, name)
-    table = Table(name, "hits", "for instance")
-    for direction in dict.fromkeys(x["direction"] for x in told):
-      shown = [x for x in told if x["direction"] == direction][0]
-      example = escape(f"{shown['question']} → {shown['guess']} ({shown['answer']})")
-      table.add_row(direction, f"[bold]{found[direction]:.1%}[/] ± {found[direction + '_stderr']:.1%}", example)
-    console.print(table)
-    results = results | {f"{name.partition(':')[0]} {key}": value for key, value in found.items()}
-  if "bits_per_byte" in results:
-    table = Table("held-out replies" if config.data.format == "chat" else "held-out text", "bits per byte")
-    name = "exact" if llada.model.causal else "bound"
-    table.add_row(
-      f"lladax ({name})", f"[bold]{results['bits_per_byte']:.3f}[/] ± {results['bits_per_byte_stderr']:.3f}"
-    )
-    for name, label in (("unigram", "unigram over the same tokens"), ("xz", "xz -9")):
-      if f"{name}_bits_per_byte" in results:
-        table.add_row(label, f"{results[f'{name}_bits_per_byte']:.3f}")
-    console.print(table)
-  if results and distributed.is_first():
+    found[name], told[name] = task(llada, config, name)
+  results = bounds | {f"{name.partition(':')[0]} {x}": value for name, of in found.items() for x, value in of.items()}
+  if not distributed.is_first():
+    samples(llada, config)
+    return results
+  _show(llada, config, bounds, found, told, console)
+  step = (checkpoint.steps(workdir) or [0])[-1]
+  if results:
     with (workdir / "evaluations.jsonl").open("a") as file:
       file.write(json.dumps({"step": step} | results) + "\n")
-  filled = samples(llada, config)
-  if filled and distributed.is_first():
+    shown = {name: _some(of) for name, of in told.items()}
+    about = {"model": f"{llada.model.num_params():,} parameters, {config.objective}", "step": f"{step:,}",
+             "data": ", ".join(config.data.corpora), "device": jax.devices()[0].device_kind,
+             "versions": f"lladax {metadata.version('lladax')}, jax {jax.__version__}"}  # fmt: skip
+    title = f"{workdir.name}, step {step:,}"
+    reports.write(reports.Report(title, about, found, shown, bounds, metrics.losses(workdir)), workdir / "evaluation")
+    console.print(f"the same as a page, with the loss: {workdir / 'evaluation.html'}")
+  if filled := samples(llada, config):
     for unmasking in filled.unmaskings():
       console.print(visualize.terminal(unmasking, frames=4))
     (workdir / "samples.html").write_text(filled.html(f"{workdir.name}, step {step}"))
     console.print(f"the same as a page: {workdir / 'samples.html'}")
+  return results
+
+
+def _some(told: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """As many answers as a page shows, of every direction of the reversal test."""
+  directions = list(dict.fromkeys(x.get("direction") for x in told))
+  each = -(-reports.SHOWN // len(directions)) if directions else 0
+  return [x for d in directions for x in [y for y in told if y.get("direction") == d][:each]]
+
+
+def _show(
+  llada: LLaDA, config: Config, bounds: dict[str, float], found: dict[str, dict[str, float]],
+  told: dict[str, list[dict[str, Any]]], console: Console,
+) -> None:  # fmt: skip
+  """Tables: tasks, and the bound beside its yardsticks."""
+  if found:
+    own = {name: {x["direction"]: x for x in reversed(told.get(name, ())) if "direction" in x} for name in found}
+    table = Table(
+      *(Column(x, overflow="fold") for x in ("task", "metric", "value", "for instance" * any(own.values())))
+    )
+    for name, values in found.items():
+      for metric, value in values.items():
+        if f"{metric}_stderr" in values:
+          x = own[name].get(metric)
+          example = escape(f"{x['question']} → {x['guess']} ({x['answer']})") if x else ""
+          table.add_row(escape(name), metric, f"[bold]{reports.number(metric, value, values)}[/]", example)
+    console.print(table)
+  if bounds:
+    table = Table("held-out replies" if config.data.format == "chat" else "held-out text", "bits per byte")
+    name = "exact" if llada.model.causal else "bound"
+    table.add_row(f"lladax ({name})", f"[bold]{bounds['bits_per_byte']:.3f}[/] ± {bounds['bits_per_byte_stderr']:.3f}")
+    for name, label in (("unigram", "unigram over the same tokens"), ("xz", "xz -9")):
+      if f"{name}_bits_per_byte" in bounds:
+        table.add_row(label, f"{bounds[f'{name}_bits_per_byte']:.3f}")
+    console.print(table)

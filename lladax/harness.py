@@ -25,7 +25,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from lladax import distributed, sharding
+from lladax import distributed, report, sharding
 from lladax import llada as lladas
 from lladax.llada import LLaDA
 from lladax.sampling import SamplerConfig
@@ -392,7 +392,8 @@ def evaluate(
     allow_code: generated code may be run (in `lladax.sandbox`); without it tasks that do are refused.
     use_cache: a folder for the answers; a run that stopped goes on at the batch where it did. Every model and setting
       has a file of its own there.
-    output: a JSON file for the results, written after each name.
+    output: a name for the report of the results, some answers with them: a .json and a .html file, written anew after
+      each name.
     num_fewshot: instead of the preset's or the task's.
     chat: prompts are conversations; None: what the preset says.
     **options: those of `Harness`, before the preset's.
@@ -411,6 +412,7 @@ def evaluate(
   if use_cache and jax.process_count() > 1:
     raise ValueError(f"use_cache={str(use_cache)!r}: processes of one job would read different caches; leave it out")
   results: dict[str, dict[str, float]] = {}
+  told: dict[str, list[dict[str, Any]]] = {}
   for name, plan in plans.items():
     talks = plan.chat if chat is None else chat
     with _quiet():
@@ -427,7 +429,7 @@ def evaluate(
       if use_cache:
         lm = CachingLM(lm, str(Path(use_cache) / f"{_fingerprint(lm)}.db"))
       found = run(
-        lm=lm, task_dict=loaded, limit=limit, log_samples=False, apply_chat_template=talks, fewshot_as_multiturn=talks,
+        lm=lm, task_dict=loaded, limit=limit, log_samples=True, apply_chat_template=talks, fewshot_as_multiturn=talks,
         confirm_run_unsafe_code=allow_code, bootstrap_iters=1000,
       )  # fmt: skip
     if use_cache:
@@ -438,8 +440,9 @@ def evaluate(
       results[name]["published"] = plan.published / 100
     if output and distributed.is_first():
       settings = {"limit": limit, "batch_size": batch_size, "num_fewshot": num_fewshot, "chat": chat} | options
-      Path(output).parent.mkdir(parents=True, exist_ok=True)
-      Path(output).write_text(json.dumps({"settings": settings, "results": results}, indent=2, default=str) + "\n")
+      told |= _told(name, tasks[name], found["samples"])
+      about = {key: value for key, value in settings.items() if value is not None}
+      report.write(report.Report("lm-evaluation-harness", about, results, told), Path(output))
   return results
 
 
@@ -492,12 +495,37 @@ def _numbers(name: str, task: str, found: Mapping[str, Any]) -> dict[str, dict[s
   numbers = {}
   for row, values in rows.items():
     metrics = {key: value for key, value in values.items() if "," in key and isinstance(value, float | int)}
-    filters = {key.split(",")[1] for key in metrics}
-    short = {key.split(",")[0] if len(filters) == 1 else key.replace(",", "/"): v for key, v in metrics.items()}
+    several = len({key.split(",")[1] for key in metrics}) > 1
+    short = {}
+    for key, value in metrics.items():
+      metric, filter = key.split(",")
+      metric, error = metric.removesuffix("_stderr"), "_stderr" * metric.endswith("_stderr")
+      short[f"{metric}/{filter}{error}" if several else metric + error] = value
     if row in found["n-samples"]:
       short["samples"] = found["n-samples"][row]["effective"]
     numbers[name if row == task else f"{name}/{row.rpartition('::')[2]}"] = short
   return numbers
+
+
+def _told(name: str, task: str, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+  """Of each part some questions with the answers to them, for the report."""
+  told = {}
+  for part, of in samples.items():
+    rows = []
+    for x in of[: report.SHOWN]:
+      context, replies = x["arguments"][0][0], [reply[0] if isinstance(reply, list) else reply for reply in x["resps"]]
+      answer, guess, hit = x["target"], replies[0], x[x["metrics"][0]]
+      if len(replies) > 1:  # a choice: (log-likelihood, greedy) of each
+        choices = [str(arguments[1]).strip() for arguments in x["arguments"]]
+        guess = choices[int(np.argmax([nats for nats, _ in replies]))]
+        answer = choices[answer] if isinstance(answer, int) and answer < len(choices) else answer
+      elif not isinstance(guess, str):
+        context, guess = x["arguments"][0][0], f"{guess[0]:.2f} nats" if isinstance(guess, tuple) else guess
+      if context.startswith(_CHAT):
+        context = "\n".join(message["content"] for message in json.loads(context.removeprefix(_CHAT))[0])
+      rows.append({"question": context, "answer": answer, "guess": guess, "hit": bool(hit)})
+    told[name if part == task else f"{name}/{part.rpartition('::')[2]}"] = rows
+  return told
 
 
 def _fingerprint(harness: Harness) -> str:

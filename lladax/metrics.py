@@ -117,6 +117,13 @@ class ProfilerWindow:
       self._running = False
 
 
+def losses(workdir: Path) -> list[tuple[int, float]]:
+  """(step, loss) of the lines of metrics.jsonl."""
+  path = workdir / "metrics.jsonl"
+  rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+  return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+
+
 def clock(seconds: float) -> str:
   """3723 -> "1h02m"; 83 -> "1m23s"."""
   hours, minutes, rest = int(seconds) // 3600, int(seconds) // 60 % 60, int(seconds) % 60

@@ -305,8 +305,8 @@ def _train(run: Run, console: Console, began: float) -> dict[str, float]:
     console.print(f"stopped by a signal after step {int(state.step)}; the same command continues from there")
     raise SystemExit(128 + stop.signal)
   llada = _llada(run, state)
-  results = evaluate.bound(llada, config) if config.data.held_out else {}
-  evaluate.report(llada, config, results, run.workdir, console)
+  bounds = evaluate.bound(llada, config) if config.data.held_out else {}
+  results = evaluate.report(llada, config, bounds, run.workdir, console)
   console.print(f"done in {metrics.clock(time.monotonic() - began)}; everything is in {run.workdir}")
   return results
 
@@ -506,9 +506,8 @@ def evaluate_last(config: Config, workdir: Path) -> dict[str, float]:
   evaluate.check_tasks(config)
   llada = load(workdir, mesh=sharding.make_mesh(config.mesh))
   config = dataclasses.replace(config, model=llada.model)
-  results = evaluate.bound(llada, config) if config.data.held_out else {}
-  evaluate.report(llada, config, results, workdir, _console())
-  return results
+  bounds = evaluate.bound(llada, config) if config.data.held_out else {}
+  return evaluate.report(llada, config, bounds, workdir, _console())
 
 
 def show_samples(config: Config, workdir: Path, prompts: list[str], html: str | None) -> None:
