@@ -250,15 +250,13 @@ def _show(
   """Tables: tasks, and the bound beside its yardsticks."""
   if found:
     own = {name: {x["direction"]: x for x in reversed(told.get(name, ())) if "direction" in x} for name in found}
-    table = Table(
-      *(Column(x, overflow="fold") for x in ("task", "metric", "value", "for instance" * any(own.values())))
-    )
+    titles = ["task", "metric", "value", *["for instance"] * any(own.values())]
+    table = Table(*(Column(title, overflow="fold") for title in titles))
     for name, values in found.items():
-      for metric, value in values.items():
-        if f"{metric}_stderr" in values:
-          x = own[name].get(metric)
-          example = escape(f"{x['question']} → {x['guess']} ({x['answer']})") if x else ""
-          table.add_row(escape(name), metric, f"[bold]{reports.number(metric, value, values)}[/]", example)
+      for metric, value in reports.metrics(values).items():
+        x = own[name].get(metric)
+        example = [escape(f"{x['question']} → {x['guess']} ({x['answer']})")] if x else []
+        table.add_row(escape(name), metric, f"[bold]{reports.number(metric, value, values)}[/]", *example)
     console.print(table)
   if bounds:
     table = Table("held-out replies" if config.data.format == "chat" else "held-out text", "bits per byte")

@@ -57,6 +57,11 @@ def page(report: Report) -> str:
 """
 
 
+def metrics(values: Mapping[str, float]) -> dict[str, float]:
+  """Of what is known of a task the metrics alone."""
+  return {x: value for x, value in values.items() if not x.endswith("_stderr") and x not in ("samples", "published")}
+
+
 def number(metric: str, value: float, values: Mapping[str, float]) -> str:
   """A metric with its standard error, in percent where it is a share."""
   error = values.get(f"{metric}_stderr", math.nan)
@@ -90,9 +95,7 @@ def _results(results: Mapping[str, Mapping[str, float]]) -> str:
   rows, marked = [], False
   for name, values in results.items():
     shown = name
-    for metric, value in values.items():
-      if metric.endswith("_stderr") or metric in ("samples", "published"):
-        continue
+    for metric, value in metrics(values).items():
       error = values.get(f"{metric}_stderr", math.nan)
       published = values.get("published") if shown else None  # belongs to the first metric
       marked |= published is not None

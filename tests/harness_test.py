@@ -1,3 +1,4 @@
+import io
 import json
 import lzma
 import os
@@ -9,16 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 import lladax
+from configs import base
 from lladax import tokenizer
+from lladax.config import parse
 from lladax.llada import LLaDA
 from lladax.mask_predictor import MaskPredictorConfig
 
 pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402
 
-from lladax import harness  # noqa: E402
+from lladax import evaluate, harness  # noqa: E402
 
 pytestmark = [
   pytest.mark.usefixtures("quick_compiles"),
@@ -278,6 +282,25 @@ def test_a_preset_brings_its_settings_and_its_number(llada, data_dir):
   )
   (metrics,) = found.values()
   assert metrics["published"] == pytest.approx(0.479) and metrics["samples"] == 1
+
+
+def test_a_config_names_tasks_and_how_to_sample(llada, data_dir, tiny_values, tmp_path, monkeypatch):
+  asked, sample = [], LLaDA.sample
+  monkeypatch.setattr(LLaDA, "sample", lambda self, *a, **options: asked.append(options) or sample(self, *a, **options))
+  values = base.get_config()
+  names = ("lladax_gsm8k", "llada_base/arc_challenge")
+  values.update_from_flattened_dict(tiny_values | {"evaluate.tasks": names, "evaluate.data_dir": str(data_dir)})
+  values.update({"sample": {"gen_length": 4, "threshold": 0.5}, "evaluate": {"limit": 1, "batch_size": 2}})
+  config, shown = parse(values.to_dict()), io.StringIO()
+  found = evaluate.report(llada, config, {}, tmp_path, Console(file=shown, width=200))
+  assert found["lladax_gsm8k samples"] == 1 and found["llada_base/arc_challenge published"] == pytest.approx(0.459)
+  assert [(x["gen_length"], x["threshold"], "cache" in x) for x in asked] == [(4, 0.5, False)]
+  assert "llada_base/arc_challenge │ acc" in shown.getvalue()
+  record = json.loads((tmp_path / "evaluation.json").read_text())
+  assert record["results"].keys() == record["told"].keys() == set(names)
+  (told,) = record["told"]["llada_base/arc_challenge"]
+  assert told["question"] == "Question: 0?\nAnswer:" and told["answer"] == "a" and told["guess"] in ("a", "b", "cd")
+  assert told["hit"] == (told["guess"] == "a") == (found["llada_base/arc_challenge acc"] == 1)
 
 
 def test_a_group_has_a_mean_and_its_parts(llada, tmp_path):

@@ -82,6 +82,10 @@ def test_the_loss_goes_down(tiny_workdir):
   results = json.loads(line)
   assert results["step"] == 20
   assert results["bits_per_byte"] < 0.75 * math.log2(384)
+  report = json.loads((tiny_workdir / "evaluation.json").read_text())
+  assert report["bound"]["bits_per_byte"] == results["bits_per_byte"]
+  assert [loss for _, loss in report["losses"]] == found.tolist()
+  assert f"{results['bits_per_byte']:.3f} ± " in (tiny_workdir / "evaluation.html").read_text()
 
 
 def test_the_baseline_trains_on_the_same_batches(tiny, tmp_path, monkeypatch):
