@@ -55,6 +55,7 @@ def get_config() -> ConfigDict:
   config.data.prompt_field = ""  # of records, in chat, together with response_field; "": known names
   config.data.response_field = ""
   config.data.bad_lines = "stop"  # at the first line that cannot be used | "skip", and count them
+  config.data.exclude = ""  # JSON file of texts, such as a test's; a document that holds one of them is left out
   config.data.held_out = 0.05  # fraction of the documents kept for evaluation; of records: as they were prepared
   config.data.length = 64  # tokens of a row
   config.data.batch_size = 64  # rows of an update

@@ -5,6 +5,7 @@
   python -m lladax.main --config=configs/poems.py --workdir=runs/poems_ar --config.objective=autoregressive ...
 
 Poems as JSON lines with `lines`, a couplet each; LLaDA's 469 couplets (poem_data.json of its repository) are the test.
+With --config.data.exclude=poem_data.json no poem that holds a line of them is learnt: held out, not learnt by heart.
 The line is filled into its place in the couplet, or continued by the causal baseline; 128 of the couplets occur in
 57,083 poems of the Tang exactly, with punctuation.
 """

@@ -52,9 +52,11 @@ class Tally:
   """What reading met. A line that cannot be used ends the run (`bad_lines="stop"`), or is counted ("skip")."""
 
   bad_lines: str = "stop"
+  exclude: str = ""  # see `contaminated`
   items: int = 0
   empty: int = 0
   bad: int = 0
+  excluded: int = 0
   named: list[str] = dataclasses.field(default_factory=list)  # the first bad lines
 
   def spoiled(self, message: str) -> None:
@@ -108,6 +110,42 @@ def conversations(
   if not found:
     raise ValueError(f"data.corpus={corpus!r} holds no conversation with a reply")
   return found
+
+
+def said(messages: Messages) -> str:
+  """What is said in a conversation, as one text."""
+  return "\n".join(message["content"] for message in messages)
+
+
+@functools.lru_cache(maxsize=2)
+def contaminated(path: str) -> Callable[[str], bool]:
+  """Whether a document holds one of the texts of a test, letter for letter: it is not to be learnt then.
+
+  Args:
+    path: as the GLOB of files:GLOB, of JSON; every string in it counts, at any depth, but not the names of fields.
+
+  Raises:
+    FileNotFoundError, ValueError: there is no such file, or it is no JSON, or holds no text.
+  """
+  texts: set[str] = set()
+
+  def collect(value: Any) -> None:
+    if isinstance(value, str) and value.strip():
+      texts.add(value.strip())
+    elif isinstance(value, dict | list):
+      for x in value.values() if isinstance(value, dict) else value:
+        collect(x)
+
+  try:
+    for part in _match(path):
+      for _, record in _file(part, Tally(), ()):
+        collect(record)
+  except (FileNotFoundError, ValueError) as error:
+    raise type(error)(str(error).replace("data.corpus=files:", "data.exclude=", 1).partition("; mend")[0]) from None
+  if not texts:
+    raise ValueError(f"data.exclude={path!r} holds no text")
+  lengths = sorted(set(map(len, texts)))
+  return lambda text: any(text[i : i + n] in texts for n in lengths for i in range(len(text) - n + 1))
 
 
 def read_texts(part: str, text_field: str, tally: Tally) -> Iterator[str]:
@@ -231,6 +269,8 @@ def _read(part: str, tally: Tally, of: Callable[[Any, str], Any], columns: tuple
       continue
     if item is None or (isinstance(item, str) and not item.strip()):
       tally.empty += 1
+    elif tally.exclude and contaminated(tally.exclude)(item if isinstance(item, str) else said(item)):
+      tally.excluded += 1
     else:
       tally.items += 1
       yield item

@@ -55,6 +55,7 @@ class DataConfig:
   prompt_field: str = ""  # of records, in chat, with response_field; "": known names
   response_field: str = ""
   bad_lines: str = "stop"  # "stop" at a line that cannot be used | "skip" and count it
+  exclude: str = ""  # JSON file of texts; a document that holds one of them, letter for letter, is left out
   held_out: float = 0.05  # fraction of the documents kept for evaluation; of records: as prepared
   length: int = 64  # tokens of a row
   batch_size: int = 64  # rows of an update, over all devices and micro-batches
@@ -75,6 +76,8 @@ class DataConfig:
         raise ValueError(f"data.{name}={getattr(self, name)!r}: use {', '.join(known)}")
     if not 0.0 <= self.random_lengths <= 1.0:
       raise ValueError(f"data.random_lengths={self.random_lengths}: must lie in [0, 1]")
+    if self.exclude and any(map(_is_records, self.corpora)):
+      raise ValueError(f"data.exclude={self.exclude!r}: records hold what was prepared: give it to --mode=prepare")
     if bool(self.prompt_field) != bool(self.response_field):
       raise ValueError(f"data.prompt_field={self.prompt_field!r}, response_field={self.response_field!r}: name both")
     if self.format == "chat":
@@ -360,7 +363,7 @@ def texts(c: DataConfig) -> tuple[list[str], list[str]]:
   for name in c.corpora:
     if not _is_records(name):
       for found, items in zip(both, _items(name, c)[:2], strict=True):
-        found += [x if isinstance(x, str) else "\n".join(m["content"] for m in x) for x in items]
+        found += [x if isinstance(x, str) else corpus.said(x) for x in items]
   return both
 
 
@@ -399,18 +402,19 @@ def _source(name: str, c: DataConfig, text: Tokenizer, seed: int) -> Source:
     alone = dataclasses.replace(c, corpus=name, mixture=(), stages=())
     found = Windows(stream_T, alone, eos_id=text.eos_id, seed=seed, about=about)
   counted = {"held out": len(held_out), "empty": tally.empty, "bad lines left out": tally.bad}
+  counted["left out: they hold a text of data.exclude"] = tally.excluded
   found.about += "".join(f"; {n:,} {what}" for what, n in counted.items() if n)
   return found
 
 
 def _items(name: str, c: DataConfig) -> tuple[list[Any], list[Any], corpus.Tally]:
   """(training, held-out) items of a corpus, and what reading it met."""
-  return _read(name, c.format, c.text_field, c.prompt_field, c.response_field, c.bad_lines, c.held_out)
+  return _read(name, c.format, c.text_field, c.prompt_field, c.response_field, c.bad_lines, c.exclude, c.held_out)
 
 
 @functools.lru_cache(maxsize=8)
-def _read(name, format, text_field, prompt_field, response_field, bad_lines, held_out):
-  tally = corpus.Tally(bad_lines)
+def _read(name, format, text_field, prompt_field, response_field, bad_lines, exclude, held_out):
+  tally = corpus.Tally(bad_lines, exclude)
   if format == "chat":
     items = corpus.conversations(name, prompt_field, response_field, tally)
   else:

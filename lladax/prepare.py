@@ -46,6 +46,7 @@ class Recipe:
 
   corpus: str
   text_field: str
+  exclude: str
   held_out: float
   length: int
   shards: int
@@ -64,7 +65,7 @@ def run(
   """Prepares the corpus of a config; returns the manifest.
 
   Args:
-    data: corpus, text_field, bad_lines, held_out and length.
+    data: corpus, text_field, bad_lines, exclude, held_out and length.
     tokenizer: as for training; SentencePiece without a path is trained on the whole corpus, on this machine.
     target: folder, or an address that fsspec can write to.
     shards: files of each split; each is made by one worker, in memory.
@@ -88,12 +89,14 @@ def run(
   finally:
     logging.disable(logging.NOTSET)
   parts = corpus.parts(data.corpus)
+  if data.exclude:
+    corpus.contaminated(data.exclude)  # says now what is wrong with it
   system, root = fsspec.url_to_fs(os.path.expanduser(target))
   folder = _Folder(target, root)
   if system.exists(f"{root}/{records.MANIFEST}"):
     raise ValueError(f"--target={target} holds finished records already: choose another folder, or delete it")
   text = _tokenizer(folder, tokenizer, data, console)
-  recipe = Recipe(data.corpus, data.text_field, data.held_out, data.length, shards, text.fingerprint)
+  recipe = Recipe(data.corpus, data.text_field, data.exclude, data.held_out, data.length, shards, text.fingerprint)
   done = folder.begin(recipe)
   if done:
     console.print(f"{len(done)} of {2 * shards} shards of {target} are whole already, and are kept")
@@ -201,7 +204,7 @@ def _reader(recipe: Recipe, bad_lines: str, done: set[Key]) -> Any:
 
   class Read(beam.DoFn):
     def process(self, part: str) -> Iterator[Any]:
-      tally = corpus.Tally(bad_lines)
+      tally = corpus.Tally(bad_lines, recipe.exclude)
       waiting, size = collections.defaultdict(list), 0
       for text in corpus.read_texts(part, recipe.text_field, tally):
         key, digest = recipe.key(text)
@@ -264,9 +267,10 @@ def _cut(documents: Iterable[np.ndarray], L: int, eos_id: int) -> Iterator[tuple
 
 
 def _write_tally(tallies: list[corpus.Tally], folder: _Folder) -> None:
-  documents, empty, bad = (sum(getattr(x, name) for x in tallies) for name in ("items", "empty", "bad"))
+  names = {"items": "documents", "empty": "empty", "bad": "bad_lines", "excluded": "excluded"}
+  content: dict[str, Any] = {told: sum(getattr(x, name) for x in tallies) for name, told in names.items()}
   named = sorted(message for x in tallies for message in x.named)[: corpus.NAMED]
-  content = {"parts": len(tallies), "documents": documents, "empty": empty, "bad_lines": bad, "first_bad_lines": named}
+  content |= {"parts": len(tallies), "first_bad_lines": named}
   folder.write("read.json", json.dumps(content).encode())
 
 
@@ -353,6 +357,7 @@ def _report(manifest: dict[str, Any], seconds: float, target: str, console: Cons
   console.print(table)
   line = f"read {read['documents']:,} documents in {read['parts']:,} parts; left out {read['empty']:,} empty ones"
   line += f" and {read['bad_lines']:,} bad lines"
+  line += f", and {read['excluded']:,} that hold a text of {manifest['exclude']}" * bool(manifest["exclude"])
   if seconds:
     size, tokens = (sum(x[name] for x in splits.values()) for name in ("bytes", "tokens"))
     line += f"; {seconds:.0f} s, {size / seconds / 1e6:.2f} MB/s, {tokens / seconds:,.0f} tokens/s"

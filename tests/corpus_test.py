@@ -177,6 +177,32 @@ def test_bad_lines_are_counted_where_that_is_wanted(tmp_path, caplog):
     corpus.documents(f"files:{path}")
 
 
+def test_what_holds_a_text_of_a_test_is_left_out(tmp_path):
+  test = write(tmp_path / "test.json", json.dumps([{"first": "ab", "second": " cde\n"}, {"more": [["ab", ""]]}]))
+  texts = ["a b", "xab", "cd", "cde", "ab", "first"]
+  path = write(tmp_path / "a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
+  tally = corpus.Tally(exclude=str(test))
+  assert corpus.documents(f"files:{path}", tally=tally) == ["a b", "cd", "first"]
+  assert (tally.items, tally.excluded) == (3, 3)
+  chat = write(tmp_path / "b.jsonl", json.dumps({"prompt": "Say it!", "response": "ab"}))
+  with pytest.raises(ValueError, match="holds no conversation"):
+    corpus.conversations(f"files:{chat}", tally=corpus.Tally(exclude=str(test)))
+
+
+@pytest.mark.parametrize(
+  ("name", "text", "error", "message"),
+  [
+    ("a.json", "[{}, 3]", ValueError, "^data.exclude='.*a.json' holds no text"),
+    ("a.json", "[", ValueError, "^data.exclude=.*a.json is not JSON"),
+    ("b.json", "[]", FileNotFoundError, "^data.exclude=.*a.json: no file matches"),
+  ],
+)
+def test_an_excluded_test_that_cannot_be_read(tmp_path, name, text, error, message):
+  write(tmp_path / name, text)
+  with pytest.raises(error, match=message):
+    corpus.contaminated(f"{tmp_path}/a.json")
+
+
 QUESTION, ANSWER = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hi."}
 
 

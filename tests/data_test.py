@@ -261,6 +261,7 @@ def test_a_packed_batch_counts_every_reply_the_same():
   ("fields", "message"),
   [
     ({"format": "poem"}, "data.format='poem': use text, chat"),
+    ({"corpus": "records:x", "exclude": "y.json"}, "data.exclude='y.json': records hold what was prepared"),
     ({"bad_lines": "hide"}, "data.bad_lines='hide': use stop, skip"),
     ({"format": "chat", "segments": True}, "data.segments=True is for data.format=text"),
     ({"format": "chat", "random_lengths": 0.1}, "data.random_lengths=0.1 is for data.format=text"),

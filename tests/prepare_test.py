@@ -74,7 +74,8 @@ def test_every_document_comes_back_once(prepared, config, texts):
     assert counts["bytes"] == sum(len(text.encode()) for text in unique)
     assert counts["tokens"] == counts["bytes"] + len(unique)  # a token a byte, and EOS
     assert counts["tokens"] + counts["padding"] == LENGTH * counts["records"]
-  assert manifest["read"] == {"parts": 2, "documents": len(texts), "empty": 2, "bad_lines": 0, "first_bad_lines": []}
+  counts = {"parts": 2, "documents": len(texts), "empty": 2, "bad_lines": 0, "excluded": 0, "first_bad_lines": []}
+  assert manifest["read"] == counts
 
 
 def test_segments_number_the_documents_of_a_record(prepared):
@@ -131,7 +132,7 @@ def test_a_folder_that_is_taken(prepared, config, tmp_path):
   with pytest.raises(ValueError, match="--target=.* holds finished records already"):
     prepare.run(config, BYTES, str(target), SHARDS, [])
   folder = prepare._Folder(str(tmp_path), str(tmp_path))
-  recipe = prepare.Recipe("files:x", "text", 0.1, 32, 3, "f")
+  recipe = prepare.Recipe("files:x", "text", "", 0.1, 32, 3, "f")
   assert folder.begin(recipe) == folder.begin(recipe) == set()
   with pytest.raises(ValueError, match="was begun otherwise .length: 32 there, 64 here.: choose another folder"):
     folder.begin(dataclasses.replace(recipe, length=64))
@@ -149,6 +150,15 @@ def test_a_bad_line_ends_the_preparation_in_one_line(tmp_path):
   manifest = prepare.run(skipping, BYTES, str(tmp_path / "records"), 1, [])
   assert "a.jsonl line 2" in manifest["read"]["first_bad_lines"][0]
   assert manifest["read"]["bad_lines"] == 1 and manifest["splits"]["train"]["documents"] == 1
+
+
+def test_what_holds_a_text_of_a_test_is_left_out(tmp_path):
+  (tmp_path / "a.jsonl").write_text('{"text": "x is 1"}\n{"text": "y"}\n')
+  (tmp_path / "test.json").write_text('[{"question": "x is"}]')
+  config = DataConfig(corpus=f"files:{tmp_path}/a.jsonl", length=8, held_out=0.0, exclude=f"{tmp_path}/test.json")
+  manifest = prepare.run(config, BYTES, str(tmp_path / "records"), 1, [])
+  assert manifest["read"]["excluded"] == 1 and manifest["exclude"] == config.exclude
+  assert manifest["splits"]["train"]["bytes"] == 1
 
 
 def test_what_cannot_be_prepared(tmp_path, config):
