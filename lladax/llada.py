@@ -159,7 +159,8 @@ class LLaDA:
     Args:
       prompt: text or a list of ids; or a list of either, for many pairs at once, of any lengths.
       answer: likewise.
-      num_samples: forward passes per pair; one is enough, and all that is spent, for an answer of one token.
+      num_samples: forward passes per pair; for answers of one token one is enough, and all that is spent on all those
+        to the same prompt.
       guidance_scale: classifier-free guidance with the prompt masked.
       seed: of the masks; the same masks for every pair of the same lengths.
       method: "monte_carlo", over stratified exact-count masks (P Eq. 6); or "chain_rule", the answer's tokens from
@@ -182,22 +183,24 @@ class LLaDA:
     if self.model.causal:
       method, num_samples = "monte_carlo", 1
 
-    def passes(answer):
-      return len(answer) if method == "chain_rule" or len(answer) == 1 else num_samples
-
     # Every forward pass of every pair is a row; rows of one bucketed length share batches, whosever they are.
-    lengths = [bucket(len(p) + len(a)) for p, a in pairs]
-    total = np.zeros(len(pairs))
+    total, lengths = np.zeros(len(pairs)), [bucket(len(p) + len(a)) for p, a in pairs]
+    choices: dict[tuple[int, ...], list[int]] = {}  # answers of one token to one prompt share a pass
+    passes = {}
+    for i, (p, a) in enumerate(pairs):
+      if len(a) == 1 and not self.model.causal:
+        choices.setdefault(tuple(p), []).append(i)
+      else:
+        passes[i] = len(a) if method == "chain_rule" else num_samples
     for L in sorted(set(lengths)):
-      rows = [(i, s) for i, n in enumerate(lengths) if n == L for s in range(passes(pairs[i][1]))]
-      size = min(max(1, 8192 // L), 2 ** (len(rows) - 1).bit_length())
-      for first in range(0, len(rows), size):
-        batch = rows[first : first + size]
-        drawn = self._draws([(*pairs[i], s, passes(pairs[i][1])) for i, s in batch], L, size, seed, method,
-                            guidance_scale)  # fmt: skip
+      for batch, size in _batched([p for p, at in choices.items() if lengths[at[0]] == L], L):
+        for p, log_p_V in zip(batch, self._next(batch, L, size, guidance_scale), strict=False):
+          total[choices[p]] = log_p_V[[pairs[i][1][0] for i in choices[p]]]
+      for batch, size in _batched([(i, s) for i, n in passes.items() if lengths[i] == L for s in range(n)], L):
+        drawn = self._draws([(*pairs[i], s, passes[i]) for i, s in batch], L, size, seed, method, guidance_scale)
         np.add.at(total, [i for i, _ in batch], drawn[: len(batch)])
     if method == "monte_carlo":
-      total /= [passes(a) for _, a in pairs]
+      total[list(passes)] /= num_samples
     return total.tolist() if many else float(total[0])
 
   def _draws(self, rows: list[tuple], L: int, size: int, seed: int, method: str, guidance_scale: float) -> np.ndarray:
@@ -214,6 +217,19 @@ class LLaDA:
       return np.asarray(_likelihood(
         self.params, tokens_BL, scored_BL, segment_BL, sample_B, samples_B, seed, model=self.model,
         mask_id=self.mask_id, eos_id=self.eos_id, guidance_scale=guidance_scale, method=method,
+      ))  # fmt: skip
+
+  def _next(self, prompts: list[tuple[int, ...]], L: int, size: int, guidance_scale: float) -> np.ndarray:
+    """Log p [B, V] of every id behind each prompt; short batches are filled up."""
+    at_B = np.zeros(size, np.int32)
+    at_B[: len(prompts)] = [len(p) for p in prompts]
+    segment_BL = (np.arange(L) <= at_B[:, None]).astype(np.int32)
+    tokens_BL = np.full((size, L), self.mask_id, np.int32)
+    for b, p in enumerate(prompts):
+      tokens_BL[b, : len(p)] = p
+    with sharding.on_mesh_of(self.params):
+      return np.asarray(_next(
+        self.params, tokens_BL, segment_BL, at_B, model=self.model, mask_id=self.mask_id, guidance_scale=guidance_scale
       ))  # fmt: skip
 
   def logits(self, tokens_BL, segment_BL=None) -> np.ndarray:
@@ -472,6 +488,13 @@ def _keys(seed: jax.Array, rows: int) -> jax.Array:
 _new_cache = jax.jit(MaskPredictorConfig.new_cache, static_argnums=(0, 1, 2))
 
 
+def _batched(rows: list[Any], L: int) -> Iterator[tuple[list[Any], int]]:
+  """(rows, rows of the program) of batches of about 8192 tokens, in rows of length L."""
+  size = min(max(1, 8192 // L), 2 ** (len(rows) - 1).bit_length()) if rows else 1
+  for first in range(0, len(rows), size):
+    yield rows[first : first + size], size
+
+
 def _laid_out(x: Any) -> Any:
   """How a program leaves what it returns on a mesh: caches sliced along rows and heads, all else whole everywhere."""
   return jax.tree.map(lambda x: sharding.constrain(x, ".B.G." if x.ndim == 5 else "." * x.ndim), x)
@@ -593,6 +616,22 @@ def _likelihood(
     return _laid_out(diffusion.chain_rule(nll, tokens_BL, scored_BL, sample_B, mask_id=mask_id))
   key_B = jnp.broadcast_to(jax.random.key(seed), tokens_BL.shape[:1])  # every pair meets the same masks
   return _laid_out(diffusion.log_likelihood(nll, tokens_BL, scored_BL, key_B, sample_B, samples_B, mask_id=mask_id))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "mask_id", "guidance_scale"))
+def _next(params, tokens_BL, segment_BL, at_B, *, model, mask_id, guidance_scale):
+  """Log p [B, V] at one masked place of each row."""
+  bound = model.bind(params)
+
+  def logits_BV(x_BL):
+    hidden_BLD = bound.hidden(x_BL, segment_BL, right_padded=True)[0]
+    return bound.logits(jnp.take_along_axis(hidden_BLD, at_B[:, None, None], axis=1)[:, 0])
+
+  found_BV = logits_BV(tokens_BL)
+  if guidance_scale:
+    un_BV = logits_BV(jnp.full_like(tokens_BL, mask_id))
+    found_BV = un_BV + (guidance_scale + 1) * (found_BV - un_BV)
+  return _laid_out(jax.nn.log_softmax(found_BV))
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -184,6 +184,22 @@ def test_log_likelihood_of_one_pair_of_many_and_of_ids(llada):
   np.testing.assert_allclose(many[1], exact, rtol=1e-5)  # one token: no noise at all
 
 
+@pytest.mark.parametrize("guidance_scale", [0.0, 0.7])
+def test_answers_of_one_token_to_one_prompt_share_a_pass(llada, guidance_scale, monkeypatch):
+  passes, real = [], LLaDA._next
+  monkeypatch.setattr(LLaDA, "_next", lambda self, prompts, *a: passes.extend(prompts) or real(self, prompts, *a))
+  prompts = [prompt for prompt in ("abc", "", "x" * 40, "y") for _ in "ABCD"]
+  found = llada.log_likelihood(prompts, list("ABCD") * 4, guidance_scale=guidance_scale)
+  assert sorted(map(len, passes)) == [0, 1, 3, 40]
+  for prompt, answer, value in zip(prompts, "ABCD" * 4, found, strict=True):
+    canvas = [*prompt.encode(), llada.mask_id]
+    cond, un = (llada.logits([x])[0, -1] for x in (canvas, [llada.mask_id] * len(canvas)))
+    exact = jax.nn.log_softmax(un + (guidance_scale + 1) * (cond - un))[ord(answer)]
+    np.testing.assert_allclose(value, exact, rtol=1e-4)
+  chain = llada.log_likelihood(prompts, list("ABCD") * 4, guidance_scale=guidance_scale, method="chain_rule")
+  assert chain == found
+
+
 def test_log_likelihood_of_an_answer_to_nothing(llada):
   exact = jax.nn.log_softmax(llada.logits([[llada.mask_id]])[0, -1])[7]
   for prompt in ("", []):
