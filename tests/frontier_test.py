@@ -81,6 +81,7 @@ def test_tokens_count_up_to_the_end_and_compilation_does_not(frontier, monkeypat
   assert calls == [3, 3] and (counted.tokens, counted.nfe, counted.calls) == (3 + 3, 4, 1)
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_it_stopped(frontier, tiny_workdir, tmp_path, capsys):
   import lzma
 

@@ -50,10 +50,10 @@ def assert_same(out, i, other, j):
 
 OPTIONS = [
   {"cache": "dual", "threshold": 0.06, "early_stop": True},
-  {"cache": "prefix", "guidance_scale": 0.7, "temperature": 0.8},
   *(
     pytest.param(options, marks=pytest.mark.slow)
     for options in (
+      {"cache": "prefix", "guidance_scale": 0.7, "temperature": 0.8},
       {"gen_length": None, "cache": "dual", "steps": 3},
       {"cache": "prefix", "factor": 2.1},
       {"cache": "dual", "guidance_scale": 0.7, "remasking": "random"},

@@ -235,6 +235,7 @@ def check_study(scaling, base, workdir, monkeypatch):
     scaling.study(dataclasses.replace(base, seed=1), workdir, SIZES, FLOPS, **LIMITS)
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_where_it_stopped(scaling, base, tmp_path, monkeypatch, capsys):
   seen = pretend(monkeypatch)
   scaling.study(base, tmp_path, SIZES[:1], FLOPS, **LIMITS)

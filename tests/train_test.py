@@ -165,7 +165,12 @@ def test_a_run_goes_on_on_another_mesh(tiny, tiny_workdir, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
   ("step", "saved", "act"),
-  [(3, [], crash), (17, [10, 15], crash), (2, [1], terminate), (14, [10, 13], terminate)],
+  [
+    (17, [10, 15], crash),
+    (14, [10, 13], terminate),
+    pytest.param(3, [], crash, marks=pytest.mark.slow),
+    pytest.param(2, [1], terminate, marks=pytest.mark.slow),
+  ],
 )
 def test_a_run_that_was_stopped_goes_on_bitwise(tiny, tiny_workdir, tmp_path, monkeypatch, step, saved, act):
   handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
