@@ -290,7 +290,7 @@ def _examples(part: str) -> Iterator[tuple[str, Any]]:
 
 def _file(path: str, tally: Tally, columns: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
   """The records of one file: (where it stands, a dictionary or a text)."""
-  where = f"data.corpus=files:... {path}"
+  where = f"data.corpus=files:{path}"
   name = pathlib.PurePath(path)
   kind = name.with_suffix("").suffix if name.suffix in _PACKED else name.suffix
   try:
@@ -420,7 +420,9 @@ def _messages(messages: Any, where: str) -> Messages | None:
     raise ValueError(f"{where}: messages is no list of objects with role and content")
   found: Messages = []
   for message in messages:
-    role = message.get("role")
+    if "role" not in message:
+      raise ValueError(f"{where}: a message has the fields {list(message)}, and no 'role': use role and content")
+    role = message["role"]
     if role not in ROLES:
       raise ValueError(f"{where}: the role {role!r} is unknown to the chat template: use {', '.join(ROLES)}")
     found.append({"role": role, "content": _content(message.get("content"), where, "content")})

@@ -96,6 +96,8 @@ class DataConfig:
     self._check_weights()
 
   def _check_weights(self):
+    if not all(self.corpora):
+      raise ValueError(f"data.mixture={self.mixture}: a corpus has no name" if self.mixture else "data.corpus is empty")
     weights = [("mixture", tuple(weight for _, weight in self.mixture))] if self.mixture else []
     weights += [("stages", stage) for _, stage in self.stages]
     if self.stages and not self.mixture:
@@ -373,7 +375,10 @@ def prepared_tokenizer(c: DataConfig) -> Tokenizer | None:
   for name, text in found.items():
     first, of_first = next(iter(found.items()))
     if text.fingerprint != of_first.fingerprint:
-      raise ValueError(f"data.mixture: {name} was prepared with another tokenizer than {first}; prepare them with one")
+      raise ValueError(
+        f"data.mixture: {name} was prepared with another tokenizer than {first}: prepare them with one,"
+        " by tokenizer.path"
+      )
   return next(iter(found.values()), None)
 
 

@@ -177,11 +177,9 @@ def _by_harness(
 
   c, alone = config.evaluate, jax.process_count() == 1  # several processes would not agree on what is in the cache
   path = workdir / "evaluation"
-  fields = dataclasses.fields(config.sample)
-  chosen = {x.name: value for x in fields if (value := getattr(config.sample, x.name)) != x.default}
   presets = [name for name in names if name in harness.PRESETS]
   found, told = {}, {}
-  for part, options in ((presets, {}), ([name for name in names if name not in presets], chosen)):
+  for part, options in ((presets, {}), ([name for name in names if name not in presets], _chosen(config))):
     if part:
       found |= harness.evaluate(
         llada, part, data_dir=c.data_dir, limit=c.limit or None, batch_size=c.batch_size, allow_code=c.allow_code,
@@ -190,6 +188,12 @@ def _by_harness(
       if distributed.is_first():
         told |= json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))["told"]
   return found, told
+
+
+def _chosen(config: Config) -> dict[str, Any]:
+  """The fields of the sampler that are not the defaults."""
+  fields = dataclasses.fields(config.sample)
+  return {x.name: value for x in fields if (value := getattr(config.sample, x.name)) != x.default}
 
 
 def report(llada: LLaDA, config: Config, bounds: dict[str, float], workdir: Path, console: Console) -> dict[str, float]:
@@ -225,8 +229,15 @@ def report(llada: LLaDA, config: Config, bounds: dict[str, float], workdir: Path
     about = {"model": f"{llada.model.num_params():,} parameters, {config.objective}", "step": f"{step:,}",
              "data": ", ".join(config.data.corpora), "device": jax.devices()[0].device_kind,
              "versions": f"lladax {metadata.version('lladax')}, jax {jax.__version__}"}  # fmt: skip
-    title = f"{workdir.name}, step {step:,}"
-    reports.write(reports.Report(title, about, found, shown, bounds, metrics.losses(workdir)), workdir / "evaluation")
+    if others:
+      limit = f"{config.evaluate.limit} questions of each" if config.evaluate.limit else "all questions"
+      about |= {
+        "tasks": limit,
+        "sampler": ", ".join(f"{x}={value}" for x, value in _chosen(config).items()) or "default",
+      }
+    title, of = f"{workdir.name}, step {step:,}", "replies" if config.data.format == "chat" else "text"
+    losses = metrics.losses(workdir)
+    reports.write(reports.Report(title, about, found, shown, bounds, of, losses), workdir / "evaluation")
     console.print(f"the same as a page, with the loss: {workdir / 'evaluation.html'}")
   if filled := samples(llada, config):
     for unmasking in filled.unmaskings():

@@ -43,6 +43,7 @@ _CHAT = "\x1echat:"  # begins a context that is a conversation, as JSON: its spe
 _ALIASES = {"cfg": "guidance_scale", "mc_num": "num_samples"}  # the official adapter's names
 _SAMPLER = {field.name: field.default for field in dataclasses.fields(SamplerConfig)}
 _OWN = {"num_samples": 128, "greedy": False}
+_BATCH_TOKENS = 32768  # of a device in a generation batch, at most: long prompts come in smaller batches
 _CALL_TOKENS = 16 * 8192  # a likelihood call is about 16 of log_likelihood's batches: what an interruption may lose
 
 
@@ -134,7 +135,8 @@ class Harness(LM):
       path: as of `lladax.load`.
       llada: a model at hand, instead of a path.
       step: of a checkpoint.
-      batch_size: prompts of a generation batch. Likelihoods batch by tokens, whatever this says.
+      batch_size: prompts of a generation batch, at most; of long ones fewer (32,768 tokens of a device). Likelihoods
+        batch by tokens, whatever this says.
       device: ignored, JAX has chosen (the harness always passes one).
       max_batch_size: likewise.
       **options: `num_samples` (or `mc_num`) and `greedy`, for likelihoods; the fields of `SamplerConfig`
@@ -214,10 +216,14 @@ class Harness(LM):
     groups = defaultdict(list)  # only what shares a program shares a batch
     for i, plan in enumerate(plans):
       groups[json.dumps(plan.sampler, sort_keys=True), plan.infill is not None].append(i)
-    calls = []
+    calls, most = [], _BATCH_TOKENS * len(jax.tree.leaves(self.llada.params)[0].sharding.device_set)
     for at in groups.values():
       at.sort(key=lambda i: -sum(map(len, rows[i])))  # the longest first: what does not fit, fails at once
-      calls += [at[first : first + self.batch_size] for first in range(0, len(at), self.batch_size)]
+      while at:
+        fitting = max(1, most // sum(map(len, rows[at[0]])))
+        size = min(self.batch_size, 1 << fitting.bit_length() - 1)  # powers of two: programs are few
+        calls.append(at[:size])
+        at = at[size:]
 
     def answer(at: list[int]) -> list[str]:
       ids = self._fill([rows[i] for i in at], plans[at[0]])
@@ -328,8 +334,8 @@ class Harness(LM):
     return self._cut(self.text.encode(before), len(masks) + len(suffix)), masks, suffix
 
   def _fill(self, rows: list[tuple[list[int], list[int], list[int]]], plan: "_Plan") -> list[list[int]]:
-    """The ids that take the place of the masks; a short batch repeats its last row, as programs have fixed shapes."""
-    full = rows + rows[-1:] * (self.batch_size - len(rows))
+    """The ids that take the place of the masks; the last row fills up a batch, as programs have fixed shapes."""
+    full = rows + rows[-1:] * (min(self.batch_size, 2 ** (len(rows) - 1).bit_length()) - len(rows))
     if plan.infill is None:
       out = self.llada.sample([before for before, _, _ in full], **plan.sampler)
       return [row[-plan.sampler["gen_length"] :].tolist() for row in out.tokens[: len(rows)]]
@@ -388,7 +394,7 @@ def evaluate(
     data_dir: the folder of the local benchmarks; "": what LLADAX_EVAL_DATA says. With one, lladax_TASK is run for
       TASK where it exists; without one the harness fetches its own data.
     limit: only so many questions of each task, for a trial.
-    batch_size: prompts of a generation batch.
+    batch_size: prompts of a generation batch, at most.
     allow_code: generated code may be run (in `lladax.sandbox`); without it tasks that do are refused.
     use_cache: a folder for the answers; a run that stopped goes on at the batch where it did. Every model and setting
       has a file of its own there.
@@ -512,7 +518,7 @@ def _told(name: str, task: str, samples: Mapping[str, Sequence[Mapping[str, Any]
   told = {}
   for part, of in samples.items():
     rows = []
-    for x in of[: report.SHOWN]:
+    for x in [x for x in of if x["filter"] == of[0]["filter"]][: report.SHOWN]:
       context, replies = x["arguments"][0][0], [reply[0] if isinstance(reply, list) else reply for reply in x["resps"]]
       answer, guess, hit = x["target"], replies[0], x[x["metrics"][0]]
       if len(replies) > 1:  # a choice: (log-likelihood, greedy) of each

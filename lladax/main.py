@@ -118,7 +118,11 @@ def _plan() -> int:
 
 
 def _parse(argv: list[str]) -> list[str]:
-  """Flags; an unknown config field becomes one clear line."""
+  """Flags; an unknown config field becomes one clear line. Without --config fields are those of the workdir."""
+  if any(a.startswith("--config.") for a in argv) and not any(a.startswith("--config=") for a in argv):
+    workdir = next((a.removeprefix("--workdir=") for a in argv if a.startswith("--workdir=")), "")
+    if workdir and {"--mode=evaluate", "--mode=sample", "--mode=chat"} & set(argv):
+      argv = [argv[0], f"--config=configs/workdir.py:{workdir}", *argv[1:]]
   try:
     rest = flags.FLAGS(argv)
     getattr(_CONFIG.value, "to_dict", None)  # a config file that is not there complains when it is asked

@@ -12,18 +12,20 @@ goes on with the same command: shards that are whole are kept. Memory: a worker 
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import os
 import re
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import fsspec
 import numpy as np
@@ -93,18 +95,23 @@ def run(
     corpus.contaminated(data.exclude)  # says now what is wrong with it
   system, root = fsspec.url_to_fs(os.path.expanduser(target))
   folder = _Folder(target, root)
-  if system.exists(f"{root}/{records.MANIFEST}"):
-    raise ValueError(f"--target={target} holds finished records already: choose another folder, or delete it")
   text = _tokenizer(folder, tokenizer, data, console)
   recipe = Recipe(data.corpus, data.text_field, data.exclude, data.held_out, data.length, shards, text.fingerprint)
   done = folder.begin(recipe)
+  if manifest := folder.read(records.MANIFEST):
+    console.print(f"{target} is finished already")
+    return json.loads(manifest)
   if done:
     console.print(f"{len(done)} of {2 * shards} shards of {target} are whole already, and are kept")
-  options = PipelineOptions(["--default_sdk_harness_log_level=ERROR", *beam_options])
-  logging.getLogger("apache_beam").setLevel(logging.ERROR)
+  options = PipelineOptions(["--default_sdk_harness_log_level=CRITICAL", *beam_options])
+  logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # what goes wrong, the exception tells too
   began = time.monotonic()
   try:
-    with _progress(folder, 2 * shards, console), beam.Pipeline(options=options) as pipeline:
+    with (
+      _stderr_aside() as terminal,
+      _progress(folder, 2 * shards, terminal),
+      beam.Pipeline(options=options) as pipeline,
+    ):
       read = (
         pipeline
         | "parts" >> beam.Create(parts)
@@ -113,7 +120,10 @@ def run(
       )
       _ = read.documents | "shards" >> beam.GroupByKey() | "write" >> beam.Map(_write, recipe, folder, text)
       _ = read.tally | "tallies" >> beam.combiners.ToList() | "sum" >> beam.Map(_write_tally, folder)
-  except Exception as error:
+  except (Exception, KeyboardInterrupt) as error:
+    if isinstance(error, KeyboardInterrupt) or "KeyboardInterrupt" in str(error):
+      console.print("stopped; the same command goes on with the shards that are not whole yet")
+      raise SystemExit(130) from None
     if line := _own_error(str(error)):
       raise ValueError(line) from None
     raise
@@ -320,12 +330,25 @@ def _describe_to_tfds(folder: _Folder, recipe: Recipe, lengths: dict[str, list[i
       folder.write(name, Path(here, name).read_bytes())
 
 
-class _progress:
-  """Says on the console how many shards are whole."""
+@contextlib.contextmanager
+def _stderr_aside() -> Iterator[TextIO]:
+  """Standard error for us alone: what Beam's worker processes print of their own is dropped meanwhile."""
+  sys.stderr.flush()
+  with os.fdopen(os.dup(2), "w") as terminal, open(os.devnull, "w") as nowhere:
+    os.dup2(nowhere.fileno(), 2)
+    try:
+      yield terminal
+    finally:
+      sys.stderr.flush()
+      os.dup2(terminal.fileno(), 2)
 
-  def __init__(self, folder: _Folder, total: int, console: Console):
+
+class _progress:
+  """Says on the terminal how many shards are whole."""
+
+  def __init__(self, folder: _Folder, total: int, terminal: TextIO):
     self._stop = threading.Event()
-    status = console.status("reading")
+    status = Console(file=terminal, highlight=False).status("reading")
 
     def watch():
       with status:
@@ -345,7 +368,7 @@ class _progress:
 
 def _own_error(message: str) -> str:
   """The line that lladax raised on a worker, out of what Beam made of it."""
-  found = re.findall(r"(?:ValueError|FileNotFoundError): (data\.[^\n]*?)(?: \[while running|\\n|\n|$)", message)
+  found = re.findall(r"(?:^|ValueError: |FileNotFoundError: )(data\.[^\n]*?)(?: \[while running|\\n|\n|$)", message)
   return found[-1] if found else ""
 
 

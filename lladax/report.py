@@ -27,6 +27,7 @@ class Report:
   told: Mapping[str, Sequence[Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
   # name -> {"question", "answer", "guess", "hit"} of some
   bound: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of `evaluate.bound`
+  bound_of: str = "text"  # | "replies"
   losses: Sequence[tuple[int, float]] = ()  # (step, loss)
 
 
@@ -44,7 +45,7 @@ def page(report: Report) -> str:
   about = "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>" for k, v in report.about.items())
   sections = [f"<h1>{escape(report.title)}</h1><dl>{about}</dl>"]
   if report.bound:
-    sections.append(_bound(report.bound))
+    sections.append(f"<h2>Held-out {report.bound_of}, bits per byte</h2>{_bound(report.bound)}")
   if report.results:
     sections.append(_results(report.results))
   if len(report.losses) > 1:
@@ -88,7 +89,7 @@ def _bound(bound: Mapping[str, float]) -> str:
     + _bar(value / full, error / full)
     for label, (value, error) in found.items()
   )
-  return f"<h2>Held-out text, bits per byte</h2><table>{rows}</table>"
+  return f"<table>{rows}</table>"
 
 
 def _results(results: Mapping[str, Mapping[str, float]]) -> str:

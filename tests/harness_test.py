@@ -284,6 +284,18 @@ def test_a_preset_brings_its_settings_and_its_number(llada, data_dir):
   assert metrics["published"] == pytest.approx(0.479) and metrics["samples"] == 1
 
 
+def test_long_prompts_come_in_smaller_batches(llada, monkeypatch):
+  seen, sample = [], LLaDA.sample
+  monkeypatch.setattr(LLaDA, "sample", lambda self, p, **o: seen.append(list(map(len, p))) or sample(self, p, **o))
+  monkeypatch.setattr(harness, "_BATCH_TOKENS", 128)
+  lm = harness.Harness(llada=llada, batch_size=16, gen_length=4, steps=1)
+  prompts = [f"{i}" * n for i, n in enumerate([1, 2, 60, 3, 60, 20, 28])]
+  asked = {"until": [], "max_gen_toks": 4}
+  found = lm.generate_until(requests("generate_until", *[(prompt, asked) for prompt in prompts]))
+  assert seen == [[60, 60], [28, 20, 3, 2], [1]]
+  assert found == [lm.generate_until(requests("generate_until", (prompt, asked)))[0] for prompt in prompts]
+
+
 def test_a_config_names_tasks_and_how_to_sample(llada, data_dir, tiny_values, tmp_path, monkeypatch):
   asked, sample = [], LLaDA.sample
   monkeypatch.setattr(LLaDA, "sample", lambda self, *a, **options: asked.append(options) or sample(self, *a, **options))

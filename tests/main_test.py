@@ -216,6 +216,15 @@ def test_evaluate(workdir):
   assert again == pytest.approx(at_the_end, rel=1e-5)
 
 
+def test_fields_without_a_config_are_those_of_the_workdir(workdir):
+  values = ("--config.evaluate.tasks=('reversal',)", "--config.evaluate.num_samples=1")
+  done = run("--mode=evaluate", f"--workdir={workdir}", *values)
+  assert done.returncode == 0, done.stderr
+  assert "backward, other sentence" in done.stderr
+  lost = run("--mode=sample", f"--workdir={workdir}/nothing", "--config.sample.steps=1", "--prompt=x")
+  assert lost.returncode == 1 and lost.stderr.startswith(f"lladax: --workdir={workdir}/nothing: there is no run in it")
+
+
 def test_sample_continues_and_fills_in(workdir, tmp_path):
   page = tmp_path / "page.html"
   prompts = ["--prompt=red and", "--prompt=bl[MASK][MASK] and"]

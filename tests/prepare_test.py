@@ -128,9 +128,10 @@ def test_a_preparation_goes_on_where_it_was_cut_off(prepared, config, tmp_path, 
 
 
 def test_a_folder_that_is_taken(prepared, config, tmp_path):
-  target, _ = prepared
-  with pytest.raises(ValueError, match="--target=.* holds finished records already"):
-    prepare.run(config, BYTES, str(target), SHARDS, [])
+  target, manifest = prepared
+  assert prepare.run(config, BYTES, str(target), SHARDS, []) == manifest  # finished already
+  with pytest.raises(ValueError, match=r"was begun otherwise \(length: \d+ there, \d+ here\)"):
+    prepare.run(dataclasses.replace(config, length=2 * config.length), BYTES, str(target), SHARDS, [])
   folder = prepare._Folder(str(tmp_path), str(tmp_path))
   recipe = prepare.Recipe("files:x", "text", "", 0.1, 32, 3, "f")
   assert folder.begin(recipe) == folder.begin(recipe) == set()

@@ -52,7 +52,7 @@ def test_commands_name_configs_and_flags_that_exist():
   import lladax.main  # noqa: F401  (defines the flags)
 
   for given in commands():
-    config = load_config(given["config"]) if "config" in given else None
+    config = load_config(given.get("config", "configs/base.py"))  # without one it is a workdir's
     for name, text in given.items():
       flag, *path = name.split(".")
       assert flag in flags.FLAGS, f"README uses --{name}, which does not exist"

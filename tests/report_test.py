@@ -19,7 +19,7 @@ FULL = Report(
   },
   {"llada_base/gsm8k": ANSWERS, "nothing told": []},
   {"bits_per_byte": 1.5, "bits_per_byte_stderr": 0.25, "nats_per_token": 3.0, "xz_bits_per_byte": 2.5},
-  [(step, 8.0 / step) for step in range(1, 101)],
+  losses=[(step, 8.0 / step) for step in range(1, 101)],
 )
 
 
