@@ -123,6 +123,7 @@ def run(
   except (Exception, KeyboardInterrupt) as error:
     if isinstance(error, KeyboardInterrupt) or "KeyboardInterrupt" in str(error):
       console.print("stopped; the same command goes on with the shards that are not whole yet")
+      threading.excepthook = lambda _: None  # Beam's threads would tell of the end of their workers
       raise SystemExit(130) from None
     if line := _own_error(str(error)):
       raise ValueError(line) from None
