@@ -25,7 +25,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from lladax import distributed, report, sharding
+from lladax import corpus, distributed, report, sharding
 from lladax import llada as lladas
 from lladax.llada import LLaDA
 from lladax.sampling import SamplerConfig
@@ -526,9 +526,9 @@ def _told(name: str, task: str, samples: Mapping[str, Sequence[Mapping[str, Any]
         guess = choices[int(np.argmax([nats for nats, _ in replies]))]
         answer = choices[answer] if isinstance(answer, int) and answer < len(choices) else answer
       elif not isinstance(guess, str):
-        context, guess = x["arguments"][0][0], f"{guess[0]:.2f} nats" if isinstance(guess, tuple) else guess
+        guess = f"{guess[0]:.2f} nats" if isinstance(guess, tuple) else guess
       if context.startswith(_CHAT):
-        context = "\n".join(message["content"] for message in json.loads(context.removeprefix(_CHAT))[0])
+        context = corpus.said(json.loads(context.removeprefix(_CHAT))[0])
       rows.append({"question": context, "answer": answer, "guess": guess, "hit": bool(hit)})
     told[name if part == task else f"{name}/{part.rpartition('::')[2]}"] = rows
   return told

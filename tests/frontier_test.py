@@ -1,6 +1,5 @@
 """The sweep of quality against speed: the grid, what is counted, the frontier, and a sweep of seconds."""
 
-import importlib.util
 import json
 import pathlib
 import types
@@ -18,12 +17,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def frontier():
-  """benchmarks/frontier.py; the folder is no package."""
-  spec = importlib.util.spec_from_file_location("frontier", ROOT / "benchmarks" / "frontier.py")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+def frontier(load_benchmark):
+  return load_benchmark("frontier")
 
 
 FLAGS = ["--path=x", "--task=lladax_gsm8k", "--limit=8"]

@@ -1,7 +1,6 @@
 """The scaling study: what it fits is what was put in, and a real one of seconds ends with a page."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 import pathlib
@@ -20,12 +19,8 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @pytest.fixture(scope="session")
-def scaling():
-  """benchmarks/scaling.py; the folder is no package."""
-  spec = importlib.util.spec_from_file_location("scaling", ROOT / "benchmarks" / "scaling.py")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+def scaling(load_benchmark):
+  return load_benchmark("scaling")
 
 
 @pytest.fixture
