@@ -273,7 +273,7 @@ def _show(
     table = Table("held-out replies" if config.data.format == "chat" else "held-out text", "bits per byte")
     name = "exact" if llada.model.causal else "bound"
     table.add_row(f"lladax ({name})", f"[bold]{bounds['bits_per_byte']:.3f}[/] ± {bounds['bits_per_byte_stderr']:.3f}")
-    for name, label in (("unigram", "unigram over the same tokens"), ("xz", "xz -9")):
-      if f"{name}_bits_per_byte" in bounds:
-        table.add_row(label, f"{bounds[f'{name}_bits_per_byte']:.3f}")
+    for name, label in reports.YARDSTICKS.items():
+      if name in bounds:
+        table.add_row(label, f"{bounds[name]:.3f}")
     console.print(table)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 SHOWN = 12  # answers of a task
+YARDSTICKS = {"unigram_bits_per_byte": "unigram over the same tokens", "xz_bits_per_byte": "xz -9"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +23,10 @@ class Report:
 
   title: str
   about: Mapping[str, Any]  # of the run: field -> value
-  results: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)  # name -> {metric: value}, with
-  # metric + "_stderr" its standard error, "samples" how many were asked, "published" the number of a paper
-  told: Mapping[str, Sequence[Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
+  # name -> {metric: value}, metric + "_stderr" its standard error, "samples" how many were asked, "published" a paper's
+  results: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
   # name -> {"question", "answer", "guess", "hit"} of some
+  told: Mapping[str, Sequence[Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
   bound: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of `evaluate.bound`
   bound_of: str = "text"  # | "replies"
   losses: Sequence[tuple[int, float]] = ()  # (step, loss)

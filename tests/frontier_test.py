@@ -1,14 +1,12 @@
 """The sweep of quality against speed: the grid, what is counted, the frontier, and a sweep of seconds."""
 
 import json
-import pathlib
 import types
 
 import numpy as np
 import pytest
 
 pytest.importorskip("lm_eval")
-ROOT = pathlib.Path(__file__).parent.parent
 
 pytestmark = [
   pytest.mark.usefixtures("quick_compiles"),
