@@ -246,6 +246,8 @@ def test_no_row_depends_on_its_neighbours_or_its_padding(options):
     return sampling.sample(predict, tokens_BL, key_B, sampler, mask_id=MASK, allowed_V=jnp.asarray(ALLOWED))
 
   tokens_BL = np.where(np.arange(16) >= 11, MASK, canvases(B=3, L=16, seed=2))
+  # With nothing given all positions look alike, and rounding decides between equal confidences.
+  tokens_BL[2, 9] = 7
   segment_BL = np.stack([np.arange(16) >= 16 - length for length in (16, 12, 7)]).astype(np.int32)
   tokens_BL = np.where(segment_BL, tokens_BL, 0)
   together = answer(tokens_BL, segment_BL, keys(3))
