@@ -7,10 +7,10 @@ WORKDIR/autoregressive, and go on where they were stopped.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
-import jax
 from absl import app, flags
 
 import lladax
@@ -22,16 +22,23 @@ FAMILIES = {"diffusion": "mask predictor", "autoregressive": "causal baseline"}
 COLOURS = {"diffusion": "#0072b2", "autoregressive": "#d55e00"}  # told apart by everybody
 
 
-def main(_):
+def main(argv: list[str]) -> None:
+  if argv[1:]:
+    raise ValueError(f"unexpected argument {argv[1]!r}: options are written --name=value")
   workdir = Path(flags.FLAGS.workdir or "runs/reversal")
   found, told = {}, {}
   for family in FAMILIES:
-    values = flags.FLAGS.config.to_dict() | {"objective": family}
-    config = configs.parse(values)
+    config = configs.parse(flags.FLAGS.config.to_dict() | {"objective": family})
     train.train(config, workdir / family)
     llada = lladax.load(workdir / family)
-    for task in config.evaluate.tasks:
-      found[family], told[family] = evaluate.task(llada, config, task)
+    found[family], told[family] = {}, []
+    for task, name in evaluate.short_names(config.evaluate.tasks).items():
+      name = f", {name}" if len(config.evaluate.tasks) > 1 else ""
+      metrics, answers = evaluate.task(llada, config, task)
+      for direction in dict.fromkeys(x["direction"] for x in answers):
+        found[family][direction + name] = metrics[direction]
+        found[family][f"{direction}{name}_stderr"] = metrics[f"{direction}_stderr"]
+      told[family] += [x | {"direction": x["direction"] + name} for x in answers]
   directions = [name for name in found["diffusion"] if not name.endswith("_stderr")]
   rows = ["| asked | " + " | ".join(FAMILIES.values()) + " |", "|---|---|---|"]
   for direction in directions:
@@ -76,6 +83,6 @@ def draw(found: dict, directions: list[str], workdir: Path) -> None:
 if __name__ == "__main__":
   distributed.hush_libtpu()
   door.keep_freed_memory()
-  jax.config.update("jax_compilation_cache_dir", None)
   flags.FLAGS.set_default("config", "configs/reversal.py")
-  app.run(main)
+  sys.path.insert(0, os.getcwd())  # configs import each other as `configs.NAME`
+  app.run(lambda argv: door.guard(main, argv, "reversal"), flags_parser=door.parse)

@@ -23,13 +23,11 @@ command goes on; give it more sizes or budgets, and it trains those alone. Resul
 import dataclasses
 import importlib.util
 import json
-import logging
 import math
 import os
 import re
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -430,34 +428,22 @@ def report(workdir: Path) -> str:
 
 
 def main(argv: list[str]) -> None:
-  """Trains, then reports; one line for bad input."""
-  logging.basicConfig(format="scaling: %(message)s", level=logging.WARNING, force=True)
-  logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
+  """Trains, then reports."""
   given = flags.FLAGS
   needed = ["workdir"] if given.report_only else ["workdir", "config", "sizes", "budgets"]
-  try:
-    if missing := [f"--{name}" for name in needed if not given[name].value]:
-      raise ValueError(f"{', '.join(missing)} missing")
-    if argv[1:]:
-      raise ValueError(f"unexpected argument {argv[1]!r}: options are written --name=value")
-    if not importlib.util.find_spec("matplotlib"):  # not after hours of training
-      raise ValueError("the figure needs matplotlib: pip install matplotlib")
-    workdir = Path(given.workdir).expanduser()
-    distributed.initialize(given.coordinator, given.num_processes, given.process_id)
-    if not given.report_only:
-      limits = {"min_steps": given.min_steps, "max_epochs": given.max_epochs}
-      study(configs.parse(given.config.to_dict()), workdir, given.sizes, given.budgets, **limits)
-    if distributed.is_first():
-      print(report(workdir), end="")
-  except Exception as error:
-    where = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent
-    ours = where in (Path(__file__).parent, Path(train.__file__).parent)
-    if ours and isinstance(error, ValueError | FileNotFoundError | FloatingPointError):
-      print(f"scaling: {error}", file=sys.stderr)
-    else:
-      traceback.print_exc()
-    distributed.leave(1)
-    raise SystemExit(1) from None
+  if missing := [f"--{name}" for name in needed if not given[name].value]:
+    raise ValueError(f"{', '.join(missing)} missing")
+  if argv[1:]:
+    raise ValueError(f"unexpected argument {argv[1]!r}: options are written --name=value")
+  if not importlib.util.find_spec("matplotlib"):  # not after hours of training
+    raise ValueError("the figure needs matplotlib: pip install matplotlib")
+  workdir = Path(given.workdir).expanduser()
+  distributed.initialize(given.coordinator, given.num_processes, given.process_id)
+  if not given.report_only:
+    limits = {"min_steps": given.min_steps, "max_epochs": given.max_epochs}
+    study(configs.parse(given.config.to_dict()), workdir, given.sizes, given.budgets, **limits)
+  if distributed.is_first():
+    print(report(workdir), end="")
 
 
 if __name__ == "__main__":
@@ -465,4 +451,4 @@ if __name__ == "__main__":
     distributed.hush_libtpu()
   door.keep_freed_memory()
   sys.path.insert(0, os.getcwd())  # configs import each other as `configs.NAME`
-  app.run(main)
+  app.run(lambda argv: door.guard(main, argv, "scaling"), flags_parser=door.parse)

@@ -105,8 +105,8 @@ def get_config() -> ConfigDict:
   config.evaluate.num_samples = 16  # masks per row
   config.evaluate.rows = 0  # rows used before the end; 0: all
   config.evaluate.batch_size = 64  # rows of a forward pass
-  # "reversal" (of the facts), "poems:FILE" (couplets), or lm-eval's: "llada_base/gsm8k" (as published), "lladax_gsm8k".
-  # The last kind is generated with what `sample` sets besides the defaults.
+  # "reversal" (of the facts), "poems:FILE" (couplets; "poems_chat:FILE": in a conversation), or lm-eval's:
+  # "llada_base/gsm8k" (as published), "lladax_gsm8k" (with what `sample` sets besides the defaults).
   config.evaluate.tasks = ()
   config.evaluate.data_dir = ""  # folder of local benchmarks for lm-eval's tasks; "": it fetches its own
   config.evaluate.limit = 0  # questions of each of lm-eval's tasks; 0: all

@@ -11,6 +11,7 @@ import functools
 import json
 import lzma
 import math
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -138,15 +139,27 @@ def _score(
 
 
 def task(llada: LLaDA, config: Config, name: str) -> tuple[dict[str, float], list[dict[str, Any]]]:
-  """(metrics, what was asked and answered) of the reversal test on facts, "reversal", or on couplets, "poems:FILE".
+  """(metrics, what was asked and answered) of a reversal test.
+
+  On facts, "reversal"; on couplets, "poems:FILE"; on couplets in a conversation, "poems_chat:FILE".
 
   Raises:
     ValueError, FileNotFoundError: there is no such task, or its file is not there.
   """
   questions = _questions(name)
   if questions is None:
-    raise ValueError(f"evaluate.tasks: {name!r} is no reversal test: use reversal, or poems:FILE")
+    raise ValueError(f"evaluate.tasks: {name!r} is no reversal test: use reversal, poems:FILE, or poems_chat:FILE")
   return reversal.run(llada, questions, config.evaluate.batch_size)
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+  """Tasks without their files, unless two would be the same: poems:data/couplets.json -> poems (or poems:couplets)."""
+  parts = [name.partition(":") for name in names]
+  kinds = [kind for kind, _, _ in parts]
+  return {
+    "".join(part): f"{part[0]}:{Path(part[2]).name.partition('.')[0]}" if kinds.count(part[0]) > 1 else part[0]
+    for part in parts
+  }
 
 
 def check_tasks(config: Config) -> None:
@@ -161,8 +174,8 @@ def check_tasks(config: Config) -> None:
 def _questions(name: str) -> list[reversal.Question] | None:
   """What a task asks; None: the harness knows."""
   kind, _, path = name.partition(":")
-  if kind == "poems" and path:
-    return reversal.of_couplets(path)
+  if kind in ("poems", "poems_chat") and path:
+    return reversal.of_couplets(path, talks=kind == "poems_chat")
   return reversal.of_facts() if name == "reversal" else None
 
 
@@ -216,7 +229,8 @@ def report(llada: LLaDA, config: Config, bounds: dict[str, float], workdir: Path
     found, told = _by_harness(llada, config, others, workdir)
   for name in own:
     found[name], told[name] = task(llada, config, name)
-  results = bounds | {f"{name.partition(':')[0]} {x}": value for name, of in found.items() for x, value in of.items()}
+  short = short_names(list(found))
+  results = bounds | {f"{short[name]} {x}": value for name, of in found.items() for x, value in of.items()}
   if not distributed.is_first():
     samples(llada, config)
     return results

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from absl import app, flags
@@ -117,7 +118,7 @@ def _plan() -> int:
   return plan.run(config, _TOPOLOGY.value, _SLICES.value, utilisation=_UTILISATION.value, as_json=_JSON.value)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def parse(argv: list[str]) -> list[str]:
   """Flags; an unknown config field becomes one clear line. Without --config fields are those of the workdir."""
   if any(a.startswith("--config.") for a in argv) and not any(a.startswith("--config=") for a in argv):
     workdir = next((a.removeprefix("--workdir=") for a in argv if a.startswith("--workdir=")), "")
@@ -154,23 +155,24 @@ def _nearest(names: list[str]) -> str | None:
   return None
 
 
-def _complain(message: str) -> int:
-  print(f"lladax: {message}", file=sys.stderr)
+def _complain(message: str, name: str = "lladax") -> int:
+  print(f"{name}: {message}", file=sys.stderr)
   return 1
 
 
-def _main(argv: list[str]) -> int:
-  """One line and 1 for the input errors that lladax itself raises; a traceback and 70 for everything else."""
-  logging.basicConfig(format="lladax: %(message)s", level=logging.WARNING, force=True)
+def guard(command: Callable[[list[str]], int | None], argv: list[str], name: str = "lladax") -> int:
+  """Runs a command: one line and 1 for the input errors that we raise; a traceback and 70 for everything else."""
+  logging.basicConfig(format=f"{name}: %(message)s", level=logging.WARNING, force=True)
   logging.getLogger("lladax").setLevel(logging.INFO)  # which attention kernel runs
   logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and its abandoned reads report themselves, one by one
   try:
-    return main(argv)
+    return command(argv) or 0
   except Exception as error:
-    ours = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent == Path(__file__).parent
-    if ours and isinstance(error, ValueError | FileNotFoundError | FloatingPointError):
-      code = _complain(str(error))
+    ours = (Path(__file__).parent, Path(command.__code__.co_filename).parent)
+    raised = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent
+    if raised in ours and isinstance(error, ValueError | FileNotFoundError | FloatingPointError):
+      code = _complain(str(error), name)
     else:
       traceback.print_exc()
       code = 70  # EX_SOFTWARE: a launcher may start it again
@@ -200,7 +202,7 @@ def run() -> None:
     distributed.hush_libtpu()
   keep_freed_memory()
   sys.path.insert(0, os.getcwd())  # configs import each other as `configs.NAME`, as they can under `python -m`
-  app.run(_main, flags_parser=_parse)
+  app.run(lambda argv: guard(main, argv), flags_parser=parse)
 
 
 if __name__ == "__main__":

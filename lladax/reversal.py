@@ -1,7 +1,8 @@
 """The reversal test: what was learnt in one order is asked in both (LLaDA, arXiv 2502.09992, section 3.3).
 
 A question is a text with a gap. A mask predictor fills the gap, wherever it is. A causal model can only continue, so
-it is given what is known as a prompt: forward, what precedes the gap; backward, a sentence that ends in the gap.
+it is given what is known as a prompt: forward, what precedes the gap; backward, a sentence that ends in the gap. A
+model that was trained on conversations is asked in one, as published.
 """
 
 import dataclasses
@@ -16,16 +17,20 @@ import numpy as np
 from lladax import facts
 from lladax.llada import LLaDA
 
+# How LLaDA-8B-Instruct is asked: the published lengths.
+_REPLY = {"gen_length": 28, "block_length": 28, "steps": 28, "logits_eos_inf": True}
+
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-  """`before`, gap, `after`: the text; `prompt`: what a causal model continues."""
+  """`before`, gap, `after`: the text; `prompt`: what a causal model continues, or a model that `talks` is asked."""
 
   direction: str
   before: str
   answer: str
   after: str
   prompt: str
+  talks: bool = False
 
 
 def of_facts() -> list[Question]:
@@ -46,11 +51,12 @@ def of_facts() -> list[Question]:
   return found
 
 
-def of_couplets(path: str | Path) -> list[Question]:
+def of_couplets(path: str | Path, talks: bool = False) -> list[Question]:
   """LLaDA's couplets, {"first": line, "second": line}, as they stand in a poem; the other line is the gap.
 
   Args:
     path: a JSON list, plain or .xz.
+    talks: ask in a conversation for the line after or before, in the published words.
   """
   path = Path(path).expanduser()
   if not path.is_file():
@@ -60,6 +66,13 @@ def of_couplets(path: str | Path) -> list[Question]:
   found = []
   for pair in pairs:
     first, second = pair["first"], pair["second"]
+    if talks:
+      ask = "{}的{}一句是什么？ 直接输出句子即可。".format
+      found += [
+        Question("forward", "", second, "", ask(first, "下"), talks=True),
+        Question("backward", "", first, "", ask(second, "上"), talks=True),
+      ]
+      continue
     found += [
       Question("forward", f"{first}，", second, "。", f"{first}，"),
       Question("backward", "", first, f"，{second}。", f"{second}，"),
@@ -68,7 +81,7 @@ def of_couplets(path: str | Path) -> list[Question]:
 
 
 def run(llada: LLaDA, questions: list[Question], batch_size: int = 64) -> tuple[dict[str, float], list[dict[str, Any]]]:
-  """Asks all questions; a hit is the whole answer, token for token.
+  """Asks all questions; a hit is the whole answer, token for token (in a conversation: the reply holds it).
 
   Args:
     llada: the model; a mask predictor is told the number of tokens of the gap.
@@ -82,33 +95,47 @@ def run(llada: LLaDA, questions: list[Question], batch_size: int = 64) -> tuple[
   text = llada.tokenizer
   if text is None:
     raise ValueError("the reversal test needs a tokenizer: this model has none")
-  gaps = [text.encode(q.answer) for q in questions]
-  guesses: list[list[int]] = []
+  told: list[dict[str, Any]] = []
   for first in range(0, len(questions), batch_size):
-    part, wanted = questions[first : first + batch_size], gaps[first : first + batch_size]
-    longest = max(map(len, wanted))
-    if llada.model.causal:
-      n = longest + 1
-      out = llada.sample([text.encode(q.prompt) for q in part], gen_length=n, block_length=n, steps=n)
-      guesses += [row[-n:][: len(gap)].tolist() for row, gap in zip(out.tokens, wanted, strict=True)]
-      continue
-    heads = [text.encode(q.before) for q in part]
-    rows = [
-      [*head, *[llada.mask_id] * len(gap), *text.encode(q.after), llada.eos_id]
-      for q, head, gap in zip(part, heads, wanted, strict=True)
-    ]
-    out = llada.unmask(rows, steps=longest)
-    for row, padding, head, gap in zip(out.tokens, out.padding, heads, wanted, strict=True):
-      begin = padding + len(head)
-      guesses.append(row[begin : begin + len(gap)].tolist())
-  told = []
-  for q, gap, guess in zip(questions, gaps, guesses, strict=True):
-    asked = f"{q.prompt}…" if llada.model.causal else f"{q.before} […]{q.after}"
-    told.append({"direction": q.direction, "question": asked, "answer": q.answer.strip(),
-                 "guess": text.decode(guess).strip(), "hit": guess == gap})  # fmt: skip
+    part = questions[first : first + batch_size]
+    ask = _reply if part[0].talks else _continue if llada.model.causal else _fill
+    gaps = [text.encode(q.answer) for q in part]
+    for q, gap, guess in zip(part, gaps, ask(llada, part, gaps), strict=True):
+      asked = q.prompt if q.talks else f"{q.prompt}…" if llada.model.causal else f"{q.before} […]{q.after}"
+      said = guess if isinstance(guess, str) else text.decode(guess).strip()
+      told.append({"direction": q.direction, "question": asked, "answer": q.answer.strip(), "guess": said,
+                   "hit": q.answer in said if q.talks else guess == gap})  # fmt: skip
   metrics = {}
   for direction in dict.fromkeys(q.direction for q in questions):
     hits = np.array([x["hit"] for x in told if x["direction"] == direction])
     metrics[direction] = float(hits.mean())
     metrics[f"{direction}_stderr"] = float(math.sqrt(hits.mean() * (1 - hits.mean()) / len(hits)))
   return metrics, told
+
+
+def _fill(llada: LLaDA, questions: list[Question], gaps: list[list[int]]) -> list[list[int]]:
+  """What a mask predictor puts into the gaps, whose numbers of tokens it is told."""
+  assert llada.tokenizer is not None
+  encode = llada.tokenizer.encode
+  heads = [encode(q.before) for q in questions]
+  rows = [
+    [*head, *[llada.mask_id] * len(gap), *encode(q.after), llada.eos_id]
+    for q, head, gap in zip(questions, heads, gaps, strict=True)
+  ]
+  out = llada.unmask(rows, steps=max(map(len, gaps)))
+  begins = [padding + len(head) for padding, head in zip(out.padding, heads, strict=True)]
+  return [row[b : b + len(gap)].tolist() for row, b, gap in zip(out.tokens, begins, gaps, strict=True)]
+
+
+def _continue(llada: LLaDA, questions: list[Question], gaps: list[list[int]]) -> list[list[int]]:
+  """What a causal model continues the prompts with."""
+  assert llada.tokenizer is not None
+  n = max(map(len, gaps)) + 1
+  out = llada.sample([llada.tokenizer.encode(q.prompt) for q in questions], gen_length=n, block_length=n, steps=n)
+  return [row[-n:][: len(gap)].tolist() for row, gap in zip(out.tokens, gaps, strict=True)]
+
+
+def _reply(llada: LLaDA, questions: list[Question], gaps: list[list[int]]) -> list[str]:
+  """What a model replies."""
+  del gaps
+  return llada.sample([[{"role": "user", "content": q.prompt}] for q in questions], **_REPLY).text

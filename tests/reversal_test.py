@@ -1,5 +1,10 @@
 import json
 import lzma
+import pathlib
+import shutil
+import subprocess
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +15,7 @@ from lladax import evaluate, facts, reversal, tokenizer
 from lladax.llada import LLaDA
 from lladax.tokenizer import TokenizerConfig
 
+ROOT = pathlib.Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
@@ -48,6 +54,54 @@ def test_couplets(tmp_path):
   assert (forward.answer, backward.answer) == ("黄河入海流", "白日依山尽")
   with pytest.raises(FileNotFoundError, match="evaluate.tasks: poems:.*nothing.json: no such file"):
     reversal.of_couplets(tmp_path / "nothing.json")
+
+
+def test_couplets_in_a_conversation_are_asked_in_the_published_words(tmp_path):
+  path = tmp_path / "poems.json"
+  path.write_text(json.dumps([{"first": "白日依山尽", "second": "黄河入海流"}]))
+  questions = reversal.of_couplets(path, talks=True)
+  assert [(q.direction, q.prompt, q.answer) for q in questions] == [
+    ("forward", "白日依山尽的下一句是什么？ 直接输出句子即可。", "黄河入海流"),
+    ("backward", "黄河入海流的上一句是什么？ 直接输出句子即可。", "白日依山尽"),
+  ]
+
+  class Replying(Knowing):
+    def sample(self, conversations, **options):
+      assert options == {"gen_length": 28, "block_length": 28, "steps": 28, "logits_eos_inf": True}
+      assert conversations == [[{"role": "user", "content": q.prompt}] for q in questions]
+      return types.SimpleNamespace(text=["下一句是“黄河入海流”。", "黄河入海流"])
+
+  metrics, told = reversal.run(Replying(False, []), questions)
+  assert (metrics["forward"], metrics["backward"]) == (1.0, 0.0)  # the line stands in the reply, or it does not
+  assert [x["guess"] for x in told] == ["下一句是“黄河入海流”。", "黄河入海流"]
+
+
+def test_tasks_of_one_kind_are_told_apart_by_their_files():
+  assert evaluate.short_names(["reversal", "poems:a/couplets.json.xz"]) == {
+    "reversal": "reversal", "poems:a/couplets.json.xz": "poems"
+  }  # fmt: skip
+  assert list(evaluate.short_names(["poems:a/x.json", "poems:y.json"]).values()) == ["poems:x", "poems:y"]
+
+
+def test_both_families_side_by_side(tiny_flags, tmp_path):
+  couplets = tmp_path / "couplets.json"
+  couplets.write_text(json.dumps([{"first": "red and", "second": "red 1"}, {"first": "blue", "second": "blue 2"}]))
+  tasks = f"('reversal', 'poems:{couplets}', 'poems:{shutil.copy(couplets, tmp_path / 'again.json')}')"
+  command = [sys.executable, "benchmarks/reversal.py", *tiny_flags, f"--workdir={tmp_path}", "--config.steps=6"]
+  bad = subprocess.run([*command, "--config.steps=2"], cwd=ROOT, capture_output=True, text=True)
+  assert bad.returncode == 1 and bad.stderr.startswith("reversal: optimizer.schedule: its pieces take 5 steps")
+  done = subprocess.run(
+    [*command, f"--config.evaluate.tasks={tasks}"], cwd=ROOT,
+    capture_output=True, text=True, check=True,
+  )  # fmt: skip
+  found = json.loads((tmp_path / "reversal.json").read_text())["metrics"]
+  asked = [f"{direction}, reversal" for direction in ("forward", "backward", "backward, other sentence")]
+  asked += [f"{direction}, poems:{file}" for file in ("couplets", "again") for direction in ("forward", "backward")]
+  for family in ("diffusion", "autoregressive"):
+    assert list(found[family]) == [x + error for x in asked for error in ("", "_stderr")]
+    assert (tmp_path / family / "evaluation.html").exists()
+  assert [line.split("|")[1].strip() for line in done.stdout.splitlines()[-len(asked) :]] == asked
+  assert {f"reversal.{kind}" for kind in ("md", "png", "svg", "json")} <= {x.name for x in tmp_path.iterdir()}
 
 
 def test_unknown_tasks(tiny):
