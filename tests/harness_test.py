@@ -345,7 +345,7 @@ def test_the_right_programs_pass(data_dir):
   assert utils.infill_line(line, ["  y = x + 1"]) == utils.infill_span(line, ["  y = x + 1\n"]) == {"pass@1": 1.0}
   shots = utils.OtherProblems(utils.rows("eval/humaneval_infill_single_line", data_dir)).sample(2, eval_doc=line)
   assert [row["entry_point"] for row in shots] == ["g", "h"]
-  task = {"test_list": ["assert f(1) == 2"] * 3}
+  task = {"test_list": ["assert y == 2"] * 3, "test_setup_code": "y = f(1)"}
   assert utils.mbpp(task, ["def f(x):\r\n  return x + 1"]) == {"pass@1": 1.0}
   assert utils.mbpp_instruct(task, ["def f(x):\n  return x + 1\n```\nDone."]) == {"pass@1": 1.0}
   assert utils.mc2({"labels": [1, 0]}, [(-1000.0, False), (-1000.0, False)]) == {"acc": 0.5}

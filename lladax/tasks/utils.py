@@ -175,8 +175,8 @@ def _infilled(doc, middle):
 
 
 def mbpp(doc, results):
-  """Whether the program passes its three tests."""
-  return _passes("\n".join([doc.get("test_setup_code") or "", results[0], *doc["test_list"][:3]]))
+  """Whether the program passes its three tests; what they need is set up with what the program defines."""
+  return _passes("\n".join([results[0], doc.get("test_setup_code") or "", *doc["test_list"][:3]]))
 
 
 def mbpp_instruct(doc, results):
