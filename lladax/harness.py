@@ -414,15 +414,14 @@ def evaluate(
   from lm_eval.evaluator import evaluate as run
 
   os.environ.setdefault("DISABLE_MULTIPROC", "1")  # of its standard errors: a process with JAX in it must not fork
-  plans, manager, tasks = check(names, data_dir=data_dir, allow_code=allow_code)
+  checked = check(names, data_dir=data_dir, allow_code=allow_code)
   if use_cache and jax.process_count() > 1:
     raise ValueError(f"use_cache={str(use_cache)!r}: processes of one job would read different caches; leave it out")
   results: dict[str, dict[str, float]] = {}
   told: dict[str, list[dict[str, Any]]] = {}
-  for name, plan in plans.items():
+  for name, (plan, group, loaded) in checked.items():
     talks = plan.chat if chat is None else chat
     with _quiet():
-      loaded = manager.load([tasks[name]])
       parts = loaded["tasks"].values()
       for task in parts:
         shots = plan.num_fewshot if num_fewshot is None else num_fewshot
@@ -441,12 +440,12 @@ def evaluate(
     if use_cache:
       lm.dbdict.close()
     assert found is not None
-    results |= _numbers(name, tasks[name], found)
+    results |= _numbers(name, group, found)
     if plan.published is not None and name in results:
       results[name]["published"] = plan.published / 100
     if output and distributed.is_first():
       settings = {"limit": limit, "batch_size": batch_size, "num_fewshot": num_fewshot, "chat": chat} | options
-      told |= _told(name, tasks[name], found["samples"])
+      told |= _told(name, group, found["samples"])
       about = {key: value for key, value in settings.items() if value is not None}
       report.write(report.Report("lm-evaluation-harness", about, results, told), Path(output))
   return results
@@ -454,8 +453,8 @@ def evaluate(
 
 def check(
   names: str | Sequence[str], *, data_dir: str = "", allow_code: bool = False
-) -> tuple[dict[str, Preset], Any, dict[str, str]]:
-  """(name -> preset, the harness's task manager, name -> task); raises what `evaluate` raises of names."""
+) -> dict[str, tuple[Preset, str, Any]]:
+  """Name -> (preset, task, the task with its questions); raises what `evaluate` raises of names and data."""
   names = [names] if isinstance(names, str) else list(names)
   plans = {name: preset(name) if "/" in name else Preset(name) for name in names}
   if not plans:
@@ -464,7 +463,15 @@ def check(
   for name, task in tasks.items():
     if not allow_code and _runs_code(manager, task):
       raise ValueError(f"{name} runs generated code: allow it with allow_code=True (--allow_code)")
-  return plans, manager, tasks
+  found = {}
+  for name, task in tasks.items():
+    try:
+      with _quiet():
+        found[name] = plans[name], task, manager.load([task])
+    except OSError as error:  # of the hub, and of files
+      why = str(error).splitlines()[0]
+      raise ValueError(f"{name}: the questions of {task} could not be read ({why}); is there a network?") from None
+  return found
 
 
 def _find(wanted: Mapping[str, str], data_dir: str) -> tuple[Any, dict[str, str]]:

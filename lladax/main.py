@@ -171,7 +171,7 @@ def guard(command: Callable[[list[str]], int | None], argv: list[str], name: str
   except Exception as error:
     ours = (Path(__file__).parent, Path(command.__code__.co_filename).parent)
     raised = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent
-    if raised in ours and isinstance(error, ValueError | FileNotFoundError | FloatingPointError):
+    if any(map(raised.is_relative_to, ours)) and isinstance(error, ValueError | FileNotFoundError | FloatingPointError):
       code = _complain(str(error), name)
     else:
       traceback.print_exc()

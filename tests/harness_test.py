@@ -262,6 +262,15 @@ def data_dir(tmp_path_factory):
 SMALL = {"num_samples": 2, "gen_length": 4, "batch_size": 2, "num_fewshot": 0}
 
 
+def test_questions_that_cannot_be_read_end_it_before_any_is_asked(llada, data_dir, monkeypatch):
+  monkeypatch.setattr(LLaDA, "log_likelihood", None)
+  with pytest.raises(ValueError, match="there is no eval/piqa_val.jsonl or eval/piqa_val.jsonl.xz in it; give"):
+    harness.evaluate(llada, ["arc_challenge", "piqa"], data_dir=str(data_dir))
+  monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+  with pytest.raises(ValueError, match="arc_easy: the questions of arc_easy could not be read .*is there a network"):
+    harness.evaluate(llada, ["arc_challenge", "arc_easy"], data_dir=str(data_dir))
+
+
 def test_evaluate_writes_metrics_with_their_errors(llada, data_dir, tmp_path):
   names, output = ["arc_challenge", "lladax_gsm8k", "lambada_openai"], tmp_path / "new" / "results.json"
   found = harness.evaluate(llada, names, data_dir=str(data_dir), limit=3, output=output, **SMALL)
