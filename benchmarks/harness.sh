@@ -22,7 +22,7 @@ prepare stdlib stdlib "$shared"
 
 weights="((\"records:$out/books\", 0.4), (\"records:$out/gsm8k\", 0.3), (\"records:$out/stdlib\", 0.3))"
 lladax --config=configs/chat_tiny.py:base --workdir="$out/model" "${shape[@]}" --config.data.mixture="$weights" \
-  --config.steps=600
+  --config.steps=1500
 tasks=(lladax_arc_challenge lladax_hellaswag lladax_lambada_openai lladax_mmlu lladax_gsm8k lladax_humaneval
   lladax_humaneval_single_line_infilling)
 lladax --workdir="$out/model" --mode=evaluate --config.data.held_out=0.0 --config.evaluate.data_dir="$data" \

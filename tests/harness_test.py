@@ -256,6 +256,8 @@ def data_dir(tmp_path_factory):
   ]  # fmt: skip
   lines = [line | {"canonical_solution": "  y = x + 1\n"} for line in lines]
   write(folder, "eval/humaneval_infill_single_line", lines)
+  (folder / "zh").mkdir()
+  (folder / "zh" / "poem_data.json").write_text(json.dumps([{"first": "ab", "second": "cd"}] * 3))
   return folder
 
 
@@ -264,7 +266,7 @@ SMALL = {"num_samples": 2, "gen_length": 4, "batch_size": 2, "num_fewshot": 0}
 
 def test_questions_that_cannot_be_read_end_it_before_any_is_asked(llada, data_dir, monkeypatch):
   monkeypatch.setattr(LLaDA, "log_likelihood", None)
-  with pytest.raises(ValueError, match="there is no eval/piqa_val.jsonl or eval/piqa_val.jsonl.xz in it; give"):
+  with pytest.raises(ValueError, match="there is no eval/piqa_val.jsonl .or .json, or .xz of them. in it; give"):
     harness.evaluate(llada, ["arc_challenge", "piqa"], data_dir=str(data_dir))
   monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
   with pytest.raises(ValueError, match="arc_easy: the questions of arc_easy could not be read .*is there a network"):
@@ -291,6 +293,14 @@ def test_a_preset_brings_its_settings_and_its_number(llada, data_dir):
   )
   (metrics,) = found.values()
   assert metrics["published"] == pytest.approx(0.479) and metrics["samples"] == 1
+
+
+def test_a_couplet_is_continued_up_to_its_end(data_dir, monkeypatch):
+  monkeypatch.setattr(harness.Harness, "generate_until", lambda self, requests, **_: [
+    {"ab，": reply}[request.args[0]] for request, reply in zip(requests, ("cd", "ef", "cd"), strict=True)
+  ])  # fmt: skip
+  found = harness.evaluate(tiny(), "lladax_poems", data_dir=str(data_dir))["lladax_poems"]
+  assert found["exact_match"] == pytest.approx(2 / 3) and found["samples"] == 3
 
 
 def test_long_prompts_come_in_smaller_batches(llada, monkeypatch):

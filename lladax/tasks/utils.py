@@ -1,7 +1,7 @@
 """What the task files need: rows of local benchmarks, and the scoring of generated code and mathematics.
 
-A file NAME is DIR/NAME.jsonl or DIR/NAME.jsonl.xz, where DIR is `data_dir` or the variable LLADAX_EVAL_DATA. The
-harness loads this module by its path.
+A file NAME is DIR/NAME.jsonl or DIR/NAME.json (a list), plain or .xz, where DIR is `data_dir` or the variable
+LLADAX_EVAL_DATA. The harness loads this module by its path.
 """
 
 import functools
@@ -19,13 +19,13 @@ from lladax import sandbox
 
 @functools.cache
 def _read(folder, name):
-  for file, opener in ((f"{name}.jsonl", open), (f"{name}.jsonl.xz", lzma.open)):
-    path = pathlib.Path(folder).expanduser() / file
+  for kind in (".jsonl", ".jsonl.xz", ".json", ".json.xz"):
+    path = pathlib.Path(folder).expanduser() / f"{name}{kind}"
     if folder and path.is_file():
-      with opener(path, "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.strip()]
+      with (lzma.open if kind.endswith(".xz") else open)(path, "rt", encoding="utf-8") as file:
+        return json.load(file) if ".jsonl" not in kind else [json.loads(line) for line in file if line.strip()]
   raise ValueError(
-    f"data_dir={folder!r}: there is no {name}.jsonl or {name}.jsonl.xz in it; give the folder of the benchmarks as"
+    f"data_dir={folder!r}: there is no {name}.jsonl (or .json, or .xz of them) in it; give the folder of the benchmarks as"
     " data_dir, or in LLADAX_EVAL_DATA"
   )
 
