@@ -25,8 +25,8 @@ def _read(folder, name):
       with (lzma.open if kind.endswith(".xz") else open)(path, "rt", encoding="utf-8") as file:
         return json.load(file) if ".jsonl" not in kind else [json.loads(line) for line in file if line.strip()]
   raise ValueError(
-    f"data_dir={folder!r}: there is no {name}.jsonl (or .json, or .xz of them) in it; give the folder of the benchmarks as"
-    " data_dir, or in LLADAX_EVAL_DATA"
+    f"data_dir={folder!r}: there is no {name}.jsonl (or .json, or .xz of them) in it; give the folder of the benchmarks"
+    " as data_dir, or in LLADAX_EVAL_DATA"
   )
 
 
