@@ -43,8 +43,9 @@ def bound(llada: LLaDA, config: Config, *, rows: int = 0, seed: int = 0) -> dict
     seed: of the masks.
 
   Returns:
-    `bits_per_byte` and its standard error over rows `bits_per_byte_stderr`, `nats_per_token`; over all rows of text
-    that is at hand also `unigram_bits_per_byte` (add-one counts of the training tokens) and `xz_bits_per_byte`.
+    `bits_per_byte`, `perplexity` (of a token), their standard errors over rows (`bits_per_byte_stderr`,
+    `perplexity_stderr`), `nats_per_token`; over all rows of text that is at hand also `unigram_bits_per_byte` (add-one
+    counts of the training tokens) and `xz_bits_per_byte`.
   """
   assert llada.tokenizer is not None
   found = data.held_out(config.data, llada.tokenizer)
@@ -56,11 +57,15 @@ def bound(llada: LLaDA, config: Config, *, rows: int = 0, seed: int = 0) -> dict
   tokens_RL, segment_RL, scored_RL = found.take(keep)
   nats_R = _nats(llada, config, tokens_RL, segment_RL, scored_RL, seed)
   tokens = int(scored_RL.sum())
+  nats, error = float(nats_R.sum()), float(nats_R.std(ddof=1) * math.sqrt(len(keep))) if len(keep) > 1 else 0.0
   per_byte = found.num_tokens / found.num_bytes / tokens / math.log(2)  # nats of these rows -> bits per byte
+  perplexity = math.exp(min(nats / tokens, 700.0))  # of a broken model, too
   metrics = {
-    "bits_per_byte": float(nats_R.sum() * per_byte),
-    "bits_per_byte_stderr": float(nats_R.std(ddof=1) * math.sqrt(len(keep)) * per_byte) if len(keep) > 1 else 0.0,
-    "nats_per_token": float(nats_R.sum() / tokens),
+    "bits_per_byte": nats * per_byte,
+    "bits_per_byte_stderr": error * per_byte,
+    "perplexity": perplexity,
+    "perplexity_stderr": perplexity * error / tokens,
+    "nats_per_token": nats / tokens,
   }
   if len(keep) == found.num_rows and found.raw:
     train_T = data.train_stream(config.data, llada.tokenizer)
@@ -284,9 +289,14 @@ def _show(
         table.add_row(escape(name), metric, f"[bold]{reports.number(metric, value, values)}[/]", *example)
     console.print(table)
   if bounds:
-    table = Table("held-out replies" if config.data.format == "chat" else "held-out text", "bits per byte")
+    columns = "held-out replies" if config.data.format == "chat" else "held-out text", "bits per byte", "perplexity"
+    table = Table(*columns)
     name = "exact" if llada.model.causal else "bound"
-    table.add_row(f"lladax ({name})", f"[bold]{bounds['bits_per_byte']:.3f}[/] ± {bounds['bits_per_byte_stderr']:.3f}")
+    bits, perplexity = (
+      f"[bold]{bounds[x]:.{places}f}[/] ± {bounds[f'{x}_stderr']:.{places}f}"
+      for x, places in (("bits_per_byte", 3), ("perplexity", 2))
+    )
+    table.add_row(f"lladax ({name})", bits, perplexity)
     for name, label in reports.YARDSTICKS.items():
       if name in bounds:
         table.add_row(label, f"{bounds[name]:.3f}")

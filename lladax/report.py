@@ -78,11 +78,7 @@ def _is_share(metric: str) -> bool:
 
 def _bound(bound: Mapping[str, float]) -> str:
   """Bits per byte, beside what the yardsticks need."""
-  names = {
-    "bits_per_byte": "lladax",
-    "unigram_bits_per_byte": "unigram over the same tokens",
-    "xz_bits_per_byte": "xz -9",
-  }
+  names = {"bits_per_byte": "lladax"} | YARDSTICKS
   found = {label: (bound[name], bound.get(f"{name}_stderr", 0.0)) for name, label in names.items() if name in bound}
   full = max(value + error for value, error in found.values()) or 1.0
   rows = "".join(
@@ -90,7 +86,8 @@ def _bound(bound: Mapping[str, float]) -> str:
     + _bar(value / full, error / full)
     for label, (value, error) in found.items()
   )
-  return f"<table>{rows}</table>"
+  said = f"perplexity of a token: {bound['perplexity']:.2f} ± {bound['perplexity_stderr']:.2f}"
+  return f"<table>{rows}</table><p>{said}"
 
 
 def _results(results: Mapping[str, Mapping[str, float]]) -> str:

@@ -18,7 +18,13 @@ FULL = Report(
     "no error": {"acc": 1.0},
   },
   {"llada_base/gsm8k": ANSWERS, "nothing told": []},
-  {"bits_per_byte": 1.5, "bits_per_byte_stderr": 0.25, "nats_per_token": 3.0, "xz_bits_per_byte": 2.5},
+  {
+    "bits_per_byte": 1.5,
+    "bits_per_byte_stderr": 0.25,
+    "perplexity": 20.1,
+    "perplexity_stderr": 1.5,
+    "xz_bits_per_byte": 2,
+  },
   losses=[(step, 8.0 / step) for step in range(1, 101)],
 )
 
@@ -47,7 +53,8 @@ class Reader(html.parser.HTMLParser):
 
 def test_numbers_stand_in_the_tables_with_their_errors():
   rows = Reader(report.page(FULL)).rows
-  assert ["lladax", "1.500 ± 0.250", ""] in rows and ["xz -9", "2.500", ""] in rows
+  assert ["lladax", "1.500 ± 0.250", ""] in rows and ["xz -9", "2.000", ""] in rows
+  assert "perplexity of a token: 20.10 ± 1.50" in report.page(FULL)
   assert ["llada_base/gsm8k", "exact_match", "25.0 ± 12.5%", "", "1,319"] in rows
   assert ["lambada", "perplexity", "12.50 ± 0.50", "", ""] in rows
   assert ["", "acc", "50.0 ± 10.0%", "", ""] in rows and ["no error", "acc", "100.0%", "", ""] in rows
