@@ -504,9 +504,10 @@ def _runs_code(manager: Any, task: str) -> bool:
 
 def _numbers(name: str, task: str, found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
   """The harness's results without the filter's name where there is but one."""
-  rows = found["results"] | found.get("groups", {})
+  rows, asked = found["results"] | found.get("groups", {}), found["n-samples"]
   numbers = {}
-  for row, values in rows.items():
+  for row in sorted(rows, key=lambda row: row != task):  # a group's mean, then its parts
+    values = rows[row]
     metrics = {key: value for key, value in values.items() if "," in key and isinstance(value, float | int)}
     several = len({key.split(",")[1] for key in metrics}) > 1
     short = {}
@@ -514,8 +515,9 @@ def _numbers(name: str, task: str, found: Mapping[str, Any]) -> dict[str, dict[s
       metric, filter = key.split(",")
       metric, error = metric.removesuffix("_stderr"), "_stderr" * metric.endswith("_stderr")
       short[f"{metric}/{filter}{error}" if several else metric + error] = value
-    if row in found["n-samples"]:
-      short["samples"] = found["n-samples"][row]["effective"]
+    of = [asked[row]] if row in asked else asked.values() if row == task else []
+    if of:
+      short["samples"] = sum(x["effective"] for x in of)
     numbers[name if row == task else f"{name}/{row.rpartition('::')[2]}"] = short
   return numbers
 

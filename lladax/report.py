@@ -68,8 +68,9 @@ def number(metric: str, value: float, values: Mapping[str, float]) -> str:
   """A metric with its standard error, in percent where it is a share."""
   error = values.get(f"{metric}_stderr", math.nan)
   scale, places, unit = (100.0, 1, "%") if _is_share(metric) else (1.0, 2, "")
-  spread = f" ± {scale * error:.{places}f}" if math.isfinite(error) else ""
-  return f"{scale * value:.{places}f}{spread}{unit}"
+  form = f",.{places}f" if abs(value) < 1e5 else ".3g"
+  spread = f" ± {scale * error:{form}}" if math.isfinite(error) else ""
+  return f"{scale * value:{form}}{spread}{unit}"
 
 
 def _is_share(metric: str) -> bool:

@@ -342,7 +342,8 @@ def test_a_group_has_a_mean_and_its_parts(llada, tmp_path):
     write(tmp_path, f"eval/mmlu_{split}", rows)
   found = harness.evaluate(llada, "llada_base/mmlu", data_dir=str(tmp_path), **SMALL | {"num_samples": 1})
   parts = [metrics["acc"] for name, metrics in found.items() if name != "llada_base/mmlu"]
-  assert len(parts) == 57 and "llada_base/mmlu/anatomy" in found
+  assert len(parts) == 57 and "llada_base/mmlu/anatomy" in found and next(iter(found)) == "llada_base/mmlu"
+  assert found["llada_base/mmlu"]["samples"] == sum(x["samples"] for x in found.values()) / 2 == len(rows)
   assert found["llada_base/mmlu"]["acc"] == pytest.approx(np.mean(parts))
   assert found["llada_base/mmlu"]["published"] == pytest.approx(0.659)
 

@@ -61,6 +61,12 @@ def test_numbers_stand_in_the_tables_with_their_errors():
   assert ["✗", "1 < 2?", "yes", "<b>no"] in rows
 
 
+def test_a_large_number_is_short():
+  values = {"perplexity": 23370719.05, "perplexity_stderr": 1e6, "acc": 0.5}
+  assert report.number("perplexity", 23370719.05, values) == "2.34e+07 ± 1e+06"
+  assert report.number("perplexity", 1234.5, {}) == "1,234.50" and report.number("acc", 0.5, values) == "50.0%"
+
+
 def test_bars_are_as_long_as_their_numbers():
   drawn = Reader(report.page(dataclasses.replace(FULL, bound={}, losses=()))).drawn
   widths = [float(x["width"]) for tag, x in drawn if tag == "rect"]
