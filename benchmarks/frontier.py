@@ -58,7 +58,10 @@ class Counted:
       seconds = time.perf_counter() - began
     made = out.unmasked_at > 0
     ends = made & np.isin(out.tokens, self._llada.ends)
-    self.tokens += int((made & (ends.cumsum(axis=1) - ends == 0)).sum())
+    made_B = (made & (ends.cumsum(axis=1) - ends == 0)).sum(axis=1)
+    if options.get("until"):  # a text may end within its last block
+      made_B = np.minimum(made_B, [len(self._llada.tokenizer.encode(text)) for text in out.text])
+    self.tokens += int(made_B.sum())
     self.nfe, self.calls, self.seconds = self.nfe + out.nfe, self.calls + 1, self.seconds + seconds
     return out
 

@@ -27,4 +27,4 @@ PY
 python benchmarks/reversal.py --config=configs/poems.py --workdir="$out" \
   --config.data.mixture="((\"files:$poems\", 0.5), (\"files:$out/famous.jsonl\", 0.5))" \
   --config.evaluate.tasks="(\"poems:$out/known.json\", \"poems:$couplets\")" \
-  --config.data.held_out=0.0 "${@:4}"
+  --config.data.held_out=0.0 --config.steps=1000 "${@:4}"

@@ -12,9 +12,10 @@ SMDM (arXiv 2410.18514), where diffusion needs about 16 times the compute, and L
   kernel, or a head on the masked half alone, computes less is not counted. Steps = budget / FLOPs of a batch.
 - The learning rates of the config's schedule are multiplied by sqrt(config.model.D / D), for both families: halfway
   between none and the 1 / D of muP (arXiv 2203.03466), because the embedding shares the rate. Pieces are fractions.
-- Fit: a budget's optimum is the minimum of a parabola, loss over log N, through three sizes or more (IsoFLOP, arXiv
-  2203.15556); with fewer, or with no minimum among them, the best size. Then L = a C^-b through the optima, by least
-  squares in log-log. Standard errors are those of the linear regression, and need three budgets.
+- Fit: a budget's optimum is the minimum of a parabola, loss over log N, through the best size and its two neighbours
+  (IsoFLOP, arXiv 2203.15556; a parabola holds near the minimum only); where the best is at an end, that size. Then
+  L = a C^-b through the optima, by least squares in log-log. Standard errors are those of the linear regression, and
+  need three budgets.
 
 Each run has a workdir of its own under --workdir, and is one of `lladax.main`: interrupt the study, and the same
 command goes on; give it more sizes or budgets, and it trains those alone. Results: scaling.png, .svg, .json, .md.
@@ -246,17 +247,18 @@ def read(workdir: Path) -> list[dict[str, Any]]:
 
 def optimum(rows: list[dict[str, Any]]) -> dict[str, Any]:
   """The compute-optimal loss of one family's runs of one budget, and where it lies."""
+  rows = sorted(rows, key=lambda row: row["params"])
   x, y = np.log([row["params"] for row in rows]), np.array([row["loss"] for row in rows])
   best = int(y.argmin())
   found = {"budget": rows[0]["budget"], "loss": float(y[best]), "params": float(np.exp(x[best])), "parabola": None}
-  if len(set(x)) < 3:
-    return found | {"how": f"best of {len(rows)}"}
-  curve = np.polyfit(x - x.mean(), y, 2)
-  at = x.mean() - curve[1] / (2 * curve[0]) if curve[0] > 0 else math.inf
-  if not x.min() < at < x.max():
-    return found | {"how": "best size; no minimum inside"}
-  least = float(np.polyval(curve, at - x.mean()))
-  return found | {"loss": least, "params": math.exp(at), "parabola": [*curve, x.mean()], "how": "parabola"}
+  if not 0 < best < len(rows) - 1:
+    return found | {"how": f"best of {len(rows)}" if len(rows) < 3 else "best size; no minimum inside"}
+  near = slice(best - 1, best + 2)
+  curve = np.polyfit(x[near] - x[best], y[near], 2)
+  at = x[best] - curve[1] / (2 * curve[0])
+  least = float(np.polyval(curve, at - x[best]))
+  drawn = {"curve": curve.tolist(), "middle": float(x[best]), "params": np.exp(x[near][[0, -1]]).tolist()}
+  return found | {"loss": least, "params": math.exp(at), "parabola": drawn, "how": "parabola"}
 
 
 class PowerLaw(NamedTuple):
@@ -384,12 +386,12 @@ def draw(rows: list[dict[str, Any]], found: dict[str, Any], workdir: Path) -> No
       left.plot(along, fit.loss(along), dashes, color=colour, linewidth=2.5, label=f"L = {fit}")
     for o in optima:
       line = [(row["params"], row["loss"]) for row in own if row["budget"] == o["budget"]]
-      right.plot(*zip(*line, strict=True), **(light | {"linestyle": "none" if o["parabola"] else "-"}))
+      right.plot(*zip(*line, strict=True), **light)
       right.annotate(short(o["budget"]), line[-1], (5, 0), color=colour, va="center", **small)
       if o["parabola"]:
-        *curve, middle = o["parabola"]
-        along = np.geomspace(line[0][0], line[-1][0], 50)
-        right.plot(along, np.polyval(curve, np.log(along) - middle), dashes, color=colour)
+        along = np.geomspace(*o["parabola"]["params"], 50)
+        height = np.polyval(o["parabola"]["curve"], np.log(along) - o["parabola"]["middle"])
+        right.plot(along, height, dashes, color=colour)
         right.plot(o["params"], o["loss"], marker, color=colour)
   if ratio := found["ratio"]:
     x = ratio["at"][len(ratio["at"]) // 2]

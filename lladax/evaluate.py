@@ -94,7 +94,8 @@ def samples(llada: LLaDA, config: Config) -> Sampled | None:
     return None
   options = dataclasses.asdict(config.sample)
   if config.data.format == "chat":
-    return llada.sample([[{"role": "user", "content": text}] for text in canvases], **options | {"early_stop": True})
+    options["early_stop"] = True
+    return llada.sample([[{"role": "user", "content": text}] for text in canvases], **options)
   if llada.model.causal:
     return llada.sample([text.partition("[MASK]")[0] for text in canvases], **options)
   del options["block_length"]

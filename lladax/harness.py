@@ -18,7 +18,7 @@ import logging
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -215,7 +215,7 @@ class Harness(LM):
     rows = [self._split(request.args[0], plan) for request, plan in zip(requests, plans, strict=True)]
     groups = defaultdict(list)  # only what shares a program shares a batch
     for i, plan in enumerate(plans):
-      groups[json.dumps(plan.sampler, sort_keys=True), plan.infill is not None].append(i)
+      groups[json.dumps(plan.sampler, sort_keys=True), plan.infill is not None, *plan.until].append(i)
     calls, most = [], _BATCH_TOKENS * len(jax.tree.leaves(self.llada.params)[0].sharding.device_set)
     for at in groups.values():
       at.sort(key=lambda i: -sum(map(len, rows[i])))  # the longest first: what does not fit, fails at once
@@ -228,7 +228,7 @@ class Harness(LM):
     def answer(at: list[int]) -> list[str]:
       ids = self._fill([rows[i] for i in at], plans[at[0]])
       texts = [self.text.decode(self._ended(x[: plans[i].most])) for i, x in zip(at, ids, strict=True)]
-      return [_until(text, plans[i].until) for i, text in zip(at, texts, strict=True)]
+      return [lladas.cut(text, plans[i].until) for i, text in zip(at, texts, strict=True)]
 
     return self._run("generate_until", requests, calls, answer, disable_tqdm)
 
@@ -320,7 +320,9 @@ class Harness(LM):
     block = min(sampler.get("block_length", length), length)
     length = -(-length // block) * block
     sampler |= {"gen_length": length, "block_length": block, "steps": sampler.get("steps", length)}
-    return _Plan(sampler, most, [until] if isinstance(until, str) else list(until), asked.get("infill"))
+    return _Plan(
+      sampler, most, [stop for stop in ([until] if isinstance(until, str) else until) if stop], asked.get("infill")
+    )
 
   def _split(self, context: str, plan: "_Plan") -> tuple[list[int], list[int], list[int]]:
     """Ids (before, masks, behind); without a mark nothing is behind."""
@@ -337,7 +339,8 @@ class Harness(LM):
     """The ids that take the place of the masks; the last row fills up a batch, as programs have fixed shapes."""
     full = rows + rows[-1:] * (min(self.batch_size, 2 ** (len(rows) - 1).bit_length()) - len(rows))
     if plan.infill is None:
-      out = self.llada.sample([before for before, _, _ in full], **plan.sampler)
+      # A text that ends early is cut by its own length in `generate_until`; here it only ends the work.
+      out = self.llada.sample([before for before, _, _ in full], until=plan.until, **plan.sampler)
       return [row[-plan.sampler["gen_length"] :].tolist() for row in out.tokens[: len(rows)]]
     options = {name: value for name, value in plan.sampler.items() if name not in ("gen_length", "block_length")}
     out = self.llada.unmask([before + masks + behind for before, masks, behind in full], **options)
@@ -362,11 +365,6 @@ class _Plan:
   most: int = 2**30  # tokens kept
   until: list[str] = dataclasses.field(default_factory=list)
   infill: str | None = None
-
-
-def _until(text: str, stops: Iterable[str]) -> str:
-  """The text up to the first of the stop strings."""
-  return text[: min((at for stop in stops if stop and (at := text.find(stop)) >= 0), default=len(text))]
 
 
 def _calls(lengths: list[int], costs: list[int]) -> list[list[int]]:
@@ -433,7 +431,7 @@ def evaluate(
       lm: Any = Harness(llada=llada, batch_size=batch_size, **(defaults | dict(plan.options) | options))
       if use_cache:
         lm = CachingLM(lm, str(Path(use_cache) / f"{_fingerprint(lm)}.db"))
-      found = run(
+      found: Any = run(
         lm=lm, task_dict=loaded, limit=limit, log_samples=True, apply_chat_template=talks, fewshot_as_multiturn=talks,
         confirm_run_unsafe_code=allow_code, bootstrap_iters=1000,
       )  # fmt: skip

@@ -95,19 +95,26 @@ class LLaDA:
   vocab_size: int  # ids in use; rows of the embedding behind it are never sampled
   eot_id: int | None = None  # ends a turn of a conversation
 
-  def sample(self, prompts: Prompt | Sequence[Prompt], **options) -> Sampled:
+  def sample(self, prompts: Prompt | Sequence[Prompt], *, until: Sequence[str] = (), **options) -> Sampled:
     """Continues each prompt with `gen_length` tokens, or until EOS where that is None.
 
     Args:
       prompts: texts, lists of ids, or conversations (lists of {"role": ..., "content": ...}).
+      until: strings that end a text, which is cut there. No block is begun when all texts have ended: the canvas keeps
+        `mask_id` behind them.
       **options: those of `SamplerConfig`.
 
     Raises:
       TypeError: an option that does not exist.
       ValueError: an option out of range; `gen_length` that is not a multiple of `block_length`.
     """
-    *_, last = self._continue_or_fill(self._prompts(prompts), SamplerConfig(**options), every=None)
-    return last
+    if isinstance(until, str) or not all(until):
+      raise ValueError(f"until={until!r}: give a list of strings, none of them empty")
+    rows, c = self._prompts(prompts), SamplerConfig(**options)
+    for out in self._continue_or_fill(rows, c, every="block" if until else None):
+      if until and all(self._has_ended(out, i, until) for i in range(len(rows))):
+        break
+    return dataclasses.replace(out, text=[cut(text, until) for text in out.text])
 
   def stream(self, prompts: Prompt | Sequence[Prompt], *, every: str = "block", **options) -> Iterator[Sampled]:
     """`sample`, seen on its way: the canvas after each block, or each step; the last one is what `sample` returns.
@@ -127,7 +134,8 @@ class LLaDA:
       messages: {"role": "system" | "user" | "assistant", "content": text}, oldest first.
       **options: those of `SamplerConfig`.
     """
-    return self.sample([messages], **({"early_stop": True} | options))
+    options.setdefault("early_stop", True)
+    return self.sample([messages], **options)
 
   def unmask(self, canvases: Sequence[Sequence[int]], **options) -> Sampled:
     """Fills `mask_id` in canvases of any lengths; needs no tokenizer. Default: one block, the whole canvas."""
@@ -323,6 +331,10 @@ class LLaDA:
       if not (state.canvas.tokens_BL == self.mask_id).any():
         return
 
+  def _has_ended(self, out: Sampled, i: int, until: Sequence[str]) -> bool:
+    ids = out.tokens[i][out.unmasked_at[i] > 0]  # of the blocks that are filled
+    return bool(np.isin(ids, self.ends).any()) or any(stop in self._text().decode(ids.tolist()) for stop in until)
+
   @property
   def ends(self) -> tuple[int, ...]:
     """Ids that end a text: EOS, and EoT where there is one."""
@@ -392,6 +404,11 @@ class LLaDA:
         raise ValueError("a conversation: this model's vocabulary has no chat tokens (<|eot_id|>); give it text")
       return self._text().chat(cast(Sequence[Mapping[str, str]], prompt))
     return [int(i) for i in cast(Sequence[int], prompt)]
+
+
+def cut(text: str, until: Sequence[str]) -> str:
+  """The text up to the first of the strings."""
+  return text[: min((at for stop in until if (at := text.find(stop)) >= 0), default=len(text))]
 
 
 def load(path: str | Path, step: int | None = None, mesh: Mesh | None = None) -> LLaDA:

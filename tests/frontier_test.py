@@ -61,17 +61,21 @@ def test_tokens_count_up_to_the_end_and_compilation_does_not(frontier, monkeypat
   out = types.SimpleNamespace(
     tokens=np.array([[7, 7, 9, 1, 1], [1, 9, 9, 9, 9]]), unmasked_at=np.array([[0, 1, 2, 3, 4], [0, 0, 1, 1, 1]]), nfe=4
   )
+  out.text = ["so", "long"]
   calls = []
 
-  def sample(prompts, steps):
+  def sample(prompts, steps, until=()):
     calls.append(steps)
     if len(calls) == 1:
       frontier._count("/jax/core/compile/backend_compile_duration", 0.1)
     return out
 
-  counted = frontier.Counted(types.SimpleNamespace(sample=sample, ends=(1,), name="x"))
+  text = types.SimpleNamespace(encode=list)
+  counted = frontier.Counted(types.SimpleNamespace(sample=sample, ends=(1,), name="x", tokenizer=text))
   assert counted.sample([[1], [2]], steps=3) is out and counted.name == "x"
   assert calls == [3, 3] and (counted.tokens, counted.nfe, counted.calls) == (3 + 3, 4, 1)
+  counted.sample([[1], [2]], steps=3, until=["."])
+  assert counted.tokens == 6 + 2 + 3  # "so" was two tokens up to its stop string, of three
 
 
 @pytest.mark.slow

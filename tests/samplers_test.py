@@ -140,6 +140,30 @@ def test_stream_is_sample_seen_on_its_way(ending, every, options):
     assert seen[0].unmaskings()[0].steps > seen[0].nfe  # masked positions are drawn as masked
 
 
+@pytest.mark.parametrize("options", [{}, {"cache": "dual", "threshold": 0.1}, {"gen_length": None}])
+def test_stop_strings_cut_texts_and_spare_the_blocks_behind(llada, options):
+  options = {"gen_length": 24, "block_length": 8, "steps": 24} | options
+  whole = llada.sample(PROMPTS, **options)
+  compiled = llada_module._run._cache_size()
+  stops = sorted({text[3] for text in whole.text})  # all texts hold one in their first block
+  out = llada.sample(PROMPTS, until=stops, **options)
+  assert llada_module._run._cache_size() == compiled
+  assert out.text == [llada_module.cut(text, stops) for text in whole.text] and max(map(len, out.text)) <= 3
+  first = next(iter(llada.stream(PROMPTS, **options)))
+  assert out.nfe == first.nfe < whole.nfe
+  for i in range(len(PROMPTS)):
+    assert_same(out, i, first, i)
+  assert llada.sample(PROMPTS, until=["never"], **options).nfe == whole.nfe
+  text = whole.text[0]
+  assert llada.sample(PROMPTS[:1], until=["never", text[9:]], **options).text == [text[: text.index(text[9:])]]
+
+
+@pytest.mark.parametrize("until", ["text", ["x", ""]])
+def test_stop_strings_are_a_list(llada, until):
+  with pytest.raises(ValueError, match="until=.*: give a list of strings, none of them empty"):
+    llada.sample(PROMPTS, until=until)
+
+
 def test_variable_length_is_one_block_after_another(ending):
   """The reference here appends a block of masks, fills it with `unmask`, and looks for EOS."""
   W, steps = 4, 3
