@@ -309,6 +309,7 @@ class Harness(LM):
   def _plan(self, asked: Mapping[str, Any]) -> "_Plan":
     """What a request's generation_kwargs and the options come to."""
     until = asked.get("until") or []
+    stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
     most = asked.get("max_gen_toks", 256)
     sampler = {name: value for name, value in asked.items() if name in _SAMPLER and name != "temperature"}
     if asked.get("do_sample"):
@@ -320,9 +321,7 @@ class Harness(LM):
     block = min(sampler.get("block_length", length), length)
     length = -(-length // block) * block
     sampler |= {"gen_length": length, "block_length": block, "steps": sampler.get("steps", length)}
-    return _Plan(
-      sampler, most, [stop for stop in ([until] if isinstance(until, str) else until) if stop], asked.get("infill")
-    )
+    return _Plan(sampler, most, stops, asked.get("infill"))
 
   def _split(self, context: str, plan: "_Plan") -> tuple[list[int], list[int], list[int]]:
     """Ids (before, masks, behind); without a mark nothing is behind."""
