@@ -10,6 +10,7 @@ are in frontier.json already are not run again.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import sys
@@ -22,6 +23,7 @@ import numpy as np
 import lladax
 from lladax import distributed, harness
 from lladax import main as door
+from lladax.report import metrics
 
 COLOURS = {None: "#0072b2", "prefix": "#009e73", "dual": "#d55e00"}  # of the caches; told apart by everybody
 SAME = ("path", "task", "data_dir", "limit", "batch_size", "gen_length", "metric")  # in every run that is continued
@@ -84,13 +86,12 @@ def measure(llada: lladax.LLaDA, a: argparse.Namespace, setting: dict) -> dict:
   options = {name: value for name, value in setting.items() if name != "name"} | {"gen_length": a.gen_length}
   counted = Counted(llada)
   found = harness.evaluate(
-    counted, a.task, data_dir=a.data_dir, limit=a.limit, batch_size=a.batch_size, early_stop=True, **options
-  )[a.task]
-  if not counted.calls:
-    raise ValueError(f"--task={a.task} generates nothing: choose one that does")
+    counted, a.task, data_dir=a.data_dir, limit=a.limit, batch_size=a.batch_size, allow_code=a.allow_code,
+    early_stop=True, **options
+  )[a.task]  # fmt: skip
   metric = a.metric or next(iter(found))
-  if metric not in found:
-    raise ValueError(f"--metric={metric}: {a.task} has {', '.join(x for x in found if f'{x}_stderr' in found)}")
+  if metric not in metrics(found):
+    raise ValueError(f"--metric={metric}: {a.task} has {', '.join(metrics(found))}")
   return setting | {
     "metric": metric, "accuracy": found[metric], "stderr": found.get(f"{metric}_stderr", math.nan),
     "tokens_per_second": counted.tokens / counted.seconds, "nfe": counted.nfe / counted.calls, "tokens": counted.tokens,
@@ -114,6 +115,7 @@ def report(found: list[dict], a: argparse.Namespace) -> None:
 
   matplotlib.use("Agg")
   from matplotlib import pyplot
+  from matplotlib.ticker import LogLocator, NullFormatter
 
   out, line = Path(a.out), frontier(found)
   out.mkdir(parents=True, exist_ok=True)
@@ -143,6 +145,7 @@ def report(found: list[dict], a: argparse.Namespace) -> None:
       at = x[by], 100 * x["accuracy"]
       axes.annotate(x["name"], at, fontsize=7, xytext=(4, 5), textcoords="offset points")
     axes.set(xscale="log", xlabel=label)
+    axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter())
     axes.spines[["top", "right"]].set_visible(False)
   panels[1].invert_xaxis()  # better is to the right in both
   panels[0].set(ylabel=f"{a.task} {metric}, %")
@@ -155,19 +158,38 @@ def report(found: list[dict], a: argparse.Namespace) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
   """The command line."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  texts = {"path": None, "task": None, "data_dir": "", "out": "runs/frontier", "metric": ""}
-  lists = {"blocks": "32", "steps": "128,64,32", "thresholds": "0.9", "caches": "none,dual"}
-  kinds = {"caches": str, "thresholds": float}
-  for name, default in texts.items():
-    parser.add_argument(f"--{name}", default=default, required=default is None)
-  for name, default in (("limit", 64), ("batch_size", 8), ("gen_length", 128)):
-    parser.add_argument(f"--{name}", type=int, default=default)
-  for name, default in lists.items():
-    kind = kinds.get(name, int)
-    parser.add_argument(f"--{name}", type=lambda x, kind=kind: [kind(y) for y in x.split(",") if y], default=default)
+  texts = {
+    "path": (None, "a workdir, or a published checkpoint"),
+    "task": (None, "of lm-eval or lladax/tasks, one that generates"),
+    "data_dir": ("", "the folder of local benchmarks, for lladax_..."),
+    "out": ("runs/frontier", "the folder of the results (runs/frontier)"),
+    "metric": ("", "of the task (its first)"),
+  }
+  numbers = {
+    "limit": (64, "questions, full batches (64)"),
+    "batch_size": (8, "questions at a time (8)"),
+    "gen_length": (128, "tokens of an answer (128)"),
+  }
+  lists = {
+    "blocks": (int, "32", "block lengths (32)"),
+    "steps": (int, "128,64,32", "forward passes of a fixed schedule (128,64,32)"),
+    "thresholds": (float, "0.9", "of confidence, for parallel decoding (0.9)"),
+    "caches": (str, "none,dual", "none, prefix, dual (none,dual)"),
+  }
+  for name, (default, said) in texts.items():
+    parser.add_argument(f"--{name}", default=default, required=default is None, help=said)
+  for name, (default, said) in numbers.items():
+    parser.add_argument(f"--{name}", type=int, default=default, help=said)
+  for name, (kind, default, said) in lists.items():
+    parser.add_argument(
+      f"--{name}", type=lambda x, kind=kind: [kind(y) for y in x.split(",") if y], default=default, help=said
+    )
+  parser.add_argument("--allow_code", action="store_true", help="generated code may be run, in a sandbox")
   a = parser.parse_args(argv)
   if a.limit % a.batch_size:
     raise ValueError(f"--limit={a.limit}: must be a multiple of --batch_size={a.batch_size}, or a batch is not full")
+  if uneven := [x for x in a.blocks if x < 1 or a.gen_length % x]:
+    raise ValueError(f"--blocks={uneven[0]}: --gen_length={a.gen_length} must be a multiple of it")
   if unknown := [x for x in a.caches if x not in ("none", "prefix", "dual")]:
     raise ValueError(f"--caches: {unknown[0]!r} is none of none, prefix, dual")
   a.caches = [None if cache == "none" else cache for cache in a.caches]
@@ -185,6 +207,11 @@ def main(argv: list[str] | None = None) -> None:
           f"--{name}={getattr(a, name)!r}: {path} was made with {before['settings'][name]!r}; give another --out"
         )
     found = before["found"]
+  if not importlib.util.find_spec("matplotlib"):  # not after the first setting
+    raise ValueError("the figure needs matplotlib: pip install matplotlib")
+  (_, _, loaded) = harness.check(a.task, data_dir=a.data_dir, allow_code=a.allow_code)[a.task]
+  if any(task.OUTPUT_TYPE != "generate_until" for task in loaded["tasks"].values()):
+    raise ValueError(f"--task={a.task} generates nothing: choose one that does")
   llada = lladax.load(a.path)
   jax.monitoring.register_event_duration_secs_listener(_count)
   for i, setting in enumerate(grid, start=1):

@@ -6,6 +6,7 @@ Writes WORKDIR/reversal.json, reversal.md, reversal.png and reversal.svg; the tw
 WORKDIR/autoregressive, and go on where they were stopped.
 """
 
+import importlib.util
 import json
 import os
 import sys
@@ -25,6 +26,8 @@ COLOURS = {"diffusion": "#0072b2", "autoregressive": "#d55e00"}  # told apart by
 def main(argv: list[str]) -> None:
   if argv[1:]:
     raise ValueError(f"unexpected argument {argv[1]!r}: options are written --name=value")
+  if not importlib.util.find_spec("matplotlib"):  # not after training
+    raise ValueError("the figure needs matplotlib: pip install matplotlib")
   workdir = Path(flags.FLAGS.workdir or "runs/reversal")
   found, told = {}, {}
   for family in FAMILIES:

@@ -152,7 +152,7 @@ class Harness(LM):
     mesh = {name: options.pop(name) for name in axes & options.keys()}
     options = {_ALIASES.get(name, name): value for name, value in options.items()}
     for name in options.keys() - _OWN.keys() - _SAMPLER.keys():
-      near = difflib.get_close_matches(name, [*_OWN, *_SAMPLER, *axes], 1, 0.0)[0]
+      near = difflib.get_close_matches(name, [*_OWN, *_SAMPLER, *axes, *_ALIASES], 1, 0.0)[0]
       raise ValueError(f"{name}={options[name]!r}: there is no such option; did you mean {near}?")
     SamplerConfig(**{name: value for name, value in options.items() if name in _SAMPLER})  # says what is wrong now
     if not str(batch_size).isdecimal() or int(batch_size) < 1:
@@ -459,7 +459,7 @@ def check(
   manager, tasks = _find({name: plan.task for name, plan in plans.items()}, data_dir or os.environ.get(DATA, ""))
   for name, task in tasks.items():
     if not allow_code and _runs_code(manager, task):
-      raise ValueError(f"{name} runs generated code: allow it with allow_code=True (--allow_code)")
+      raise ValueError(f"{name} runs generated code: allow it with allow_code=True (--config.evaluate.allow_code=True)")
   found = {}
   for name, task in tasks.items():
     try:
@@ -560,11 +560,21 @@ class _quiet:
     logging.getLogger("lm_eval.api.task").removeFilter(self.filter)
 
 
+_HELP = """lladax adds to the command line of lm-eval below:
+  --model lladax  the default; --model_args path=WORKDIR and the options of lladax.harness.Harness (mc_num, cfg,
+                  gen_length, block_length, steps, ...; tensor, fsdp, ... for a mesh), with commas between them
+  --data_dir DIR  the folder of local benchmarks, for the tasks lladax_...
+  --allow_code    generated code may be run, in a sandbox
+"""
+
+
 def main() -> None:
   """The harness's command line with `--model lladax` as the default, and `--data_dir DIR` and `--allow_code`."""
   from lm_eval.__main__ import cli_evaluate
 
   given = sys.argv[1:]
+  if {"-h", "--help"} & set(given):
+    print(_HELP)
   if "--data_dir" in given:
     at = given.index("--data_dir")
     os.environ[DATA] = (given[at + 1 : at + 2] or [""])[0]
@@ -577,7 +587,12 @@ def main() -> None:
   if given[:1] == ["run"] and not {"--model", "-M"} & set(given):
     given += ["--model", "lladax"]
   sys.argv[1:] = given
-  cli_evaluate()
+  try:
+    with _quiet():
+      cli_evaluate()
+  except (ValueError, OSError) as error:  # what was asked for is wrong, or is not there
+    said = " ".join(str(error).split()).replace("confirm_run_unsafe_code=True", "--allow_code")
+    sys.exit(f"lladax.harness: {said}")
 
 
 if __name__ == "__main__":

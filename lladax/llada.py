@@ -52,7 +52,7 @@ class Sampled:
   confidence: np.ndarray
   nfe: int
   padding: np.ndarray
-  piece: Callable[[int], str]  # id -> text of one token
+  piece: Callable[[int], str] = dataclasses.field(repr=False)  # id -> text of one token
   mask_id: int  # what masked positions hold in a canvas that `LLaDA.stream` has not finished
 
   def unmaskings(self) -> list[visualize.Unmasking]:
@@ -88,7 +88,7 @@ class LLaDA:
   """
 
   model: MaskPredictorConfig
-  params: Params
+  params: Params = dataclasses.field(repr=False)
   tokenizer: tokenizers.Tokenizer | None
   mask_id: int
   eos_id: int
@@ -108,7 +108,7 @@ class LLaDA:
       TypeError: an option that does not exist.
       ValueError: an option out of range; `gen_length` that is not a multiple of `block_length`.
     """
-    if isinstance(until, str) or not all(until):
+    if isinstance(until, str) or not all(isinstance(stop, str) and stop for stop in until):
       raise ValueError(f"until={until!r}: give a list of strings, none of them empty")
     rows, c = self._prompts(prompts), SamplerConfig(**options)
     for out in self._continue_or_fill(rows, c, every="block" if until else None):

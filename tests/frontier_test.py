@@ -34,6 +34,7 @@ def test_the_grid_is_every_way_with_every_block_and_cache(frontier):
   "flags, message",
   [
     (["--limit=9"], "--limit=9: must be a multiple of --batch_size=8"),
+    (["--gen_length=128", "--blocks=32,12"], "--blocks=12: --gen_length=128 must be a multiple of it"),
     (["--caches=some"], "--caches: 'some' is none of"),
   ],
 )
@@ -76,6 +77,15 @@ def test_tokens_count_up_to_the_end_and_compilation_does_not(frontier, monkeypat
   assert calls == [3, 3] and (counted.tokens, counted.nfe, counted.calls) == (3 + 3, 4, 1)
   counted.sample([[1], [2]], steps=3, until=["."])
   assert counted.tokens == 6 + 2 + 3  # "so" was two tokens up to its stop string, of three
+
+
+def test_a_task_that_generates_nothing_is_refused_before_loading(frontier, tmp_path):
+  (tmp_path / "eval").mkdir()
+  row = {"question": "?", "choices": ["a", "b"], "answer": 0}
+  for split in ("test", "train"):
+    (tmp_path / "eval" / f"arc_challenge_{split}.jsonl").write_text(json.dumps(row) + "\n")
+  with pytest.raises(ValueError, match="--task=lladax_arc_challenge generates nothing"):
+    frontier.main(["--path=x", "--task=lladax_arc_challenge", f"--data_dir={tmp_path}", f"--out={tmp_path / 'out'}"])
 
 
 @pytest.mark.slow

@@ -399,6 +399,24 @@ def test_importing_it_loads_no_torch():
   subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+@pytest.mark.parametrize(
+  "flags, said",
+  [
+    ("--tasks lladax_arc_chalenge --model_args path=x", "lladax_arc_chalenge"),
+    (
+      "--tasks lladax_arc_challenge --model_args path=x,mcnum=3",
+      "mcnum=3: there is no such option; did you mean mc_num",
+    ),
+  ],
+)
+def test_the_command_line_says_a_mistake_in_one_line(flags, said):
+  command = [sys.executable, "-m", "lladax.harness", *flags.split(), "--limit", "1"]
+  done = subprocess.run(command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+  assert done.returncode == 1 and "Traceback" not in done.stderr
+  last = done.stderr.strip().splitlines()[-1]
+  assert last.startswith("lladax.harness: ") and said in last
+
+
 @pytest.mark.slow
 def test_the_command_line_and_a_mesh(tiny_workdir, data_dir, tmp_path):
   args = f"path={tiny_workdir},mc_num=2,gen_length=4,tensor=2,fsdp=2"
@@ -406,7 +424,8 @@ def test_the_command_line_and_a_mesh(tiny_workdir, data_dir, tmp_path):
   command += f" --data_dir {data_dir} --output_path {tmp_path} --use_cache {tmp_path / 'cache'}"
   run = {"cwd": ROOT, "env": os.environ | {"HF_HUB_OFFLINE": "1"}, "capture_output": True, "text": True}
   refused = subprocess.run([sys.executable, *command.split()], **run)
-  assert refused.returncode and "marked as unsafe" in refused.stderr
+  assert refused.returncode == 1 and "marked as unsafe" in refused.stderr and "--allow_code" in refused.stderr
+  assert "Traceback" not in refused.stderr
   done = subprocess.run([sys.executable, *command.split(), "--allow_code"], **run)
   assert done.returncode == 0, done.stderr[-2000:]
   assert "lladax_arc_challenge" in done.stdout and "pass@1" in done.stdout

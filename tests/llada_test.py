@@ -242,6 +242,11 @@ def test_causal_log_likelihood_is_the_chain_rule():
   np.testing.assert_allclose(causal.log_likelihood("ab", "cde"), expected, rtol=1e-5)
 
 
+def test_what_is_printed_leaves_the_parameters_out(llada):
+  out = llada.sample("ab", gen_length=4, block_length=4, steps=4)
+  assert "params" not in repr(llada) + repr(out) and len(repr(llada)) < 2000 and "nfe=4" in repr(out)
+
+
 def test_a_notebook_draws_the_unmasking(llada):
   out = llada.sample(["ab", "cd"], gen_length=4, block_length=4)
   assert out._repr_html_() == out.html() != out.html("a title")

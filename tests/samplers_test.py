@@ -158,7 +158,7 @@ def test_stop_strings_cut_texts_and_spare_the_blocks_behind(llada, options):
   assert llada.sample(PROMPTS[:1], until=["never", text[9:]], **options).text == [text[: text.index(text[9:])]]
 
 
-@pytest.mark.parametrize("until", ["text", ["x", ""]])
+@pytest.mark.parametrize("until", ["text", ["x", ""], [3]])
 def test_stop_strings_are_a_list(llada, until):
   with pytest.raises(ValueError, match="until=.*: give a list of strings, none of them empty"):
     llada.sample(PROMPTS, until=until)
