@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     found = before["found"]
   if not importlib.util.find_spec("matplotlib"):  # not after the first setting
     raise ValueError("the figure needs matplotlib: pip install matplotlib")
-  (_, _, loaded) = harness.check(a.task, data_dir=a.data_dir, allow_code=a.allow_code)[a.task]
+  _, _, loaded = harness.check(a.task, data_dir=a.data_dir, allow_code=a.allow_code)[a.task]
   if any(task.OUTPUT_TYPE != "generate_until" for task in loaded["tasks"].values()):
     raise ValueError(f"--task={a.task} generates nothing: choose one that does")
   llada = lladax.load(a.path)

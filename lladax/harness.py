@@ -338,7 +338,7 @@ class Harness(LM):
     """The ids that take the place of the masks; the last row fills up a batch, as programs have fixed shapes."""
     full = rows + rows[-1:] * (min(self.batch_size, 2 ** (len(rows) - 1).bit_length()) - len(rows))
     if plan.infill is None:
-      # A text that ends early is cut by its own length in `generate_until`; here it only ends the work.
+      # Here the stop strings only spare work: `generate_until` cuts the texts.
       out = self.llada.sample([before for before, _, _ in full], until=plan.until, **plan.sampler)
       return [row[-plan.sampler["gen_length"] :].tolist() for row in out.tokens[: len(rows)]]
     options = {name: value for name, value in plan.sampler.items() if name not in ("gen_length", "block_length")}
@@ -459,7 +459,8 @@ def check(
   manager, tasks = _find({name: plan.task for name, plan in plans.items()}, data_dir or os.environ.get(DATA, ""))
   for name, task in tasks.items():
     if not allow_code and _runs_code(manager, task):
-      raise ValueError(f"{name} runs generated code: allow it with allow_code=True (--config.evaluate.allow_code=True)")
+      how = "--config.evaluate.allow_code=True of a run, --allow_code of the other commands"
+      raise ValueError(f"{name} runs generated code: allow it with allow_code=True ({how})")
   found = {}
   for name, task in tasks.items():
     try:

@@ -332,8 +332,10 @@ class LLaDA:
         return
 
   def _has_ended(self, out: Sampled, i: int, until: Sequence[str]) -> bool:
+    """Whether a row has met EOS or a stop string; its text on the way would spell [MASK]s, too."""
     ids = out.tokens[i][out.unmasked_at[i] > 0]  # of the blocks that are filled
-    return bool(np.isin(ids, self.ends).any()) or any(stop in self._text().decode(ids.tolist()) for stop in until)
+    said = self._text().decode(ids.tolist())
+    return bool(np.isin(ids, self.ends).any()) or cut(said, until) != said
 
   @property
   def ends(self) -> tuple[int, ...]:
