@@ -23,6 +23,7 @@ import numpy as np
 import lladax
 from lladax import distributed, harness
 from lladax import main as door
+from lladax.mistake import Mistake
 from lladax.report import metrics
 
 COLOURS = {None: "#0072b2", "prefix": "#009e73", "dual": "#d55e00"}  # of the caches; told apart by everybody
@@ -91,7 +92,7 @@ def measure(llada: lladax.LLaDA, a: argparse.Namespace, setting: dict) -> dict:
   )[a.task]  # fmt: skip
   metric = a.metric or next(iter(found))
   if metric not in metrics(found):
-    raise ValueError(f"--metric={metric}: {a.task} has {', '.join(metrics(found))}")
+    raise Mistake(f"--metric={metric}: {a.task} has {', '.join(metrics(found))}")
   return setting | {
     "metric": metric, "accuracy": found[metric], "stderr": found.get(f"{metric}_stderr", math.nan),
     "tokens_per_second": counted.tokens / counted.seconds, "nfe": counted.nfe / counted.calls, "tokens": counted.tokens,
@@ -187,11 +188,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
   parser.add_argument("--allow_code", action="store_true", help="generated code may be run, in a sandbox")
   a = parser.parse_args(argv)
   if a.limit % a.batch_size:
-    raise ValueError(f"--limit={a.limit}: must be a multiple of --batch_size={a.batch_size}, or a batch is not full")
+    raise Mistake(f"--limit={a.limit}: must be a multiple of --batch_size={a.batch_size}, or a batch is not full")
   if uneven := [x for x in a.blocks if x < 1 or a.gen_length % x]:
-    raise ValueError(f"--blocks={uneven[0]}: --gen_length={a.gen_length} must be a multiple of it")
+    raise Mistake(f"--blocks={uneven[0]}: --gen_length={a.gen_length} must be a multiple of it")
   if unknown := [x for x in a.caches if x not in ("none", "prefix", "dual")]:
-    raise ValueError(f"--caches: {unknown[0]!r} is none of none, prefix, dual")
+    raise Mistake(f"--caches: {unknown[0]!r} is none of none, prefix, dual")
   a.caches = [None if cache == "none" else cache for cache in a.caches]
   return a
 
@@ -203,15 +204,15 @@ def main(argv: list[str] | None = None) -> None:
     before = json.loads(path.read_text())
     for name in SAME:
       if before["settings"][name] != getattr(a, name):
-        raise ValueError(
+        raise Mistake(
           f"--{name}={getattr(a, name)!r}: {path} was made with {before['settings'][name]!r}; give another --out"
         )
     found = before["found"]
   if not importlib.util.find_spec("matplotlib"):  # not after the first setting
-    raise ValueError("the figure needs matplotlib: pip install matplotlib")
+    raise Mistake("the figure needs matplotlib: pip install matplotlib")
   _, _, loaded = harness.check(a.task, data_dir=a.data_dir, allow_code=a.allow_code)[a.task]
   if any(task.OUTPUT_TYPE != "generate_until" for task in loaded["tasks"].values()):
-    raise ValueError(f"--task={a.task} generates nothing: choose one that does")
+    raise Mistake(f"--task={a.task} generates nothing: choose one that does")
   llada = lladax.load(a.path)
   jax.monitoring.register_event_duration_secs_listener(_count)
   for i, setting in enumerate(grid, start=1):
@@ -233,5 +234,5 @@ if __name__ == "__main__":
   door.keep_freed_memory()
   try:
     main()
-  except (ValueError, FileNotFoundError) as error:
+  except Mistake as error:
     sys.exit(f"frontier: {error}")

@@ -18,6 +18,7 @@ import lladax
 from lladax import config as configs
 from lladax import distributed, evaluate, train
 from lladax import main as door
+from lladax.mistake import Mistake
 
 FAMILIES = {"diffusion": "mask predictor", "autoregressive": "causal baseline"}
 COLOURS = {"diffusion": "#0072b2", "autoregressive": "#d55e00"}  # told apart by everybody
@@ -25,9 +26,9 @@ COLOURS = {"diffusion": "#0072b2", "autoregressive": "#d55e00"}  # told apart by
 
 def main(argv: list[str]) -> None:
   if argv[1:]:
-    raise ValueError(f"unexpected argument {argv[1]!r}: options are written --name=value")
+    raise Mistake(f"unexpected argument {argv[1]!r}: options are written --name=value")
   if not importlib.util.find_spec("matplotlib"):  # not after training
-    raise ValueError("the figure needs matplotlib: pip install matplotlib")
+    raise Mistake("the figure needs matplotlib: pip install matplotlib")
   workdir = Path(flags.FLAGS.workdir or "runs/reversal")
   found, told = {}, {}
   for family in FAMILIES:

@@ -39,6 +39,7 @@ from absl import app, flags
 from lladax import config as configs
 from lladax import data, distributed, metrics, sharding, tokenizer, train
 from lladax import main as door
+from lladax.mistake import Missing, Mistake
 
 flags.DEFINE_list("sizes", None, "Sizes, width x layers each: 64x2,96x3,128x4.")
 flags.DEFINE_list("budgets", None, "Training FLOPs of a run: 1e12,3e12,1e13.")
@@ -63,9 +64,9 @@ def parse_size(text: str) -> tuple[int, int]:
   """Width and layers: 64x2 -> (64, 2)."""
   width, x, layers = text.strip().partition("x")
   if not (x and width.isdecimal() and layers.isdecimal() and int(width) and int(layers)):
-    raise ValueError(f"--sizes: {text!r} is no size: write width x layers, as in 64x2")
+    raise Mistake(f"--sizes: {text!r} is no size: write width x layers, as in 64x2")
   if int(width) % head_width(int(width)):
-    raise ValueError(f"--sizes: {text!r}: the width must be a multiple of {head_width(int(width))}, its head width")
+    raise Mistake(f"--sizes: {text!r}: the width must be a multiple of {head_width(int(width))}, its head width")
   return int(width), int(layers)
 
 
@@ -81,7 +82,7 @@ def parse_budget(text: str) -> float:
   except ValueError:
     budget = math.nan
   if not 0 < budget < math.inf:
-    raise ValueError(f"--budgets: {text!r} is no number of FLOPs: write it as in 3e12")
+    raise Mistake(f"--budgets: {text!r} is no number of FLOPs: write it as in 3e12")
   return float(f"{budget:g}")  # as the name of the folder has it
 
 
@@ -108,7 +109,7 @@ def plan(
   """(runs, the cheapest first; which combinations are left out).
 
   Raises:
-    ValueError: a malformed size or budget, or nothing is left of a budget.
+    Mistake: a malformed size or budget, or nothing is left of a budget.
   """
   runs, left_out = [], []
   grid = sorted({parse_size(x) for x in sizes})
@@ -126,7 +127,7 @@ def plan(
         own = dataclasses.replace(c, objective=objective, steps=steps)
         runs.append(Planned(f"{objective}_{name}", own, train.flops_per_token(own) * tokens * steps))
     if len(runs) == before:
-      raise ValueError(
+      raise Mistake(
         f"--budgets: no size suits {short(budget)} FLOPs, with --min_steps={min_steps} and --max_epochs={max_epochs:g}"
         f" ({'; '.join(unfit)})"
       )
@@ -137,13 +138,11 @@ def plan(
 def begin(base: configs.Config, workdir: Path) -> tuple[configs.Config, int]:
   """(the config with the tokenizer that all runs share, tokens of the training text); WORKDIR/study.json."""
   if not base.data.held_out:
-    raise ValueError("data.held_out=0.0: there is no held-out text to measure the loss on")
+    raise Mistake("data.held_out=0.0: there is no held-out text to measure the loss on")
   if base.init_from:
-    raise ValueError(f"init_from={base.init_from!r}: the runs of a scaling study begin from nothing")
+    raise Mistake(f"init_from={base.init_from!r}: the runs of a scaling study begin from nothing")
   if any(length != -1 and not 0 <= length < 1 for length, _ in base.optimizer.schedule):
-    raise ValueError(
-      f"optimizer.schedule={base.optimizer.schedule}: runs differ in length, give fractions of all steps"
-    )
+    raise Mistake(f"optimizer.schedule={base.optimizer.schedule}: runs differ in length, give fractions of all steps")
   path, folder = workdir / "study.json", workdir / "tokenizer"
   saved = json.loads(path.read_text()) if path.exists() else None
   distributed.agree(study=json.dumps(saved))  # and nobody looks while the first process writes
@@ -181,7 +180,7 @@ def study(
   """Trains what is not finished yet.
 
   Raises:
-    ValueError, FileNotFoundError: bad input, before any training.
+    Mistake, Missing: bad input, before any training.
   """
   for read_one, texts in ((parse_size, sizes), (parse_budget, budgets)):  # before any reading of text
     for x in texts:
@@ -193,7 +192,7 @@ def study(
     train.check_mesh(c, sharding.make_mesh(c.mesh))
     path = workdir / name / "config.json"
     if path.exists() and (steps := json.loads(path.read_text())["steps"]) != c.steps:
-      raise ValueError(f"{path.parent} holds a run of {steps} steps, not {c.steps}: use another workdir")
+      raise Mistake(f"{path.parent} holds a run of {steps} steps, not {c.steps}: use another workdir")
   todo = [run for run in runs if not finished(workdir / run.name)]
   distributed.agree(todo=str([run.name for run in todo]))
   say(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished, {sum(x.flops for x in todo):.2g} FLOPs to go")
@@ -419,11 +418,11 @@ def report(workdir: Path) -> str:
   """Draws and writes the finished runs of a study; returns the page.
 
   Raises:
-    FileNotFoundError: there are none.
+    Missing: there are none.
   """
   rows = read(workdir) if (workdir / "study.json").is_file() else []
   if not rows:
-    raise FileNotFoundError(f"--workdir={workdir}: there is no finished run of a scaling study in it")
+    raise Missing(f"--workdir={workdir}: there is no finished run of a scaling study in it")
   found = analyse(rows)
   draw(rows, found, workdir)
   numbers = {"runs": rows} | found | {"fits": {family: fit._asdict() for family, fit in found["fits"].items()}}
@@ -437,11 +436,11 @@ def main(argv: list[str]) -> None:
   given = flags.FLAGS
   needed = ["workdir"] if given.report_only else ["workdir", "config", "sizes", "budgets"]
   if missing := [f"--{name}" for name in needed if not given[name].value]:
-    raise ValueError(f"{', '.join(missing)} missing")
+    raise Mistake(f"{', '.join(missing)} missing")
   if argv[1:]:
-    raise ValueError(f"unexpected argument {argv[1]!r}: options are written --name=value")
+    raise Mistake(f"unexpected argument {argv[1]!r}: options are written --name=value")
   if not importlib.util.find_spec("matplotlib"):  # not after hours of training
-    raise ValueError("the figure needs matplotlib: pip install matplotlib")
+    raise Mistake("the figure needs matplotlib: pip install matplotlib")
   workdir = Path(given.workdir).expanduser()
   distributed.initialize(given.coordinator, given.num_processes, given.process_id)
   if not given.report_only:

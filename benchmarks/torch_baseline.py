@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lladax.mistake import Mistake
+
 
 class RMSNorm(nn.Module):
   """Root-mean-square norm, computed in float32 inside PyTorch's own (on a GPU: fused) kernel."""
@@ -206,7 +208,7 @@ def generate(
   """
   B, P = prompt_BL.shape
   if gen_length % block_length or steps % (gen_length // block_length):
-    raise ValueError(f"{gen_length=} in blocks of {block_length} does not go into {steps=}")
+    raise Mistake(f"{gen_length=} in blocks of {block_length} does not go into {steps=}")
   block_steps = steps // (gen_length // block_length)
   canvas_BL = functional.pad(prompt_BL, (0, gen_length), value=mask_id)
   if attention_mask is not None:

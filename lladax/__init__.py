@@ -5,6 +5,7 @@
 """
 
 from lladax.llada import LLaDA, load
+from lladax.mistake import Mistake
 from lladax.sampling import SamplerConfig
 
-__all__ = ["LLaDA", "SamplerConfig", "load"]
+__all__ = ["LLaDA", "Mistake", "SamplerConfig", "load"]

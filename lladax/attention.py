@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from lladax.mistake import Mistake
+
 KERNELS = ("auto", "xla", "cudnn", "splash")
 
 # Finite, so that a row that may look at nothing (padding) gives garbage and never a NaN.
@@ -42,7 +44,7 @@ def choose(
     context: into how many parts the mesh slices the queries.
 
   Raises:
-    ValueError: the kernel asked for cannot do it; the message says why.
+    Mistake: the kernel asked for cannot do it; the message says why.
   """
 
   def why_not(name: str) -> str | None:
@@ -69,7 +71,7 @@ def choose(
       return _said("xla" if why_not("cudnn") or small else "cudnn", why_not("cudnn") or small or None)
     return "xla"
   if reason := why_not(kernel):
-    raise ValueError(f"model.attention={kernel!r}: {reason}; use auto or xla")
+    raise Mistake(f"model.attention={kernel!r}: {reason}; use auto or xla")
   return _said(kernel, None)
 
 

@@ -23,6 +23,7 @@ from rich.text import Text
 from lladax import sharding, visualize
 from lladax.config import Config
 from lladax.llada import LLaDA, Sampled, load
+from lladax.mistake import Mistake
 
 Messages = list[dict[str, str]]
 
@@ -49,10 +50,10 @@ def talk(llada: LLaDA, system: str = "", options: Mapping[str, Any] | None = Non
     options: those of `SamplerConfig`; `early_stop` is on unless told otherwise.
 
   Raises:
-    ValueError: the model has no tokenizer; and, where standard output is no terminal, whatever else cannot be done.
+    Mistake: the model has no tokenizer; and, where standard output is no terminal, whatever else cannot be done.
   """
   if llada.tokenizer is None:
-    raise ValueError("this model has no tokenizer, and so no chat template: it cannot chat")
+    raise Mistake("this model has no tokenizer, and so no chat template: it cannot chat")
   console, notes = Console(highlight=False), Console(stderr=True, highlight=False, soft_wrap=True)
   watched = console.is_terminal
   start: Messages = [{"role": "system", "content": system}] if system else []
@@ -82,7 +83,7 @@ def talk(llada: LLaDA, system: str = "", options: Mapping[str, Any] | None = Non
       if not watched:
         raise
       notes.print("\ninterrupted: the message is forgotten; /quit or Ctrl-D leave", style="dim")
-    except ValueError as error:
+    except Mistake as error:
       if not watched:
         raise
       notes.print(str(error), style="red", markup=False)
@@ -97,21 +98,21 @@ def _read(prompt: str) -> str:
   try:
     return input(prompt if typed else "").strip()
   except UnicodeDecodeError:
-    raise ValueError("standard input is not UTF-8") from None
+    raise Mistake("standard input is not UTF-8") from None
 
 
 def _save(line: str, messages: Messages) -> str:
   """Obeys "/save FILE"; returns what was written."""
   command, _, name = line.partition(" ")
   if command != "/save":
-    raise ValueError(f"{command}: there is no such command; /help lists them")
+    raise Mistake(f"{command}: there is no such command; /help lists them")
   if not name.strip():
-    raise ValueError("/save: name a file, as in /save talk.jsonl")
+    raise Mistake("/save: name a file, as in /save talk.jsonl")
   path = Path(name.strip()).expanduser()
   try:
     path.write_text("".join(json.dumps(m, ensure_ascii=False) + "\n" for m in messages), encoding="utf-8")
   except OSError as error:
-    raise ValueError(f"/save: {path} cannot be written: {error.strerror}") from None
+    raise Mistake(f"/save: {path} cannot be written: {error.strerror}") from None
   return f"{len(messages)} messages written to {path}"
 
 

@@ -15,10 +15,12 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from lladax.mistake import Mistake
+
 Tree = dict[str, Any]
 
 
-class Corrupt(ValueError):
+class Corrupt(Mistake):
   """A checkpoint that cannot be read back."""
 
 

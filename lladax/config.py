@@ -14,6 +14,7 @@ from typing import Any
 
 from lladax import data, diffusion, optimizer, sharding, tokenizer
 from lladax.mask_predictor import MaskPredictorConfig
+from lladax.mistake import Mistake
 from lladax.sampling import SamplerConfig
 
 
@@ -28,7 +29,7 @@ class CheckpointConfig:
   def __post_init__(self):
     for name, least in (("every", 1), ("keep", 1), ("keep_every", 0)):
       if getattr(self, name) < least:
-        raise ValueError(f"checkpoint.{name}={getattr(self, name)}: must be at least {least}")
+        raise Mistake(f"checkpoint.{name}={getattr(self, name)}: must be at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +46,9 @@ class LogConfig:
   def __post_init__(self):
     for name in ("every", "console_every"):
       if getattr(self, name) < 1:
-        raise ValueError(f"log.{name}={getattr(self, name)}: must be at least 1")
+        raise Mistake(f"log.{name}={getattr(self, name)}: must be at least 1")
     if self.hang_seconds < 0:
-      raise ValueError(f"log.hang_seconds={self.hang_seconds}: must be positive, or 0 for never")
+      raise Mistake(f"log.hang_seconds={self.hang_seconds}: must be positive, or 0 for never")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ class EvaluateConfig:
   def __post_init__(self):
     for name in ("num_samples", "batch_size"):
       if getattr(self, name) < 1:
-        raise ValueError(f"evaluate.{name}={getattr(self, name)}: must be at least 1")
+        raise Mistake(f"evaluate.{name}={getattr(self, name)}: must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,25 +93,25 @@ class Config:
 
   def __post_init__(self):
     if self.objective not in ("diffusion", "autoregressive"):
-      raise ValueError(f"objective={self.objective!r}: use diffusion or autoregressive")
+      raise Mistake(f"objective={self.objective!r}: use diffusion or autoregressive")
     causal = self.objective == "autoregressive"  # the objective decides; configs do not say it twice
     object.__setattr__(self, "model", dataclasses.replace(self.model, causal=causal))
     B = self.data.batch_size
     if self.steps < 1 or self.micro_batches < 1:
-      raise ValueError(f"steps={self.steps}, micro_batches={self.micro_batches}: must be at least 1")
+      raise Mistake(f"steps={self.steps}, micro_batches={self.micro_batches}: must be at least 1")
     if B % self.micro_batches:
-      raise ValueError(f"data.batch_size={B} is not a multiple of micro_batches={self.micro_batches}")
+      raise Mistake(f"data.batch_size={B} is not a multiple of micro_batches={self.micro_batches}")
     if self.noise.times == "antithetic" and B // self.micro_batches % 2:
-      raise ValueError(
+      raise Mistake(
         f"noise.times='antithetic' pairs neighbouring rows: data.batch_size / micro_batches ="
         f" {B // self.micro_batches} must be even"
       )
     if self.data.length > self.model.max_length:
-      raise ValueError(f"data.length={self.data.length} is longer than model.max_length={self.model.max_length}")
+      raise Mistake(f"data.length={self.data.length} is longer than model.max_length={self.model.max_length}")
     if self.steps * B >= 2**31:
-      raise ValueError(f"steps={self.steps} of data.batch_size={B} rows: an example's index must be less than 2^31")
+      raise Mistake(f"steps={self.steps} of data.batch_size={B} rows: an example's index must be less than 2^31")
     if self.model.lora_rank and not self.init_from:
-      raise ValueError(f"model.lora_rank={self.model.lora_rank}: adapters need a model to adapt; name it as init_from")
+      raise Mistake(f"model.lora_rank={self.model.lora_rank}: adapters need a model to adapt; name it as init_from")
     optimizer.schedule(self.optimizer, self.steps)
     data.Mixture(self.data, seed=self.seed, steps=self.steps)
 
@@ -124,21 +125,21 @@ def parse(values: dict[str, Any], cls: Any = Config, path: str = "config") -> An
   """A dataclass from nested plain values: the door through which configs come in.
 
   Raises:
-    ValueError: an unknown field (with the nearest name), a missing field, a wrong type.
+    Mistake: an unknown field (with the nearest name), a missing field, a wrong type.
   """
   if not isinstance(values, dict):
-    raise ValueError(f"{path}={values!r}: expected a group of fields")
+    raise Mistake(f"{path}={values!r}: expected a group of fields")
   hints = typing.get_type_hints(cls)
   for name in values:
     if name not in hints:
       near = difflib.get_close_matches(name, hints, 1, 0.0)
-      raise ValueError(f"{path}.{name}: there is no such field; did you mean {path}.{near[0]}?")
+      raise Mistake(f"{path}.{name}: there is no such field; did you mean {path}.{near[0]}?")
   fields = {}
   for field in dataclasses.fields(cls):
     where, kind = f"{path}.{field.name}", hints[field.name]
     if field.name not in values:
       if field.default is dataclasses.MISSING:
-        raise ValueError(f"{where} is missing")
+        raise Mistake(f"{where} is missing")
     elif dataclasses.is_dataclass(kind):
       fields[field.name] = parse(values[field.name], kind, where)
     else:
@@ -158,7 +159,7 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
   if origin is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
   if not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool):
-    raise ValueError(f"{where}={value!r}: expected {origin.__name__}, not {type(value).__name__}")
+    raise Mistake(f"{where}={value!r}: expected {origin.__name__}, not {type(value).__name__}")
   return value
 
 
@@ -195,7 +196,7 @@ def check_saved(saved: dict[str, Any], given: dict[str, Any], workdir: Path) -> 
   unsafe = [name for name in differ if not name.startswith(_SAFE)]
   if unsafe:
     listed = "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} here" for name in unsafe)
-    raise ValueError(f"{workdir} holds a run with another config ({listed}): use another workdir, or the same values")
+    raise Mistake(f"{workdir} holds a run with another config ({listed}): use another workdir, or the same values")
   for name in differ:
     logging.warning("%s was %r, and is %r from now on", name, old.get(name), new.get(name))
 

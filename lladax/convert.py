@@ -14,6 +14,7 @@ import numpy as np
 from lladax import checkpoint, huggingface, llada, safetensors, sharding
 from lladax import tokenizer as tokenizers
 from lladax.mask_predictor import MaskPredictorConfig
+from lladax.mistake import Mistake
 
 
 def from_published(source: str | Path, workdir: Path, values: dict[str, Any]) -> None:
@@ -26,10 +27,10 @@ def from_published(source: str | Path, workdir: Path, values: dict[str, Any]) ->
       that slices parameters is used.
 
   Raises:
-    FileNotFoundError, ValueError: as `huggingface.find` and `read`; the workdir is in use.
+    Missing, Mistake: as `huggingface.find` and `read`; the workdir is in use.
   """
   if workdir.is_dir() and any(workdir.iterdir()):
-    raise ValueError(f"--workdir={workdir} is not empty: an import needs a new workdir")
+    raise Mistake(f"--workdir={workdir} is not empty: an import needs a new workdir")
   published = huggingface.read(huggingface.find(source))
   text = published.identity["tokenizer"]
   for path in published.folder.iterdir():
@@ -62,11 +63,11 @@ def to_published(workdir: Path, target: Path, dtype: str | None = None) -> None:
   """Writes a workdir's last checkpoint in the published layout, with the files that were imported beside it.
 
   Raises:
-    FileNotFoundError: there is no checkpoint.
-    ValueError: as `huggingface.export`; no checkpoint can be read.
+    Missing: there is no checkpoint.
+    Mistake: as `huggingface.export`; no checkpoint can be read.
   """
   if target.is_dir() and any(target.iterdir()):
-    raise ValueError(f"--target={target} is not empty: an export needs a new folder")
+    raise Mistake(f"--target={target} is not empty: an export needs a new folder")
   model = MaskPredictorConfig(**json.loads((workdir / "config.json").read_text())["model"])
   huggingface.check_exportable(model)
   found = llada.load(workdir)  # adapters are merged

@@ -31,6 +31,7 @@ from typing import Any
 import fsspec
 
 from lladax import facts
+from lladax.mistake import Missing, Mistake
 from lladax.tokenizer import ROLES
 
 if sys.version_info >= (3, 14):
@@ -62,7 +63,7 @@ class Tally:
   def spoiled(self, message: str) -> None:
     """Takes note of one bad line; the first ones are named."""
     if self.bad_lines == "stop":
-      raise ValueError(f"{message}; mend it, or leave such lines out: --config.data.bad_lines=skip")
+      raise Mistake(f"{message}; mend it, or leave such lines out: --config.data.bad_lines=skip")
     self.bad += 1
     if self.bad <= NAMED:
       self.named.append(message)
@@ -79,13 +80,13 @@ def documents(corpus: str, text_field: str = "text", tally: Tally | None = None)
     tally: what to do with bad lines; counts what was read.
 
   Raises:
-    FileNotFoundError: a glob matches no file.
-    ValueError: an unknown corpus, a file that cannot be read as its name says, a bad line, or no text at all.
+    Missing: a glob matches no file.
+    Mistake: an unknown corpus, a file that cannot be read as its name says, a bad line, or no text at all.
   """
   tally = tally or Tally()
   found = [text for part in parts(corpus) for text in read_texts(part, text_field, tally)]
   if not found:
-    raise ValueError(f"data.corpus={corpus!r} holds no text: every document is empty")
+    raise Mistake(f"data.corpus={corpus!r} holds no text: every document is empty")
   return found
 
 
@@ -102,13 +103,13 @@ def conversations(
     tally: what to do with bad lines; a record without a reply, or with an empty one, is empty.
 
   Raises:
-    FileNotFoundError, ValueError: as `documents`; a role that the chat template does not know.
+    Missing, Mistake: as `documents`; a role that the chat template does not know.
   """
   tally = tally or Tally()
   of = functools.partial(_conversation, prompt_field=prompt_field, response_field=response_field)
   found = [messages for part in parts(corpus) for messages in _read(part, tally, of)]
   if not found:
-    raise ValueError(f"data.corpus={corpus!r} holds no conversation with a reply")
+    raise Mistake(f"data.corpus={corpus!r} holds no conversation with a reply")
   return found
 
 
@@ -125,7 +126,7 @@ def contaminated(path: str) -> Callable[[str], bool]:
     path: as the GLOB of files:GLOB, of JSON; every string in it counts, at any depth, but not the names of fields.
 
   Raises:
-    FileNotFoundError, ValueError: there is no such file, or it is no JSON, or holds no text.
+    Missing, Mistake: there is no such file, or it is no JSON, or holds no text.
   """
   texts: set[str] = set()
 
@@ -140,10 +141,10 @@ def contaminated(path: str) -> Callable[[str], bool]:
     for part in _match(path):
       for _, record in _file(part, Tally(), ()):
         collect(record)
-  except (FileNotFoundError, ValueError) as error:
+  except Mistake as error:
     raise type(error)(str(error).replace("data.corpus=files:", "data.exclude=", 1).partition("; mend")[0]) from None
   if not texts:
-    raise ValueError(f"data.exclude={path!r} holds no text")
+    raise Mistake(f"data.exclude={path!r} holds no text")
   lengths = sorted(set(map(len, texts)))
   return lambda text: any(text[i : i + n] in texts for n in lengths for i in range(len(text) - n + 1))
 
@@ -157,7 +158,7 @@ def parts(corpus: str) -> list[str]:
   """What a corpus is made of, in a fixed order; each can be read by itself, on another machine too.
 
   Raises:
-    FileNotFoundError, ValueError: as `documents`.
+    Missing, Mistake: as `documents`.
   """
   kind, _, rest = corpus.partition(":")
   if corpus in ("unicode", "stdlib", "facts"):
@@ -169,7 +170,7 @@ def parts(corpus: str) -> list[str]:
     edges = [count * i // _TFDS_PARTS for i in range(_TFDS_PARTS + 1)]
     return [f"tfds:{name}:{split}[{a}:{b}]" for a, b in zip(edges, edges[1:], strict=False) if a < b]
   known = "unicode, stdlib, facts, files:GLOB[,GLOB], tfds:NAME[:SPLIT] or, to train on, records:FOLDER"
-  raise ValueError(f"data.corpus={corpus!r} is unknown: use {known}")
+  raise Mistake(f"data.corpus={corpus!r} is unknown: use {known}")
 
 
 def split(items: Sequence[Any], held_out: float) -> tuple[list[Any], list[Any]]:
@@ -180,13 +181,13 @@ def split(items: Sequence[Any], held_out: float) -> tuple[list[Any], list[Any]]:
     held_out: the expected fraction of distinct items held out, in [0, 1).
   """
   if not 0 <= held_out < 1:
-    raise ValueError(f"data.held_out={held_out}: must be at least 0 and less than 1")
+    raise Mistake(f"data.held_out={held_out}: must be at least 0 and less than 1")
   kept: tuple[list[Any], list[Any]] = ([], [])
   for item in items:
     kept[is_held_out(item if isinstance(item, str) else json.dumps(item), held_out)].append(item)
   if held_out and not all(kept):
     empty = "held-out" if kept[0] else "training"
-    raise ValueError(
+    raise Mistake(
       f"data.held_out={held_out} leaves the {empty} part of {len(items)} documents empty: use another fraction, or 0"
     )
   return kept
@@ -225,9 +226,9 @@ def _match(patterns: str) -> list[str]:
       system, path = fsspec.url_to_fs(os.path.expanduser(pattern))
       paths = [name for name, about in system.glob(path, detail=True).items() if about["type"] == "file"]
     except (ImportError, ValueError, OSError) as error:  # such as: Please install gcsfs to access Google Storage
-      raise ValueError(f"data.corpus=files:{patterns}: {pattern!r} cannot be opened: {error}") from None
+      raise Mistake(f"data.corpus=files:{patterns}: {pattern!r} cannot be opened: {error}") from None
     if not paths:
-      raise FileNotFoundError(f"data.corpus=files:{patterns}: no file matches {pattern!r}")
+      raise Missing(f"data.corpus=files:{patterns}: no file matches {pattern!r}")
     remote = "://" in pattern
     found.update(system.unstrip_protocol(name) if remote else name for name in paths)
   return sorted(found, key=lambda name: pathlib.PurePath(name).as_posix())
@@ -239,14 +240,14 @@ def _tfds(corpus: str) -> tuple[str, str, int, Any]:
   try:
     tfds = importlib.import_module("tensorflow_datasets")
   except ImportError:
-    raise ValueError(f"data.corpus={corpus!r} needs TensorFlow Datasets: pip install 'lladax[tfds]'") from None
+    raise Mistake(f"data.corpus={corpus!r} needs TensorFlow Datasets: pip install 'lladax[tfds]'") from None
   split = split or "train"
   try:
     builder = tfds.builder_from_directory(name) if os.path.isdir(name) else tfds.builder(name)
     return name, split, builder.info.splits[split].num_examples, builder
   except Exception as error:  # the library raises many kinds
     why = str(error).strip().splitlines()[0]
-    raise ValueError(f"data.corpus={corpus!r} cannot be opened: {why}") from None
+    raise Mistake(f"data.corpus={corpus!r} cannot be opened: {why}") from None
 
 
 def _read(part: str, tally: Tally, of: Callable[[Any, str], Any], columns: tuple[str, ...] = ()) -> Iterator[Any]:
@@ -264,7 +265,7 @@ def _read(part: str, tally: Tally, of: Callable[[Any, str], Any], columns: tuple
   for where, record in records:
     try:
       item = of(record, where)
-    except ValueError as error:
+    except Mistake as error:
       tally.spoiled(str(error))
       continue
     if item is None or (isinstance(item, str) and not item.strip()):
@@ -305,7 +306,7 @@ def _file(path: str, tally: Tally, columns: tuple[str, ...]) -> Iterator[tuple[s
         else:
           yield where, text.replace("\r\n", "\n").replace("\r", "\n")
   except (OSError, EOFError, lzma.LZMAError, zlib.error, zstd.ZstdError) as error:
-    raise ValueError(f"{where} cannot be read: {error}") from error
+    raise Mistake(f"{where} cannot be read: {error}") from error
 
 
 def _decode(raw: bytes, where: str, tally: Tally) -> str:
@@ -343,11 +344,11 @@ def _rows(file: Any, where: str, columns: tuple[str, ...]) -> Iterator[tuple[str
   try:
     parquet = importlib.import_module("pyarrow.parquet")
   except ImportError:
-    raise ValueError(f"{where} needs pyarrow: pip install pyarrow") from None
+    raise Mistake(f"{where} needs pyarrow: pip install pyarrow") from None
   try:
     table = parquet.ParquetFile(file)
   except Exception as error:  # ArrowInvalid is a ValueError, others are not
-    raise ValueError(f"{where} cannot be read: {error}") from None
+    raise Mistake(f"{where} cannot be read: {error}") from None
   wanted = [name for name in columns if name in table.schema_arrow.names]
   number = 0
   for batch in table.iter_batches(batch_size=1024, columns=wanted if wanted else None):
@@ -364,12 +365,12 @@ def _text(record: Any, where: str, field: str) -> str:
     return "\n".join(_text(record, where, name.strip()) for name in field.split(","))
   fields = list(record) if isinstance(record, dict) else f"a {type(record).__name__}"
   if not isinstance(record, dict) or field not in record:
-    raise ValueError(f"data.text_field={field!r} is not in {where}: {fields}")
+    raise Mistake(f"data.text_field={field!r} is not in {where}: {fields}")
   text = record[field]
   if isinstance(text, list) and all(isinstance(part, str) for part in text):
     text = "\n".join(text)
   if not isinstance(text, str):
-    raise ValueError(f"data.text_field={field!r} is no text in {where}")
+    raise Mistake(f"data.text_field={field!r} is no text in {where}")
   return _unicode_text(text, where)
 
 
@@ -377,14 +378,14 @@ def _unicode_text(text: str, where: str) -> str:
   try:
     text.encode()
   except UnicodeEncodeError:
-    raise ValueError(f"{where}: a lone surrogate is not Unicode") from None
+    raise Mistake(f"{where}: a lone surrogate is not Unicode") from None
   return text
 
 
 def _conversation(record: Any, where: str, prompt_field: str, response_field: str) -> Messages | None:
   """The messages of a record, up to its last reply; None without any."""
   if not isinstance(record, dict):
-    raise ValueError(f"{where} is no record with fields")
+    raise Mistake(f"{where} is no record with fields")
   if prompt_field or response_field:
     pair = [prompt_field], response_field
   elif "messages" in record:
@@ -395,7 +396,7 @@ def _conversation(record: Any, where: str, prompt_field: str, response_field: st
     pair = ["prompt"], _first(record, _ENDS)
   for name in (*pair[0], pair[1]):
     if name not in record:
-      raise ValueError(
+      raise Mistake(
         f"{where} has the fields {list(record)}, and no {name!r}: use messages; instruction, input and output; prompt"
         " and response; or name two fields, --config.data.prompt_field=... --config.data.response_field=..."
       )
@@ -410,21 +411,21 @@ def _first(record: dict[str, Any], names: Sequence[str]) -> str:
 
 def _content(value: Any, where: str, name: str) -> str:
   if not isinstance(value, str):
-    raise ValueError(f"{where}: {name} is no text but {type(value).__name__}")
+    raise Mistake(f"{where}: {name} is no text but {type(value).__name__}")
   return _unicode_text(value, where)
 
 
 def _messages(messages: Any, where: str) -> Messages | None:
   """The same messages, checked; those behind the last reply, and replies to nothing, are left out."""
   if not isinstance(messages, list | tuple) or not all(isinstance(message, dict) for message in messages):
-    raise ValueError(f"{where}: messages is no list of objects with role and content")
+    raise Mistake(f"{where}: messages is no list of objects with role and content")
   found: Messages = []
   for message in messages:
     if "role" not in message:
-      raise ValueError(f"{where}: a message has the fields {list(message)}, and no 'role': use role and content")
+      raise Mistake(f"{where}: a message has the fields {list(message)}, and no 'role': use role and content")
     role = message["role"]
     if role not in ROLES:
-      raise ValueError(f"{where}: the role {role!r} is unknown to the chat template: use {', '.join(ROLES)}")
+      raise Mistake(f"{where}: the role {role!r} is unknown to the chat template: use {', '.join(ROLES)}")
     found.append({"role": role, "content": _content(message.get("content"), where, "content")})
   replies = [
     i for i, message in enumerate(found) if i and message["role"] == "assistant" and message["content"].strip()

@@ -35,6 +35,7 @@ import grain
 import numpy as np
 
 from lladax import corpus, optimizer, records
+from lladax.mistake import Mistake
 from lladax.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
@@ -69,42 +70,40 @@ class DataConfig:
   def __post_init__(self):
     for name in ("length", "batch_size"):
       if getattr(self, name) < 1:
-        raise ValueError(f"data.{name}={getattr(self, name)}: must be at least 1")
+        raise Mistake(f"data.{name}={getattr(self, name)}: must be at least 1")
     for name, known in (("format", ("text", "chat")), ("bad_lines", ("stop", "skip")),
                         ("eos_padding", ("batch", "row", "none"))):  # fmt: skip
       if getattr(self, name) not in known:
-        raise ValueError(f"data.{name}={getattr(self, name)!r}: use {', '.join(known)}")
+        raise Mistake(f"data.{name}={getattr(self, name)!r}: use {', '.join(known)}")
     if not 0.0 <= self.random_lengths <= 1.0:
-      raise ValueError(f"data.random_lengths={self.random_lengths}: must lie in [0, 1]")
+      raise Mistake(f"data.random_lengths={self.random_lengths}: must lie in [0, 1]")
     if self.exclude and any(map(_is_records, self.corpora)):
-      raise ValueError(f"data.exclude={self.exclude!r}: records hold what was prepared: give it to --mode=prepare")
+      raise Mistake(f"data.exclude={self.exclude!r}: records hold what was prepared: give it to --mode=prepare")
     if bool(self.prompt_field) != bool(self.response_field):
-      raise ValueError(f"data.prompt_field={self.prompt_field!r}, response_field={self.response_field!r}: name both")
+      raise Mistake(f"data.prompt_field={self.prompt_field!r}, response_field={self.response_field!r}: name both")
     if self.format == "chat":
       for name in ("segments", "random_lengths"):
         if getattr(self, name):
-          raise ValueError(f"data.{name}={getattr(self, name)} is for data.format=text")
+          raise Mistake(f"data.{name}={getattr(self, name)} is for data.format=text")
       if self.packing and self.eos_padding != "none":
-        raise ValueError(
-          f"data.packing=True leaves no room for EOS: data.eos_padding={self.eos_padding!r} must be none"
-        )
+        raise Mistake(f"data.packing=True leaves no room for EOS: data.eos_padding={self.eos_padding!r} must be none")
       for name in self.corpora:
         if name.startswith("records:"):
-          raise ValueError(f"data.corpus={name!r} holds text: data.format=chat reads conversations from files")
+          raise Mistake(f"data.corpus={name!r} holds text: data.format=chat reads conversations from files")
     elif self.packing:
-      raise ValueError("data.packing=True is for data.format=chat: text fills its rows")
+      raise Mistake("data.packing=True is for data.format=chat: text fills its rows")
     self._check_weights()
 
   def _check_weights(self):
     if not all(self.corpora):
-      raise ValueError(f"data.mixture={self.mixture}: a corpus has no name" if self.mixture else "data.corpus is empty")
+      raise Mistake(f"data.mixture={self.mixture}: a corpus has no name" if self.mixture else "data.corpus is empty")
     weights = [("mixture", tuple(weight for _, weight in self.mixture))] if self.mixture else []
     weights += [("stages", stage) for _, stage in self.stages]
     if self.stages and not self.mixture:
-      raise ValueError("data.stages is for a mixture: give data.mixture=((corpus, weight), ...)")
+      raise Mistake("data.stages is for a mixture: give data.mixture=((corpus, weight), ...)")
     for name, values in weights:
       if len(values) != len(self.mixture) or min(values) < 0 or not sum(values) > 0:
-        raise ValueError(f"data.{name}: the weights {values} must be {len(self.mixture)}, none negative, not all 0")
+        raise Mistake(f"data.{name}: the weights {values} must be {len(self.mixture)}, none negative, not all 0")
 
   @property
   def corpora(self) -> list[str]:
@@ -150,7 +149,7 @@ class Windows:
     self.stream_T, self.about = stream_T, about
     self._c, self._eos_id, self._seed = c, eos_id, seed
     if len(stream_T) < c.length:
-      raise ValueError(
+      raise Mistake(
         f"data.length={c.length} is longer than the corpus: data.corpus={c.corpus!r} has {len(stream_T)} tokens;"
         " use a smaller length"
       )
@@ -182,12 +181,10 @@ class Records:
     self._folder, self._c = records.open_folder(name.removeprefix("records:")), c
     manifest = self._folder.manifest
     if manifest["length"] != c.length:
-      raise ValueError(
-        f"data.length={c.length}: data.corpus={name!r} was prepared with data.length={manifest['length']}"
-      )
+      raise Mistake(f"data.length={c.length}: data.corpus={name!r} was prepared with data.length={manifest['length']}")
     counts = manifest["splits"][split]
     if not counts["records"]:
-      raise ValueError(f"data.corpus={name!r} holds no {split} records: prepare it with another data.held_out")
+      raise Mistake(f"data.corpus={name!r} holds no {split} records: prepare it with another data.held_out")
     self._source = self._folder.source(split)
     self.tokenizer = self._folder.tokenizer
     self.num_bytes = counts["bytes"] + counts["documents"]  # a separator each, as in the held-out text of files
@@ -263,9 +260,7 @@ class Dialogues:
         ids.extend(reply)
       self._turns += [[turn] for turn in made] if every_turn else [made] if made else []
     if not self._turns:
-      raise ValueError(
-        f"data.length={L}: no reply of {len(conversations)} conversations fits a row; use a larger length"
-      )
+      raise Mistake(f"data.length={L}: no reply of {len(conversations)} conversations fits a row; use a larger length")
     self.ids_T = np.asarray(ids, np.int32)
     longest = [max(map(self._length, turns)) for turns in self._turns]
     self._rows = pack(longest, L) if c.packing else [[i] for i in range(len(longest))]
@@ -375,7 +370,7 @@ def prepared_tokenizer(c: DataConfig) -> Tokenizer | None:
   for name, text in found.items():
     first, of_first = next(iter(found.items()))
     if text.fingerprint != of_first.fingerprint:
-      raise ValueError(
+      raise Mistake(
         f"data.mixture: {name} was prepared with another tokenizer than {first}: prepare them with one,"
         " by tokenizer.path"
       )
@@ -386,7 +381,7 @@ def sources(c: DataConfig, text: Tokenizer, seed: int) -> list[Source]:
   """The sources of training rows, one for each corpus.
 
   Raises:
-    ValueError, FileNotFoundError: a corpus is empty, or cannot be read, or was prepared with another tokenizer.
+    Mistake, Missing: a corpus is empty, or cannot be read, or was prepared with another tokenizer.
   """
   return [_source(name, c, text, seed) for name in c.corpora]
 
@@ -395,7 +390,7 @@ def _source(name: str, c: DataConfig, text: Tokenizer, seed: int) -> Source:
   if _is_records(name):
     found = Records(name, c)
     if found.tokenizer.fingerprint != text.fingerprint:
-      raise ValueError(f"data.corpus={name!r} was prepared with another tokenizer than this run's: prepare it again")
+      raise Mistake(f"data.corpus={name!r} was prepared with another tokenizer than this run's: prepare it again")
     return found
   items, held_out, tally = _items(name, c)
   if c.format == "chat":
@@ -470,7 +465,7 @@ class Mixture:
       counts[np.argsort(counts - share, kind="stable")[: _MIX - counts.sum()]] += 1  # the largest remainders
       for name, weight, count in zip(c.corpora, weights, counts, strict=True):
         if weight and not count:
-          raise ValueError(f"data.mixture: the weight {weight} of {name!r} is less than 1 in {_MIX} rows: leave it out")
+          raise Mistake(f"data.mixture: the weight {weight} of {name!r} is less than 1 in {_MIX} rows: leave it out")
       self._stages.append((begin, counts, before))
       blocks, rest = divmod(n * c.batch_size, _MIX)
       before = before + blocks * counts + np.bincount(shuffled(blocks, stage)[0][:rest], minlength=len(counts))

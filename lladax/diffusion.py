@@ -12,6 +12,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from lladax.mistake import Mistake
+
 Nll = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -25,11 +27,11 @@ class NoiseConfig:
 
   def __post_init__(self):
     if self.masking not in ("independent", "exact"):
-      raise ValueError(f"noise.masking={self.masking!r}: use independent or exact")
+      raise Mistake(f"noise.masking={self.masking!r}: use independent or exact")
     if self.times not in ("uniform", "stratified", "antithetic"):
-      raise ValueError(f"noise.times={self.times!r}: use uniform, stratified or antithetic")
+      raise Mistake(f"noise.times={self.times!r}: use uniform, stratified or antithetic")
     if not 0.0 < self.eps < 1.0:
-      raise ValueError(f"noise.eps={self.eps}: must lie between 0 and 1")
+      raise Mistake(f"noise.eps={self.eps}: must lie between 0 and 1")
 
   def targets_per_pair(self, length: int) -> int | None:
     """How many tokens two neighbouring rows have masked at most, where that is fewer than all of them."""

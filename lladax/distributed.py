@@ -17,6 +17,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from lladax.mistake import Mistake
+
 HUNG = 75  # the exit code of a job that the watchdog ended ("temporary failure": a launcher may start it again)
 
 
@@ -31,16 +33,16 @@ def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = 
     process_id: of this one, 0 .. num_processes - 1.
 
   Raises:
-    ValueError: flags that do not belong together.
+    Mistake: flags that do not belong together.
   """
   if coordinator or num_processes or process_id >= 0:
     if not coordinator or num_processes < 1 or not 0 <= process_id < num_processes:
-      raise ValueError(
+      raise Mistake(
         f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}: give all three, as in"
         " --coordinator=localhost:9876 --num_processes=2 --process_id=0"
       )
     if ":" not in coordinator:
-      raise ValueError(f"--coordinator={coordinator} has no port: write it HOST:PORT")
+      raise Mistake(f"--coordinator={coordinator} has no port: write it HOST:PORT")
     jax.distributed.initialize(coordinator, num_processes, process_id)
   elif _many():
     jax.distributed.initialize()
@@ -85,7 +87,7 @@ def agree(**facts: str) -> None:
   """Compares facts of this process with those of the others.
 
   Raises:
-    ValueError: in every process, if one of them has another value than process 0.
+    Mistake: in every process, if one of them has another value than process 0.
   """
   if jax.process_count() == 1:
     return
@@ -93,7 +95,7 @@ def agree(**facts: str) -> None:
   every = np.asarray(multihost_utils.process_allgather(np.frombuffer(b"".join(digests), np.uint32).reshape(-1, 2)))
   for process, fact in np.argwhere((every != every[:1]).any(axis=-1)):
     name = list(facts)[fact]
-    raise ValueError(f"process {process} has another {name} than process 0: start all with the same files and flags")
+    raise Mistake(f"process {process} has another {name} than process 0: start all with the same files and flags")
 
 
 class Watchdog:

@@ -27,6 +27,7 @@ from lladax import autoregressive, checkpoint, data, diffusion, distributed, met
 from lladax import report as reports
 from lladax.config import Config
 from lladax.llada import LLaDA, Sampled
+from lladax.mistake import Mistake
 
 
 def bound(llada: LLaDA, config: Config, *, rows: int = 0, seed: int = 0) -> dict[str, float]:
@@ -50,7 +51,7 @@ def bound(llada: LLaDA, config: Config, *, rows: int = 0, seed: int = 0) -> dict
   assert llada.tokenizer is not None
   found = data.held_out(config.data, llada.tokenizer)
   if found is None:
-    raise ValueError("data.held_out=0.0: there is no held-out text to evaluate on")
+    raise Mistake("data.held_out=0.0: there is no held-out text to evaluate on")
   keep = np.arange(found.num_rows)
   if rows and rows < len(keep):
     keep = np.linspace(0, len(keep) - 1, rows).round().astype(int)
@@ -150,11 +151,11 @@ def task(llada: LLaDA, config: Config, name: str) -> tuple[dict[str, float], lis
   On facts, "reversal"; on couplets, "poems:FILE"; on couplets in a conversation, "poems_chat:FILE".
 
   Raises:
-    ValueError, FileNotFoundError: there is no such task, or its file is not there.
+    Mistake, Missing: there is no such task, or its file is not there.
   """
   questions = _questions(name)
   if questions is None:
-    raise ValueError(f"evaluate.tasks: {name!r} is no reversal test: use reversal, poems:FILE, or poems_chat:FILE")
+    raise Mistake(f"evaluate.tasks: {name!r} is no reversal test: use reversal, poems:FILE, or poems_chat:FILE")
   return reversal.run(llada, questions, config.evaluate.batch_size)
 
 
@@ -169,7 +170,7 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def check_tasks(config: Config) -> None:
-  """Raises ValueError or FileNotFoundError if one of `evaluate.tasks` cannot be asked, before long work."""
+  """Raises Mistake or Missing if one of `evaluate.tasks` cannot be asked, before long work."""
   others = [name for name in config.evaluate.tasks if _questions(name) is None]
   if others:
     from lladax import harness  # an extra, and slow to import

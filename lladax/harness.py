@@ -28,6 +28,7 @@ import numpy as np
 from lladax import corpus, distributed, report, sharding
 from lladax import llada as lladas
 from lladax.llada import LLaDA
+from lladax.mistake import Mistake
 from lladax.sampling import SamplerConfig
 
 try:
@@ -111,10 +112,10 @@ PRESETS: dict[str, Preset] = {
 
 
 def preset(name: str) -> Preset:
-  """The published setting of that name, e.g. llada_base/arc_challenge+guidance; ValueError for any other."""
+  """The published setting of that name, e.g. llada_base/arc_challenge+guidance; Mistake for any other."""
   if name not in PRESETS:
     near = difflib.get_close_matches(name, PRESETS, 1, 0.0)[0]
-    raise ValueError(f"preset {name!r}: there is no such preset; did you mean {near}?")
+    raise Mistake(f"preset {name!r}: there is no such preset; did you mean {near}?")
   return PRESETS[name]
 
 
@@ -144,7 +145,7 @@ class Harness(LM):
         max_gen_toks where they are not given; `fsdp`, `tensor` and the other axes of `MeshConfig`, for the mesh.
 
     Raises:
-      ValueError: an unknown option or a bad value; a model without a tokenizer.
+      Mistake: an unknown option or a bad value; a model without a tokenizer.
     """
     super().__init__()
     del device, max_batch_size
@@ -153,16 +154,16 @@ class Harness(LM):
     options = {_ALIASES.get(name, name): value for name, value in options.items()}
     for name in options.keys() - _OWN.keys() - _SAMPLER.keys():
       near = difflib.get_close_matches(name, [*_OWN, *_SAMPLER, *axes, *_ALIASES], 1, 0.0)[0]
-      raise ValueError(f"{name}={options[name]!r}: there is no such option; did you mean {near}?")
+      raise Mistake(f"{name}={options[name]!r}: there is no such option; did you mean {near}?")
     SamplerConfig(**{name: value for name, value in options.items() if name in _SAMPLER})  # says what is wrong now
     if not str(batch_size).isdecimal() or int(batch_size) < 1:
-      raise ValueError(f"batch_size={batch_size!r}: must be a positive number")
+      raise Mistake(f"batch_size={batch_size!r}: must be a positive number")
     if (llada is None) == (not path):
-      raise ValueError("give the model as path=..., a workdir or a published checkpoint (or as llada=)")
+      raise Mistake("give the model as path=..., a workdir or a published checkpoint (or as llada=)")
     if llada is None:
       llada = lladas.load(path, step, mesh=sharding.make_mesh(sharding.MeshConfig(**mesh)) if mesh else None)
     if llada.tokenizer is None:
-      raise ValueError("this model has no tokenizer, and the harness gives it text: add the tokenizer's files")
+      raise Mistake("this model has no tokenizer, and the harness gives it text: add the tokenizer's files")
     self.llada, self.text, self.batch_size, self.options = llada, llada.tokenizer, int(batch_size), options
     self.num_samples, self.greedy = (options.get(name, _OWN[name]) for name in _OWN)
     self._has_cut = False
@@ -235,9 +236,7 @@ class Harness(LM):
   def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
     """A conversation as a context; what its messages spell can never become a special token (`Tokenizer.chat`)."""
     if self.llada.eot_id is None:
-      raise ValueError(
-        "a conversation: this model's vocabulary has no chat tokens (<|eot_id|>); leave out the template"
-      )
+      raise Mistake("a conversation: this model's vocabulary has no chat tokens (<|eot_id|>); leave out the template")
     return _CHAT + json.dumps([chat_history, add_generation_prompt], ensure_ascii=False)
 
   def chat_template(self, chat_template: bool | str = False) -> str:
@@ -288,7 +287,7 @@ class Harness(LM):
     """The end of the prompt that leaves room for `rest` more tokens."""
     most = self.llada.model.max_length
     if rest > most or (prompt and rest == most):
-      raise ValueError(f"{rest} tokens to score or to generate leave no room in model.max_length={most}: ask for fewer")
+      raise Mistake(f"{rest} tokens to score or to generate leave no room in model.max_length={most}: ask for fewer")
     if len(prompt) + rest > most and not self._has_cut:
       self._has_cut = True
       text = "a prompt of %d tokens and %d more do not fit into model.max_length=%d: such prompts lose their start"
@@ -330,7 +329,7 @@ class Harness(LM):
       return self._cut(self._context(context), len(masks)), masks, []
     before, mark, behind = context.rpartition(plan.infill)
     if not mark:
-      raise ValueError(f"infill={plan.infill!r}: the context does not hold this mark")
+      raise Mistake(f"infill={plan.infill!r}: the context does not hold this mark")
     suffix = self.text.encode(behind)
     return self._cut(self.text.encode(before), len(masks) + len(suffix)), masks, suffix
 
@@ -406,14 +405,14 @@ def evaluate(
     questions, "published": a preset's number as a fraction, of the published weights}.
 
   Raises:
-    ValueError: an unknown name or option, a missing data folder, or a task that runs code without `allow_code`.
+    Mistake: an unknown name or option, a missing data folder, or a task that runs code without `allow_code`.
   """
   from lm_eval.evaluator import evaluate as run
 
   os.environ.setdefault("DISABLE_MULTIPROC", "1")  # of its standard errors: a process with JAX in it must not fork
   checked = check(names, data_dir=data_dir, allow_code=allow_code)
   if use_cache and jax.process_count() > 1:
-    raise ValueError(f"use_cache={str(use_cache)!r}: processes of one job would read different caches; leave it out")
+    raise Mistake(f"use_cache={str(use_cache)!r}: processes of one job would read different caches; leave it out")
   results: dict[str, dict[str, float]] = {}
   told: dict[str, list[dict[str, Any]]] = {}
   for name, (plan, group, loaded) in checked.items():
@@ -455,12 +454,12 @@ def check(
   names = [names] if isinstance(names, str) else list(names)
   plans = {name: preset(name) if "/" in name else Preset(name) for name in names}
   if not plans:
-    raise ValueError("there is nothing to evaluate: the list of names is empty")
+    raise Mistake("there is nothing to evaluate: the list of names is empty")
   manager, tasks = _find({name: plan.task for name, plan in plans.items()}, data_dir or os.environ.get(DATA, ""))
   for name, task in tasks.items():
     if not allow_code and _runs_code(manager, task):
       how = "--config.evaluate.allow_code=True of a run, --allow_code of the other commands"
-      raise ValueError(f"{name} runs generated code: allow it with allow_code=True ({how})")
+      raise Mistake(f"{name} runs generated code: allow it with allow_code=True ({how})")
   found = {}
   for name, task in tasks.items():
     try:
@@ -468,7 +467,7 @@ def check(
         found[name] = plans[name], task, manager.load([task])
     except OSError as error:  # of the hub, and of files
       why = str(error).splitlines()[0]
-      raise ValueError(f"{name}: the questions of {task} could not be read ({why}); is there a network?") from None
+      raise Mistake(f"{name}: the questions of {task} could not be read ({why}); is there a network?") from None
   return found
 
 
@@ -486,7 +485,7 @@ def _find(wanted: Mapping[str, str], data_dir: str) -> tuple[Any, dict[str, str]
     if task not in manager.all_tasks:
       near = difflib.get_close_matches(task, manager.all_tasks, 1, 0.0)[0]
       hint = " (its local form needs data_dir)" if f"lladax_{task}" in local and not data_dir else ""
-      raise ValueError(f"task {task!r}: there is no such task{hint}; did you mean {near}?")
+      raise Mistake(f"task {task!r}: there is no such task{hint}; did you mean {near}?")
   return manager, tasks
 
 

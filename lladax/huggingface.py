@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lladax import checkpoint, safetensors
 from lladax import tokenizer as tokenizers
 from lladax.mask_predictor import MaskPredictorConfig, Params
+from lladax.mistake import Missing, Mistake
 
 _ROWS = 8192  # of the vocabulary that are moved at once
 KEPT = (".json", ".jinja", ".model", ".py", ".txt")  # of a published folder, beside its tensors
@@ -92,8 +93,8 @@ def find(source: str | Path) -> Path:
   """The folder itself, or the folder of a hub name (OWNER/NAME), downloaded.
 
   Raises:
-    FileNotFoundError: it is neither.
-    ValueError: it may be a hub name, but huggingface_hub is not installed.
+    Missing: it is neither.
+    Mistake: it may be a hub name, but huggingface_hub is not installed.
   """
   folder = Path(source).expanduser()
   if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
@@ -101,35 +102,35 @@ def find(source: str | Path) -> Path:
   try:
     hub = importlib.import_module("huggingface_hub")
   except ImportError:
-    raise ValueError(
+    raise Mistake(
       f"{source}: there is no such folder; if it is a name on the Hugging Face hub: pip install huggingface_hub"
     ) from None
   try:
     return Path(hub.snapshot_download(str(source), allow_patterns=["*.safetensors", *(f"*{x}" for x in KEPT)]))
   except Exception as error:  # of the network, of the hub, of the name: one line serves for all
     why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    raise FileNotFoundError(f"{source}: there is no such folder, and not on the hub either: {why}") from error
+    raise Missing(f"{source}: there is no such folder, and not on the hub either: {why}") from error
 
 
 def read(folder: Path) -> Published:
   """Reads config.json, the tokenizer and the headers of the tensors' files, and checks them against each other.
 
   Raises:
-    FileNotFoundError: no config.json, or no file of tensors.
-    ValueError: everything that is wrong, in one line.
+    Missing: no config.json, or no file of tensors.
+    Mistake: everything that is wrong, in one line.
   """
   if not (folder / "config.json").is_file():
-    raise FileNotFoundError(f"{folder}: there is no config.json in it")
+    raise Missing(f"{folder}: there is no config.json in it")
   config = _json(folder / "config.json")
   problems: list[str] = []
   family = _family(config)
   if family is None:
-    raise ValueError(f"{folder}: config.json is not LLaDA's: there is neither d_model nor hidden_size in it")
+    raise Mistake(f"{folder}: config.json is not LLaDA's: there is neither d_model nor hidden_size in it")
   model, tensors = _model(config, family, problems), safetensors.headers(folder, problems)
   if model is not None:
     _compare(model, family, tensors, problems)
   if problems or model is None:
-    raise ValueError(f"{folder}: {'; '.join(problems)}")
+    raise Mistake(f"{folder}: {'; '.join(problems)}")
   return Published(folder, family, model, tensors, identity(folder, model))
 
 
@@ -153,7 +154,7 @@ def identity(folder: Path, model: MaskPredictorConfig, text: tokenizers.Tokenize
   for name in ("mask_id", "eos_id"):
     if not isinstance(found[name], int) or not 0 <= found[name] < model.V:
       field = name.replace("_id", "_token_id")
-      raise ValueError(f"{folder}/config.json: {field}={found[name]}, and the embedding has {model.V} rows")
+      raise Mistake(f"{folder}/config.json: {field}={found[name]}, and the embedding has {model.V} rows")
   return {"tokenizer": text} | found
 
 
@@ -163,13 +164,13 @@ def _tokenizer_config(path: Path, eos_id, mask_id, pad_id) -> tokenizers.Tokeniz
   if mask_id is None:
     known = [name for name in ("<|mdm_mask|>", "<[MASK]>") if vocabulary.token_to_id(name) is not None]
     if not known:
-      raise ValueError(f"{path.parent}/config.json: mask_token_id is missing, and the tokenizer names no mask either")
+      raise Mistake(f"{path.parent}/config.json: mask_token_id is missing, and the tokenizer names no mask either")
     mask_id = vocabulary.token_to_id(known[0])
   names = {}
   for field, id in (("eos_token_id", eos_id), ("mask_token_id", mask_id), ("pad_token_id", pad_id)):
     name = None if id is None else vocabulary.id_to_token(id)
     if name is None and not (field == "pad_token_id" and id is None):
-      raise ValueError(f"{path.parent}/config.json: {field}={id} is no token of {path.name}")
+      raise Mistake(f"{path.parent}/config.json: {field}={id} is no token of {path.name}")
     names[field] = name or ""
   eos, mask, pad = names.values()
   return tokenizers.TokenizerConfig("huggingface", str(path), eos=eos, mask=mask, pad=pad if pad != eos else "")
@@ -179,7 +180,7 @@ def _json(path: Path) -> dict[str, Any]:
   try:
     return json.loads(path.read_text("utf-8"))
   except ValueError as error:
-    raise ValueError(f"{path} is no JSON: {error}") from None
+    raise Mistake(f"{path} is no JSON: {error}") from None
 
 
 def _family(config: dict[str, Any]) -> int | None:
@@ -219,7 +220,7 @@ def _model(config: dict[str, Any], family: int, problems: list[str]) -> MaskPred
     return None
   try:
     return MaskPredictorConfig(**fields, K=head_width)
-  except ValueError as error:
+  except Mistake as error:
     problems.append(f"config.json: {error}")
     return None
 
@@ -359,11 +360,11 @@ def export(
     max_shard_bytes: of the tensors of a file.
 
   Raises:
-    ValueError: the layout cannot say this, or the folder holds tensors already.
+    Mistake: the layout cannot say this, or the folder holds tensors already.
   """
   check_exportable(model)
   if any(folder.glob("*.safetensors")):
-    raise ValueError(f"{folder} holds *.safetensors already: name a new folder")
+    raise Mistake(f"{folder} holds *.safetensors already: name a new folder")
   family, flat = _family(config), dict(checkpoint.flat(params))
   assert family is not None
   shards, sizes = [[]], [0]
@@ -396,13 +397,11 @@ def export(
 
 
 def check_exportable(model: MaskPredictorConfig) -> None:
-  """Raises ValueError for a model that the published layout cannot say."""
+  """Raises Mistake for a model that the published layout cannot say."""
   if model.causal:
-    raise ValueError("model.causal=True: the published layout is that of mask predictors")
+    raise Mistake("model.causal=True: the published layout is that of mask predictors")
   if model.H * model.K != model.D:
-    raise ValueError(
-      f"model.H={model.H} times model.K={model.K} is not model.D={model.D}, as the published layout wants"
-    )
+    raise Mistake(f"model.H={model.H} times model.K={model.K} is not model.D={model.D}, as the published layout wants")
 
 
 def new_config(model: MaskPredictorConfig, text: tokenizers.Tokenizer) -> dict[str, Any]:

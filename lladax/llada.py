@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from lladax import animation, autoregressive, checkpoint, diffusion, huggingface, sampling, sharding, visualize
 from lladax import tokenizer as tokenizers
 from lladax.mask_predictor import MaskPredictorConfig, Params
+from lladax.mistake import Missing, Mistake
 from lladax.sampling import SamplerConfig
 
 # A prompt: text, ids, or the messages of a conversation, which the chat template makes into ids.
@@ -106,10 +107,10 @@ class LLaDA:
 
     Raises:
       TypeError: an option that does not exist.
-      ValueError: an option out of range; `gen_length` that is not a multiple of `block_length`.
+      Mistake: an option out of range; `gen_length` that is not a multiple of `block_length`.
     """
     if isinstance(until, str) or not all(isinstance(stop, str) and stop for stop in until):
-      raise ValueError(f"until={until!r}: give a list of strings, none of them empty")
+      raise Mistake(f"until={until!r}: give a list of strings, none of them empty")
     rows, c = self._prompts(prompts), SamplerConfig(**options)
     for out in self._continue_or_fill(rows, c, every="block" if until else None):
       if until and all(self._has_ended(out, i, until) for i in range(len(rows))):
@@ -122,9 +123,9 @@ class LLaDA:
     Positions still masked hold `mask_id`. The program is the one that `sample` runs.
     """
     if every not in ("block", "step"):
-      raise ValueError(f"every={every!r}: use block or step")
+      raise Mistake(f"every={every!r}: use block or step")
     if self.model.causal:
-      raise ValueError("a causal model is not streamed: use sample()")
+      raise Mistake("a causal model is not streamed: use sample()")
     return self._continue_or_fill(self._prompts(prompts), SamplerConfig(**options), every=every)
 
   def chat(self, messages: Sequence[Mapping[str, str]], **options) -> Sampled:
@@ -140,15 +141,15 @@ class LLaDA:
   def unmask(self, canvases: Sequence[Sequence[int]], **options) -> Sampled:
     """Fills `mask_id` in canvases of any lengths; needs no tokenizer. Default: one block, the whole canvas."""
     if self.model.causal:
-      raise ValueError("a causal model cannot fill in the middle of a canvas: use sample()")
+      raise Mistake("a causal model cannot fill in the middle of a canvas: use sample()")
     canvases = [list(map(int, row)) for row in canvases]
     longest = max(map(len, canvases), default=0)
     if not longest:
-      raise ValueError("unmask: the canvases are empty")
+      raise Mistake("unmask: the canvases are empty")
     block: dict[str, Any] = {"block_length": bucket(longest)}
     c = SamplerConfig(**(block | options))
     if c.gen_length is None:
-      raise ValueError("sample.gen_length=None: a canvas has a length; leave it out")
+      raise Mistake("sample.gen_length=None: a canvas has a length; leave it out")
     W = min(c.block_length, bucket(longest))
     *_, last = self._fill(*self._left_pad(canvases, -(-bucket(longest) // W) * W), None, c, every=None)
     return last
@@ -183,11 +184,11 @@ class LLaDA:
       (self._ids(p), self._ids(a)) for p, a in (zip(prompt, answer, strict=True) if many else [(prompt, answer)])
     ]
     if any(not a for _, a in pairs):
-      raise ValueError("log_likelihood: an answer is empty")
+      raise Mistake("log_likelihood: an answer is empty")
     if num_samples < 1:
-      raise ValueError(f"num_samples={num_samples}: must be at least 1")
+      raise Mistake(f"num_samples={num_samples}: must be at least 1")
     if method not in ("monte_carlo", "chain_rule"):
-      raise ValueError(f"method={method!r}: use monte_carlo or chain_rule")
+      raise Mistake(f"method={method!r}: use monte_carlo or chain_rule")
     if self.model.causal:
       method, num_samples = "monte_carlo", 1
 
@@ -250,7 +251,7 @@ class LLaDA:
     one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
     rows = [self._ids(cast(Prompt, prompt)) for prompt in ([prompts] if one else prompts)]
     if not rows:
-      raise ValueError("there is nothing to sample: the list of prompts is empty")
+      raise Mistake("there is nothing to sample: the list of prompts is empty")
     return rows
 
   def _continue_or_fill(self, rows: list[list[int]], c: SamplerConfig, every: str | None) -> Iterator[Sampled]:
@@ -260,12 +261,12 @@ class LLaDA:
       return iter([self._continue(rows, c)])
     if c.gen_length is not None:
       if c.gen_length % min(W, c.gen_length):
-        raise ValueError(f"sample.gen_length={c.gen_length} is not a multiple of sample.block_length={W}")
+        raise Mistake(f"sample.gen_length={c.gen_length} is not a multiple of sample.block_length={W}")
       canvases = self._left_pad([row + [self.mask_id] * c.gen_length for row in rows], first + c.gen_length)
       return self._fill(*canvases, first, c, every)
     room = (most - longest) // W * W
     if room < 1:
-      raise ValueError(f"a prompt of {longest} tokens leaves no block of {W} within model.max_length={most}")
+      raise Mistake(f"a prompt of {longest} tokens leaves no block of {W} within model.max_length={most}")
     return self._grow(*self._left_pad(rows, first), room, dataclasses.replace(c, early_stop=True), every)
 
   def _fill(self, tokens_BL, segment_BL, first: int | None, c: SamplerConfig, every: str | None) -> Iterator[Sampled]:
@@ -344,9 +345,7 @@ class LLaDA:
 
   def _continue(self, ids: list[list[int]], c: SamplerConfig) -> Sampled:
     if c.gen_length is None:
-      raise ValueError(
-        "sample.gen_length=None: a causal model stops at EOS by itself; give the longest answer to allow"
-      )
+      raise Mistake("sample.gen_length=None: a causal model stops at EOS by itself; give the longest answer to allow")
     prompt_length = bucket(max(map(len, ids)))
     length = prompt_length + c.gen_length
     canvases = [row + [self.eos_id] * c.gen_length for row in ids]
@@ -364,7 +363,7 @@ class LLaDA:
     """(tokens, segment) [B, length]: right ends line up; segment 0 = padding, 1 = the row."""
     longest = max(map(len, rows))
     if longest > self.model.max_length:
-      raise ValueError(f"a canvas of {longest} tokens is longer than model.max_length={self.model.max_length}")
+      raise Mistake(f"a canvas of {longest} tokens is longer than model.max_length={self.model.max_length}")
     tokens = np.full((len(rows), length), self.eos_id, np.int32)
     segment = np.zeros((len(rows), length), np.int32)
     for i, row in enumerate(rows):
@@ -395,7 +394,7 @@ class LLaDA:
 
   def _text(self) -> tokenizers.Tokenizer:
     if self.tokenizer is None:
-      raise ValueError("this model has no tokenizer: use unmask(), and lists of ids")
+      raise Mistake("this model has no tokenizer: use unmask(), and lists of ids")
     return self.tokenizer
 
   def _ids(self, prompt: Prompt) -> list[int]:
@@ -403,7 +402,7 @@ class LLaDA:
       return self._text().encode(prompt)
     if len(prompt) and isinstance(prompt[0], Mapping):
       if self.tokenizer is not None and self.eot_id is None:
-        raise ValueError("a conversation: this model's vocabulary has no chat tokens (<|eot_id|>); give it text")
+        raise Mistake("a conversation: this model's vocabulary has no chat tokens (<|eot_id|>); give it text")
       return self._text().chat(cast(Sequence[Mapping[str, str]], prompt))
     return [int(i) for i in cast(Sequence[int], prompt)]
 
@@ -423,8 +422,8 @@ def load(path: str | Path, step: int | None = None, mesh: Mesh | None = None) ->
     mesh: where the parameters go, as `sharding.make_mesh(MeshConfig(tensor=8))`; None: on one device.
 
   Raises:
-    FileNotFoundError: there is no run, or no checkpoint.
-    ValueError: the vocabulary and the checkpoint disagree, or nothing can be read, or the layout is not supported.
+    Missing: there is no run, or no checkpoint.
+    Mistake: the vocabulary and the checkpoint disagree, or nothing can be read, or the layout is not supported.
   """
   workdir = huggingface.find(path)
   if huggingface.is_published(workdir):
@@ -434,7 +433,7 @@ def load(path: str | Path, step: int | None = None, mesh: Mesh | None = None) ->
   if workdir.name.isdecimal() and workdir.parent.name == "checkpoints":
     workdir, step = workdir.parent.parent, int(workdir.name)
   if not (workdir / "config.json").is_file():
-    raise FileNotFoundError(f"{workdir} is not a workdir of lladax: there is no config.json in it")
+    raise Missing(f"{workdir} is not a workdir of lladax: there is no config.json in it")
   saved = json.loads((workdir / "config.json").read_text())
   model = MaskPredictorConfig(**saved["model"])
   imported = (workdir / "published").is_dir()
@@ -449,11 +448,11 @@ def load(path: str | Path, step: int | None = None, mesh: Mesh | None = None) ->
     names = ("mask_id", "eos_id", "vocab_size", "eot_id")
     identity: dict[str, Any] = {"tokenizer": text} | {name: getattr(text, name) for name in names}
   if text and text.fingerprint != saved["tokenizer_fingerprint"]:
-    raise ValueError(f"{workdir / 'tokenizer'} holds another tokenizer than the one this model was trained with")
+    raise Mistake(f"{workdir / 'tokenizer'} holds another tokenizer than the one this model was trained with")
   available = checkpoint.steps(workdir)
   if not available or (step is not None and step not in available):
     wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-    raise FileNotFoundError(f"{workdir} has {wanted} (there are: {available or 'none'}); train it first")
+    raise Missing(f"{workdir} has {wanted} (there are: {available or 'none'}); train it first")
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   shapes, _ = model.split(jax.eval_shape(model.init, jax.random.key(0)))
   at = jax.tree.map(lambda _: here, shapes)
@@ -474,16 +473,16 @@ def load(path: str | Path, step: int | None = None, mesh: Mesh | None = None) ->
   params = tree["params"]
   if model.lora_rank:
     if not checkpoint.folder(Path(saved["base"]).parent.parent).is_dir():
-      raise FileNotFoundError(f"{workdir} holds adapters of {saved['base']}, which is not there: put it back")
+      raise Missing(f"{workdir} holds adapters of {saved['base']}, which is not there: put it back")
     given = load(saved["base"], mesh=mesh).params
     model, params = dataclasses.replace(model, lora_rank=0), jax.jit(lambda a, x: model.merge(a, x)[1])(params, given)
   return LLaDA(model, params, **identity)
 
 
 def check_vocabulary(model: MaskPredictorConfig, text: tokenizers.Tokenizer) -> None:
-  """Raises ValueError if the tokenizer has ids that the embedding lacks."""
+  """Raises Mistake if the tokenizer has ids that the embedding lacks."""
   if text.vocab_size > model.V:
-    raise ValueError(
+    raise Mistake(
       f"model.V={model.V} is smaller than the tokenizer's vocabulary of {text.vocab_size} ids:"
       f" this tokenizer does not belong to this model; it needs V={text.rows}"
     )

@@ -16,6 +16,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from lladax import distributed
+from lladax.mistake import Missing, Mistake
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; --config.steps=200 overrides a field.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, tokenizer, checkpoints, metrics.")
@@ -49,22 +50,22 @@ _SYSTEM = flags.DEFINE_string("system", "", "mode=chat: the system prompt.")
 def main(argv: list[str]) -> int:
   """Reads the config, and calls the mode; returns the exit code."""
   if len(argv) > 1 and _MODE.value != "prepare":  # what follows -- there is for Beam
-    raise ValueError(f"unexpected argument {argv[1]!r}: options are written --name=value")
+    raise Mistake(f"unexpected argument {argv[1]!r}: options are written --name=value")
   if _MODE.value in ("train", "prepare", "plan") and _CONFIG.value is None:
-    raise ValueError("--config is missing: name a config, as in --config=configs/quickstart.py")
+    raise Mistake("--config is missing: name a config, as in --config=configs/quickstart.py")
   if _MODE.value == "plan":
     return _plan()
   if _MODE.value == "prepare":
     return _prepare(argv[1:])
   if not _WORKDIR.value:
-    raise ValueError("--workdir is missing: name a folder for the run, as in --workdir=runs/quickstart")
+    raise Mistake("--workdir is missing: name a folder for the run, as in --workdir=runs/quickstart")
   workdir = Path(_WORKDIR.value).expanduser()
   source, target = _SOURCE.value or "", _TARGET.value or ""
   for mode, name, value in (("import", "source", source), ("export", "target", target)):
     if _MODE.value == mode and not value:
-      raise ValueError(f"--{name} is missing: --mode={mode} needs it")
+      raise Mistake(f"--{name} is missing: --mode={mode} needs it")
   if _MODE.value not in ("train", "import") and not (workdir / "config.json").is_file():
-    raise FileNotFoundError(f"--workdir={workdir}: there is no run in it; train one first with --mode=train")
+    raise Missing(f"--workdir={workdir}: there is no run in it; train one first with --mode=train")
 
   from lladax import chat, convert, train  # the slow imports come after the quick checks
   from lladax import config as configs
@@ -98,7 +99,7 @@ def main(argv: list[str]) -> int:
 
 def _prepare(beam_options: list[str]) -> int:
   if not _TARGET.value:
-    raise ValueError("--target is missing: name a folder for the records, as in --target=records/novels")
+    raise Mistake("--target is missing: name a folder for the records, as in --target=records/novels")
   from lladax import config as configs
   from lladax import prepare
 
@@ -161,21 +162,18 @@ def _complain(message: str, name: str = "lladax") -> int:
 
 
 def guard(command: Callable[[list[str]], int | None], argv: list[str], name: str = "lladax") -> int:
-  """Runs a command: one line and 1 for the input errors that we raise; a traceback and 70 for everything else."""
+  """Runs a command: one line and 1 for a `Mistake`; a traceback and 70 for everything else."""
   logging.basicConfig(format=f"{name}: %(message)s", level=logging.WARNING, force=True)
   logging.getLogger("lladax").setLevel(logging.INFO)  # which attention kernel runs
   logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and its abandoned reads report themselves, one by one
   try:
     return command(argv) or 0
-  except Exception as error:
-    ours = (Path(__file__).parent, Path(command.__code__.co_filename).parent)
-    raised = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent
-    if any(map(raised.is_relative_to, ours)) and isinstance(error, ValueError | FileNotFoundError | FloatingPointError):
-      code = _complain(str(error), name)
-    else:
-      traceback.print_exc()
-      code = 70  # EX_SOFTWARE: a launcher may start it again
+  except Mistake as error:
+    code = _complain(str(error), name)
+  except Exception:
+    traceback.print_exc()
+    code = 70  # EX_SOFTWARE: a launcher may start it again
   distributed.leave(code)
   return code
 

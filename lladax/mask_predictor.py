@@ -21,6 +21,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from lladax import attention, sharding
+from lladax.mistake import Mistake
 
 Params = dict[str, Any]
 Cache = dict[str, jax.Array]  # {"k": k_NBLGK, "v": v_NBLGK}
@@ -61,27 +62,27 @@ class MaskPredictorConfig:
   def __post_init__(self):
     for name in "DNHGKF":
       if getattr(self, name) < 1:
-        raise ValueError(f"model.{name}={getattr(self, name)}: must be at least 1")
+        raise Mistake(f"model.{name}={getattr(self, name)}: must be at least 1")
     if self.H % self.G:
-      raise ValueError(f"model.H={self.H} is not a multiple of model.G={self.G}: heads share keys in groups")
+      raise Mistake(f"model.H={self.H} is not a multiple of model.G={self.G}: heads share keys in groups")
     if self.K % 2:
-      raise ValueError(f"model.K={self.K}: RoPE rotates pairs, the head width must be even")
+      raise Mistake(f"model.K={self.K}: RoPE rotates pairs, the head width must be even")
     if self.remat not in REMAT:
-      raise ValueError(f"model.remat={self.remat!r}: use one of {', '.join(REMAT)}")
+      raise Mistake(f"model.remat={self.remat!r}: use one of {', '.join(REMAT)}")
     if self.attention not in attention.KERNELS:
-      raise ValueError(f"model.attention={self.attention!r}: use one of {', '.join(attention.KERNELS)}")
+      raise Mistake(f"model.attention={self.attention!r}: use one of {', '.join(attention.KERNELS)}")
     if self.head_chunk < 1:
-      raise ValueError(f"model.head_chunk={self.head_chunk}: must be at least 1")
+      raise Mistake(f"model.head_chunk={self.head_chunk}: must be at least 1")
     if self.dtype not in ("auto", "float32", "bfloat16"):
-      raise ValueError(f"model.dtype={self.dtype!r}: use auto, float32 or bfloat16")
+      raise Mistake(f"model.dtype={self.dtype!r}: use auto, float32 or bfloat16")
     object.__setattr__(self, "lora_targets", tuple(self.lora_targets))  # JSON knows lists alone
     if self.lora_rank < 0:
-      raise ValueError(f"model.lora_rank={self.lora_rank}: must be at least 1, or 0 for no adapters")
+      raise Mistake(f"model.lora_rank={self.lora_rank}: must be at least 1, or 0 for no adapters")
     for name in self.lora_targets:
       if name not in Block.MATRICES:
-        raise ValueError(f"model.lora_targets: {name!r} is not one of {', '.join(Block.MATRICES)}")
+        raise Mistake(f"model.lora_targets: {name!r} is not one of {', '.join(Block.MATRICES)}")
     if self.lora_rank and not self.lora_targets:
-      raise ValueError("model.lora_targets=(): name the matrices that get adapters")
+      raise Mistake("model.lora_targets=(): name the matrices that get adapters")
 
   @property
   def R(self) -> int:
@@ -97,7 +98,7 @@ class MaskPredictorConfig:
   def init(self, rng: jax.Array) -> Params:
     """New float32 parameters as a plain nested dict. Pure: jit it, or `jax.eval_shape` it."""
     if self.V < 1:
-      raise ValueError(f"model.V={self.V}: set the rows of the embedding, as in V=tokenizer.rows")
+      raise Mistake(f"model.V={self.V}: set the rows of the embedding, as in V=tokenizer.rows")
     return nnx.to_pure_dict(nnx.state(MaskPredictor(self, rngs=nnx.Rngs(rng)), nnx.Param))
 
   def bind(self, params: Params) -> "MaskPredictor":

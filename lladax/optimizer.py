@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import optax
 
+from lladax.mistake import Mistake
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -27,22 +29,22 @@ class OptimizerConfig:
   def __post_init__(self):
     for piece in self.schedule:
       if len(piece) != 2 or (piece[0] < 0 and piece[0] != -1) or piece[1] < 0:
-        raise ValueError(f"optimizer.schedule: {piece} is not (steps, learning rate at the end)")
+        raise Mistake(f"optimizer.schedule: {piece} is not (steps, learning rate at the end)")
     if sum(piece[0] == -1 for piece in self.schedule) > 1:
-      raise ValueError("optimizer.schedule: only one piece can take the rest of the steps (-1)")
+      raise Mistake("optimizer.schedule: only one piece can take the rest of the steps (-1)")
     for name in ("b1", "b2"):
       if not 0 <= getattr(self, name) < 1:
-        raise ValueError(f"optimizer.{name}={getattr(self, name)}: must lie in [0, 1)")
+        raise Mistake(f"optimizer.{name}={getattr(self, name)}: must lie in [0, 1)")
 
 
 def lengths(given: Sequence[float], steps: int, field: str) -> list[int]:
   """Lengths in steps of pieces that are given as steps, as fractions of all steps (0 < x < 1), or as -1, the rest."""
   if any(n < 0 and n != -1 for n in given) or list(given).count(-1) > 1:
-    raise ValueError(f"{field}: a length is a number of steps, a fraction, or (one of them) -1 for the rest")
+    raise Mistake(f"{field}: a length is a number of steps, a fraction, or (one of them) -1 for the rest")
   found = [round(n * steps) if 0 < n < 1 else int(n) for n in given]
   rest = steps - sum(n for n in found if n >= 0)
   if -1 in found and rest < 0:
-    raise ValueError(
+    raise Mistake(
       f"{field}: its pieces take {steps - rest} steps, more than steps={steps};"
       " shorten them, or give their lengths as fractions"
     )

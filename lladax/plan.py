@@ -27,6 +27,7 @@ from rich.table import Table
 
 from lladax import distributed, llada, metrics, sampling, sharding, train
 from lladax.config import Config
+from lladax.mistake import Mistake
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -97,10 +98,10 @@ def devices(topology: str, slices: int = 1) -> list[jax.Device]:
   """Compile-only devices of a TPU topology, as in "v5p:4x4x4".
 
   Raises:
-    ValueError: libtpu is not installed, or knows no such topology.
+    Mistake: libtpu is not installed, or knows no such topology.
   """
   if not re.fullmatch(r"\w+:\d+(x\d+)+", topology) or slices < 1:
-    raise ValueError(f"--topology={topology} --slices={slices}: name them as in --topology=v5p:4x4x4 --slices=2")
+    raise Mistake(f"--topology={topology} --slices={slices}: name them as in --topology=v5p:4x4x4 --slices=2")
   distributed.hush_libtpu()
   options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
   if topology.startswith("v4:"):
@@ -110,9 +111,9 @@ def devices(topology: str, slices: int = 1) -> list[jax.Device]:
   try:
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
   except ImportError as error:
-    raise ValueError(f"--mode=plan needs libtpu ({error}): pip install 'lladax[plan]'") from error
+    raise Mistake(f"--mode=plan needs libtpu ({error}): pip install 'lladax[plan]'") from error
   except Exception as error:  # the runtime has its own kinds; all mean the same here
-    raise ValueError(f"--topology={topology} --slices={slices}: {str(error).splitlines()[0][:300]}") from error
+    raise Mistake(f"--topology={topology} --slices={slices}: {str(error).splitlines()[0][:300]}") from error
 
 
 def chips(topology: str) -> int:
@@ -143,10 +144,10 @@ def make(config: Config, topology: str, slices: int = 1, *, utilisation: float =
     sampler: whether to compile the sampler, too: `config.sample` on one row for every part of a batch.
 
   Raises:
-    ValueError: as `devices`; a config that cannot be shared out over the mesh.
+    Mistake: as `devices`; a config that cannot be shared out over the mesh.
   """
   if not config.model.V:
-    raise ValueError("model.V=0: a plan needs the rows of the embedding; set it, as in --config.model.V=126464")
+    raise Mistake("model.V=0: a plan needs the rows of the embedding; set it, as in --config.model.V=126464")
   config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, slices=slices))
   found = devices(topology, slices)
   mesh = sharding.make_mesh(config.mesh, found)
@@ -307,7 +308,7 @@ def nearest(plan: Plan) -> Iterator[tuple[str, Plan]]:
     try:
       c = dataclasses.replace(c, micro_batches=2 * c.micro_batches)
       again = make_again(c, plan.topology, plan.slices)
-    except ValueError:  # no more parts
+    except Mistake:  # no more parts
       break
     yield ", ".join([*said, f"micro_batches={c.micro_batches}"]), again
   kind, _, dims = plan.topology.partition(":")
@@ -318,7 +319,7 @@ def nearest(plan: Plan) -> Iterator[tuple[str, Plan]]:
     topology = f"{kind}:{'x'.join(map(str, sizes))}"
     try:
       yield f"--topology={topology}", make_again(plan.config, topology, plan.slices)
-    except ValueError as error:
+    except Mistake as error:
       logging.warning("--topology=%s: %s", topology, error)
 
 

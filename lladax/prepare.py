@@ -35,6 +35,7 @@ from rich.table import Table
 from lladax import corpus, records
 from lladax import tokenizer as tokenizers
 from lladax.data import DataConfig, texts
+from lladax.mistake import Mistake
 from lladax.tokenizer import Tokenizer, TokenizerConfig
 
 _BATCH_BYTES = 4_000_000  # of documents that travel together
@@ -75,19 +76,19 @@ def run(
       --direct_running_mode=multi_processing.
 
   Raises:
-    ValueError, FileNotFoundError: bad input, one line.
+    Mistake, Missing: bad input, one line.
   """
   console = Console(stderr=True, highlight=False, soft_wrap=True)
   if data.format != "text" or data.mixture:
-    raise ValueError("--mode=prepare makes records of one corpus of text: data.format=text, no data.mixture")
+    raise Mistake("--mode=prepare makes records of one corpus of text: data.format=text, no data.mixture")
   if shards < 1:
-    raise ValueError(f"--shards={shards}: must be at least 1")
+    raise Mistake(f"--shards={shards}: must be at least 1")
   logging.disable(logging.WARNING)  # Beam complains of clouds that are not installed
   try:
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
   except ImportError as error:
-    raise ValueError(f"--mode=prepare needs Apache Beam ({error}): pip install 'lladax[prepare]'") from None
+    raise Mistake(f"--mode=prepare needs Apache Beam ({error}): pip install 'lladax[prepare]'") from None
   finally:
     logging.disable(logging.NOTSET)
   parts = corpus.parts(data.corpus)
@@ -126,7 +127,7 @@ def run(
       threading.excepthook = lambda _: None  # Beam's threads would tell of the end of their workers
       raise SystemExit(130) from None
     if line := _own_error(str(error)):
-      raise ValueError(line) from None
+      raise Mistake(line) from None
     raise
   for key in ((split, shard) for split in records.SPLITS for shard in range(shards)):
     if not folder.counts(key):  # no document went there
@@ -175,7 +176,7 @@ class _Folder:
     found = json.loads(before)
     differ = [f"{name}: {found.get(name)!r} there, {x!r} here" for name, x in given.items() if found.get(name) != x]
     if differ:
-      raise ValueError(f"--target={self.target} was begun otherwise ({'; '.join(differ)}): choose another folder")
+      raise Mistake(f"--target={self.target} was begun otherwise ({'; '.join(differ)}): choose another folder")
     keys = [(split, shard) for split in records.SPLITS for shard in range(recipe.shards)]
     names = {path.rsplit("/", 1)[-1] for path in self.system.ls(self.root, detail=False)}
     return {key for key in keys if _counts_name(key) in names}
@@ -292,12 +293,12 @@ def _finish(folder: _Folder, recipe: Recipe, text: Tokenizer) -> dict[str, Any]:
   read = json.loads(folder.read("read.json") or b"{}")
   documents = sum(x["documents"] + x["duplicates"] for x in splits.values())
   if documents != read["documents"]:
-    raise ValueError(
+    raise Mistake(
       f"--target={folder.target}: {read['documents']} documents were read, and {documents} are in its shards: the"
       " corpus has changed since it was begun; delete it, and prepare it again"
     )
   if not documents:
-    raise ValueError(f"data.corpus={recipe.corpus!r} holds no text: every document is empty")
+    raise Mistake(f"data.corpus={recipe.corpus!r} holds no text: every document is empty")
   about = {"vocab_size": text.vocab_size, "eos_id": text.eos_id, "read": read, "splits": splits}
   manifest = {"format": 1} | dataclasses.asdict(recipe) | about
   _describe_to_tfds(folder, recipe, {split: [x["records"] for x in of] for split, of in shards.items()})
@@ -369,7 +370,7 @@ class _progress:
 
 def _own_error(message: str) -> str:
   """The line that lladax raised on a worker, out of what Beam made of it."""
-  found = re.findall(r"(?:^|ValueError: |FileNotFoundError: )(data\.[^\n]*?)(?: \[while running|\\n|\n|$)", message)
+  found = re.findall(r"(?:^|Mistake: |Missing: )(data\.[^\n]*?)(?: \[while running|\\n|\n|$)", message)
   return found[-1] if found else ""
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from google.protobuf import descriptor_pb2, message_factory
 
 from lladax import tokenizer as tokenizers
+from lladax.mistake import Missing, Mistake
 
 NAME = "records"
 SPLITS = ("train", "validation")
@@ -84,7 +85,7 @@ class Folder:
     """Of the ids."""
     found = tokenizers.load(self.path / "tokenizer")
     if found.fingerprint != self.manifest["tokenizer_fingerprint"]:
-      raise ValueError(f"{self.path / 'tokenizer'} is not the tokenizer that these records were made with")
+      raise Mistake(f"{self.path / 'tokenizer'} is not the tokenizer that these records were made with")
     return found
 
   def source(self, split: str) -> Any:
@@ -93,12 +94,10 @@ class Folder:
     paths = [self.path / file_name(split, shard, shards) for shard in range(shards)]
     for path in paths:
       if not path.is_file():
-        raise ValueError(f"{path} is missing: prepare these records again")
+        raise Mistake(f"{path} is missing: prepare these records again")
     found: Any = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
     if len(found) != (stated := self.manifest["splits"][split]["records"]):
-      raise ValueError(
-        f"{self.path} holds {len(found)} records of {split}, its manifest says {stated}: prepare it again"
-      )
+      raise Mistake(f"{self.path} holds {len(found)} records of {split}, its manifest says {stated}: prepare it again")
     return found
 
   @property
@@ -111,14 +110,14 @@ def open_folder(path: str | Path) -> Folder:
   """The records that `--mode=prepare` wrote to a folder.
 
   Raises:
-    FileNotFoundError: there is no such folder.
-    ValueError: the preparation was not finished.
+    Missing: there is no such folder.
+    Mistake: the preparation was not finished.
   """
   if "://" in str(path):
-    raise ValueError(f"data.corpus=records:{path}: records are read from a mounted file system; give its path")
+    raise Mistake(f"data.corpus=records:{path}: records are read from a mounted file system; give its path")
   folder = Path(path).expanduser()
   if not (folder / MANIFEST).is_file():
     if any(folder.glob(f"{NAME}-*")):
-      raise ValueError(f"data.corpus=records:{path} is not finished: run --mode=prepare with --target={path} again")
-    raise FileNotFoundError(f"data.corpus=records:{path}: there are no records; make them with --mode=prepare")
+      raise Mistake(f"data.corpus=records:{path} is not finished: run --mode=prepare with --target={path} again")
+    raise Missing(f"data.corpus=records:{path}: there are no records; make them with --mode=prepare")
   return Folder(folder, json.loads((folder / MANIFEST).read_text()))

@@ -16,6 +16,7 @@ import numpy as np
 
 from lladax import facts
 from lladax.llada import LLaDA
+from lladax.mistake import Missing, Mistake
 
 # How LLaDA-8B-Instruct is asked: the published lengths.
 _REPLY = {"gen_length": 28, "block_length": 28, "steps": 28, "logits_eos_inf": True}
@@ -60,7 +61,7 @@ def of_couplets(path: str | Path, talks: bool = False) -> list[Question]:
   """
   path = Path(path).expanduser()
   if not path.is_file():
-    raise FileNotFoundError(f"evaluate.tasks: poems:{path}: no such file")
+    raise Missing(f"evaluate.tasks: poems:{path}: no such file")
   with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
     pairs = json.load(file)
   found = []
@@ -94,7 +95,7 @@ def run(llada: LLaDA, questions: list[Question], batch_size: int = 64) -> tuple[
   """
   text = llada.tokenizer
   if text is None:
-    raise ValueError("the reversal test needs a tokenizer: this model has none")
+    raise Mistake("the reversal test needs a tokenizer: this model has none")
   told: list[dict[str, Any]] = []
   for first in range(0, len(questions), batch_size):
     part = questions[first : first + batch_size]

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lladax.mistake import Mistake
+
 # (tokens_BL, start, W, cache) -> (float32 logits_BWV of the window at `start`, cache).
 # With cache None the model runs over the whole canvas; otherwise what the cache holds may be reused, and it is returned
 # as it came.
@@ -46,17 +48,17 @@ class SamplerConfig:
   def __post_init__(self):
     for name in ("gen_length", "block_length", "steps"):
       if getattr(self, name) is not None and getattr(self, name) < 1:
-        raise ValueError(f"sample.{name}={getattr(self, name)}: must be at least 1")
+        raise Mistake(f"sample.{name}={getattr(self, name)}: must be at least 1")
     for name in ("temperature", "guidance_scale"):
       if getattr(self, name) < 0:
-        raise ValueError(f"sample.{name}={getattr(self, name)}: must not be negative")
+        raise Mistake(f"sample.{name}={getattr(self, name)}: must not be negative")
     for name, known in (("remasking", REMASKING), ("cache", (None, *CACHES))):
       if getattr(self, name) not in known:
-        raise ValueError(f"sample.{name}={getattr(self, name)!r}: use one of {', '.join(map(str, known))}")
+        raise Mistake(f"sample.{name}={getattr(self, name)!r}: use one of {', '.join(map(str, known))}")
     if self.threshold is not None and self.factor is not None:
-      raise ValueError("sample.threshold and sample.factor are both set: use one of them")
+      raise Mistake("sample.threshold and sample.factor are both set: use one of them")
     if self.gen_length is None and self.logits_eos_inf:
-      raise ValueError("sample.gen_length=None ends at EOS, and sample.logits_eos_inf forbids it: use one of them")
+      raise Mistake("sample.gen_length=None ends at EOS, and sample.logits_eos_inf forbids it: use one of them")
 
 
 class Canvas(NamedTuple):
@@ -150,7 +152,7 @@ def start(tokens_BL: jax.Array, c: SamplerConfig, *, mask_id: int, first: int = 
   B, L = tokens_BL.shape
   W = min(c.block_length, L - first)
   if (L - first) % W:
-    raise ValueError(f"a canvas of {L - first} positions is not cut evenly into blocks of {W}")
+    raise Mistake(f"a canvas of {L - first} positions is not cut evenly into blocks of {W}")
   masks_BN = (tokens_BL[:, first:] == mask_id).reshape(B, -1, W).any(axis=-1)
   order_BN = jnp.cumsum(masks_BN, axis=1) - 1  # the how-manieth of its row's blocks with a mask
   used_B1 = jnp.maximum(masks_BN.sum(axis=1, keepdims=True), 1)

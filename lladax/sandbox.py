@@ -17,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 
+from lladax.mistake import Mistake
+
 # Reads a job from standard input, limits itself, runs it, and reports on standard output. The token is what a program
 # that ends itself early cannot write. What the program prints goes nowhere: a pipe has no limit.
 _BOOTSTRAP = r"""
@@ -82,10 +84,10 @@ def run(code: str, timeout: float = 3.0, memory: int = 1024) -> Result:
     memory: MiB of address space.
 
   Raises:
-    ValueError: a limit that is not positive.
+    Mistake: a limit that is not positive.
   """
   if timeout <= 0 or memory <= 0:
-    raise ValueError(f"sandbox: timeout={timeout}, memory={memory}: both must be positive")
+    raise Mistake(f"sandbox: timeout={timeout}, memory={memory}: both must be positive")
   limits = {
     "RLIMIT_CPU": math.ceil(timeout), "RLIMIT_AS": memory << 20, "RLIMIT_FSIZE": 1 << 20, "RLIMIT_NPROC": 0,
     "RLIMIT_NOFILE": 64, "RLIMIT_CORE": 0,

@@ -16,6 +16,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lladax.mistake import Mistake
+
 # Letters as in mask_predictor.py. A letter that is not here is on every device.
 AXES = {
   "B": ("slices", "data", "fsdp"),  # the batch
@@ -50,18 +52,18 @@ def make_mesh(c: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mes
   rest = [name for name, size in sizes.items() if size == -1]
   for name, size in sizes.items():
     if size < 1 and size != -1:
-      raise ValueError(f"mesh.{name}={size}: must be at least 1, or -1 for the rest")
+      raise Mistake(f"mesh.{name}={size}: must be at least 1, or -1 for the rest")
   if len(rest) > 1:
-    raise ValueError(f"mesh.{rest[0]} and mesh.{rest[1]} are both -1: only one axis can take the rest")
+    raise Mistake(f"mesh.{rest[0]} and mesh.{rest[1]} are both -1: only one axis can take the rest")
   fixed = math.prod(size for size in sizes.values() if size != -1)
   if rest and len(devices) % fixed == 0:
     sizes[rest[0]] = len(devices) // fixed
   if math.prod(sizes.values()) != len(devices):
     axes = ", ".join(f"mesh.{name}={size}" for name, size in dataclasses.asdict(c).items())
-    raise ValueError(f"{axes} do not multiply to the {len(devices)} devices there are")
+    raise Mistake(f"{axes} do not multiply to the {len(devices)} devices there are")
   islands = {getattr(device, "slice_index", None) or 0 for device in devices}
   if len(islands) not in (1, sizes["slices"]):
-    raise ValueError(f"mesh.slices={sizes['slices']}: the devices are in {len(islands)} slices; use as many")
+    raise Mistake(f"mesh.slices={sizes['slices']}: the devices are in {len(islands)} slices; use as many")
   devices.sort(key=lambda device: getattr(device, "slice_index", None) or 0)
   shape = tuple(size for name, size in sizes.items() if name != "slices")
   groups = np.split(np.asarray(devices), sizes["slices"])
@@ -158,13 +160,13 @@ def local_rows(where: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def check_batch(mesh: Mesh, batch_size: int, field: str = "data.batch_size", multiple: int = 1) -> None:
-  """Raises ValueError if the devices cannot divide the batch into parts of a multiple of `multiple` rows."""
+  """Raises Mistake if the devices cannot divide the batch into parts of a multiple of `multiple` rows."""
   ways = math.prod(mesh.shape[axis] for axis in AXES["B"])
   if batch_size % (ways * multiple):
     step = ways * multiple
     near = [n for n in (batch_size // step * step, (batch_size // step + 1) * step) if n]
     axes = " x ".join(f"mesh.{axis}" for axis in AXES["B"] if axis != "slices" or mesh.shape[axis] > 1)
-    raise ValueError(
+    raise Mistake(
       f"{field}={batch_size} does not divide over {axes} = {ways} devices"
       + (f" in rows that come in {multiple}s" if multiple > 1 else "")
       + f": use {' or '.join(map(str, near))}"
@@ -172,12 +174,12 @@ def check_batch(mesh: Mesh, batch_size: int, field: str = "data.batch_size", mul
 
 
 def check_divides(mesh: Mesh, sizes: dict[str, int], length: int) -> None:
-  """Raises ValueError if an axis of the mesh does not divide the model's dimensions (letter -> size) or the canvas."""
+  """Raises Mistake if an axis of the mesh does not divide the model's dimensions (letter -> size) or the canvas."""
   fields = {f"model.{letter}": (letter, size) for letter, size in sizes.items()} | {"data.length": ("L", length)}
   for field, (letter, size) in fields.items():
     for axis in AXES.get(letter, ()):
       if size % mesh.shape[axis]:
-        raise ValueError(f"mesh.{axis}={mesh.shape[axis]} does not divide {field}={size}: use a divisor of it")
+        raise Mistake(f"mesh.{axis}={mesh.shape[axis]} does not divide {field}={size}: use a divisor of it")
 
 
 def replicated(tree: dict[str, Any], at_least: int) -> list[tuple[str, int]]:

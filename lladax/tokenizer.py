@@ -17,6 +17,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+from lladax.mistake import Missing, Mistake
+
 START_HEADER, END_HEADER, EOT = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 ROLES = ("system", "user", "assistant")
 _MODEL_TYPE = "bpe"
@@ -38,15 +40,15 @@ class TokenizerConfig:
 
   def __post_init__(self):
     if self.kind not in _KINDS:
-      raise ValueError(f"tokenizer.kind={self.kind!r} is unknown: use {', '.join(_KINDS)}")
+      raise Mistake(f"tokenizer.kind={self.kind!r} is unknown: use {', '.join(_KINDS)}")
     if self.path and self.kind == "bytes":
-      raise ValueError(f"tokenizer.path={self.path!r}: tokenizer.kind=bytes reads no file")
+      raise Mistake(f"tokenizer.path={self.path!r}: tokenizer.kind=bytes reads no file")
     if not self.path and self.kind == "huggingface":
-      raise ValueError("tokenizer.path='': tokenizer.kind=huggingface needs a tokenizer.json")
+      raise Mistake("tokenizer.path='': tokenizer.kind=huggingface needs a tokenizer.json")
     if not self.eos:
-      raise ValueError("tokenizer.eos='': name the token that ends a text")
+      raise Mistake("tokenizer.eos='': name the token that ends a text")
     if self.mask in ("", self.eos, self.pad):
-      raise ValueError(f"tokenizer.mask={self.mask!r}: [MASK] needs a name of its own")
+      raise Mistake(f"tokenizer.mask={self.mask!r}: [MASK] needs a name of its own")
 
 
 class Tokenizer:
@@ -92,7 +94,7 @@ class Tokenizer:
     """Text of ids; special tokens are dropped or written by name, broken UTF-8 becomes U+FFFD."""
     ids = [int(id) for id in ids]
     if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-      raise ValueError(f"ids {min(ids)} to {max(ids)}: the vocabulary has {self.vocab_size} only")
+      raise Mistake(f"ids {min(ids)} to {max(ids)}: the vocabulary has {self.vocab_size} only")
     if skip_special:
       return self._vocabulary.decode([id for id in ids if id not in self._special])
     runs = itertools.groupby(ids, key=self._special.__contains__)
@@ -122,7 +124,7 @@ class Tokenizer:
     """Ids of one message of a conversation, up to its EoT."""
     role, content = message.get("role"), message.get("content")
     if role not in ROLES or not isinstance(content, str):
-      raise ValueError(f"a message of role {role!r}: use {', '.join(ROLES)}, and a text as content")
+      raise Mistake(f"a message of role {role!r}: use {', '.join(ROLES)}, and a text as content")
     return [*self._turn(role, content.strip()), self.eot_id]
 
   def reply(self, text: str) -> list[int]:
@@ -151,7 +153,7 @@ def load(folder: str | pathlib.Path) -> Tokenizer:
   """The tokenizer that `Tokenizer.save` wrote into the folder."""
   path = pathlib.Path(folder) / SETTINGS
   if not path.is_file():
-    raise FileNotFoundError(f"{path}: no such file; give a folder that Tokenizer.save wrote")
+    raise Missing(f"{path}: no such file; give a folder that Tokenizer.save wrote")
   settings = json.loads(path.read_text(encoding="utf-8"))
   kind = _KINDS[settings["kind"]]
   content = path.with_name(kind.file).read_bytes() if kind.file else b""
@@ -166,8 +168,8 @@ def create(config: TokenizerConfig, texts: Sequence[str] | None = None) -> Token
   """The tokenizer of a config; SentencePiece without a path is trained on `texts`, the corpus.
 
   Raises:
-    FileNotFoundError: no file at `config.path`.
-    ValueError: the file is of another kind, or `vocab_size` does not suit the corpus.
+    Missing: no file at `config.path`.
+    Mistake: the file is of another kind, or `vocab_size` does not suit the corpus.
   """
   names = {"eos": config.eos, "mask": config.mask, "pad": config.pad, "bos": ""}
   if config.kind == "bytes":
@@ -179,11 +181,11 @@ def create(config: TokenizerConfig, texts: Sequence[str] | None = None) -> Token
   if config.kind == "huggingface" and path.is_dir():
     path /= "tokenizer.json"
   if not path.is_file():
-    raise FileNotFoundError(f"tokenizer.path={config.path!r}: no such file")
+    raise Missing(f"tokenizer.path={config.path!r}: no such file")
   try:
     vocabulary = _KINDS[config.kind](path.read_bytes())
   except Exception as error:  # the libraries raise bare Exception and RuntimeError
-    raise ValueError(f"tokenizer.path={config.path!r} is no {config.kind} vocabulary") from error
+    raise Mistake(f"tokenizer.path={config.path!r} is no {config.kind} vocabulary") from error
   names["bos"] = vocabulary.bos
   beside = path.with_name("tokenizer_config.json")
   if config.kind == "huggingface" and beside.is_file():
@@ -197,7 +199,7 @@ def _train(texts: Sequence[str], vocab_size: int, specials: int) -> bytes:
   import sentencepiece
 
   if vocab_size < (least := specials + 256 + 3):  # <unk>, the newline and one more
-    raise ValueError(f"tokenizer.vocab_size={vocab_size}: needs {least}, for bytes and specials")
+    raise Mistake(f"tokenizer.vocab_size={vocab_size}: needs {least}, for bytes and specials")
   # SentencePiece drops lines of over 4192 bytes: cut them. Of a large corpus, take every n-th line.
   lines = (line for text in texts for line in text.split("\n"))
   lines = (line[i : i + 1000] for line in lines for i in range(0, len(line), 1000))
@@ -217,7 +219,7 @@ def _train(texts: Sequence[str], vocab_size: int, specials: int) -> bytes:
     left -= count
   lines = [line for line in "\n".join(lines).translate(rare).split("\n") if line]
   if not lines:
-    raise ValueError("tokenizer.path='': no text to train on; give a corpus, or a .model as path")
+    raise Mistake("tokenizer.path='': no text to train on; give a corpus, or a .model as path")
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
@@ -242,7 +244,7 @@ def _train(texts: Sequence[str], vocab_size: int, specials: int) -> bytes:
     if not possible:
       raise
     error = f"this corpus allows at most {int(possible[1]) + specials}"
-    raise ValueError(f"tokenizer.vocab_size={vocab_size}: {error}") from None
+    raise Mistake(f"tokenizer.vocab_size={vocab_size}: {error}") from None
   return model.getvalue()
 
 

@@ -44,6 +44,7 @@ from lladax import (
 )
 from lladax.config import Config, check_saved
 from lladax.llada import LLaDA, check_vocabulary, load
+from lladax.mistake import Diverged, Missing, Mistake
 
 
 class State(NamedTuple):
@@ -118,7 +119,7 @@ class Run(NamedTuple):
 
 
 def check_mesh(config: Config, mesh: Mesh) -> None:
-  """Raises ValueError if the batch or the model cannot be shared out over the mesh, or the kernel is not for it."""
+  """Raises Mistake if the batch or the model cannot be shared out over the mesh, or the kernel is not for it."""
   part, field = config.data.batch_size // config.micro_batches, "data.batch_size / micro_batches"
   # The two rows of an antithetic pair live on one device.
   sharding.check_batch(mesh, part, field, multiple=2 if config.noise.times == "antithetic" else 1)
@@ -187,7 +188,7 @@ def find_base(init_from: str) -> str:
   """The checkpoint that a run begins from: `init_from` itself, or the last one of that workdir.
 
   Raises:
-    FileNotFoundError: there is none.
+    Missing: there is none.
   """
   path = Path(init_from).expanduser().absolute()
   step = path.name if path.name.isdecimal() and path.parent.name == "checkpoints" else ""
@@ -195,11 +196,9 @@ def find_base(init_from: str) -> str:
   steps = checkpoint.steps(workdir)
   if not (workdir / "config.json").is_file() or not steps or (step and int(step) not in steps):
     there = f"there are the steps {steps}" if steps else "there is no checkpoint"
-    raise FileNotFoundError(
-      f"init_from={init_from}: {there}; name a workdir that was trained, or made by --mode=import"
-    )
+    raise Missing(f"init_from={init_from}: {there}; name a workdir that was trained, or made by --mode=import")
   if not (workdir / "tokenizer").is_dir():
-    raise FileNotFoundError(f"init_from={init_from}: there is no tokenizer in it to read text with")
+    raise Missing(f"init_from={init_from}: there is no tokenizer in it to read text with")
   return str(checkpoint.folder(workdir) / (step or str(steps[-1])))
 
 
@@ -275,8 +274,8 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
     The metrics of the last evaluation.
 
   Raises:
-    ValueError, FileNotFoundError: bad input, one line, before any long work.
-    FloatingPointError: the loss is not a number; the last checkpoint is from before.
+    Mistake, Missing: bad input, one line, before any long work.
+    Diverged: the loss is not a number; the last checkpoint is from before.
   """
   began = time.monotonic()
   console = _console()
@@ -340,7 +339,7 @@ def _loop(run: Run, state: State, jitted: Any, start: int, console: Console, sto
     ticks.append(time.monotonic())
     del ticks[:-20]
     if not all(map(math.isfinite, values.values())):  # the gradient can break before the loss does
-      raise FloatingPointError(
+      raise Diverged(
         f"loss={values['loss']}, grad_norm={values['grad_norm']} at step {step}: start again in another workdir with"
         f" a lower learning rate; the checkpoints in {workdir} are from before"
       )
@@ -514,7 +513,7 @@ def show_samples(config: Config, workdir: Path, prompts: list[str], html: str | 
   """Continues each prompt, or fills its [MASK]s; prints text to stdout, and draws it where that is a terminal."""
   prompts = prompts or [line.rstrip("\n") for line in sys.stdin]
   if not prompts:
-    raise ValueError("--prompt is missing, and nothing came from standard input")
+    raise Mistake("--prompt is missing, and nothing came from standard input")
   llada = load(workdir, mesh=sharding.make_mesh(config.mesh))
   options, pages = dataclasses.asdict(config.sample), []
   for prompt in prompts:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lladax.mistake import Mistake
+
 if TYPE_CHECKING:
   from rich.text import Text
 
@@ -40,7 +42,7 @@ class Unmasking:
     title: one line above the drawing.
 
   Raises:
-    ValueError: lengths disagree, or `unmasked_at` is not non-negative integers.
+    Mistake: lengths disagree, or `unmasked_at` is not non-negative integers.
   """
 
   pieces: tuple[str, ...]
@@ -53,11 +55,11 @@ class Unmasking:
     for name in ("unmasked_at", "confidence"):
       array = np.asarray(getattr(self, name))
       if array.shape != (L,):
-        raise ValueError(f"{name} must have shape ({L},), one per piece; got {array.shape}")
+        raise Mistake(f"{name} must have shape ({L},), one per piece; got {array.shape}")
       object.__setattr__(self, name, array)
     integers = np.issubdtype(self.unmasked_at.dtype, np.integer)
     if L and not (integers and self.unmasked_at.min() >= 0):
-      raise ValueError("unmasked_at must hold integers >= 0 (0 = given)")
+      raise Mistake("unmasked_at must hold integers >= 0 (0 = given)")
 
   @property
   def steps(self) -> int:
@@ -103,12 +105,12 @@ def terminal(unmasking: Unmasking, *, frames: int = 4) -> Text:
   Where the terminal has no colour rich leaves plain text, and the frames still tell the order.
 
   Raises:
-    ValueError: `frames` is less than 1.
+    Mistake: `frames` is less than 1.
   """
   from rich.text import Text
 
   if frames < 1:
-    raise ValueError(f"frames must be at least 1, got {frames}")
+    raise Mistake(f"frames must be at least 1, got {frames}")
   steps, unmasked_at = unmasking.steps, unmasking.unmasked_at
   out = Text(overflow="fold")
   if unmasking.title:
@@ -188,11 +190,11 @@ def heat_map(unmaskings: Sequence[Unmasking], title: str = "") -> Html:
   positions and steps, and tells its numbers under the pointer. It is a page, and a fragment, as `html` is.
 
   Raises:
-    ValueError: there is no canvas with a token in it.
+    Mistake: there is no canvas with a token in it.
   """
   L, steps = max((len(u.pieces) for u in unmaskings), default=0), max((u.steps for u in unmaskings), default=0)
   if not L:
-    raise ValueError("heat_map: there is no canvas with a token in it")
+    raise Mistake("heat_map: there is no canvas with a token in it")
   w, h = -(-L // 96), max(1, -(-steps // 64))  # positions and steps of a cell
   X, Y = -(-L // w), max(1, -(-steps // h))
   count, confidence = np.zeros((2, Y + 1, X))  # row 0: given

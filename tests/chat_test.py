@@ -16,6 +16,7 @@ from rich.text import Text
 import lladax
 from lladax import chat, config
 from lladax.llada import Sampled
+from lladax.mistake import Mistake
 from lladax.sampling import SamplerConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -37,7 +38,7 @@ class Fake:
   def stream(self, messages, every="block", **options):
     SamplerConfig(**options)  # an unknown option is a TypeError
     if len(messages[-1]["content"]) > 100:
-      raise ValueError("a canvas of 101 tokens is longer than model.max_length=100")
+      raise Mistake("a canvas of 101 tokens is longer than model.max_length=100")
     self.asked.append(messages)
     self.options.append(options)
     text = messages[-1]["content"][::-1] if self.reply is None else self.reply

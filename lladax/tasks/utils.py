@@ -15,6 +15,7 @@ import datasets
 from lm_eval.api.samplers import ContextSampler
 
 from lladax import sandbox
+from lladax.mistake import Mistake
 
 
 @functools.cache
@@ -24,7 +25,7 @@ def _read(folder, name):
     if folder and path.is_file():
       with (lzma.open if kind.endswith(".xz") else open)(path, "rt", encoding="utf-8") as file:
         return json.load(file) if ".jsonl" not in kind else [json.loads(line) for line in file if line.strip()]
-  raise ValueError(
+  raise Mistake(
     f"data_dir={folder!r}: there is no {name}.jsonl (or .json, or .xz of them) in it; give the folder of the benchmarks"
     " as data_dir, or in LLADAX_EVAL_DATA"
   )
@@ -95,7 +96,7 @@ def _minerva():
   try:
     from lm_eval.tasks.minerva_math import utils
   except (ModuleNotFoundError, AssertionError) as error:
-    raise ValueError("the tasks of mathematics compare formulas: pip install 'lm-eval[math]'") from error
+    raise Mistake("the tasks of mathematics compare formulas: pip install 'lm-eval[math]'") from error
   return utils
 
 
