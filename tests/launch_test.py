@@ -287,3 +287,159 @@ def test_local_trains(tmp_path, tiny_flags, quick_compiles):
   assert run.returncode == 0, run.stdout + run.stderr
   lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   assert [line["step"] for line in lines] == [1, 2, 3]
+
+
+# slurm.sh, tpu_vm.sh, gke.yaml: their own lines, with the programs of the cluster in play
+
+
+def put(folder, **programs):
+  """Programs of these names in a folder that a PATH may begin with; $SEEN is where they say how they were called."""
+  folder.mkdir(exist_ok=True)
+  for name, body in programs.items():
+    (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+    (folder / name).chmod(0o755)
+  return folder
+
+
+def seen(tmp_path, name):
+  """The calls of a program, each as its arguments."""
+  path = tmp_path / "seen" / name
+  return [call.split("\0")[:-1] for call in path.read_text().split("\n\0")[:-1]] if path.exists() else []
+
+
+NOTE = 'mkdir -p "$SEEN"; { printf "%s\\0" "$@"; printf "\\n\\0"; } >>"$SEEN/$(basename "$0")"\n'
+
+
+def slurm(tmp_path, python, *flags, **env):
+  """slurm.sh as sbatch starts it, on one node: `python` is shell code that knows `$try`, counted from 1."""
+  (tmp_path / "venv" / "bin").mkdir(parents=True, exist_ok=True)
+  (tmp_path / "venv" / "bin" / "activate").write_text("")
+  run = 'while [[ "$1" == --* ]]; do shift; done; exec "$@"'
+  bin = put(
+    tmp_path / "bin",
+    srun=NOTE + run,
+    scontrol=NOTE,
+    sleep="",
+    python=f'{NOTE}echo "$XLA_FLAGS" >"$SEEN/flags"; try=$(grep -c lladax.main "$SEEN/python")\n{python}',
+  )
+  env = {"VENV": str(tmp_path / "venv"), "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "77", **env}
+  env |= {"PATH": f"{bin}{os.pathsep}{os.environ['PATH']}", "SEEN": str(tmp_path / "seen")}
+  run = subprocess.run(
+    ["bash", ROOT / "launch" / "slurm.sh", *flags], cwd=tmp_path, env=os.environ | env, timeout=60, capture_output=True,
+    text=True,
+  )  # fmt: skip
+  return run.returncode, run.stderr
+
+
+FLAGS = ["--config=configs/llada_8b.py", "--workdir=/shared/a b", "--config.data.corpus=files:/data/*.jsonl"]
+
+
+def test_slurm_starts_one_process_a_task_with_the_flags_as_they_are(tmp_path):
+  assert slurm(tmp_path, "exit 0", *FLAGS) == (0, "")
+  assert seen(tmp_path, "python") == [["-m", "lladax.main", *FLAGS]]
+  ((*options, _, _, _, _, _, _),) = seen(tmp_path, "srun")
+  assert {"--wait=120", "--kill-on-bad-exit=0"} <= set(options)  # the others may finish their checkpoint
+  assert (tmp_path / "seen" / "flags").read_text().count("--xla_gpu_") > 3
+
+
+@pytest.mark.parametrize("code", [1, 130])
+def test_slurm_does_not_restart_what_a_restart_cannot_mend(tmp_path, code):
+  assert slurm(tmp_path, f"exit {code}")[0] == code
+  assert len(seen(tmp_path, "python")) == 1
+
+
+def test_slurm_restarts_crashes_and_hangs_up_to_a_limit(tmp_path):
+  code, out = slurm(tmp_path, "case $try in 1) exit 75 ;; 2) exit 70 ;; *) exit 0 ;; esac", MAX_RESTARTS="2")
+  assert code == 0 and len(seen(tmp_path, "python")) == 3
+  assert [line.split(": ")[1] for line in out.splitlines()] == [
+    "exit code 75, restart 1 of 2", "exit code 70, restart 2 of 2"
+  ]  # fmt: skip
+  assert slurm(tmp_path, "exit 75", MAX_RESTARTS="1")[0] == 75
+  assert len(seen(tmp_path, "python")) == 3 + 2
+
+
+@pytest.mark.parametrize("left, requeued", [(60, [["requeue", "77"]]), (7200, [])])
+def test_slurm_goes_back_into_the_queue_at_the_time_limit_alone(tmp_path, left, requeued):
+  code, _ = slurm(tmp_path, "exit 143", SLURM_JOB_END_TIME=str(int(time.time()) + left))
+  assert (code, seen(tmp_path, "scontrol")) == (143, requeued)
+  assert len(seen(tmp_path, "python")) == 1
+
+
+def test_slurm_in_a_container(tmp_path):
+  mounts = {"CONTAINER": "lladax.sqsh", "MOUNTS": "/shared:/shared", "VENV": "/nowhere"}
+  assert slurm(tmp_path, "exit 0", *FLAGS, **mounts)[0] == 0
+  (options,) = seen(tmp_path, "srun")
+  assert {"--container-image=lladax.sqsh", "--container-mounts=/shared:/shared"} <= set(options)
+
+
+def tpu_vm(tmp_path, *args, **env):
+  """tpu_vm.sh with one worker: this machine, whose home is a folder of its own."""
+  home = tmp_path / "home"
+  gcloud = """last=${@: -1}
+  case "$4" in
+    scp) cp "$5" "$HOME_OF_THE_WORKER/${6#*:}" ;;
+    ssh) cd "$HOME_OF_THE_WORKER" && HOME=$PWD exec bash -c "${last#--command=}" ;;
+  esac"""
+  systemd_run = 'while [[ "$1" == --* ]]; do [[ "$1" == --working-directory=* ]] && cd "${1#*=}"; shift; done; "$@"'
+  bin = put(
+    tmp_path / "bin", gcloud=NOTE + gcloud, sudo=f'{NOTE}[[ "$1" != systemd-run ]] || {{ shift; {systemd_run}; }}'
+  )
+  put(bin, python3=NOTE)
+  for folder, name in ((home / ".local" / "bin", "uv"), (home / "venv" / "bin", "python")):
+    folder.mkdir(parents=True, exist_ok=True)
+    put(folder, **{name: NOTE + 'printf "%s\\n" "$PWD" "$LIBTPU_INIT_ARGS" "$JAX_COMPILATION_CACHE_DIR" >"$SEEN/env"'})
+  env |= {"PATH": f"{bin}{os.pathsep}{os.environ['PATH']}", "SEEN": str(tmp_path / "seen")}
+  run = subprocess.run(
+    [ROOT / "launch" / "tpu_vm.sh", *args], env=os.environ | env | {"HOME_OF_THE_WORKER": str(home)}, timeout=60,
+    capture_output=True, text=True,
+  )  # fmt: skip
+  return run.returncode, run.stderr
+
+
+def test_tpu_vm_copies_the_checkout_and_runs_in_it_with_the_flags_as_they_are(tmp_path):
+  assert tpu_vm(tmp_path, "setup") == (0, "")
+  assert (tmp_path / "home" / "lladax" / "configs" / "llada_8b.py").read_bytes() == (
+    ROOT / "configs" / "llada_8b.py"
+  ).read_bytes()
+  assert ["pip", "install", "-q", "--python=venv/bin/python", "-e", "./lladax[tpu]"] in seen(tmp_path, "uv")
+  assert tpu_vm(tmp_path, "run", *FLAGS, ACCELERATOR="v6e-256", NFS="10.0.0.2:/share")[0] == 0
+  assert seen(tmp_path, "python") == [["-m", "lladax.main", *FLAGS]]
+  where, args, cache = (tmp_path / "seen" / "env").read_text().splitlines()
+  assert where == str(tmp_path / "home" / "lladax") and "vmem" in args and cache == "/mnt/lladax/jax_cache"
+  (unit,) = [call for call in seen(tmp_path, "sudo") if call[0] == "systemd-run"]
+  assert {"--property=Restart=on-failure", "--property=RestartPreventExitStatus=1 130"} <= set(unit)
+
+
+def test_tpu_vm_asks_for_what_was_named_and_gives_it_back(tmp_path):
+  named = {"NAME": "llada", "ZONE": "us-east5-b", "ACCELERATOR": "v5p-128", "CREATE_FLAGS": "--spot --network=mine"}
+  for action in ("create", "status", "stop", "delete"):
+    assert tpu_vm(tmp_path, action, SLICES="2", **named)[0] == 0
+  create, status, stop, delete = seen(tmp_path, "gcloud")
+  assert create[:5] == ["compute", "tpus", "queued-resources", "create", "llada"]
+  assert {"--node-count=2", "--node-prefix=llada", "--accelerator-type=v5p-128", "--spot", "--network=mine"} <= set(
+    create
+  )
+  assert status[3] == "describe" and delete[3:] == ["delete", "llada", "--zone=us-east5-b", "--force"]
+  assert seen(tmp_path, "sudo") == [["systemctl", "stop", "lladax"]] and "--worker=all" in stop
+
+
+def test_tpu_vm_without_an_action_or_flags_says_how(tmp_path):
+  for args in ((), ("run",), ("restart",)):
+    code, out = tpu_vm(tmp_path, *args)
+    assert code == 1 and "launch/tpu_vm.sh create" in out and not seen(tmp_path, "gcloud")
+
+
+def test_the_jobset_s_script_is_a_command_of_lladax(tmp_path, jobset):
+  (container,) = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+  bin = put(tmp_path / "bin", python=NOTE + 'echo "$LIBTPU_INIT_ARGS" >"$SEEN/args"')
+  env = {"PATH": f"{bin}{os.pathsep}{os.environ['PATH']}", "SEEN": str(tmp_path / "seen")}
+  code, out = (
+    subprocess.run([*container["command"], *container["args"]], cwd=ROOT, env=os.environ | env, timeout=60).returncode,
+    seen(tmp_path, "python"),
+  )
+  ((module, name, *flags),) = out
+  assert (code, module, name) == (0, "-m", "lladax.main") and "--xla_tpu" in (tmp_path / "seen" / "args").read_text()
+  given = dict(flag.removeprefix("--").split("=", 1) for flag in flags)
+  assert given["config.data.corpus"] == "files:/shared/data/*.jsonl.xz"  # not opened up by the shell
+  config, _, topology = given["config"].partition(":")
+  assert (ROOT / config).is_file() and topology in (ROOT / config).read_text()
