@@ -76,14 +76,15 @@ def lladax_train(a: dict, exact: bool) -> Callable[[], object]:
   import jax
   import jax.numpy as jnp
 
+  from configs import base
   from lladax import config, optimizer, train
 
-  values = {"seed": 0, "objective": "diffusion", "steps": 1000, "micro_batches": 1}
-  values |= dict.fromkeys(("tokenizer", "optimizer", "mesh", "checkpoint", "log", "evaluate", "sample"), {})
-  values["model"] = {name: a[name] for name in SIZES} | {"G": a["H"]}
-  values["data"] = {"length": a["L"], "batch_size": a["B"]}
-  values["noise"] = {"masking": "exact", "times": "antithetic"} if exact else {}
-  c = config.parse(values)
+  values = base.get_config()
+  values.model.update({name: a[name] for name in SIZES}, G=a["H"])
+  values.data.update(length=a["L"], batch_size=a["B"])
+  if exact:
+    values.noise.update(masking="exact", times="antithetic")
+  c = config.parse(values.to_dict())
   tx = optimizer.create(c.optimizer, c.steps, c.model.letters())
   params = c.model.init(jax.random.key(0))
   state = train.State(jnp.int32(0), params, tx.init(params))
