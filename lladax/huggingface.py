@@ -114,7 +114,7 @@ class Published:
 
 
 def is_published(folder: Path) -> bool:
-  """Whether the folder's config.json is a published one, and not a workdir's."""
+  """Whether the folder's config.json is a published one, and not a workdir's; Missing where there is none."""
   return not isinstance(_config(folder).get("model"), dict)
 
 
@@ -293,7 +293,7 @@ def _refusal(config: dict[str, Any]) -> str | None:
 
 
 def _rope_theta(config: dict[str, Any], problems: list[str]) -> Any:
-  """Of rotary embeddings, wherever it stands; None: nowhere. All but the plain kind is a problem.
+  """The base of the rotary embeddings, wherever it stands; None: nowhere. All but their plain kind is a problem.
 
   Transformers 5 writes `rope_parameters`: theta, the kind, and its settings; or one such object per type of layer.
   """
@@ -321,7 +321,7 @@ def _rope_theta(config: dict[str, Any], problems: list[str]) -> Any:
 
 
 def _model(config: dict[str, Any], family: int, problems: list[str]) -> MaskPredictorConfig | None:
-  """The model of a config.json; what is wrong with it is added to `problems`. Every key is known, or is one."""
+  """The model of a config.json; what is wrong with it is added to `problems`, and so is each key that is not known."""
   config = {name: x for name, x in config.items() if not name.startswith("_")}  # _name_or_path and its kin
   layer_types = config.get("layer_types")
   if isinstance(layer_types, list) and all(x == "full_attention" for x in layer_types):
@@ -335,6 +335,11 @@ def _model(config: dict[str, Any], family: int, problems: list[str]) -> MaskPred
       problems.append(f"{name}={shown(value)} is not supported, only {shown(allowed[0])}")
     elif not (allowed or value is None or name in fields_named or name in _USED or name in _HARMLESS):
       problems.append(f"{named(name)}={shown(value)} is not known: it may change what the model computes")
+  for name in ("vocab_size", "mask_token_id", "eos_token_id", "pad_token_id"):
+    value = config.get(name)
+    ids = value if name == "eos_token_id" and isinstance(value, list) and value else [value]
+    if not all(x is None or type(x) is int for x in ids):
+      problems.append(f"{name}={shown(value)}: expected int")
   config["rope_theta"] = _rope_theta(config, problems)
   fields: dict[str, Any] = {}
   stand_in = {"G": config.get("n_heads", config.get("num_attention_heads")), "V": config.get("vocab_size")}

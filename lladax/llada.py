@@ -427,11 +427,10 @@ def load(path: str | Path, step: int | None = None, mesh: Mesh | None = None) ->
     Missing: there is no such folder, no run, or no checkpoint.
     Mistake: the vocabulary and the checkpoint disagree, or nothing can be read, or the layout is not supported.
   """
-  at = Path(os.path.expanduser(path))
-  if at.parent.name == "checkpoints" and at.name.isdecimal() and not (at / "config.json").exists():
-    path, step = at.parent.parent, int(at.name)
-  elif at.name == "checkpoints" and not (at / "config.json").exists():
-    path = at.parent
+  given = Path(os.path.expanduser(path))
+  folder = given.parent if given.name.isdecimal() else given
+  if folder.name == "checkpoints" and not (given / "config.json").exists():
+    path, step = folder.parent, step if folder == given else int(given.name)
   workdir = huggingface.find(path)
   if huggingface.is_published(workdir):
     published = huggingface.read(workdir)

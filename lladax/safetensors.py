@@ -67,8 +67,8 @@ def headers(folder: Path, problems: list[str]) -> dict[str, Tensor]:
     else:
       try:
         with safe_open(path, "numpy") as file:
-          slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-          found = {name: Tensor(path, name, tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
+          slices = {tensor: file.get_slice(tensor) for tensor in file.keys()}
+          found = {x: Tensor(path, x, tuple(part.get_shape()), part.get_dtype()) for x, part in slices.items()}
       except SafetensorError as error:
         why = str(error).removeprefix("Error while deserializing header: ")
         problems.append(f"{name} is no whole safetensors file, get it again: {named(why, 200)}")

@@ -217,6 +217,9 @@ def test_everything_wrong_is_named_at_once(tmp_path):
       "neither a workdir's nor a published model's: there is no model_type",
     ),
     ({"rope_theta": None}, "rope_theta is missing"),
+    ({"vocab_size": "250"}, 'vocab_size="250": expected int'),
+    ({"eos_token_id": []}, r"eos_token_id=\[\]: expected int"),
+    ({"mask_token_id": "[MASK]"}, r'mask_token_id="\[MASK\]": expected int'),
     ({"rope_theta": float("inf")}, "rope_theta=Infinity: must be a number above 0"),
     ({"rope_theta": 0}, "rope_theta=0: must be a number above 0"),
     ({"head_dim": 16}, "d_model=64 is not n_heads=8 heads of head_dim=16"),
@@ -560,7 +563,7 @@ def test_hub_names(monkeypatch):
   monkeypatch.setattr(huggingface_hub, "snapshot_download", refused)
   response = types.SimpleNamespace(headers={}, request=None)
   network = errors.HfHubHTTPError.__bases__[0]  # the base of all that the HTTP library raises
-  for failure, said in (
+  for error, said in (
     (errors.LocalEntryNotFoundError("no network\nat all"), "no network"),
     (errors.GatedRepoError("403", response=response), "it is gated: ask for access on its page"),
     (errors.RepositoryNotFoundError("404", response=response), "there is no such repository on the hub, or it is"),
@@ -570,9 +573,10 @@ def test_hub_names(monkeypatch):
     (network("x" * 10_000), "x{300}…$"),
     (ConnectionError(), "ConnectionError$"),
   ):
-    with pytest.raises(FileNotFoundError, match=f"^hf://OWNER/NAME@v1: {said}") as error:
+    failure = error
+    with pytest.raises(FileNotFoundError, match=f"^hf://OWNER/NAME@v1: {said}") as raised:
       lladax.load("hf://OWNER/NAME@v1")
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(raised.value)
   failure = AttributeError("of a bug, not of the network")
   with pytest.raises(AttributeError):  # a crash stays one
     lladax.load("hf://OWNER/NAME")
@@ -668,6 +672,18 @@ def peak(what, size):
   env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
   code = MEASURE.format(what=what, size=size)
   return float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True, stdout=-1).stdout)
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
+def test_rows_are_read_alone(tmp_path):
+  """16 MiB of a tensor of 1 GiB: at most those, mapped and copied."""
+  path, shape = tmp_path / "model.safetensors", (2**16, 2**13)
+  header = json.dumps({"a": {"dtype": "BF16", "shape": shape, "data_offsets": [0, 2**30]}}).encode()
+  path.write_bytes(len(header).to_bytes(8, "little") + header)
+  os.truncate(path, path.stat().st_size + 2**30)
+  imports = "from lladax import safetensors; from pathlib import Path"
+  tensor = f"safetensors.headers(Path({str(tmp_path)!r}), [])['a']"
+  assert peak(f"{imports}; x = {tensor}.rows(1000, 1024); assert x.shape == (1024, 8192)", 2**30) < 0.1
 
 
 SHAPES = {
