@@ -1,6 +1,6 @@
 """LLaDA 8B, supervised fine-tuning (arXiv 2502.09992, section 2.3 and appendix B.1).
 
-  python -m lladax.main --mode=import --source=GSAI-ML/LLaDA-8B-Base --workdir=/shared/runs/llada_8b_base
+  python -m lladax.main --mode=import --source=hf://GSAI-ML/LLaDA-8B-Base --workdir=/shared/runs/llada_8b_base
   python -m lladax.main --config=configs/llada_8b_sft.py --workdir=/shared/runs/llada_8b_sft \
     --config.init_from=/shared/runs/llada_8b_base --config.data.corpus='files:/data/sft/*.jsonl.gz'
 

@@ -18,10 +18,10 @@ from lladax.mistake import Mistake
 
 
 def from_published(source: str | Path, workdir: Path, values: dict[str, Any]) -> None:
-  """Makes a published folder, or hub name, into a workdir with the checkpoint of step 0, in the files' dtypes.
+  """Makes a published folder, or one of the hub, into a workdir with the checkpoint of step 0, in the files' dtypes.
 
   Args:
-    source: folder or hub name.
+    source: folder, or hf://OWNER/NAME[@REVISION].
     workdir: new, or empty.
     values: a run's config as plain values; its model, and its tokenizer if there is one, become the source's. A mesh
       that slices parameters is used.
@@ -34,7 +34,7 @@ def from_published(source: str | Path, workdir: Path, values: dict[str, Any]) ->
   published = huggingface.read(huggingface.find(source))
   text = published.identity["tokenizer"]
   for path in published.folder.iterdir():
-    if path.suffix in huggingface.KEPT and path.name != safetensors.INDEX:
+    if path.is_file() and path.suffix in huggingface.KEPT and path.name != safetensors.INDEX:
       (workdir / "published").mkdir(parents=True, exist_ok=True)
       shutil.copyfile(path, workdir / "published" / path.name)
   if text:

@@ -1,16 +1,18 @@
 """Published checkpoints, both ways: a folder of config.json and *.safetensors, as LLaDA and iLLaDA come.
 
-The life of a tensor: rows of a mapped file -> the device, in the file's shape and dtype -> one compiled program
+The life of a tensor: rows of a file -> the device, in the file's shape and dtype -> one compiled program
 that reshapes, transposes, casts and writes them into their place in the stacked parameter, where they stay. The
 host never holds more than one tensor of a layer, or `_ROWS` rows of the vocabulary; export is the same backwards.
 """
 
 import dataclasses
+import difflib
 import functools
 import importlib
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +28,7 @@ from lladax import checkpoint, safetensors
 from lladax import tokenizer as tokenizers
 from lladax.mask_predictor import MaskPredictorConfig, Params
 from lladax.mistake import Missing, Mistake
+from lladax.safetensors import named, read_json, shown
 
 _ROWS = 8192  # of the vocabulary that are moved at once
 KEPT = (".json", ".jinja", ".model", ".py", ".txt")  # of a published folder, beside its tensors
@@ -68,8 +71,35 @@ _LLADA_OPTIONS: dict[str, tuple] = {
 }  # fmt: skip
 _OPTIONS = _LLADA_OPTIONS | {
   "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "layer_norm_eps": (None,),
-  "resid_pdrop": (0.0,), "embd_pdrop": (0.0,), "quantization_config": (None,), "rope_scaling": (None, {}),
+  "resid_pdrop": (0.0,), "embd_pdrop": (0.0,), "quantization_config": (None,), "partial_rotary_factor": (1.0, None),
+  "use_sliding_window": (False,), "sliding_window": (None,), "layer_types": ("full_attention", None),
+  "use_mrope": (False,), "use_bias": (False,), "use_qkv_bias": (False,), "qk_layernorm": (False,), "num_experts": (0,),
+  "is_causal": (False,), "is_encoder_decoder": (False,), "add_cross_attention": (False,), "pruned_heads": ({},),
 }  # fmt: skip
+# Read elsewhere in this file, beside FIELDS: `_refusal`, `_rope_theta`, `_model`, `identity`.
+_USED = """model_type architectures rope_scaling rope_parameters head_dim mlp_ratio vocab_size
+eos_token_id mask_token_id pad_token_id""".split()
+# What no answer depends on, whatever it says: records, how it began, how it is to be run, defaults of generation.
+_HARMLESS = """auto_map transformers_version torch_dtype dtype tokenizer_class bos_token_id cls_token_id sep_token_id
+unk_token_id decoder_start_token_id finetuning_task task_specific_params problem_type id2label label2id num_labels
+prefix unsloth_version unsloth_fixed
+init_device init_fn init_std init_cutoff_factor initializer_range initializer_cutoff_factor
+alibi_bias_max attention_layer_norm_with_affine max_window_layers
+precision rope_full_precision flash_attention use_flash_attention attn_implementation pretraining_tp use_cache
+use_return_dict return_dict output_attentions output_hidden_states torchscript use_bfloat16 tf_legacy_loss
+gradient_checkpointing chunk_size_feed_forward is_decoder cross_attention_hidden_size tie_encoder_decoder
+max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature
+top_k top_p min_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
+remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens""".split()
+# A part of the name of a model that is not read, and why it is not.
+_OTHERS = (
+  ("llada2", "it generates by blocks, and is a mixture of experts"),
+  ("moe", "it is a mixture of experts"),
+  ("dream", "its logits are shifted by one position, and its q, k and v have biases"),
+  ("sdar", "it generates by blocks, and norms its queries and keys"),
+)
+_PROBLEMS = 8  # that are said; of the others only how many there are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,59 +114,108 @@ class Published:
 
 
 def is_published(folder: Path) -> bool:
-  """Whether the folder's config.json is a published one, and not a workdir's."""
-  path = folder / "config.json"
-  return path.is_file() and _family(_json(path)) is not None
+  """Whether the folder's config.json is a published one, and not a workdir's; Missing where there is none."""
+  return not isinstance(_config(folder).get("model"), dict)
 
 
 def find(source: str | Path) -> Path:
-  """The folder itself, or the folder of a hub name (OWNER/NAME), downloaded.
+  """The folder that a name of a model means; the hub is asked for hf://OWNER/NAME[@REVISION], and for nothing else.
+
+  Of the root of a repository in the hub's cache it is the snapshot of `main`, or the only one.
 
   Raises:
-    Missing: it is neither.
-    Mistake: it may be a hub name, but huggingface_hub is not installed.
+    Missing: there is no such folder, or no such repository.
+    Mistake: it is something else than a folder; the hub cannot be asked.
   """
-  folder = Path(source).expanduser()
-  if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
+  name = str(source)
+  if match := re.fullmatch(r"hf:/+([^/@]+/[^/@]+?)(?:@(.+?))?/*", name):
+    return _download(*match.groups())
+  folder = Path(os.path.expanduser(name))
+  if os.path.isdir(folder):
+    return _snapshot(folder)
+  if os.path.exists(folder):
+    raise Mistake(f"{source}: it is a file: give its folder, {folder.parent}")
+  if re.match(r"[a-z][\w+-]*:/", name):
+    known = "a hub name is written hf://OWNER/NAME or hf://OWNER/NAME@REVISION"
+    raise Mistake(f"{source}: {known if name.startswith('hf:') else 'models are read from folders, and from hf://'}")
+  instead = safetensors.stand_in(folder)
+  advice = [instead or "there is no such folder"]
+  siblings = [x.name for x in folder.parent.iterdir() if x.is_dir()] if os.path.isdir(folder.parent) else []
+  if near := difflib.get_close_matches(folder.name, siblings, 1):
+    advice.append(f"did you mean {folder.parent / near[0]}?")
+  if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+    advice.append(f"a repository on the Hugging Face hub is written hf://{name}")
+  raise Missing(f"{source}: {'; '.join(advice)}")
+
+
+def _snapshot(folder: Path) -> Path:
+  """The folder, or where it is a repository's root in the hub's cache, the snapshot that is meant."""
+  if (folder / "config.json").exists() or not (folder / "snapshots").is_dir():
     return folder
+  found = sorted(x.name for x in (folder / "snapshots").iterdir())
+  main = folder / "refs" / "main"
+  wanted = main.read_text().strip() if main.is_file() else ""
+  if wanted in found or len(found) == 1:
+    return folder / "snapshots" / (wanted if wanted in found else found[0])
+  snapshots = f"name one of its snapshots: {_listed(found)}" if found else "and there is no snapshot in it"
+  raise Missing(f"{folder} is a repository in the hub's cache: {snapshots}")
+
+
+def _download(name: str, revision: str | None) -> Path:
+  """The folder that a repository on the hub is downloaded to, or was."""
+  said = f"hf://{name}" + (f"@{revision}" if revision else "")
   try:
-    hub = importlib.import_module("huggingface_hub")
+    hub, errors = (importlib.import_module(x) for x in ("huggingface_hub", "huggingface_hub.errors"))
   except ImportError:
-    raise Mistake(
-      f"{source}: there is no such folder; if it is a name on the Hugging Face hub: pip install huggingface_hub"
-    ) from None
+    raise Mistake(f"{said}: to ask the Hugging Face hub: pip install huggingface_hub") from None
   try:
-    return Path(hub.snapshot_download(str(source), allow_patterns=["*.safetensors", *(f"*{x}" for x in KEPT)]))
-  except Exception as error:  # of the network, of the hub, of the name: one line serves for all
-    why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    raise Missing(f"{source}: there is no such folder, and not on the hub either: {why}") from error
+    patterns = ["*.safetensors", *(f"*{x}" for x in KEPT)]
+    return Path(hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+  except errors.GatedRepoError:
+    why = "it is gated: ask for access on its page, and log in (hf auth login)"
+  except errors.RepositoryNotFoundError:
+    why = "there is no such repository on the hub, or it is private (hf auth login)"
+  except errors.RevisionNotFoundError:
+    why = "the repository has no such revision"
+  except (OSError, errors.EntryNotFoundError, errors.HFValidationError, *errors.HfHubHTTPError.__bases__) as error:
+    why = (str(error).strip().splitlines() or [type(error).__name__])[0]  # of the network, mostly
+  raise Missing(f"{said}: {named(why, 300)}")
 
 
 def read(folder: Path) -> Published:
   """Reads config.json, the tokenizer and the headers of the tensors' files, and checks them against each other.
 
   Raises:
-    Missing: no config.json, or no file of tensors.
-    Mistake: everything that is wrong, in one line.
+    Missing: no config.json.
+    Mistake: what is wrong, in one line.
   """
-  if not (folder / "config.json").is_file():
-    raise Missing(f"{folder}: there is no config.json in it")
-  config = _json(folder / "config.json")
+  config = _config(folder)
+  if refusal := _refusal(config):
+    raise Mistake(f"{folder}: {refusal}")
   problems: list[str] = []
+  for path in sorted(folder.iterdir()):
+    if path.suffix in KEPT and (instead := safetensors.stand_in(path)):
+      problems.append(f"{path.name} {instead}")
+  tensors = safetensors.headers(folder, problems)
+  broken = bool(problems)  # what is in the other files is said when these are mended
   family = _family(config)
-  if family is None:
-    raise Mistake(f"{folder}: config.json is not LLaDA's: there is neither d_model nor hidden_size in it")
-  model, tensors = _model(config, family, problems), safetensors.headers(folder, problems)
-  if model is not None:
+  model = _model(config, family, problems)
+  if model is not None and not broken:
     _compare(model, family, tensors, problems)
   if problems or model is None:
-    raise Mistake(f"{folder}: {'; '.join(problems)}")
+    raise Mistake(f"{folder}: {_listed(problems)}")
   return Published(folder, family, model, tensors, identity(folder, model))
+
+
+def _listed(problems: list[str]) -> str:
+  """The first few; a folder of another model has thousands."""
+  more = [f"and {len(problems) - _PROBLEMS} more"] if len(problems) > _PROBLEMS else []
+  return "; ".join(problems[:_PROBLEMS] + more)
 
 
 def identity(folder: Path, model: MaskPredictorConfig, text: tokenizers.Tokenizer | None = None) -> dict[str, Any]:
   """Tokenizer (None without its files) and special ids of a published folder, under their names in LLaDA."""
-  config = _json(folder / "config.json")
+  config = read_json(folder / "config.json")
   eos_id, mask_id = config.get("eos_token_id"), config.get("mask_token_id")
   eos_id = eos_id[0] if isinstance(eos_id, list) else eos_id
   if text is None and (folder / tokenizers.SETTINGS).is_file():
@@ -176,27 +255,92 @@ def _tokenizer_config(path: Path, eos_id, mask_id, pad_id) -> tokenizers.Tokeniz
   return tokenizers.TokenizerConfig("huggingface", str(path), eos=eos, mask=mask, pad=pad if pad != eos else "")
 
 
-def _json(path: Path) -> dict[str, Any]:
-  try:
-    return json.loads(path.read_text("utf-8"))
-  except ValueError as error:
-    raise Mistake(f"{path} is no JSON: {error}") from None
+def _config(folder: Path) -> dict[str, Any]:
+  """What config.json holds; Missing where there is none, with the folders below that have one."""
+  if not os.path.lexists(folder / "config.json"):
+    below = [str(path.parent) for path in sorted(folder.glob("*/config.json"))]
+    hint = f"; did you mean {below[0]}?" if below else ""
+    raise Missing(f"{folder}: there is no config.json in it{hint}")
+  return read_json(folder / "config.json")
 
 
-def _family(config: dict[str, Any]) -> int | None:
-  """Which column of the tables: 0 LLaDA, 1 iLLaDA; None: neither."""
-  return 0 if "d_model" in config else 1 if "hidden_size" in config else None
+def _family(config: dict[str, Any]) -> int:
+  """Which column of the tables: 0 LLaDA's names, 1 iLLaDA's."""
+  return 0 if "d_model" in config else 1
+
+
+def _refusal(config: dict[str, Any]) -> str | None:
+  """Why a model is not read, which its config.json tells by its names; None if it is LLaDA's or iLLaDA's.
+
+  LLaDA-MoE calls itself `llada`, too. Of a Llama, which iLLaDA's names are those of, the mask token tells what it is.
+  """
+  kind, classes = config.get("model_type"), config.get("architectures")
+  names = [x for x in (kind, *(classes if isinstance(classes, list) else [classes])) if isinstance(x, str)]
+  experts = next((x for x in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(x)), None)
+  why = next((why for part, why in _OTHERS if any(part in x.lower() for x in names)), None)
+  if not names:
+    return "config.json is neither a workdir's nor a published model's: there is no model_type in it"
+  if experts and not why:
+    why = f"it is a mixture of experts ({experts}={shown(config[experts])})"
+  elif not why and any("llada" in x.lower() for x in names):
+    why = None if config.keys() & {"d_model", "hidden_size"} else "there is neither d_model nor hidden_size in it"
+  elif not why and config.get("mask_token_id") is None:
+    why = "it names no mask_token_id, so it is no mask predictor"
+  elif not why and (kind != "llama" or "hidden_size" not in config):
+    why = "this layout is not known"
+  said = f"config.json is of model_type={shown(kind)}, architectures={shown(classes)}"
+  return why and f"{said}: {why}; only LLaDA and iLLaDA are supported, dense ones"
+
+
+def _rope_theta(config: dict[str, Any], problems: list[str]) -> Any:
+  """The base of the rotary embeddings, wherever it stands; None: nowhere. All but their plain kind is a problem.
+
+  Transformers 5 writes `rope_parameters`: theta, the kind, and its settings; or one such object per type of layer.
+  """
+  found = {"rope_theta": config.get("rope_theta")}
+  for name in ("rope_scaling", "rope_parameters"):
+    value = config.get(name) or {}
+    layers = isinstance(value, dict) and value and all(isinstance(x, dict) for x in value.values())
+    for part, settings in ({f"{name}.{x}": value[x] for x in value} if layers else {name: value}).items():
+      if not isinstance(settings, dict):
+        problems.append(f"{part}={shown(settings)}: expected an object")
+        continue
+      kind = settings.get("rope_type") or settings.get("type") or "default"
+      for key, x in settings.items():
+        if key == "rope_theta":
+          found[f"{part}.{key}"] = x
+        elif kind != "default" and key not in ("rope_type", "type"):
+          continue  # the kind is what is refused
+        elif x not in (None, "default" if key in ("rope_type", "type") else 1.0):
+          problems.append(f"{named(part)}.{named(key)}={shown(x)} is not supported, only the plain RoPE")
+  given = {name: x for name, x in found.items() if x is not None}
+  theta = next(iter(given.values()), None)
+  if any(x != theta for x in given.values()):
+    problems.append(" and ".join(f"{name}={shown(x)}" for name, x in given.items()) + " disagree")
+  return theta
 
 
 def _model(config: dict[str, Any], family: int, problems: list[str]) -> MaskPredictorConfig | None:
-  """The model of a config.json; what is wrong with it is added to `problems`."""
-  for name, allowed in _OPTIONS.items():
-    value = config.get(name, allowed[0])
-    if name == "rope_scaling" and isinstance(value, dict):  # spelled out, but none
-      kind = value.get("rope_type", value.get("type", "default"))
-      value = {} if kind == "default" and value.get("factor", 1.0) == 1.0 else value
-    if value not in allowed:
-      problems.append(f"{name}={json.dumps(value)} is not supported, only {json.dumps(allowed[0])}")
+  """The model of a config.json; what is wrong with it is added to `problems`, and so is each key that is not known."""
+  config = {name: x for name, x in config.items() if not name.startswith("_")}  # _name_or_path and its kin
+  layer_types = config.get("layer_types")
+  if isinstance(layer_types, list) and all(x == "full_attention" for x in layer_types):
+    config["layer_types"] = "full_attention"
+  if config.get("use_sliding_window") is False:
+    config.pop("sliding_window", None)
+  fields_named = {name for _, *names in FIELDS for name in names}
+  for name, value in config.items():
+    allowed = _OPTIONS.get(name)
+    if allowed and value not in allowed and (value is not None or any(allowed)):  # null is not true
+      problems.append(f"{name}={shown(value)} is not supported, only {shown(allowed[0])}")
+    elif not (allowed or value is None or name in fields_named or name in _USED or name in _HARMLESS):
+      problems.append(f"{named(name)}={shown(value)} is not known: it may change what the model computes")
+  for name in ("vocab_size", "mask_token_id", "eos_token_id", "pad_token_id"):
+    value = config.get(name)
+    ids = value if name == "eos_token_id" and isinstance(value, list) and value else [value]
+    if not all(x is None or type(x) is int for x in ids):
+      problems.append(f"{name}={shown(value)}: expected int")
+  config["rope_theta"] = _rope_theta(config, problems)
   fields: dict[str, Any] = {}
   stand_in = {"G": config.get("n_heads", config.get("num_attention_heads")), "V": config.get("vocab_size")}
   if family == 0 and isinstance(config.get("mlp_ratio"), int) and isinstance(config["d_model"], int):
@@ -204,19 +348,25 @@ def _model(config: dict[str, Any], family: int, problems: list[str]) -> MaskPred
   for field, *names in FIELDS:
     name, value = names[family], config.get(names[family])
     value = stand_in.get(field) if value is None else value
+    other = config.get(names[1 - family])
     kind = MaskPredictorConfig.__annotations__[field]
     if value is None:
       problems.append(f"{name} is missing")
     elif isinstance(value, bool) != (kind is bool) or not isinstance(value, int | kind):
-      problems.append(f"{name}={json.dumps(value)}: expected {kind.__name__}")
+      problems.append(f"{name}={shown(value)}: expected {kind.__name__}")
+    elif kind is float and not 0 < value < math.inf:
+      problems.append(f"{name}={shown(value)}: must be a number above 0")
+    elif other not in (None, value) and (family, field) not in ((0, "V"), (0, "tied")):  # LLaDA's class reads its own
+      problems.append(f"{name}={shown(value)} and {names[1 - family]}={shown(other)} disagree")
     else:
       fields[field] = kind(value)
   if len(fields) < len(FIELDS):
     return None
   head_width = config.get("head_dim") or fields["D"] // max(fields["H"], 1)
-  if head_width * fields["H"] != fields["D"]:
+  if not isinstance(head_width, int) or head_width * fields["H"] != fields["D"]:
     names = [names[family] for field, *names in FIELDS if field in ("D", "H")]
-    problems.append(f"{names[0]}={fields['D']} is not {names[1]}={fields['H']} heads of one width")
+    width = f"of head_dim={shown(config['head_dim'])}" if config.get("head_dim") else "of one width"
+    problems.append(f"{names[0]}={fields['D']} is not {names[1]}={fields['H']} heads {width}")
     return None
   try:
     return MaskPredictorConfig(**fields, K=head_width)
@@ -260,19 +410,22 @@ def _disk_shape(c: MaskPredictorConfig, disk: str) -> tuple[int, ...]:
 
 def _compare(c: MaskPredictorConfig, family: int, tensors: dict[str, safetensors.Tensor], problems: list[str]) -> None:
   """Missing, misshapen and extra tensors, each by name."""
+  if c.N > len(tensors):
+    problems.append(f"{FIELDS[1][1 + family]}={c.N}, and there are {len(tensors)} tensors")
+    return
   expected = {piece.name: _disk_shape(c, piece.disk) for piece in _pieces(c, family)}
   for name, shape in expected.items():
     found = tensors.get(name)
     if found is None:
       problems.append(f"{name} is missing")
     elif found.shape != shape:
-      problems.append(f"{name} is of shape {list(found.shape)}, expected {list(shape)}")
+      problems.append(f"{name} is of shape {shown(found.shape)}, expected {list(shape)}")
     elif found.dtype not in safetensors.DTYPES:
       problems.append(f"{name} is of dtype {found.dtype}, expected one of {', '.join(safetensors.DTYPES)}")
   tied_head = NAMES[-1][2 + family] + ".weight"
   for name in sorted(tensors.keys() - expected.keys()):
     if name != tied_head or not c.tied:
-      problems.append(f"{name} is not known")
+      problems.append(f"{named(name)} is not known")
     elif not problems:  # some writers spell a tied head out: it must be the embedding
       head, embedding = tensors[name], tensors[NAMES[0][2 + family] + ".weight"]
       slabs = [(start, min(_ROWS, c.V - start)) for start in range(0, c.V, _ROWS)]
@@ -302,16 +455,17 @@ def load_params(published: Published, shardings: Any = None, dtype: Any = None) 
     if isinstance(disk_at, NamedSharding):  # the axes of the file are cut as ours will be
       where = dict(zip(letters, disk_at.spec, strict=False))
       disk_at = NamedSharding(disk_at.mesh, PartitionSpec(*(where.get(axis[0]) for axis in disk.split())))
-    rows = _ROWS if where.get("V") is None else c.V
+    most = _ROWS if where.get("V") is None else c.V
     new = functools.partial(jnp.zeros, tuple(getattr(c, letter) for letter in letters), kept)
     x = jax.jit(new, out_shardings=at[path])()
     fill = functools.partial(_fill, c=c, disk=disk, letters=letters, axis=pieces[0].axis)
     fill = jax.jit(fill, out_shardings=at[path], donate_argnums=0)
     for piece in pieces:
       tensor = published.tensors[piece.name]
-      for start, size in piece.moves(c, rows):
-        slab = tensor.rows(start, size) if "V" in letters else tensor.rows()
-        slab = jax.make_array_from_callback(slab.shape, disk_at, slab.__getitem__)
+      for start, size in piece.moves(c, most):
+        rows = (start, size) if "V" in letters else (0, tensor.shape[0])
+        shape, part = (rows[1], *tensor.shape[1:]), functools.partial(tensor.rows, *rows)
+        slab = jax.make_array_from_callback(shape, disk_at, part)
         x = jax.block_until_ready(fill(x, slab, start))  # or slabs would pile up
     flat[path] = x
   blocks = {path.removeprefix("blocks/"): x for path, x in flat.items() if path.startswith("blocks/")}
@@ -366,7 +520,6 @@ def export(
   if any(folder.glob("*.safetensors")):
     raise Mistake(f"{folder} holds *.safetensors already: name a new folder")
   family, flat = _family(config), dict(checkpoint.flat(params))
-  assert family is not None
   shards, sizes = [[]], [0]
   for piece in _pieces(model, family):
     kept = np.dtype(dtype or flat[piece.path].dtype)

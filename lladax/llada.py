@@ -9,6 +9,7 @@ that compiled programs are reused -> sampling.run, one compiled program -> `Samp
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -417,23 +418,24 @@ def load(path: str | Path, step: int | None = None, mesh: Mesh | None = None) ->
 
   Args:
     path: a workdir, or a checkpoint folder WORKDIR/checkpoints/STEP; or a folder in the published layout
-      (config.json and *.safetensors; without tokenizer files, ids only), or its name on the hub, OWNER/NAME.
+      (config.json and *.safetensors; without tokenizer files, ids only), or hf://OWNER/NAME, with @REVISION if that is
+      not main, of the Hugging Face hub.
     step: of a checkpoint; None takes the newest readable one.
     mesh: where the parameters go, as `sharding.make_mesh(MeshConfig(tensor=8))`; None: on one device.
 
   Raises:
-    Missing: there is no run, or no checkpoint.
+    Missing: there is no such folder, no run, or no checkpoint.
     Mistake: the vocabulary and the checkpoint disagree, or nothing can be read, or the layout is not supported.
   """
+  given = Path(os.path.expanduser(path))
+  folder = given.parent if given.name.isdecimal() else given
+  if folder.name == "checkpoints" and not (given / "config.json").exists():
+    path, step = folder.parent, step if folder == given else int(given.name)
   workdir = huggingface.find(path)
   if huggingface.is_published(workdir):
     published = huggingface.read(workdir)
     at = None if mesh is None else sharding.shardings(mesh, published.model.letters())
     return LLaDA(published.model, huggingface.load_params(published, at), **published.identity)
-  if workdir.name.isdecimal() and workdir.parent.name == "checkpoints":
-    workdir, step = workdir.parent.parent, int(workdir.name)
-  if not (workdir / "config.json").is_file():
-    raise Missing(f"{workdir} is not a workdir of lladax: there is no config.json in it")
   saved = json.loads((workdir / "config.json").read_text())
   model = MaskPredictorConfig(**saved["model"])
   imported = (workdir / "published").is_dir()

@@ -26,7 +26,9 @@ _MODE = flags.DEFINE_enum(
 _PROMPT = flags.DEFINE_multi_string(
   "prompt", [], "mode=sample: text to continue, or text with [MASK]s to fill in; repeat for several (default: stdin)."
 )
-_SOURCE = flags.DEFINE_string("source", None, "mode=import: folder in the published layout, or its hub name.")
+_SOURCE = flags.DEFINE_string(
+  "source", None, "mode=import: folder in the published layout, or hf://OWNER/NAME[@REVISION]."
+)
 _TARGET = flags.DEFINE_string(
   "target", None, "mode=export: new folder for the published layout. mode=prepare: folder for the records."
 )

@@ -1,18 +1,23 @@
 """The safetensors format: eight bytes of length, a JSON header that says where each tensor lies, the tensors.
 
-Read and written here rather than by the format's library, which reads a whole tensor to give a part of it, and takes
-a whole file of tensors to write one. The tests hold both against that library.
+Read by the format's own library, which holds a header against its file (lengths, shapes, overlaps, gaps) and slices
+bfloat16 for NumPy, too. Written here: the library wants all tensors of a file in memory at once.
 """
 
 import dataclasses
+import itertools
 import json
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from lladax.mistake import Mistake
 
 DTYPES = {"F32": np.dtype(jnp.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(jnp.float16)}
 INDEX = "model.safetensors.index.json"
@@ -20,55 +25,101 @@ INDEX = "model.safetensors.index.json"
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """Where a tensor lies in a file."""
+  """A tensor of a file."""
 
   file: Path
-  offset: int
+  name: str
   shape: tuple[int, ...]
   dtype: str  # the format's name of it
 
-  def rows(self, start: int = 0, size: int | None = None) -> np.ndarray:
-    """Some rows, or all: read when they are touched, and no longer in memory when they are dropped."""
-    size = self.shape[0] if size is None else size
-    offset = self.offset + start * math.prod(self.shape[1:]) * DTYPES[self.dtype].itemsize
-    return np.memmap(self.file, DTYPES[self.dtype], "r", offset, (size, *self.shape[1:]))
+  def rows(self, start: int, size: int, index: tuple[slice, ...] = (slice(None),)) -> np.ndarray:
+    """Some rows, or the part `index` of them; no more of the file is read.
+
+    The file is opened anew: the library maps it, and what was touched counts as this process's until it is closed.
+    """
+    first, *others = index
+    low, high, _ = first.indices(size)
+    with safe_open(self.file, "numpy") as file:
+      return file.get_slice(self.name)[(slice(start + low, start + high), *others)]
 
 
 def headers(folder: Path, problems: list[str]) -> dict[str, Tensor]:
-  """Name -> place of every tensor of a folder; what is wrong with its files is added to `problems`."""
-  if (folder / INDEX).is_file():
-    listed = json.loads((folder / INDEX).read_text()).get("weight_map", {})
-    files = sorted({folder / name for name in listed.values()})
-  else:
-    files = sorted(folder.glob("*.safetensors"))
+  """Name -> tensor, of all files of a folder; what is wrong with them is added to `problems`."""
+  files = sorted(path.name for path in folder.glob("*.safetensors"))
+  if os.path.lexists(folder / INDEX):
+    listed = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+      problems.append(f"{INDEX} has no weight_map from tensors to files")
+      return {}
+    files = sorted(set(listed.values()))
   if not files:
-    problems.append("there is no *.safetensors in it")
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".gguf", ".pt", ".pth"))
+    problems.append("there is no *.safetensors in it" + (f", only {shown(others)}" if others else ""))
   tensors: dict[str, Tensor] = {}
-  for path in files:
-    if not path.is_file():
-      problems.append(f"{path.name} is missing, and {INDEX} names it")
-      continue
-    with path.open("rb") as file:
-      length = int.from_bytes(file.read(8), "little")
-      size = path.stat().st_size
+  for name in files:
+    path = folder / name
+    if Path(name).name != name or path.suffix != ".safetensors":
+      problems.append(f"{INDEX} names {shown(name)}, which is no *.safetensors of this folder")
+    elif instead := stand_in(path):
+      problems.append(f"{name} {instead}")
+    elif not os.path.isfile(path):
+      problems.append(f"{named(name)} is missing, and {INDEX} names it")
+    else:
       try:
-        if length > size:
-          raise ValueError
-        header: dict[str, Any] = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        ends = [entry["data_offsets"][1] for entry in header.values()]
-      except (ValueError, AttributeError, KeyError, TypeError):
-        problems.append(f"{path.name} is no safetensors file")
+        with safe_open(path, "numpy") as file:
+          slices = {tensor: file.get_slice(tensor) for tensor in file.keys()}
+          found = {x: Tensor(path, x, tuple(part.get_shape()), part.get_dtype()) for x, part in slices.items()}
+      except SafetensorError as error:
+        why = str(error).removeprefix("Error while deserializing header: ")
+        problems.append(f"{name} is no whole safetensors file, get it again: {named(why, 200)}")
         continue
-    end = 8 + length + max(ends, default=0)
-    if end > size:
-      problems.append(f"{path.name} ends after {size} of {end} bytes")
-    for name, entry in header.items():
-      if name in tensors:
-        problems.append(f"{name} is in {tensors[name].file.name} and in {path.name}")
-      start = 8 + length + entry["data_offsets"][0]
-      tensors[name] = Tensor(path, start, tuple(entry["shape"]), entry["dtype"])
+      for twice in sorted(tensors.keys() & found.keys()):
+        problems.append(f"{named(twice)} is in {tensors[twice].file.name} and in {name}")
+      tensors |= found
   return tensors
+
+
+def stand_in(path: Path) -> str | None:
+  """What is there in place of a file's content: a link to nowhere, a git-lfs pointer; None if it is neither."""
+  if os.path.islink(path) and not os.path.exists(path):
+    return f"is a link to {named(os.readlink(path))}, which is not there: download it again"
+  if os.path.isfile(path):
+    with path.open("rb") as file:
+      if file.read(64).startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder"
+  return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """The object that a file holds.
+
+  Raises:
+    Mistake: there is something else.
+  """
+  if instead := stand_in(path):
+    raise Mistake(f"{path} {instead}")
+  try:
+    value = json.loads(path.read_text("utf-8"))
+  except RecursionError:
+    raise Mistake(f"{path} is no JSON that can be read: its lists and objects are too deep") from None
+  except ValueError as error:
+    raise Mistake(f"{path} is no JSON: {error}") from None
+  if not isinstance(value, dict):
+    raise Mistake(f"{path} holds {shown(value)}, expected a JSON object")
+  return value
+
+
+def shown(value: Any, most: int = 100) -> str:
+  """A value of a file as JSON, cut to what can be read; what is cut off is not written either."""
+  value = value[: most + 1] if isinstance(value, str) else value
+  text = "".join(itertools.islice(json.JSONEncoder(ensure_ascii=False).iterencode(value), most + 1))
+  return text if len(text) <= most else f"{text[:most]}…"
+
+
+def named(name: str, most: int = 100) -> str:
+  """A name in a file, or what a library said of it, on one line and cut likewise."""
+  text = "".join(x if x.isprintable() else " " for x in name[: most + 1])
+  return text if len(text) <= most else f"{text[:most]}…"
 
 
 def write(path: Path, shapes: dict[str, tuple[np.dtype, tuple[int, ...]]], slabs: Iterable[np.ndarray]) -> None:

@@ -1,12 +1,13 @@
 """Published checkpoints: golden answers, the round trip, what is refused, where the bytes go."""
 
-import importlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import safetensors.numpy
 
 import lladax
 from lladax import checkpoint, convert, huggingface, sharding
+from lladax.mistake import Mistake
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -207,9 +209,47 @@ def test_everything_wrong_is_named_at_once(tmp_path):
     ({"rope_theta": True}, "rope_theta=true: expected float"),
     ({"mask_token_id": None}, "mask_token_id=None, and the embedding has 256 rows"),
     ({"eos_token_id": 256}, "eos_token_id=256, and the embedding has 256 rows"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling={.*} is not supported"),
-    ({"n_layers": 2}, r"blocks.2.attn_norm.weight is not known; .*blocks.2.v_proj.weight is not known"),
-    ({"d_model": None}, "config.json is not LLaDA's: there is neither d_model nor hidden_size"),
+    ({"n_layers": 2}, r"blocks.2.attn_norm.weight is not known; .*up_proj.weight is not known; and 1 more$"),
+    ({"n_layers": 10**9}, "n_layers=1000000000, and there are 30 tensors$"),
+    ({"d_model": None}, 'architectures=."LLaDAModelLM".: there is neither d_model nor hidden_size in it'),
+    (
+      {"model_type": None, "architectures": None},
+      "neither a workdir's nor a published model's: there is no model_type",
+    ),
+    ({"rope_theta": None}, "rope_theta is missing"),
+    ({"vocab_size": "250"}, 'vocab_size="250": expected int'),
+    ({"eos_token_id": []}, r"eos_token_id=\[\]: expected int"),
+    ({"mask_token_id": "[MASK]"}, r'mask_token_id="\[MASK\]": expected int'),
+    ({"rope_theta": float("inf")}, "rope_theta=Infinity: must be a number above 0"),
+    ({"rope_theta": 0}, "rope_theta=0: must be a number above 0"),
+    ({"head_dim": 16}, "d_model=64 is not n_heads=8 heads of head_dim=16"),
+    ({"head_dim": "8"}, 'd_model=64 is not n_heads=8 heads of head_dim="8"'),
+    # Every key is read, harmless, or refused by name.
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported, only 1.0"),
+    ({"sliding_window": 16}, "sliding_window=16 is not supported, only null"),
+    ({"sliding_window": 16, "use_sliding_window": True}, "use_sliding_window=true is not supported, only false"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, 'layer_types=."full_attention", "sliding_attention".'),
+    ({"is_causal": True}, "is_causal=true is not supported"),
+    ({"rope": False}, "rope=false is not supported"),
+    ({"logit_softcap": 30.0}, "logit_softcap=30.0 is not known: it may change what the model computes"),
+    ({"logit_softcap": "x" * 10**6}, 'logit_softcap="x{99}… is not known'),
+    ({"y" * 10**6: [1] * 10**6}, r": y{100}…=\[1, .*… is not known"),
+    ({"new\nline": 1}, "new line=1 is not known"),
+    ({"hidden_size": 32}, "d_model=64 and hidden_size=32 disagree"),
+    ({"max_position_embeddings": 64}, "max_sequence_length=128 and max_position_embeddings=64 disagree"),
+    # Rotary embeddings, as transformers 4 and 5 write them.
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 'rope_scaling.type="linear" is not supported'),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 'rope_scaling.rope_type="llama3" is not supported'),
+    ({"rope_scaling": {"type": "default", "factor": 2.0}}, "rope_scaling.factor=2.0 is not supported"),
+    ({"rope_scaling": 4.0}, "rope_scaling=4.0: expected an object"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, 'rope_parameters.rope_type="yarn" is not supported'),
+    ({"rope_parameters": {"rope_type": "dynamic", "alpha": 1}}, 'rope_parameters.rope_type="dynamic" is not supported'),
+    ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "rope_parameters.partial_rotary_factor=0.25 is not supp"),
+    ({"rope_parameters": {"rope_theta": 1e4}}, "rope_theta=500000.0 and rope_parameters.rope_theta=10000.0 disagree"),
+    (
+      {"rope_theta": None, "rope_parameters": {"a": {"rope_theta": 1.0}, "b": {"rope_theta": 2.0}}},
+      "rope_parameters.a.rope_theta=1.0 and rope_parameters.b.rope_theta=2.0 disagree",
+    ),
   ],
 )
 def test_a_wrong_config(tmp_path, changes, said):
@@ -220,6 +260,72 @@ def test_a_wrong_config(tmp_path, changes, said):
     huggingface.read(source)
 
 
+FULL = {"rope_type": "default", "rope_theta": 5e5}
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"rope_theta": None, "rope_parameters": FULL},  # as transformers 5 writes it
+    {"rope_parameters": FULL, "rope_scaling": None},
+    {"rope_theta": None, "rope_parameters": {"full_attention": FULL, "sliding_attention": FULL}},
+    {"rope_scaling": {"type": "default"}},
+    {"rope_scaling": {"rope_type": "default", "factor": 1.0}, "partial_rotary_factor": 1},
+    {"layer_types": ["full_attention"] * 3, "use_sliding_window": False, "sliding_window": 8, "max_window_layers": 2},
+    {"hidden_size": 64, "num_hidden_layers": 3, "head_dim": 8, "tie_word_embeddings": True},
+    {"is_decoder": True, "id2label": {"0": "LABEL_0"}, "temperature": 1.0, "use_cache": True, "pretraining_tp": 2},
+    {"_name_or_path": "x", "_attn_implementation_autoset": True, "auto_map": {"AutoModel": "a.b"}, "never_seen": None},
+    {"architectures": None}, {"model_type": None},
+  ],
+)  # fmt: skip
+def test_a_config_that_says_the_same(tmp_path, changes):
+  """Whatever transformers adds to it, the model is the one of LLADA; and it comes back from an export as it was."""
+  source = publish(tmp_path / "source", LLADA)
+  config = LLADA | changes
+  if changes.get("rope_theta", 0) is None:
+    del config["rope_theta"]
+  (source / "config.json").write_text(json.dumps(config))
+  published = huggingface.read(source)
+  assert published.model == huggingface.read(publish(tmp_path / "plain", LLADA)).model
+  huggingface.export(huggingface.load_params(published), published.model, tmp_path / "target", config)
+  assert json.loads((tmp_path / "target" / "config.json").read_text()) == config
+
+
+LLAMA = ILLADA | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+MOE = {"model_type": "llada", "architectures": ["LLaDAMoEModelLM"], "hidden_size": 64, "num_experts": 8}
+
+
+@pytest.mark.parametrize(
+  ("config", "said"),
+  [
+    (MOE, 'model_type="llada", architectures=["LLaDAMoEModelLM"]: it is a mixture of experts'),
+    (ILLADA | {"num_experts": 8}, "it is a mixture of experts (num_experts=8)"),
+    ({"model_type": "llada2_moe", "num_experts": 8}, "it generates by blocks, and is a mixture of experts"),
+    (ILLADA | {"model_type": "Dream", "architectures": ["DreamModel"]}, "its logits are shifted by one position"),
+    (ILLADA | {"model_type": "sdar", "architectures": ["SDARForCausalLM"]}, "it generates by blocks"),
+    (LLAMA | {"mask_token_id": None}, "it names no mask_token_id, so it is no mask predictor"),
+    ({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 64}, "it names no mask_token_id"),
+    ({"model_type": "t5", "d_model": 512, "mask_token_id": 3}, "this layout is not known"),
+    ({"model_type": "bert", "hidden_size": 512, "mask_token_id": 3}, "this layout is not known"),
+    ({}, "neither a workdir's nor a published model's"),
+  ],
+)  # fmt: skip
+def test_other_models_are_refused_by_their_names(tmp_path, config, said):
+  """Before anything else is asked of the folder: no list of what is missing."""
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  message = complaint(tmp_path)
+  assert said in message and len(message) < 400
+  if config:
+    assert json.dumps(config["model_type"]) in message
+  with pytest.raises(ValueError, match=re.escape(said)):
+    lladax.load(tmp_path)
+
+
+def test_a_llama_with_a_mask_token_is_read(tmp_path):
+  published = huggingface.read(publish(tmp_path / "source", LLAMA))
+  assert published.model == huggingface.read(publish(tmp_path / "illada", ILLADA)).model
+
+
 def test_broken_files(tmp_path):
   source = publish(tmp_path / "source", LLADA)
   first, second, third = sorted(source.glob("*.safetensors"))
@@ -228,12 +334,145 @@ def test_broken_files(tmp_path):
   third.write_bytes(b"\x00" * 100)
   said = complaint(source)
   assert f"{first.name} is missing, and model.safetensors.index.json names it" in said
-  assert f"{second.name} ends after" in said and f"{third.name} is no safetensors file" in said
+  for path in (second, third):
+    assert f"{path.name} is no whole safetensors file, get it again: " in said
+  assert "weight is missing" not in said and len(said) < 1000  # what the broken files hold is not known
   (source / "config.json").write_text("{")
   assert "config.json is no JSON" in complaint(source)
+  (source / "config.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+  assert "config.json is no JSON that can be read: its lists and objects are too deep" in complaint(source)
+  (source / "config.json").write_text(json.dumps(["x"] * 10_000))
+  assert "expected a JSON object" in complaint(source) and len(complaint(source)) < 400
   (source / "config.json").unlink()
   with pytest.raises(FileNotFoundError, match="there is no config.json in it"):
     huggingface.read(source)
+
+
+def test_a_list_of_problems_is_cut(tmp_path):
+  source = publish(tmp_path / "source", LLADA | {"n_layers": 9})  # 84 tensors, under names that are none of LLaDA's
+  (source / "config.json").write_text(json.dumps(ILLADA | {"num_hidden_layers": 9}))
+  said = complaint(source)
+  assert said.endswith("; and 159 more") and len(said) < 1000
+
+
+HEADER = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+  ("header", "content", "length"),
+  [
+    ({"a": HEADER | {"shape": [3]}}, 8, None),  # the shape says more than the offsets
+    ({"a": HEADER, "b": HEADER | {"data_offsets": [4, 12]}}, 12, None),  # they overlap
+    ({"a": HEADER, "b": HEADER | {"data_offsets": [12, 20]}}, 20, None),  # a gap
+    ({"a": HEADER}, 4, None),  # past the end
+    ({"a": HEADER}, 12, None),  # more than there should be
+    ({"a": HEADER | {"data_offsets": [-8, 0]}}, 8, None),
+    ({"a": HEADER | {"dtype": "Q7"}}, 8, None),
+    ({"a": HEADER}, 8, 4 * 2**30),  # a header of 4 GiB
+    ({"a": HEADER}, 8, 2**64 - 1),
+    ({"x" * 10**6: HEADER | {"shape": [3]}}, 8, None),
+    ([1], 8, None),
+  ],
+)
+def test_a_header_that_lies(tmp_path, header, content, length):
+  text = json.dumps(header).encode()
+  length = len(text) if length is None else length
+  (tmp_path / "model.safetensors").write_bytes(length.to_bytes(8, "little") + text + b"\0" * content)
+  (tmp_path / "config.json").write_text(json.dumps(LLADA))
+  said = complaint(tmp_path)
+  assert "model.safetensors is no whole safetensors file" in said and len(said) < 500
+
+
+@pytest.mark.parametrize(
+  ("index", "said"),
+  [
+    ("{", "model.safetensors.index.json is no JSON"),
+    ("[]", "model.safetensors.index.json holds [], expected a JSON object"),
+    ("{}", "has no weight_map"),
+    ('{"weight_map": ["a"]}', "has no weight_map"),
+    ('{"weight_map": {"a": 3}}', "has no weight_map"),
+    ('{"weight_map": {"a": "../model.safetensors"}}', 'names "../model.safetensors", which is no *.safetensors of'),
+    ('{"weight_map": {"a": "/etc/passwd"}}', 'names "/etc/passwd", which is no *.safetensors of this folder'),
+    ('{"weight_map": {"a": ".."}}', 'names "..", which is no *.safetensors'),
+    (json.dumps({"weight_map": {"a": "x" * 5000 + ".safetensors"}}), "… is missing, and model.safetensors.index.json"),
+    (json.dumps({"weight_map": {str(i): f"{i}.safetensors" for i in range(999)}}), "; and 991 more"),
+    ('{"weight_map": {}}', 'there is no *.safetensors in it, only ["pytorch_model.bin"]'),
+  ],
+)
+def test_a_damaged_index(tmp_path, index, said):
+  source = publish(tmp_path / "source", LLADA, files=1)
+  (tmp_path / "model.safetensors").touch()
+  (source / "pytorch_model.bin").touch()
+  (source / "model.safetensors.index.json").write_text(index)
+  assert said in complaint(source) and len(complaint(source)) < 1000
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 16060556376\n"
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["config.json", "tokenizer.json", "tokenizer.model", "model-00001-of-00003.safetensors",
+   "model.safetensors.index.json"],
+)  # fmt: skip
+def test_what_stands_in_for_a_file_is_named(tmp_path, name):
+  source = publish(tmp_path / "source", LLADA)
+  (source / name).write_text(POINTER)
+  for read in (huggingface.read, lladax.load):
+    with pytest.raises(Mistake, match=f"{name} is a git-lfs pointer, not the file itself: run `git lfs pull`") as error:
+      read(source)
+    assert len(str(error.value)) < 400
+  (source / name).unlink()
+  (source / name).symlink_to("../../blobs/0123")
+  for read in (huggingface.read, lladax.load):
+    with pytest.raises(Mistake, match=f"{name} is a link to ../../blobs/0123, which is not there") as error:
+      read(source)
+    assert len(str(error.value)) < 400
+
+
+def test_a_repository_in_the_hub_s_cache(tmp_path):
+  root = tmp_path / "models--OWNER--NAME"
+  (root / "snapshots").mkdir(parents=True)
+  with pytest.raises(FileNotFoundError, match="is a repository in the hub's cache: and there is no snapshot in it"):
+    lladax.load(root)
+  shutil.copytree(GOLDEN, root / "snapshots" / "abc")
+  assert huggingface.find(root) == root / "snapshots" / "abc"  # the only one
+  assert lladax.load(root).mask_id == 503
+  shutil.copytree(GOLDEN, root / "snapshots" / "def")
+  with pytest.raises(FileNotFoundError, match="name one of its snapshots: abc; def$"):
+    huggingface.find(root)
+  (root / "refs").mkdir()
+  (root / "refs" / "main").write_text("def")
+  assert huggingface.find(root) == root / "snapshots" / "def"
+
+
+def test_a_path_that_is_not_there(tmp_path, monkeypatch, tiny_workdir):
+  """One line, and never a question to the hub."""
+  monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+  monkeypatch.chdir(tmp_path)
+  shutil.copytree(tiny_workdir, tmp_path / "runs" / "quickstart")
+  hint = "a repository on the Hugging Face hub is written hf://"
+  for path, said in (
+    ("runs/quickstat", f"there is no such folder; did you mean runs/quickstart?; {hint}runs/quickstat"),
+    ("runs/quickstat/", "there is no such folder; did you mean runs/quickstart?"),
+    ("GSAI-ML/LLaDA-8B-Base", f"there is no such folder; {hint}GSAI-ML/LLaDA-8B-Base"),
+    ("nowhere", "there is no such folder"),
+    ("~nobody_of_this_name/x", "there is no such folder"),
+    ("x" * 5000, "there is no such folder"),
+    ("runs", "there is no config.json in it; did you mean runs/quickstart?"),
+    ("runs/quickstart/config.json", "it is a file: give its folder, runs/quickstart"),
+    ("gs://bucket/run", "models are read from folders, and from hf://"),
+    ("hf://NAME", "a hub name is written hf://OWNER/NAME or hf://OWNER/NAME@REVISION"),
+    ("hf://OWNER/NAME/folder", "a hub name is written hf://OWNER/NAME or hf://OWNER/NAME@REVISION"),
+    ("hf://OWNER/NAME", "to ask the Hugging Face hub: pip install huggingface_hub"),
+  ):
+    with pytest.raises(Mistake) as error:
+      lladax.load(path)
+    assert str(error.value) == f"{path}: {said}"
+  monkeypatch.setenv("HOME", str(tmp_path / "runs"))
+  steps = ["runs/quickstart/", "~/quickstart", "runs/quickstart/checkpoints", "~/quickstart/checkpoints/20/"]
+  params = [lladax.load(path).params for path in steps]
+  jax.tree.map(np.testing.assert_array_equal, params, [params[0]] * 4)
 
 
 def test_a_tied_head_may_be_spelled_out_if_it_is_the_embedding(tmp_path):
@@ -301,25 +540,46 @@ def test_a_mask_that_config_json_does_not_name_is_looked_up(tmp_path):
 
 
 def test_hub_names(monkeypatch):
-  hub = importlib.import_module("types").ModuleType("huggingface_hub")
+  import huggingface_hub
+  from huggingface_hub import errors
+
   asked = []
-  hub.snapshot_download = lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(GOLDEN)
-  monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-  assert lladax.load("GSAI-ML/LLaDA-8B-Base").mask_id == 503
-  ((name, patterns),) = asked
-  assert name == "GSAI-ML/LLaDA-8B-Base" and {"*.safetensors", "*.json"} <= set(patterns)
 
-  def offline(name, allow_patterns):
-    raise OSError("no network\nat all")
+  def download(name, revision, allow_patterns):
+    asked.append((name, revision))
+    assert {"*.safetensors", "*.json"} <= set(allow_patterns)
+    return str(GOLDEN)
 
-  hub.snapshot_download = offline
-  with pytest.raises(
-    FileNotFoundError, match="^runs/mine: there is no such folder, and not on the hub either: no network$"
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+  names = ["hf://GSAI-ML/LLaDA-8B-Base", "hf://GSAI-ML/LLaDA-8B-Base/", "hf://GSAI-ML/LLaDA-8B-Base@refs/pr/1"]
+  for name in (*names, pathlib.Path(names[0])):
+    assert lladax.load(name).mask_id == 503
+  repository = "GSAI-ML/LLaDA-8B-Base"
+  assert asked == [(repository, None), (repository, None), (repository, "refs/pr/1"), (repository, None)]
+
+  def refused(name, revision, allow_patterns):
+    raise failure
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", refused)
+  response = types.SimpleNamespace(headers={}, request=None)
+  network = errors.HfHubHTTPError.__bases__[0]  # the base of all that the HTTP library raises
+  for error, said in (
+    (errors.LocalEntryNotFoundError("no network\nat all"), "no network"),
+    (errors.GatedRepoError("403", response=response), "it is gated: ask for access on its page"),
+    (errors.RepositoryNotFoundError("404", response=response), "there is no such repository on the hub, or it is"),
+    (errors.RevisionNotFoundError("404", response=response), "the repository has no such revision"),
+    (errors.HFValidationError("bad name"), "bad name"),
+    (OSError(28, "No space left on device"), ".Errno 28. No space left on device"),
+    (network("x" * 10_000), "x{300}…$"),
+    (ConnectionError(), "ConnectionError$"),
   ):
-    lladax.load("runs/mine")
-  monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it were not installed
-  with pytest.raises(ValueError, match="^runs/mine: there is no such folder.*: pip install huggingface_hub$"):
-    lladax.load("runs/mine")
+    failure = error
+    with pytest.raises(FileNotFoundError, match=f"^hf://OWNER/NAME@v1: {said}") as raised:
+      lladax.load("hf://OWNER/NAME@v1")
+    assert "\n" not in str(raised.value)
+  failure = AttributeError("of a bug, not of the network")
+  with pytest.raises(AttributeError):  # a crash stays one
+    lladax.load("hf://OWNER/NAME")
 
 
 @pytest.mark.slow
@@ -365,7 +625,7 @@ def test_fine_tuning_can_start_from_an_import(tmp_path):
   assert jax.tree.map(lambda x: (x.dtype, x.sharding), params) == jax.tree.map(lambda x: (jnp.dtype("float32"), x), at)
   llada = lladax.load(workdir)  # ids only
   assert llada.tokenizer is None and llada.mask_id == 249 and llada.unmask([[1, 249]]).tokens.shape == (1, 32)
-  with pytest.raises(FileNotFoundError, match="there is no config.json in it"):
+  with pytest.raises(FileNotFoundError, match="nowhere: there is no such folder"):
     convert.from_published(tmp_path / "nowhere", tmp_path / "new", values)
   assert not (tmp_path / "new").exists()
 
@@ -412,6 +672,18 @@ def peak(what, size):
   env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
   code = MEASURE.format(what=what, size=size)
   return float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True, stdout=-1).stdout)
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
+def test_rows_are_read_alone(tmp_path):
+  """16 MiB of a tensor of 1 GiB: at most those, mapped and copied."""
+  path, shape = tmp_path / "model.safetensors", (2**16, 2**13)
+  header = json.dumps({"a": {"dtype": "BF16", "shape": shape, "data_offsets": [0, 2**30]}}).encode()
+  path.write_bytes(len(header).to_bytes(8, "little") + header)
+  os.truncate(path, path.stat().st_size + 2**30)
+  imports = "from lladax import safetensors; from pathlib import Path"
+  tensor = f"safetensors.headers(Path({str(tmp_path)!r}), [])['a']"
+  assert peak(f"{imports}; x = {tensor}.rows(1000, 1024); assert x.shape == (1024, 8192)", 2**30) < 0.1
 
 
 SHAPES = {

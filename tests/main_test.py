@@ -156,7 +156,7 @@ def test_a_vocabulary_that_is_not_the_checkpoint_s(workdir):
 
 
 def test_load_of_what_is_not_there(tmp_path, workdir):
-  with pytest.raises(FileNotFoundError, match="nowhere is not a workdir of lladax"):
+  with pytest.raises(FileNotFoundError, match="nowhere: there is no such folder"):
     lladax.load(tmp_path / "nowhere")
   with pytest.raises(FileNotFoundError, match=r"has no checkpoint of step 7 \(there are: \[15, 20\]\)"):
     lladax.load(workdir / "checkpoints" / "7")
