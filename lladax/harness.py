@@ -827,12 +827,15 @@ def _check_run(args: argparse.Namespace) -> None:
   names = c.tasks.split(",") if isinstance(c.tasks, str) else [x for task in c.tasks for x in task.split(",")]
   if not names:
     raise Mistake("--tasks is missing: name some, as in --tasks lladax_gsm8k,lladax_mmlu")
+  for name in names:
+    if name.endswith(".yaml") and not glob.glob(name):
+      raise Missing(f"--tasks {name}: there is no such file")
   options = {"include_path": list(dict.fromkeys([str(TASKS), c.include_path or str(TASKS)])), "metadata": c.metadata}
   manager = tasks.TaskManager(include_defaults=False, **options)
   if any(name not in manager.all_tasks and not name.startswith("lladax_") for name in names):
     manager = tasks.TaskManager(**options)
   for name in names:
-    if not (glob.glob(name) if name.endswith(".yaml") else manager.match_tasks([name]) or Path(name).is_dir()):
+    if not (name.endswith(".yaml") or manager.match_tasks([name]) or Path(name).is_dir()):
       raise _unknown(manager, name)
   if not c.confirm_run_unsafe_code:
     _check_code(manager, {name: name for name in manager.match_tasks(names)})
