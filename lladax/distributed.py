@@ -8,10 +8,13 @@ import faulthandler
 import glob
 import hashlib
 import importlib.util
+import logging
 import os
 import sys
 import threading
 import time
+import traceback
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -76,6 +79,24 @@ def leave(code: int) -> None:
     sys.stderr.flush()
     time.sleep(2 * is_first())  # the coordinator: the others may have something to say, too
     os._exit(code)
+
+
+def guard(command: Callable[[list[str]], int | None], argv: list[str], name: str = "lladax") -> int:
+  """Runs a command: one line and 1 for a `Mistake`; a traceback and 70 for everything else."""
+  logging.basicConfig(format=f"{name}: %(message)s", level=logging.WARNING, force=True)
+  logging.getLogger("lladax").setLevel(logging.INFO)  # which attention kernel runs
+  logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and its abandoned reads report themselves, one by one
+  try:
+    return command(argv) or 0
+  except Mistake as error:
+    print(f"{name}: {error}", file=sys.stderr)
+    code = 1
+  except Exception:
+    traceback.print_exc()
+    code = 70  # EX_SOFTWARE: a launcher may start it again
+  leave(code)
+  return code
 
 
 def is_first() -> bool:

@@ -5,20 +5,25 @@
 is the harness's own command line with three things added: the model `lladax` is known (lm-eval 0.4.13 looks for no
 plugins, so its own `lm_eval` cannot find it), and so are the tasks in lladax/tasks, which read benchmarks from files.
 
-The life of a request: text (or a conversation) -> ids -> sorted by length, so that a batch holds little padding ->
-`LLaDA.log_likelihood`, `sample` or `unmask`, a batch at a time -> text up to its first stop string -> the harness's
-cache, batch by batch, so that an interrupted run goes on where it stopped.
+The life of a request: text (or a conversation) -> ids -> those that no file of answers (`Answers`) knows, sorted by
+length, so that a batch holds little padding -> `LLaDA.log_likelihood`, `sample` or `unmask`, a batch at a time -> text
+up to its first stop string -> the file of answers, batch by batch, so that an interrupted run goes on where it stopped.
 """
 
+import argparse
+import contextlib
 import dataclasses
 import difflib
+import glob
 import hashlib
+import inspect
+import io
 import json
 import logging
 import os
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,13 +32,15 @@ import numpy as np
 
 from lladax import corpus, distributed, report, sharding
 from lladax import llada as lladas
+from lladax.answers import Answers
 from lladax.llada import LLaDA
-from lladax.mistake import Mistake
+from lladax.mistake import Missing, Mistake
 from lladax.sampling import SamplerConfig
 
 try:
-  from lm_eval.api.model import LM, CachingLM
+  from lm_eval.api.model import LM
   from lm_eval.api.registry import register_model
+  from lm_eval.models.utils import normalize_gen_kwargs
   from tqdm import tqdm
 except ModuleNotFoundError as error:
   raise ModuleNotFoundError(f"{error}: the harness is an extra, pip install 'lladax[eval]'") from error
@@ -44,6 +51,15 @@ _CHAT = "\x1echat:"  # begins a context that is a conversation, as JSON: its spe
 _ALIASES = {"cfg": "guidance_scale", "mc_num": "num_samples"}  # the official adapter's names
 _SAMPLER = {field.name: field.default for field in dataclasses.fields(SamplerConfig)}
 _OWN = {"num_samples": 128, "greedy": False}
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # one thing; the first one counts
+# What other models of the harness know, with the values that change nothing. Of a draw: what chooses among its tokens.
+_OF_DRAWS: dict[str, tuple] = {"top_p": (1,), "top_k": (0, -1), "min_p": (0,), "typical_p": (1,)}
+_NEUTRAL: dict[str, tuple] = _OF_DRAWS | {
+  "num_beams": (1,), "num_return_sequences": (1,), "n": (1,), "best_of": (1,), "early_stopping": (False,),
+  "length_penalty": (1,), "repetition_penalty": (1,), "frequency_penalty": (0,), "presence_penalty": (0,),
+  "no_repeat_ngram_size": (0,), "use_cache": (False, True),
+}  # fmt: skip
+_MEANT = {"stop": "until", "stop_sequences": "until", "max_length": "max_gen_toks", "cfg": "guidance_scale"}
 _BATCH_TOKENS = 32768  # of a device in a generation batch, at most: long prompts come in smaller batches
 _CALL_TOKENS = 16 * 8192  # a likelihood call is about 16 of log_likelihood's batches: what an interruption may lose
 
@@ -128,7 +144,7 @@ class Harness(LM):
 
   def __init__(
     self, path: str = "", *, llada: LLaDA | None = None, step: int | None = None, batch_size: int | str = 1,
-    device: str | None = None, max_batch_size: int | None = None, **options,
+    device: str | None = None, max_batch_size: int | None = None, trust_remote_code: bool = False, **options,
   ):  # fmt: skip
     """Loads the model at `path`, or takes `llada`.
 
@@ -140,6 +156,7 @@ class Harness(LM):
         batch by tokens, whatever this says.
       device: ignored, JAX has chosen (the harness always passes one).
       max_batch_size: likewise.
+      trust_remote_code: likewise; it is for the harness's data sets.
       **options: `num_samples` (or `mc_num`) and `greedy`, for likelihoods; the fields of `SamplerConfig`
         (`guidance_scale` may be called `cfg`), of which gen_length, block_length and steps follow the task's
         max_gen_toks where they are not given; `fsdp`, `tensor` and the other axes of `MeshConfig`, for the mesh.
@@ -148,14 +165,8 @@ class Harness(LM):
       Mistake: an unknown option or a bad value; a model without a tokenizer.
     """
     super().__init__()
-    del device, max_batch_size
-    axes = {field.name for field in dataclasses.fields(sharding.MeshConfig)}
-    mesh = {name: options.pop(name) for name in axes & options.keys()}
-    options = {_ALIASES.get(name, name): value for name, value in options.items()}
-    for name in options.keys() - _OWN.keys() - _SAMPLER.keys():
-      near = difflib.get_close_matches(name, [*_OWN, *_SAMPLER, *axes, *_ALIASES], 1, 0.0)[0]
-      raise Mistake(f"{name}={options[name]!r}: there is no such option; did you mean {near}?")
-    SamplerConfig(**{name: value for name, value in options.items() if name in _SAMPLER})  # says what is wrong now
+    del device, max_batch_size, trust_remote_code
+    mesh, options = _options(options)
     if not str(batch_size).isdecimal() or int(batch_size) < 1:
       raise Mistake(f"batch_size={batch_size!r}: must be a positive number")
     if (llada is None) == (not path):
@@ -166,29 +177,46 @@ class Harness(LM):
       raise Mistake("this model has no tokenizer, and the harness gives it text: add the tokenizer's files")
     self.llada, self.text, self.batch_size, self.options = llada, llada.tokenizer, int(batch_size), options
     self.num_samples, self.greedy = (options.get(name, _OWN[name]) for name in _OWN)
+    self.answers: Answers | None = None
+    self._asked: Counter[str] = Counter()  # how often each text that is drawn has been asked for
     self._has_cut = False
+
+  def keep(self, path: str | Path) -> None:
+    """Has answers read from a file, and new ones written to it; see `Answers`. Models and settings may share it."""
+    self.answers = Answers(path)
+
+  def set_cache_hook(self, cache_hook: Any) -> None:
+    """Refused: what the harness keeps its answers in are pickles, and a pickle runs what it holds."""
+    raise Mistake("the harness's own cache of answers is not read: use lladax.harness's use_cache, or Harness.keep")
 
   def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
     """(log p(continuation | context) in nats, whether it is the greedy answer) for each (context, continuation)."""
-    pairs = [self._pair(*request.args) for request in requests]
+    pairs = _each(requests, self._pair)
     guidance, seed = (self.options.get(name, _SAMPLER[name]) for name in ("guidance_scale", "seed"))
+    if empty := [request for request, (_, answer) in zip(requests, pairs, strict=True) if not answer]:
+      more = f", and {len(empty) - 1} more like it" if len(empty) > 1 else ""
+      logging.warning("%s: the answer %r is empty%s: log p of nothing is 0", _name(empty[0]), empty[0].args[1], more)
 
     def answer(at: list[int]) -> list[tuple[float, bool]]:
-      prompts, answers = [pairs[i][0] for i in at], [pairs[i][1] for i in at]
-      nats = self.llada.log_likelihood(
-        prompts, answers, num_samples=self.num_samples, guidance_scale=guidance, seed=seed
-      )
-      greedy = self._are_greedy(prompts, answers) if self.greedy else [False] * len(at)
-      return list(zip(cast(list[float], nats), greedy, strict=True))
+      found = dict.fromkeys(at, (0.0, bool(self.greedy)))  # log p of nothing
+      if full := [i for i in at if pairs[i][1]]:
+        prompts, answers = [pairs[i][0] for i in full], [pairs[i][1] for i in full]
+        nats = self.llada.log_likelihood(
+          prompts, answers, num_samples=self.num_samples, guidance_scale=guidance, seed=seed
+        )
+        greedy = self._are_greedy(prompts, answers) if self.greedy else [False] * len(full)
+        found.update(zip(full, zip(cast(list[float], nats), greedy, strict=True), strict=True))
+      return list(found.values())
 
     costs = [(len(p) + len(a)) * (1 if len(a) == 1 else self.num_samples) for p, a in pairs]
     lengths = [len(p) + len(a) for p, a in pairs]
-    return self._run("loglikelihood", requests, _calls(lengths, costs), answer, disable_tqdm)
+    keys = [_digest(pair) for pair in pairs]
+    return self._run("loglikelihood", keys, lambda left: _calls(left, lengths, costs), answer, disable_tqdm)
 
   def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
     """Log p of each whole text in nats, given nothing; a long one is cut into windows of `model.max_length` tokens."""
     most = self.llada.model.max_length
-    rows = [self.text.encode(request.args[0]) for request in requests]
+    rows = _each(requests, lambda text: self.text.encode(text))
 
     def answer(at: list[int]) -> list[float]:
       windows = [(i, rows[i][first : first + most]) for i in at for first in range(0, len(rows[i]), most)]
@@ -203,7 +231,8 @@ class Harness(LM):
 
     lengths = [len(row) for row in rows]
     costs = [length * self.num_samples for length in lengths]
-    return self._run("loglikelihood_rolling", requests, _calls(lengths, costs), answer, disable_tqdm)
+    keys = [_digest(row) for row in rows]
+    return self._run("loglikelihood_rolling", keys, lambda left: _calls(left, lengths, costs), answer, disable_tqdm)
 
   def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
     """The text that each context is continued with, up to EOS, the first stop string, or max_gen_toks tokens.
@@ -211,27 +240,35 @@ class Harness(LM):
     A task whose generation_kwargs have `infill: MARK` is filled in instead: the canvas is what stands before the last
     MARK of the context, as many masks as a continuation would have, and what stands behind it; the answer is what
     takes the place of MARK. Few-shot examples simply stand before.
+
+    Where tokens are drawn, the seed of a row is a hash of the request, of the option `seed`, and of how often this
+    harness has been asked the same: repeats are draws of their own, and a draw does not depend on its batch.
     """
-    plans = [self._plan(request.args[1]) for request in requests]
-    rows = [self._split(request.args[0], plan) for request, plan in zip(requests, plans, strict=True)]
-    groups = defaultdict(list)  # only what shares a program shares a batch
-    for i, plan in enumerate(plans):
-      groups[json.dumps(plan.sampler, sort_keys=True), plan.infill is not None, *plan.until].append(i)
-    calls, most = [], _BATCH_TOKENS * len(jax.tree.leaves(self.llada.params)[0].sharding.device_set)
-    for at in groups.values():
-      at.sort(key=lambda i: -sum(map(len, rows[i])))  # the longest first: what does not fit, fails at once
-      while at:
-        fitting = max(1, most // sum(map(len, rows[at[0]])))
-        size = min(self.batch_size, 1 << fitting.bit_length() - 1)  # powers of two: programs are few
-        calls.append(at[:size])
-        at = at[size:]
+    plans = _each(requests, lambda _, asked: self._plan(asked))
+    ready = iter(plans)
+    rows = _each(requests, lambda context, _: self._split(context, next(ready)))
+    keys = [self._numbered(_digest(row, dataclasses.astuple(p)), p) for row, p in zip(rows, plans, strict=True)]
+    most = _BATCH_TOKENS * len(jax.tree.leaves(self.llada.params)[0].sharding.device_set)
+
+    def split(left: list[int]) -> list[list[int]]:
+      calls, groups = [], defaultdict(list)  # only what shares a program shares a batch
+      for i in left:
+        groups[json.dumps(plans[i].sampler, sort_keys=True), plans[i].infill is not None, *plans[i].until].append(i)
+      for at in groups.values():
+        at.sort(key=lambda i: -sum(map(len, rows[i])))  # the longest first: what does not fit, fails at once
+        while at:
+          fitting = max(1, most // sum(map(len, rows[at[0]])))
+          size = min(self.batch_size, 1 << fitting.bit_length() - 1)  # powers of two: programs are few
+          calls.append(at[:size])
+          at = at[size:]
+      return calls
 
     def answer(at: list[int]) -> list[str]:
-      ids = self._fill([rows[i] for i in at], plans[at[0]])
+      ids = self._fill([rows[i] for i in at], plans[at[0]], [_seed(keys[i]) for i in at])
       texts = [self.text.decode(self._ended(x[: plans[i].most])) for i, x in zip(at, ids, strict=True)]
       return [lladas.cut(text, plans[i].until) for i, text in zip(at, texts, strict=True)]
 
-    return self._run("generate_until", requests, calls, answer, disable_tqdm)
+    return self._run("generate_until", keys, split, answer, disable_tqdm)
 
   def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
     """A conversation as a context; what its messages spell can never become a special token (`Tokenizer.chat`)."""
@@ -248,18 +285,33 @@ class Harness(LM):
     """Tells vocabularies apart in the harness's cache of requests."""
     return f"lladax-{self.text.fingerprint}"
 
-  def _run(
-    self, name: str, requests: Sequence[Any], calls: list[list[int]], answer: Callable, quiet: bool
-  ) -> list[Any]:
-    """Answers all calls (lists of places); each is cached as soon as it is made."""
-    answers: list[Any] = [None] * len(requests)
-    with tqdm(total=len(requests), desc=name, disable=quiet or not distributed.is_first()) as bar:
-      for at in calls:
+  def _run(self, name: str, keys: list[str], split: Callable, answer: Callable, quiet: bool) -> list[Any]:
+    """Answers what the file of answers does not know, in the calls (lists of places) that `split` makes of it.
+
+    A call is kept as soon as it is made.
+    """
+    answers: list[Any] = [None] * len(keys)
+    if self.answers is not None:
+      model = _fingerprint(self)
+      keys = [_digest(model, key) for key in keys]
+      answers = [self.answers.known.get((name, key)) for key in keys]
+    left = [i for i, value in enumerate(answers) if value is None]
+    bar = tqdm(total=len(keys), initial=len(keys) - len(left), desc=name, disable=quiet or not distributed.is_first())
+    with bar:
+      for at in split(left):
         for i, value in zip(at, answer(at), strict=True):
           answers[i] = value
-          self.cache_hook.add_partial(name, requests[i].args, value)
+        if self.answers is not None:
+          self.answers.add(name, {keys[i]: answers[i] for i in at})
         bar.update(len(at))
     return answers
+
+  def _numbered(self, key: str, plan: "_Plan") -> str:
+    """The key with the number of the repeat; what is not drawn is the same every time."""
+    if not plan.sampler["temperature"] and plan.sampler["remasking"] != "random":
+      return key
+    self._asked[key] += 1
+    return _digest(key, self._asked[key])
 
   def _context(self, context: str) -> list[int]:
     if not context.startswith(_CHAT):
@@ -296,31 +348,32 @@ class Harness(LM):
 
   def _are_greedy(self, prompts: list[list[int]], answers: list[list[int]]) -> list[bool]:
     steps = max(map(len, answers))
-    plan = _Plan({"steps": steps, "gen_length": steps, "guidance_scale": self.options.get("guidance_scale", 0.0)})
+    plan = _Plan({"steps": steps, "gen_length": steps, "guidance_scale": self.options.get("guidance_scale", 0.0)}, 0)
     found = []
     for first in range(0, len(prompts), self.batch_size):
       batch = list(zip(prompts, answers, strict=True))[first : first + self.batch_size]
       rows = [(p, [self.llada.mask_id] * len(a), []) for p, a in batch]
-      filled = self._fill(rows, dataclasses.replace(plan, infill=None if self.llada.model.causal else ""))
+      filled = self._fill(
+        rows, dataclasses.replace(plan, infill=None if self.llada.model.causal else ""), [0] * len(rows)
+      )
       found += [x[: len(a)] == a for x, (_, a) in zip(filled, batch, strict=True)]
     return found
 
   def _plan(self, asked: Mapping[str, Any]) -> "_Plan":
     """What a request's generation_kwargs and the options come to."""
-    until = asked.get("until") or []
-    stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-    most = asked.get("max_gen_toks", 256)
-    sampler = {name: value for name, value in asked.items() if name in _SAMPLER and name != "temperature"}
-    if asked.get("do_sample"):
-      sampler["temperature"] = asked.get("temperature", 1.0)
-    sampler |= {name: value for name, value in self.options.items() if name in _SAMPLER}
+    asked = understood(asked)
+    most = asked["max_gen_toks"]
+    sampler = {"temperature": 0.0, "remasking": _SAMPLER["remasking"], "seed": _SAMPLER["seed"]}
+    sampler |= {name: value for x in (asked, self.options) for name, value in x.items() if name in _SAMPLER}
     length = sampler.get("gen_length") or most
     if "gen_length" in sampler:
       most = length
     block = min(sampler.get("block_length", length), length)
     length = -(-length // block) * block
     sampler |= {"gen_length": length, "block_length": block, "steps": sampler.get("steps", length)}
-    return _Plan(sampler, most, stops, asked.get("infill"))
+    SamplerConfig(**sampler)  # says what is wrong now
+    self._cut([], length)
+    return _Plan(sampler, sampler.pop("seed"), most, asked["until"], asked.get("infill"))
 
   def _split(self, context: str, plan: "_Plan") -> tuple[list[int], list[int], list[int]]:
     """Ids (before, masks, behind); without a mark nothing is behind."""
@@ -333,15 +386,18 @@ class Harness(LM):
     suffix = self.text.encode(behind)
     return self._cut(self.text.encode(before), len(masks) + len(suffix)), masks, suffix
 
-  def _fill(self, rows: list[tuple[list[int], list[int], list[int]]], plan: "_Plan") -> list[list[int]]:
+  def _fill(
+    self, rows: list[tuple[list[int], list[int], list[int]]], plan: "_Plan", seeds: list[int]
+  ) -> list[list[int]]:
     """The ids that take the place of the masks; the last row fills up a batch, as programs have fixed shapes."""
-    full = rows + rows[-1:] * (min(self.batch_size, 2 ** (len(rows) - 1).bit_length()) - len(rows))
+    more = min(self.batch_size, 2 ** (len(rows) - 1).bit_length()) - len(rows)
+    full, seeds = rows + rows[-1:] * more, seeds + seeds[-1:] * more
     if plan.infill is None:
       # Here the stop strings only spare work: `generate_until` cuts the texts.
-      out = self.llada.sample([before for before, _, _ in full], until=plan.until, **plan.sampler)
+      out = self.llada.sample([before for before, _, _ in full], until=plan.until, seed=seeds, **plan.sampler)
       return [row[-plan.sampler["gen_length"] :].tolist() for row in out.tokens[: len(rows)]]
     options = {name: value for name, value in plan.sampler.items() if name not in ("gen_length", "block_length")}
-    out = self.llada.unmask([before + masks + behind for before, masks, behind in full], **options)
+    out = self.llada.unmask([before + masks + behind for before, masks, behind in full], seed=seeds, **options)
     filled = []
     for row, (_, masks, behind) in zip(out.tokens[: len(rows)], rows, strict=True):
       end = len(row) - len(behind)
@@ -360,15 +416,112 @@ class _Plan:
   """How a text is to be generated."""
 
   sampler: dict[str, Any]  # fields of SamplerConfig
+  seed: int  # of the run; a row has its own
   most: int = 2**30  # tokens kept
   until: list[str] = dataclasses.field(default_factory=list)
   infill: str | None = None
 
 
-def _calls(lengths: list[int], costs: list[int]) -> list[list[int]]:
+def _digest(*what: Any) -> str:
+  return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _seed(key: str) -> int:
+  """31 bits, as a seed of JAX may have."""
+  return int(key[:8], 16) >> 1
+
+
+def _name(request: Any) -> str:
+  """Task and question of a request, and the choice where there may be several."""
+  choice = f", choice {request.idx}" if request.request_type == "loglikelihood" else ""
+  return f"task {request.task_name}, question {request.doc_id}{choice}"
+
+
+def _each(requests: Iterable[Any], make: Callable) -> list[Any]:
+  """What `make` makes of the arguments of each request; a Mistake names the request."""
+  found = []
+  for request in requests:
+    try:
+      found.append(make(*request.args))
+    except Mistake as error:
+      raise Mistake(f"{_name(request)}: {error}") from None
+  return found
+
+
+def _options(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+  """(fields of MeshConfig, the other options by their own names); Mistake for what is none, or has a bad value."""
+  axes = {field.name for field in dataclasses.fields(sharding.MeshConfig)}
+  mesh = {name: value for name, value in given.items() if name in axes}
+  options = {_ALIASES.get(name, name): value for name, value in given.items() if name not in axes}
+  for name, value in options.items():
+    if name not in _OWN and name not in _SAMPLER:
+      near = difflib.get_close_matches(name, [*_OWN, *_SAMPLER, *axes, *_ALIASES], 1, 0.0)[0]
+      raise Mistake(f"{name}={value!r}: there is no such option; did you mean {near}?")
+  if not _is(options.get("num_samples", 1), int) or options.get("num_samples", 1) < 1:
+    raise Mistake(f"num_samples={options['num_samples']!r}: must be a positive number")
+  if not isinstance(options.get("greedy", False), bool):
+    raise Mistake(f"greedy={options['greedy']!r}: must be True or False")
+  SamplerConfig(**{name: value for name, value in options.items() if name in _SAMPLER})
+  return mesh, options
+
+
+def _is(value: Any, *kinds: type) -> bool:
+  return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def understood(asked: Mapping[str, Any]) -> dict[str, Any]:
+  """A task's generation_kwargs as the harness's own models understand them, and no others.
+
+  `max_gen_toks` has three more names. Tokens are drawn where `do_sample` is true, or where it is not given and there is
+  a temperature; `do_sample: false` beside a temperature is said once. The fields of `SamplerConfig`, and `infill`, are
+  lladax's own.
+
+  Returns:
+    `until`, a list; `max_gen_toks`; `temperature`, 0.0 where nothing is drawn; fields of SamplerConfig, and infill.
+
+  Raises:
+    Mistake: an unknown field; one of other models, such as top_p, at a value that changes something; a bad value.
+  """
+  asked = {name: value for name, value in asked.items() if value is not None}
+  known = {"until", "do_sample", "temperature", "infill", *_LENGTHS, *_SAMPLER}
+  for name, value in asked.items():
+    said = f"generation_kwargs: {name}={value!r}"
+    if name not in known and name not in _NEUTRAL:
+      near = _MEANT.get(name) or difflib.get_close_matches(name, known, 1, 0.0)[0]
+      raise Mistake(f"{said}: there is no such field; did you mean {near}?")
+    if name in _LENGTHS and not (_is(value, int) and value > 0):
+      raise Mistake(f"{said}: must be a positive number")
+    if name == "temperature" and not (_is(value, int, float) and value >= 0):
+      raise Mistake(f"{said}: must be a number from 0")
+    if name == "do_sample" and not isinstance(value, bool):
+      raise Mistake(f"{said}: must be true or false")
+    if name == "infill" and not (isinstance(value, str) and value):
+      raise Mistake(f"{said}: must be a string")
+  until = asked.get("until", [])
+  until = [until] if isinstance(until, str) else until
+  if not isinstance(until, list | tuple) or not all(isinstance(stop, str) for stop in until):
+    raise Mistake(f"generation_kwargs: until={until!r}: must be a list of strings")
+  if asked.get("do_sample"):
+    asked.setdefault("temperature", 1.0)
+  shared = (*_LENGTHS, "do_sample", "temperature")
+  told: dict[str, Any] = dict(normalize_gen_kwargs({name: asked[name] for name in shared if name in asked}))
+  temperature = told["temperature"] if told["do_sample"] else 0.0
+  for name in asked.keys() & _NEUTRAL.keys():
+    if asked[name] not in _NEUTRAL[name] and (temperature or name not in _OF_DRAWS):
+      neutral = _NEUTRAL[name][0]
+      raise Mistake(
+        f"generation_kwargs: {name}={asked[name]!r}: lladax's sampler has no {name}; set it to {neutral}"
+        f" (--gen_kwargs {name}={neutral}), or leave it out"
+      )
+  own = {name: asked[name] for name in asked if name in _SAMPLER or name == "infill"}
+  own |= {"temperature": temperature, "max_gen_toks": told["max_gen_toks"]}
+  return own | {"until": [stop for stop in until if stop]}
+
+
+def _calls(places: Iterable[int], lengths: list[int], costs: list[int]) -> list[list[int]]:
   """Places from long to short, cut into calls of about the same work."""
   calls, spent = [], 0
-  for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+  for i in sorted(places, key=lambda i: -lengths[i]):
     if not calls or spent >= _CALL_TOKENS:
       calls.append([])
       spent = 0
@@ -393,7 +546,7 @@ def evaluate(
     batch_size: prompts of a generation batch, at most.
     allow_code: generated code may be run (in `lladax.sandbox`); without it tasks that do are refused.
     use_cache: a folder for the answers; a run that stopped goes on at the batch where it did. Every model and setting
-      has a file of its own there.
+      has a file of its own there (see `Answers`).
     output: a name for the report of the results, some answers with them: a .json and a .html file, written anew after
       each name.
     num_fewshot: instead of the preset's or the task's.
@@ -405,7 +558,8 @@ def evaluate(
     questions, "published": a preset's number as a fraction, of the published weights}.
 
   Raises:
-    Mistake: an unknown name or option, a missing data folder, or a task that runs code without `allow_code`.
+    Mistake: an unknown name or option, a missing data folder, a task that runs code without `allow_code`, or one that
+      asks for what this model or sampler has not.
   """
   from lm_eval.evaluator import evaluate as run
 
@@ -413,28 +567,31 @@ def evaluate(
   checked = check(names, data_dir=data_dir, allow_code=allow_code)
   if use_cache and jax.process_count() > 1:
     raise Mistake(f"use_cache={str(use_cache)!r}: processes of one job would read different caches; leave it out")
+  if output:
+    _check_folder(Path(output).parent, "output")
+  models: dict[str, Any] = {}
+  for name, (plan, _, loaded) in checked.items():  # what one of them cannot be asked is said before the first question
+    parts = loaded["tasks"].values()
+    # A likelihood that is no choice between answers is asked for with "is it the greedy one?".
+    defaults: dict[str, Any] = {"greedy": True} if any(task.OUTPUT_TYPE == "loglikelihood" for task in parts) else {}
+    models[name] = Harness(llada=llada, batch_size=batch_size, **(defaults | dict(plan.options) | options))
+    _check_parts(name, loaded, models[name]._plan)
   results: dict[str, dict[str, float]] = {}
   told: dict[str, list[dict[str, Any]]] = {}
   for name, (plan, group, loaded) in checked.items():
-    talks = plan.chat if chat is None else chat
+    talks, lm = plan.chat if chat is None else chat, models[name]
     with _quiet():
-      parts = loaded["tasks"].values()
-      for task in parts:
+      for task in loaded["tasks"].values():
         shots = plan.num_fewshot if num_fewshot is None else num_fewshot
         if task.get_config("num_fewshot") is None or (shots is not None and task.get_config("num_fewshot") != 0):
           task.set_config(key="num_fewshot", value=shots or 0)
         task.set_fewshot_seed(seed=1234)  # the harness's default
-      # A likelihood that is no choice between answers is asked for with "is it the greedy one?".
-      defaults: dict[str, Any] = {"greedy": True} if any(task.OUTPUT_TYPE == "loglikelihood" for task in parts) else {}
-      lm: Any = Harness(llada=llada, batch_size=batch_size, **(defaults | dict(plan.options) | options))
       if use_cache:
-        lm = CachingLM(lm, str(Path(use_cache) / f"{_fingerprint(lm)}.db"))
+        lm.keep(Path(use_cache) / f"{_fingerprint(lm)}.jsonl")
       found: Any = run(
         lm=lm, task_dict=loaded, limit=limit, log_samples=True, apply_chat_template=talks, fewshot_as_multiturn=talks,
         confirm_run_unsafe_code=allow_code, bootstrap_iters=1000,
       )  # fmt: skip
-    if use_cache:
-      lm.dbdict.close()
     assert found is not None
     results |= _numbers(name, group, found)
     if plan.published is not None and name in results:
@@ -456,19 +613,56 @@ def check(
   if not plans:
     raise Mistake("there is nothing to evaluate: the list of names is empty")
   manager, tasks = _find({name: plan.task for name, plan in plans.items()}, data_dir or os.environ.get(DATA, ""))
+  if not allow_code:
+    _check_code(manager, tasks)
+  found = {name: (plans[name], task, _load(manager, name, [task])) for name, task in tasks.items()}
+  for name, (_, _, loaded) in found.items():
+    _check_parts(name, loaded)
+  return found
+
+
+def _check_code(manager: Any, tasks: Mapping[str, str]) -> None:
+  """Raises Mistake if one of the tasks (by any names) runs generated code."""
   for name, task in tasks.items():
-    if not allow_code and _runs_code(manager, task):
+    if _runs_code(manager, task):
       how = "--config.evaluate.allow_code=True of a run, --allow_code of the other commands"
       raise Mistake(f"{name} runs generated code: allow it with allow_code=True ({how})")
-  found = {}
-  for name, task in tasks.items():
-    try:
-      with _quiet():
-        found[name] = plans[name], task, manager.load([task])
-    except OSError as error:  # of the hub, and of files
-      why = str(error).splitlines()[0]
-      raise Mistake(f"{name}: the questions of {task} could not be read ({why}); is there a network?") from None
-  return found
+
+
+def _check_folder(path: Path, field: str) -> None:
+  """Raises Mistake if nothing can be written to a folder, which is made where it is not there."""
+  try:
+    path.expanduser().mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise Mistake(f"{field}={path}: {error.strerror}; name a folder that can be written") from None
+  if not os.access(path.expanduser(), os.W_OK):
+    raise Mistake(f"{field}={path}: this folder cannot be written; name another")
+
+
+def _load(manager: Any, name: str, tasks: list[Any]) -> Any:
+  """The tasks with their questions."""
+  try:
+    with _quiet():
+      return manager.load(tasks)
+  except Mistake:
+    raise
+  except OSError as error:  # of the hub, and of files
+    why = (str(error) or type(error).__name__).splitlines()[0]
+    which = ", ".join(map(str, tasks))
+    raise Mistake(f"{name}: the questions of {which} could not be read ({why}); is there a network?") from None
+
+
+def _check_parts(name: str, loaded: Any, plan: Callable = understood, more: Mapping[str, Any] = {}) -> None:  # noqa: B006
+  """Raises Mistake if a task asks for what cannot be done; `more` is added to its generation_kwargs."""
+  for part, task in loaded["tasks"].items():
+    where = part if name in ("", part) else f"{name}: {part}"
+    if getattr(task, "MULTIMODAL", False):
+      raise Mistake(f"{where}: its questions are not of text alone, which a LLaDA does not read")
+    if task.OUTPUT_TYPE == "generate_until":
+      try:
+        plan({**(task.get_config("generation_kwargs") or {}), **more})
+      except Mistake as error:
+        raise Mistake(f"{where}: {error}") from None
 
 
 def _find(wanted: Mapping[str, str], data_dir: str) -> tuple[Any, dict[str, str]]:
@@ -483,17 +677,20 @@ def _find(wanted: Mapping[str, str], data_dir: str) -> tuple[Any, dict[str, str]
     manager = TaskManager(**options)
   for task in tasks.values():
     if task not in manager.all_tasks:
-      near = difflib.get_close_matches(task, manager.all_tasks, 1, 0.0)[0]
-      hint = " (its local form needs data_dir)" if f"lladax_{task}" in local and not data_dir else ""
-      raise Mistake(f"task {task!r}: there is no such task{hint}; did you mean {near}?")
+      raise _unknown(manager, task, " (its local form needs data_dir)" * (f"lladax_{task}" in local and not data_dir))
   return manager, tasks
+
+
+def _unknown(manager: Any, task: str, hint: str = "") -> Mistake:
+  near = difflib.get_close_matches(task, manager.all_tasks, 1, 0.0)[0]
+  return Mistake(f"task {task!r}: there is no such task{hint}; did you mean {near}?")
 
 
 def _runs_code(manager: Any, task: str) -> bool:
   entry = manager.task_index[task]
   config = entry.cfg or {}
   parts = config.get("task")
-  parts = parts if isinstance(parts, list) else []  # of a group (of a tag the harness itself asks, a little later)
+  parts = parts if isinstance(parts, list) else [] if config else entry.tags  # of a group, of a tag
   names = [part if isinstance(part, str) else part.get("task", "") for part in parts]
   known = (name for name in names if name in manager.task_index and name != task)
   return bool(config.get("unsafe_code")) or any(_runs_code(manager, name) for name in known)
@@ -568,32 +765,92 @@ _HELP = """lladax adds to the command line of lm-eval below:
 """
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
   """The harness's command line with `--model lladax` as the default, and `--data_dir DIR` and `--allow_code`."""
-  from lm_eval.__main__ import cli_evaluate
+  from lm_eval._cli import HarnessCLI
+  from lm_eval.api import model
+  from lm_eval.utils import setup_logging
 
-  given = sys.argv[1:]
-  if {"-h", "--help"} & set(given):
+  if {"-h", "--help"} & set(argv):
     print(_HELP)
-  if "--data_dir" in given:
-    at = given.index("--data_dir")
-    os.environ[DATA] = (given[at + 1 : at + 2] or [""])[0]
-    del given[at : at + 2]
-  given = ["--confirm_run_unsafe_code" if x == "--allow_code" else x for x in given]
+  ours = argparse.ArgumentParser(prog="lladax.harness", add_help=False, allow_abbrev=False)
+  ours.add_argument("--data_dir")
+  ours.add_argument("--allow_code", action="store_true")
+  own, given = ours.parse_known_args(argv[1:])
+  if own.data_dir is not None:
+    if not Path(own.data_dir).expanduser().is_dir():
+      raise Missing(f"--data_dir {own.data_dir}: there is no such folder; give that of the local benchmarks")
+    os.environ[DATA] = own.data_dir
   if given and given[0] not in ("run", "ls", "validate"):
     given.insert(0, "run")
-  if given and "--include_path" not in given:
-    given += ["--include_path", str(TASKS)]
-  if given[:1] == ["run"] and not {"--model", "-M"} & set(given):
-    given += ["--model", "lladax"]
-  sys.argv[1:] = given
-  try:
-    with _quiet():
-      cli_evaluate()
-  except (ValueError, OSError) as error:  # what was asked for is wrong, or is not there
-    said = " ".join(str(error).split()).replace("confirm_run_unsafe_code=True", "--allow_code")
-    sys.exit(f"lladax.harness: {said}")
+  sys.argv[1:] = given + ["--confirm_run_unsafe_code"] * own.allow_code
+  setup_logging()
+  args = HarnessCLI().parse_args()
+  if given:
+    args.include_path = args.include_path or str(TASKS)
+  if args.command == "run":
+    _check_run(args)
+    model.CachingLM = _kept
+  with _quiet():
+    args.func(args)
+
+
+def _check_run(args: argparse.Namespace) -> None:
+  """Says what is wrong with a run before there is a model; the tasks that it has loaded are those that the run asks."""
+  import lm_eval.models  # noqa: F401  fills the registry
+  from lm_eval import tasks
+  from lm_eval.api.registry import MODEL_REGISTRY
+  from lm_eval.config.evaluate_config import EvaluatorConfig
+
+  try:  # these look at the command line and its file, and at nothing else
+    said = EvaluatorConfig.load_yaml_config(args.config) if args.config else {}
+    args.model = args.model or said.get("model", "lladax")
+    with contextlib.redirect_stdout(io.StringIO()):  # the run itself will show it
+      c = EvaluatorConfig.from_cli(args)
+  except (ValueError, TypeError, OSError) as error:
+    raise Mistake(" ".join(str(error).split())) from None
+  if c.model not in MODEL_REGISTRY:
+    near = difflib.get_close_matches(c.model, list(MODEL_REGISTRY), 1, 0.0)[0]
+    raise Mistake(f"--model {c.model}: there is no such model; did you mean {near}?")
+  if c.model == "lladax":
+    _options({name: x for name, x in c.model_args.items() if name not in inspect.signature(Harness).parameters})
+  elif c.use_cache:
+    raise Mistake(
+      f"--use_cache {c.use_cache}: answers of other models than lladax would be kept as pickles; leave it out"
+    )
+  if c.output_path:
+    path = Path(c.output_path)
+    _check_folder(path.parent if path.suffix == ".json" else path, "--output_path")
+  if not Path(c.include_path or TASKS).is_dir():
+    raise Missing(f"--include_path {c.include_path}: there is no such folder")
+
+  names = c.tasks.split(",") if isinstance(c.tasks, str) else [x for task in c.tasks for x in task.split(",")]
+  if not names:
+    raise Mistake("--tasks is missing: name some, as in --tasks lladax_gsm8k,lladax_mmlu")
+  for name in names:
+    if name.endswith(".yaml") and not glob.glob(name):
+      raise Missing(f"--tasks {name}: there is no such file")
+  options = {"include_path": list(dict.fromkeys([str(TASKS), c.include_path or str(TASKS)])), "metadata": c.metadata}
+  manager = tasks.TaskManager(include_defaults=False, **options)
+  if any(name not in manager.all_tasks and not name.startswith("lladax_") for name in names):
+    manager = tasks.TaskManager(**options)
+  for name in names:
+    if not (name.endswith(".yaml") or manager.match_tasks([name]) or Path(name).is_dir()):
+      raise _unknown(manager, name)
+  if not c.confirm_run_unsafe_code:
+    _check_code(manager, {name: name for name in manager.match_tasks(names)})
+  tasks.TaskManager = lambda **_: manager  # its thousands of files are read once
+  c.process_tasks(c.metadata)  # reads task files that are named by their paths
+  loaded = _load(manager, "--tasks", list(c.tasks))
+  _check_parts("", loaded, understood, c.gen_kwargs)
+  manager.load = lambda task_list: loaded
+
+
+def _kept(lm: Any, path: str) -> Any:
+  """In the place of the harness's own cache of answers, a pickle named PATH_rank0.db."""
+  lm.keep(Path(path).with_suffix(".jsonl"))
+  return lm
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(distributed.guard(main, sys.argv, "lladax.harness"))

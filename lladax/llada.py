@@ -326,7 +326,8 @@ class LLaDA:
       until_block = np.int32(state.block + 1) if every == "block" else never
       with sharding.on_mesh_of(self.params):
         state = _run(
-          self.params, state, segment_BL if padded else None, c.seed, until_nfe, until_block, model=self.model,
+          self.params, state, segment_BL if padded else None, np.asarray(c.seed, np.int32), until_nfe, until_block,
+          model=self.model,
           c=_fixed(c), mask_id=self.mask_id, ends=self.ends, vocab_size=self.vocab_size, first=first,
         )  # fmt: skip
       yield state
@@ -353,7 +354,7 @@ class LLaDA:
     tokens_BL, segment_BL = self._left_pad(canvases, length)
     with sharding.on_mesh_of(self.params):
       tokens_BL, confidence_BL, nfe = _autoregressive_sample(
-        self.params, tokens_BL, segment_BL, c.seed, model=self.model, temperature=c.temperature,
+        self.params, tokens_BL, segment_BL, np.asarray(c.seed, np.int32), model=self.model, temperature=c.temperature,
         prompt_length=prompt_length, eos_id=self.eos_id, mask_id=self.mask_id, vocab_size=self.vocab_size,
       )  # fmt: skip
     unmasked_at_BL = np.broadcast_to(np.maximum(np.arange(length) - prompt_length + 1, 0), tokens_BL.shape)
@@ -502,6 +503,8 @@ def _allowed(rows: int, mask_id: int, vocab_size: int) -> jax.Array:
 
 
 def _keys(seed: jax.Array, rows: int) -> jax.Array:
+  if jnp.ndim(seed):  # one for each row, whose key is then that of the first row of `seed`
+    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 0))(seed)
   return jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(rows))
 
 

@@ -5,17 +5,15 @@ import ctypes
 import dataclasses
 import difflib
 import importlib.util
-import logging
 import os
 import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 from absl import app, flags
 from ml_collections import config_flags
 
 from lladax import distributed
+from lladax.distributed import guard
 from lladax.mistake import Missing, Mistake
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; --config.steps=200 overrides a field.")
@@ -158,26 +156,9 @@ def _nearest(names: list[str]) -> str | None:
   return None
 
 
-def _complain(message: str, name: str = "lladax") -> int:
-  print(f"{name}: {message}", file=sys.stderr)
+def _complain(message: str) -> int:
+  print(f"lladax: {message}", file=sys.stderr)
   return 1
-
-
-def guard(command: Callable[[list[str]], int | None], argv: list[str], name: str = "lladax") -> int:
-  """Runs a command: one line and 1 for a `Mistake`; a traceback and 70 for everything else."""
-  logging.basicConfig(format=f"{name}: %(message)s", level=logging.WARNING, force=True)
-  logging.getLogger("lladax").setLevel(logging.INFO)  # which attention kernel runs
-  logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
-  logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and its abandoned reads report themselves, one by one
-  try:
-    return command(argv) or 0
-  except Mistake as error:
-    code = _complain(str(error), name)
-  except Exception:
-    traceback.print_exc()
-    code = 70  # EX_SOFTWARE: a launcher may start it again
-  distributed.leave(code)
-  return code
 
 
 def keep_freed_memory() -> None:

@@ -1,8 +1,12 @@
+import contextlib
 import io
 import json
 import lzma
 import os
 import pathlib
+import pickle
+import shutil
+import sqlite3
 import subprocess
 import sys
 
@@ -10,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from rich.console import Console
 
 import lladax
@@ -18,11 +23,14 @@ from lladax import tokenizer
 from lladax.config import parse
 from lladax.llada import LLaDA
 from lladax.mask_predictor import MaskPredictorConfig
+from lladax.mistake import Mistake
 
 pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.api.model import CachingLM  # noqa: E402
 
-from lladax import evaluate, harness  # noqa: E402
+from lladax import config as configs  # noqa: E402
+from lladax import distributed, evaluate, harness, metrics  # noqa: E402
 
 pytestmark = [
   pytest.mark.usefixtures("quick_compiles"),
@@ -49,7 +57,9 @@ def llada():
 
 
 def requests(kind, *arguments):
-  return [Instance(request_type=kind, doc={}, arguments=x, idx=i) for i, x in enumerate(arguments)]
+  where = [("task", 10 + i, 1) for i in range(len(arguments))]
+  rows = zip(where, arguments, strict=True)
+  return [Instance(request_type=kind, doc={}, arguments=x, idx=0, metadata=metadata) for metadata, x in rows]
 
 
 PAIRS = [("Question: one\nAnswer:", " two"), ("", "ab"), ("Question:", " x"), ("a", " three or four"), ("b ", "c")]
@@ -81,9 +91,16 @@ def test_greedy_answers_are_told_from_others(causal):
     greedy = llada.sample([prompt], gen_length=3).tokens[0, -3:].tolist()
   else:
     greedy = llada.unmask([[*prompt, *[llada.mask_id] * 3]], steps=3).tokens[0, -3:].tolist()
-  assert lm._are_greedy([prompt] * 3, [greedy, greedy[:2] + [(greedy[2] + 1) % 256], [1, 2]])[:2] == [True, False]
-  found = lm.loglikelihood(requests("loglikelihood", ("abc", "zz")))
-  assert found[0][1] is False
+  other = greedy[:2] + [(greedy[2] + 1) % 256]
+  assert lm._are_greedy([prompt] * 3, [greedy, other, greedy]) == [True, False, True]
+  # The same through text: contexts whose greedy answer of one token is a letter, and another letter.
+  contexts = list("abcdefghijklmnopqrstuvwxyz")
+  tokens = llada.sample(contexts, gen_length=1, block_length=1, steps=1).tokens[:, -1].tolist()
+  letters = [(context, token) for context, token in zip(contexts, tokens, strict=True) if 32 < token < 127][:3]
+  pairs = [(c, chr(x)) for c, token in letters for x in (token, token ^ 1)]
+  assert pairs and [hit for _, hit in lm.loglikelihood(requests("loglikelihood", *pairs))] == [True, False] * len(
+    letters
+  )
 
 
 def test_a_causal_model_is_exact():
@@ -130,13 +147,126 @@ def test_generation_ends_at_stop_strings_and_max_gen_toks(llada):
   assert cut == texts[at][: texts[at].index(stop)]
 
 
-def test_the_length_is_the_tasks_where_no_option_gives_it(llada):
+def test_repeats_are_draws_of_their_own_whatever_the_batch(llada):
+  ask = {"until": [], "max_gen_toks": 8, "do_sample": True}
+  asked = requests("generate_until", ("ab", ask)) * 16 + requests("generate_until", ("a longer prompt", ask)) * 3
+  lm = harness.Harness(llada=llada, batch_size=16, steps=4)
+  first, again = lm.generate_until(asked), lm.generate_until(asked)
+  assert len({*first, *again}) == 2 * len(asked)
+  for batch_size in (1, 4, 16):
+    assert harness.Harness(llada=llada, batch_size=batch_size, steps=4).generate_until(asked) == first
+  other = harness.Harness(llada=llada, batch_size=16, steps=4, seed=1).generate_until(asked)
+  assert not {*other} & {*first, *again}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_other_ways_to_generate_draw_for_themselves_too(causal):
+  llada, ask = tiny(causal=causal), {"max_gen_toks": 4, "temperature": 1.0}
+  asked = requests("generate_until", ("ab<here>cd", ask | {"infill": "<here>"} if not causal else ask)) * 5
+  found = [harness.Harness(llada=llada, batch_size=size).generate_until(asked) for size in (1, 4)]
+  assert len({*found[0]}) == 5 and found[0] == found[1]
+
+
+def test_what_draws_nothing_has_one_answer_and_what_waits_at_random_has_many(llada, monkeypatch):
+  seeds, sample = [], LLaDA.sample
+  monkeypatch.setattr(LLaDA, "sample", lambda self, *a, **o: seeds.extend(o["seed"]) or sample(self, *a, **o))
+  for asked, several in (({"temperature": 0.0}, False), ({"remasking": "random"}, True)):
+    seeds.clear()
+    lm = harness.Harness(llada=llada, batch_size=4, steps=2)
+    lm.generate_until(requests("generate_until", ("ab", {"max_gen_toks": 4} | asked)) * 4)
+    assert len({*seeds}) == (4 if several else 1) and all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_the_length_is_the_tasks_where_no_option_gives_it():
+  llada = tiny(max_length=512)
   plan = harness.Harness(llada=llada, block_length=8)._plan({"max_gen_toks": 20, "until": "x"})
   assert plan.sampler["gen_length"] == plan.sampler["steps"] == 24 and plan.most == 20 and plan.until == ["x"]
   plan = harness.Harness(llada=llada, gen_length=64, block_length=32, steps=16)._plan({"max_gen_toks": 20})
   assert (plan.sampler["gen_length"], plan.most, plan.sampler["steps"]) == (64, 64, 16)
-  plan = harness.Harness(llada=llada)._plan({"do_sample": True, "temperature": 0.7, "top_p": 0.9})
-  assert plan.sampler == {"temperature": 0.7, "gen_length": 256, "block_length": 256, "steps": 256}
+  plan = harness.Harness(llada=llada)._plan({})
+  lengths = {"gen_length": 256, "block_length": 256, "steps": 256}
+  assert plan.sampler == {"temperature": 0.0, "remasking": "low_confidence"} | lengths
+  plan = harness.Harness(llada=llada, temperature=0.5, seed=3)._plan({"temperature": 0.7, "seed": 2})
+  assert (plan.sampler["temperature"], plan.seed) == (0.5, 3)
+
+
+@pytest.mark.parametrize(
+  ("asked", "understood"),
+  [
+    ({"max_new_tokens": 7}, {"max_gen_toks": 7}),
+    ({"max_tokens": 7}, {"max_gen_toks": 7}),
+    ({"max_completion_tokens": 7, "until": None}, {"max_gen_toks": 7}),
+    ({"until": ["a", ""]}, {"until": ["a"]}),
+    ({"temperature": 0.7}, {"temperature": 0.7}),
+    ({"do_sample": True}, {"temperature": 1.0}),
+    ({"do_sample": True, "temperature": 0.2, "top_p": 1.0, "num_beams": 1}, {"temperature": 0.2}),
+    ({"do_sample": False, "temperature": 0.0, "top_p": 0.95, "top_k": 50}, {}),  # nothing is drawn
+    ({"infill": "<here>", "steps": 3}, {"infill": "<here>", "steps": 3}),
+  ],
+)
+def test_a_request_is_understood_as_the_harness_understands_it(asked, understood):
+  assert harness.understood(asked) == {"until": [], "max_gen_toks": 256, "temperature": 0.0} | understood
+
+
+@pytest.mark.parametrize(
+  ("asked", "said"),
+  [
+    ({"top_p": 0.9, "do_sample": True}, "top_p=0.9: lladax's sampler has no top_p; set it to 1"),
+    ({"top_k": 50, "temperature": 1}, "top_k=50: lladax's sampler has no top_k; set it to 0"),
+    ({"num_beams": 4}, "num_beams=4: lladax's sampler has no num_beams; set it to 1"),
+    ({"repetition_penalty": 1.2}, "repetition_penalty=1.2: lladax's sampler has no"),
+    ({"max_gen_tok": 4}, "max_gen_tok=4: there is no such field; did you mean max_gen_toks"),
+    ({"stop": ["a"]}, "stop=.'a'.: there is no such field; did you mean until"),
+    ({"max_length": 99}, "max_length=99: there is no such field; did you mean max_gen_toks"),
+    ({"max_new_tokens": 0}, "max_new_tokens=0: must be a positive number"),
+    ({"max_gen_toks": "many"}, "max_gen_toks='many': must be a positive number"),
+    ({"temperature": "hot"}, "temperature='hot': must be a number from 0"),
+    ({"do_sample": "yes"}, "do_sample='yes': must be true or false"),
+    ({"until": 3}, "until=3: must be a list of strings"),
+    ({"remasking": "lowest"}, "remasking='lowest': use one of"),
+    ({"max_gen_toks": 97}, "97 tokens to score or to generate leave no room in model.max_length=96"),
+  ],
+)
+def test_what_is_not_understood_is_refused_before_the_first_pass(llada, monkeypatch, asked, said):
+  monkeypatch.setattr(LLaDA, "sample", None)
+  lm = harness.Harness(llada=llada, steps=4)
+  good = ("ab", {"max_gen_toks": 4})
+  with pytest.raises(Mistake, match=f"task task, question 11: .*{said}") as error:
+    lm.generate_until(requests("generate_until", good, ("ab", {"max_gen_toks": 8} | asked)))
+  assert "\n" not in str(error.value)
+
+
+def test_what_a_request_says_twice_is_said_once(caplog):
+  logger = "lm_eval.models.utils"
+  with caplog.at_level("WARNING", logger):
+    for _ in range(3):
+      assert harness.understood({"do_sample": False, "temperature": 0.625})["temperature"] == 0.0
+      assert harness.understood({"max_tokens": 5, "max_gen_toks": 6})["max_gen_toks"] == 6
+  said = [record.getMessage() for record in caplog.records if record.name == logger]
+  assert len(said) == 2 and "0.625" in said[0] and "max_tokens" in said[1]
+
+
+def test_every_task_of_the_harness_is_understood_or_refused_by_name():
+  """A new version of the harness, with a field that no task had before, fails here."""
+  import lm_eval.tasks
+
+  class Loader(yaml.CSafeLoader if hasattr(yaml, "CSafeLoader") else yaml.SafeLoader):
+    pass
+
+  Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
+  known, refused = 0, []
+  for path in pathlib.Path(lm_eval.tasks.__file__).parent.rglob("*"):
+    if path.suffix not in ("", ".yaml", ".yml") or not path.is_file() or "generation_kwargs" not in path.read_text():
+      continue
+    try:
+      harness.understood(yaml.load(path.read_text(), Loader).get("generation_kwargs") or {})
+      known += 1
+    except Mistake as error:
+      refused.append(str(error))
+  assert known > 400 and {said.partition(";")[0] for said in refused} == {
+    "generation_kwargs: top_p=0.95: lladax's sampler has no top_p",
+    "generation_kwargs: num_beams=10: lladax's sampler has no num_beams",
+  }
 
 
 def test_a_conversation_cannot_spell_special_tokens(llada):
@@ -196,11 +326,12 @@ def test_presets_have_the_published_numbers():
 
 
 @pytest.mark.parametrize("name", harness.PRESETS)
-def test_presets_fit_the_model_and_the_tasks(name, llada):
+def test_presets_are_sampled_as_they_say(name):
   x = harness.preset(name)
-  lm = harness.Harness(llada=llada, **x.options)
-  plan = lm._plan({"max_gen_toks": 32})
-  assert plan.sampler["gen_length"] % plan.sampler["block_length"] == 0
+  plan = harness.Harness(llada=tiny(max_length=4096), **x.options)._plan({"max_gen_toks": 32})
+  said = {key: value for key, value in x.options.items() if key not in ("num_samples",)}
+  assert plan.sampler | said == plan.sampler and (plan.most, plan.seed) == (said.get("gen_length", 32), 0)
+  assert x.options.get("gen_length", 32) % x.options.get("block_length", 1) == 0  # none is filled in and thrown away
 
 
 @pytest.mark.parametrize(
@@ -210,6 +341,9 @@ def test_presets_fit_the_model_and_the_tasks(name, llada):
     (lambda llada: harness.Harness(llada=llada, gen_lenght=3), "gen_lenght=3.*did you mean gen_length"),
     (lambda llada: harness.Harness(llada=llada, steps=0), "sample.steps=0: must be at least 1"),
     (lambda llada: harness.Harness(llada=llada, batch_size="auto"), "batch_size='auto': must be a positive number"),
+    (lambda llada: harness.Harness(llada=llada, num_samples=0), "num_samples=0: must be a positive number"),
+    (lambda llada: harness.Harness(llada=llada, mc_num=2.5), "num_samples=2.5: must be a positive number"),
+    (lambda llada: harness.Harness(llada=llada, greedy="no"), "greedy='no': must be True or False"),
     (lambda llada: harness.Harness(), "give the model as path="),
     (lambda llada: harness.Harness(path=str(GOLDEN)), "this model has no tokenizer"),
     (lambda llada: harness.evaluate(llada, []), "there is nothing to evaluate"),
@@ -287,6 +421,92 @@ def test_evaluate_writes_metrics_with_their_errors(llada, data_dir, tmp_path):
   assert found["lambada_openai"]["perplexity"] == pytest.approx(np.exp(-np.mean(likelihoods)))
 
 
+def test_an_empty_answer_is_scored_and_said(llada, caplog):
+  pairs = requests("loglikelihood", ("ab", "c"), ("ab", ""), ("", "de"), ("f", ""))
+  found = harness.Harness(llada=llada, num_samples=3).loglikelihood(pairs)
+  nats = llada.log_likelihood(["ab", ""], ["c", "de"], num_samples=3)
+  assert found == [(nats[0], False), (0.0, False), (nats[1], False), (0.0, False)]
+  said = "task task, question 11, choice 0: the answer '' is empty, and 1 more like it: log p of nothing is 0"
+  assert [record.getMessage() for record in caplog.records] == [said]
+  greedy = harness.Harness(llada=llada, num_samples=3, greedy=True).loglikelihood(pairs[1:2])
+  assert greedy == [(0.0, True)]
+
+
+def test_a_mistake_in_a_request_names_its_task_and_question(llada, monkeypatch):
+  monkeypatch.setattr(LLaDA, "log_likelihood", None)
+  lm = harness.Harness(llada=llada)
+  said = "task task, question 11, choice 0: 97 tokens to score or to generate leave no room"
+  with pytest.raises(Mistake, match=said):
+    lm.loglikelihood(requests("loglikelihood", ("a", "b"), ("a", "x" * 97)))
+  with pytest.raises(Mistake, match="task task, question 10: infill='<here>': the context does not hold this mark"):
+    lm.generate_until(requests("generate_until", ("no mark", {"infill": "<here>", "max_gen_toks": 4})))
+
+
+@pytest.fixture
+def task(tmp_path, monkeypatch):
+  """task(NAME, TEXT) makes a task beside ours."""
+  folder = tmp_path / "tasks"
+  shutil.copytree(harness.TASKS, folder)
+  monkeypatch.setattr(harness, "TASKS", folder)
+  return lambda name, text: (folder / f"{name}.yaml").write_text(f"task: {name}\n{text}")
+
+
+REPEATED = """include: lladax_gsm8k.yaml
+num_fewshot: 0
+repeats: 16
+generation_kwargs: {until: [], max_new_tokens: 6, temperature: 1.0}
+filter_list: [{name: each, filter: [{function: take_first_k, k: 16}]}]
+process_results: !function seen.process
+metric_list: [{metric: different, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def test_the_harness_repeats_a_question(llada, data_dir, task, tmp_path, monkeypatch):
+  task("lladax_repeated", REPEATED)
+  code = "def process(doc, results):\n  return {'different': len(set(results[0]))}\n"
+  (harness.TASKS / "seen.py").write_text(code)
+  tokens, sample = [], LLaDA.sample
+  monkeypatch.setattr(LLaDA, "sample", lambda self, *a, **o: tokens.append(o["gen_length"]) or sample(self, *a, **o))
+  run = {"data_dir": str(data_dir), "limit": 2, "batch_size": 4, "use_cache": tmp_path / "cache"}
+  for calls in (8, 8):  # the second time there is nothing to ask
+    found = harness.evaluate(llada, "lladax_repeated", **run)["lladax_repeated"]
+    assert found["different"] == 16 and tokens == [6] * calls
+
+
+def test_a_task_that_cannot_be_asked_ends_it_before_the_first_question(llada, data_dir, task, monkeypatch):
+  monkeypatch.setattr(LLaDA, "log_likelihood", None)
+  text = "include: lladax_gsm8k.yaml\ngeneration_kwargs: {max_gen_toks: %s, do_sample: true, top_p: %s}\n"
+  task("lladax_nucleus", text % (8, 0.95))
+  task("lladax_long", text % (97, 1.0))
+  task("lladax_seen", "include: lladax_arc_challenge.yaml\ndoc_to_image: [question]\n")
+  run = {"data_dir": str(data_dir), "limit": 1}
+  with pytest.raises(Mistake, match="^lladax_nucleus: generation_kwargs: top_p=0.95: lladax's sampler has no top_p"):
+    harness.check("lladax_nucleus", data_dir=str(data_dir))  # before a training run, too
+  with pytest.raises(Mistake, match="^lladax_nucleus: generation_kwargs: top_p=0.95: lladax's sampler has no top_p"):
+    harness.evaluate(llada, ["arc_challenge", "lladax_nucleus"], **run)
+  with pytest.raises(Mistake, match="^lladax_long: 97 tokens to score or to generate leave no room"):
+    harness.evaluate(llada, ["arc_challenge", "lladax_long"], **run)
+  with pytest.raises(Mistake, match="^lladax_seen: its questions are not of text alone"):
+    harness.evaluate(llada, ["arc_challenge", "lladax_seen"], **run)
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "said"),
+  [
+    ("gsm8k_test.jsonl", b'{"question": "1?"\n', "gsm8k_test.jsonl cannot be read: "),
+    ("gsm8k_test.jsonl", b"\xff\xfe", "gsm8k_test.jsonl cannot be read: "),
+    ("gsm8k_test.jsonl.xz", b"not xz", "gsm8k_test.jsonl.xz cannot be read: "),
+    ("gsm8k_test.json", b'{"question": "1?"}', "gsm8k_test.json: must hold questions that are objects"),
+    ("gsm8k_test.jsonl", b"\n", "there are no questions in math/gsm8k_test"),
+  ],
+)
+def test_a_broken_benchmark_is_named(tmp_path, name, content, said):
+  (tmp_path / "math").mkdir()
+  (tmp_path / "math" / name).write_bytes(content)
+  with pytest.raises(Mistake, match=said):
+    harness.check("lladax_gsm8k", data_dir=str(tmp_path))
+
+
 def test_a_preset_brings_its_settings_and_its_number(llada, data_dir):
   found = harness.evaluate(
     llada, "llada_base/arc_challenge+guidance", data_dir=str(data_dir), limit=1, **SMALL | {"num_samples": 1}
@@ -348,10 +568,14 @@ def test_a_group_has_a_mean_and_its_parts(llada, tmp_path):
   assert found["llada_base/mmlu"]["published"] == pytest.approx(0.659)
 
 
-def test_generated_code_is_run_only_when_allowed(llada, data_dir):
+def test_generated_code_is_run_only_when_allowed(llada, data_dir, monkeypatch):
   names = ["humaneval", "lladax_humaneval_single_line_infilling"]
-  found = harness.evaluate(llada, names, data_dir=str(data_dir), limit=1, allow_code=True, **SMALL)
-  assert [found[name]["pass@1"] for name in names] == [0.0, 0.0]
+  with pytest.raises(Mistake, match="^humaneval runs generated code: allow it with allow_code=True"):
+    harness.evaluate(llada, names, data_dir=str(data_dir), limit=1, **SMALL)
+  for text, passed in (("  return x + 1", [1.0, 1.0]), ("  y = x + 1", [0.0, 1.0]), ("  return x", [0.0, 0.0])):
+    monkeypatch.setattr(harness.Harness, "generate_until", lambda self, asked, text=text, **_: [text] * len(asked))
+    found = harness.evaluate(llada, names, data_dir=str(data_dir), limit=1, allow_code=True, **SMALL)
+    assert [found[name]["pass@1"] for name in names] == passed
 
 
 def test_the_right_programs_pass(data_dir):
@@ -399,22 +623,150 @@ def test_importing_it_loads_no_torch():
   subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+@pytest.fixture
+def command(monkeypatch, capsys):
+  """command(FLAGS) -> (exit code, what it wrote to standard error), in this process."""
+  import lm_eval.tasks
+  import lm_eval.utils
+  from lm_eval.api import model
+
+  for module, name in ((lm_eval.tasks, "TaskManager"), (model, "CachingLM"), (sys, "argv")):
+    monkeypatch.setattr(module, name, getattr(module, name))  # what the command puts there goes again
+  monkeypatch.setattr(lm_eval.utils, "setup_logging", lambda: None)
+  monkeypatch.setattr(distributed.logging, "basicConfig", lambda **_: None)
+  monkeypatch.setenv(harness.DATA, "")
+
+  def run(flags):
+    capsys.readouterr()
+    code = distributed.guard(harness.main, ["lladax.harness", *flags.split()], "lladax.harness")
+    return code, capsys.readouterr().err
+
+  return run
+
+
 @pytest.mark.parametrize(
-  "flags, said",
+  ("flags", "said"),
   [
-    ("--tasks lladax_arc_chalenge --model_args path=x", "lladax_arc_chalenge"),
+    ("--limit 1", "--tasks is missing: name some"),
+    ("--tasks lladax_arc_chalenge", "task 'lladax_arc_chalenge': there is no such task; did you mean lladax_arc_chall"),
+    ("--tasks lladax_arc_challenge --model_args path=x,num_samples=0", "num_samples=0: must be a positive number"),
+    ("--tasks lladax_arc_challenge --data_dir /nowhere", "--data_dir /nowhere: there is no such folder"),
+    ("--tasks lladax_arc_challenge", "data_dir='': there is no eval/arc_challenge_test.jsonl"),
+    ("--tasks lladax_arc_challenge --include_path /nowhere", "--include_path /nowhere: there is no such folder"),
+    ("--tasks /nowhere/a.yaml", "--tasks /nowhere/a.yaml: there is no such file"),
+    ("--tasks lladax_arc_challenge --model lladex", "--model lladex: there is no such model; did you mean lladax"),
+    ("--tasks lladax_gsm8k --model dummy --use_cache c", "--use_cache c: answers of other models than lladax would be"),
+    ("--tasks lladax_mbpp", "lladax_mbpp runs generated code: allow it with"),
+    ("--tasks lladax_gsm8k --log_samples", "Specify --output_path if providing --log_samples"),
+    ("--tasks lladax_gsm8k --output_path /dev/null/x", "--output_path=/dev/null/x: Not a directory; name a folder"),
+    ("--config /nowhere.yaml", "Config file not found: /nowhere.yaml"),
     (
-      "--tasks lladax_arc_challenge --model_args path=x,mcnum=3",
-      "mcnum=3: there is no such option; did you mean mc_num",
+      "--tasks lladax_gsm8k --data_dir={data} --gen_kwargs do_sample=True,temperature=1,top_p=0.5",
+      "lladax_gsm8k: generation_kwargs: top_p=0.5: lladax's sampler has no top_p",
     ),
+    ("--tasks lladax_gsm8k --data_dir={data} --model_args path=/nowhere", "there is no config.json in it"),
   ],
 )
-def test_the_command_line_says_a_mistake_in_one_line(flags, said):
-  command = [sys.executable, "-m", "lladax.harness", *flags.split(), "--limit", "1"]
-  done = subprocess.run(command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
-  assert done.returncode == 1 and "Traceback" not in done.stderr
-  last = done.stderr.strip().splitlines()[-1]
+def test_the_command_line_says_a_mistake_in_one_line(command, data_dir, monkeypatch, flags, said):
+  if "path=/nowhere" not in flags:
+    monkeypatch.setattr(harness.lladas, "load", None)  # before there is a model
+  code, told = command(flags.format(data=data_dir))
+  assert code == 1 and "Traceback" not in told
+  last = told.strip().splitlines()[-1]
   assert last.startswith("lladax.harness: ") and said in last
+
+
+@pytest.mark.parametrize("error", [ValueError("a shape"), OSError("a file")])
+def test_a_crash_of_the_command_line_is_a_crash(command, data_dir, monkeypatch, error):
+  def load(*_, **__):
+    raise error
+
+  monkeypatch.setattr(harness.lladas, "load", load)
+  code, told = command(f"--tasks lladax_gsm8k --data_dir {data_dir} --model_args path=x")
+  assert code == 70 and "Traceback" in told
+
+
+def test_the_module_is_the_command():
+  flags = "--tasks lladax_arc_challenge --model_args path=x,mcnum=3"
+  done = subprocess.run(
+    [sys.executable, "-m", "lladax.harness", *flags.split()], cwd=ROOT, capture_output=True, text=True
+  )
+  assert done.returncode == 1 and "Traceback" not in done.stderr
+  said = "lladax.harness: mcnum=3: there is no such option; did you mean mc_num?"
+  assert done.stderr.strip().splitlines()[-1] == said
+
+
+def bombs(marker):
+  """Contents that make the folder `marker` if something that reads them runs what they hold."""
+
+  class Bomb:
+    def __reduce__(self):
+      return os.mkdir, (str(marker),)
+
+  call = f"__import__('os').mkdir({str(marker)!r})"
+  return pickle.dumps(Bomb(), 2), call.encode(), f"!!python/object/apply:os.mkdir [{str(marker)!r}]".encode()
+
+
+def plant(path, bomb, keys=()):
+  """The harness's own kind of cache, with a pickle as the answer to every key."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with sqlite3.connect(path) as file:
+    file.execute("CREATE TABLE unnamed (key TEXT PRIMARY KEY, value BLOB)")
+    file.executemany("INSERT INTO unnamed VALUES (?, ?)", [(key, bomb) for key in keys])
+  file.close()
+
+
+def test_a_bomb_in_the_cache_does_not_go_off(command, llada, data_dir, tmp_path, monkeypatch, caplog):
+  from lm_eval.api.model import hash_args
+
+  marker, cache, keys = tmp_path / "marker", tmp_path / "workdir" / "harness", []
+  real = harness.Harness.loglikelihood
+  monkeypatch.setattr(
+    harness.Harness, "loglikelihood", lambda self, requests, **options: keys.extend(
+      hash_args("loglikelihood", request.args) for request in requests
+    ) or real(self, requests, **options)
+  )  # fmt: skip
+  run = {"data_dir": str(data_dir), "limit": 1, "num_samples": 2, "num_fewshot": 0}
+  clean = harness.evaluate(llada, "arc_challenge", **run)
+  name = cache / harness._fingerprint(harness.Harness(llada=llada, num_samples=2))
+  pickled, *others = bombs(marker)
+  for path in (name, tmp_path / "c_rank0"):
+    plant(path.with_suffix(".db"), pickled, dict.fromkeys(keys))
+    path.with_suffix(".jsonl").write_bytes(b"\n".join([pickled, *others]))
+  for _ in range(2):
+    assert harness.evaluate(llada, "arc_challenge", use_cache=cache, **run) == clean
+    assert name.with_suffix(".jsonl").read_bytes().count(b'["loglikelihood", ') == 3 and not marker.exists()
+    assert "what is no answer of lladax is not read" in caplog.text
+    monkeypatch.setattr(LLaDA, "log_likelihood", None)  # the second time they are there
+  monkeypatch.undo()
+  monkeypatch.setattr(harness.lladas, "load", lambda *_, **__: llada)
+  flags = f"--tasks lladax_arc_challenge --data_dir {data_dir} --limit 1 --model_args path=x,mc_num=2"
+  for _ in range(2):
+    code, told = command(f"{flags} --use_cache {tmp_path / 'c'}")
+    assert code == 0, told
+    assert (tmp_path / "c_rank0.jsonl").read_bytes().count(b'["loglikelihood", ') == 3 and not marker.exists()
+  with pytest.raises(Mistake, match="the harness's own cache of answers is not read"):
+    CachingLM(harness.Harness(llada=llada), str(tmp_path / "c_rank0.db"))
+
+
+def test_a_bomb_in_a_workdir_does_not_go_off(tiny_workdir, tmp_path):
+  marker, workdir = tmp_path / "marker", tmp_path / "workdir"
+  shutil.copytree(tiny_workdir, workdir)
+  for folder in sorted((workdir / "checkpoints").iterdir())[:-1]:
+    shutil.rmtree(folder)
+  files = [path for path in workdir.rglob("*") if path.is_file()]
+  assert {"config.json", "metrics.jsonl"} <= {path.name for path in files} and (workdir / "tokenizer").is_dir()
+  pickled, *texts = bombs(marker)
+  for file in files:
+    content = file.read_bytes()
+    for bomb in [pickled, *texts] if file.suffix in (".json", ".jsonl") else [pickled]:
+      file.write_bytes(bomb)
+      for read in (configs.load, metrics.losses, lladax.load):
+        with contextlib.suppress(Exception):
+          read(workdir)
+      assert not marker.exists(), file
+    file.write_bytes(content)
+  lladax.load(workdir)  # nothing else was broken
 
 
 @pytest.mark.slow
@@ -424,7 +776,7 @@ def test_the_command_line_and_a_mesh(tiny_workdir, data_dir, tmp_path):
   command += f" --data_dir {data_dir} --output_path {tmp_path} --use_cache {tmp_path / 'cache'}"
   run = {"cwd": ROOT, "env": os.environ | {"HF_HUB_OFFLINE": "1"}, "capture_output": True, "text": True}
   refused = subprocess.run([sys.executable, *command.split()], **run)
-  assert refused.returncode == 1 and "marked as unsafe" in refused.stderr and "--allow_code" in refused.stderr
+  assert refused.returncode == 1 and "runs generated code" in refused.stderr and "--allow_code" in refused.stderr
   assert "Traceback" not in refused.stderr
   done = subprocess.run([sys.executable, *command.split(), "--allow_code"], **run)
   assert done.returncode == 0, done.stderr[-2000:]

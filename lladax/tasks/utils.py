@@ -23,8 +23,14 @@ def _read(folder, name):
   for kind in (".jsonl", ".jsonl.xz", ".json", ".json.xz"):
     path = pathlib.Path(folder).expanduser() / f"{name}{kind}"
     if folder and path.is_file():
-      with (lzma.open if kind.endswith(".xz") else open)(path, "rt", encoding="utf-8") as file:
-        return json.load(file) if ".jsonl" not in kind else [json.loads(line) for line in file if line.strip()]
+      try:
+        with (lzma.open if kind.endswith(".xz") else open)(path, "rt", encoding="utf-8") as file:
+          found = json.load(file) if ".jsonl" not in kind else [json.loads(line) for line in file if line.strip()]
+      except (ValueError, OSError, EOFError, lzma.LZMAError) as error:
+        raise Mistake(f"{path} cannot be read: {error}") from None
+      if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+        raise Mistake(f"{path}: must hold questions that are objects of JSON, one a line, or a list of them")
+      return found
   raise Mistake(
     f"data_dir={folder!r}: there is no {name}.jsonl (or .json, or .xz of them) in it; give the folder of the benchmarks"
     " as data_dir, or in LLADAX_EVAL_DATA"
@@ -34,7 +40,10 @@ def _read(folder, name):
 def rows(name, data_dir="", where=None):
   """The rows of a file whose fields are as in `where`."""
   found = _read(str(data_dir or os.environ.get("LLADAX_EVAL_DATA", "")), name)
-  return [dict(row) for row in found if all(row[key] == value for key, value in (where or {}).items())]
+  kept = [dict(row) for row in found if all(row.get(key) == value for key, value in (where or {}).items())]
+  if not kept:
+    raise Mistake(f"data_dir={str(data_dir)!r}: there are no questions in {name}" + f" with {where}" * bool(where))
+  return kept
 
 
 def splits(**found):
