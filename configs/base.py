@@ -90,7 +90,7 @@ def get_config() -> ConfigDict:
   config.checkpoint = ConfigDict()
   config.checkpoint.every = 1000  # steps
   config.checkpoint.keep = 2  # the newest so many
-  config.checkpoint.keep_every = 0  # and every so-manieth step for good; 0: none
+  config.checkpoint.keep_every = 0  # steps between checkpoints that are kept for good; 0: none
 
   config.log = ConfigDict()
   config.log.every = 1  # steps between lines of metrics.jsonl

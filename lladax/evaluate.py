@@ -237,7 +237,7 @@ def report(llada: LLaDA, config: Config, bounds: dict[str, float], workdir: Path
   for name in own:
     found[name], told[name] = task(llada, config, name)
   short = short_names(list(found))
-  results = bounds | {f"{short[name]} {x}": value for name, of in found.items() for x, value in of.items()}
+  results = bounds | {f"{short[name]} {x}": value for name, values in found.items() for x, value in values.items()}
   if not distributed.is_first():
     samples(llada, config)
     return results
@@ -246,7 +246,7 @@ def report(llada: LLaDA, config: Config, bounds: dict[str, float], workdir: Path
   if results:
     with (workdir / "evaluations.jsonl").open("a") as file:
       file.write(json.dumps({"step": step} | results) + "\n")
-    shown = {name: _some(of) for name, of in told.items()}
+    shown = {name: _some(answers) for name, answers in told.items()}
     about = {"model": f"{llada.model.num_params():,} parameters, {config.objective}", "step": f"{step:,}",
              "data": ", ".join(config.data.corpora), "device": jax.devices()[0].device_kind,
              "versions": f"lladax {metadata.version('lladax')}, jax {jax.__version__}"}  # fmt: skip
@@ -256,9 +256,9 @@ def report(llada: LLaDA, config: Config, bounds: dict[str, float], workdir: Path
         "tasks": limit,
         "sampler": ", ".join(f"{x}={value}" for x, value in _chosen(config).items()) or "default",
       }
-    title, of = f"{workdir.name}, step {step:,}", "replies" if config.data.format == "chat" else "text"
+    title, held_out = f"{workdir.name}, step {step:,}", "replies" if config.data.format == "chat" else "text"
     losses = metrics.losses(workdir)
-    reports.write(reports.Report(title, about, found, shown, bounds, of, losses), workdir / "evaluation")
+    reports.write(reports.Report(title, about, found, shown, bounds, held_out, losses), workdir / "evaluation")
     console.print(f"the same as a page, with the loss: {workdir / 'evaluation.html'}")
   if filled := samples(llada, config):
     for unmasking in filled.unmaskings():

@@ -83,22 +83,23 @@ def train_step(
   def gradient(batch):
     batch = {name: sharding.constrain(x, "BL"[: x.ndim]) for name, x in batch.items()}
     (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
-    return jax.tree.map(sharding.constrain, grads, letters), {"loss": loss} | aux
+    return jax.tree.map(sharding.constrain, grads, letters), loss, aux
 
   M = config.micro_batches
   if M == 1:
-    grads, scalars = gradient(batch)
+    grads, loss, means = gradient(batch)
   else:  # weights are normalised over the whole batch: the parts simply add up
     parts = {
       name: sharding.constrain(x.reshape(M, B // M, *x.shape[1:]), ".BL"[: x.ndim + 1]) for name, x in batch.items()
     }
     shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (grads, scalars), _ = jax.lax.scan(
+    (grads, loss, means), _ = jax.lax.scan(
       lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None), zeros, parts
     )
 
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  scalars = {"loss": loss} | {name: total / jnp.maximum(count, 1) for name, (total, count) in means.items()}
   scalars |= {"grad_norm": optax.tree.norm(grads)}
   return State(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.frozen), scalars
 

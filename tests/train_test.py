@@ -41,9 +41,16 @@ def assert_bitwise_equal(workdir, unbroken):
     assert a[name].tobytes() == b[name].tobytes(), name
 
 
+def masked_nll(workdir):
+  """The mean over masked tokens, of every step of a mask predictor."""
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  return np.array([line["masked_nll"] for line in lines if "masked_nll" in line])
+
+
 def assert_close(workdir, other):
   """The losses of 20 steps to 1e-6; the parameters to 1e-5, after Adam has made the most of rounding."""
   np.testing.assert_allclose(losses(workdir), losses(other), rtol=1e-6)
+  np.testing.assert_allclose(masked_nll(workdir), masked_nll(other), rtol=1e-6)
   a, b = parameters(workdir), parameters(other)
   for name in a:
     np.testing.assert_allclose(a[name], b[name], rtol=0, atol=1e-5 * np.abs(b[name]).max(), err_msg=name)
@@ -81,6 +88,8 @@ def test_the_loss_goes_down(tiny_workdir):
   (line,) = (tiny_workdir / "evaluations.jsonl").read_text().splitlines()
   results = json.loads(line)
   assert results["step"] == 20
+  # A mean over tokens, at first that of a guess among 384, whatever the weights of their times.
+  assert masked_nll(tiny_workdir)[0] == pytest.approx(math.log(384), rel=0.15)
   assert results["bits_per_byte"] < 0.75 * math.log2(384)
   report = json.loads((tiny_workdir / "evaluation.json").read_text())
   assert report["bound"]["bits_per_byte"] == results["bits_per_byte"]
