@@ -6,6 +6,7 @@ WORKDIR/checkpoints/STEP/ holds {"step", "params", "mu", "nu"}: parameters and A
 
 import functools
 import itertools
+import json
 import logging
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from lladax.mistake import Mistake
+from lladax.mistake import Missing, Mistake
 
 Tree = dict[str, Any]
 
@@ -27,6 +28,25 @@ class Corrupt(Mistake):
 def folder(workdir: Path) -> Path:
   """Where a workdir keeps its checkpoints."""
   return workdir / "checkpoints"
+
+
+def config(workdir: Path) -> dict[str, Any]:
+  """What WORKDIR/config.json holds, as plain values.
+
+  Raises:
+    Missing, Mistake: it is not there, or is no longer what was written.
+  """
+  path = workdir / "config.json"
+  if not path.is_file():
+    raise Missing(f"{workdir} is not a workdir of lladax: there is no config.json in it")
+  try:
+    values = json.loads(path.read_bytes())
+    why = "" if isinstance(values, dict) and isinstance(values.get("model"), dict) else "it holds something else"
+  except (ValueError, RecursionError) as error:  # of UTF-8, too
+    why = str(error)[:200]
+  if why:
+    raise Mistake(f"{path} is damaged ({why}): put back a copy of it, or use another workdir")
+  return values
 
 
 def steps(workdir: Path) -> list[int]:

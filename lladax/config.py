@@ -6,13 +6,12 @@ field or a wrong type is an error.
 
 import dataclasses
 import difflib
-import json
 import logging
 import typing
 from pathlib import Path
 from typing import Any
 
-from lladax import data, diffusion, optimizer, sharding, tokenizer
+from lladax import checkpoint, data, diffusion, optimizer, sharding, tokenizer
 from lladax.mask_predictor import MaskPredictorConfig
 from lladax.mistake import Mistake
 from lladax.sampling import SamplerConfig
@@ -165,7 +164,7 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
 
 def load(workdir: Path) -> Config:
   """The config that a workdir was trained with."""
-  values = json.loads((workdir / "config.json").read_text())
+  values = checkpoint.config(workdir)
   for name in NOT_FIELDS:
     values.pop(name, None)
   return parse({"init_from": ""} | values)

@@ -68,7 +68,7 @@ def to_published(workdir: Path, target: Path, dtype: str | None = None) -> None:
   """
   if target.is_dir() and any(target.iterdir()):
     raise Mistake(f"--target={target} is not empty: an export needs a new folder")
-  model = MaskPredictorConfig(**json.loads((workdir / "config.json").read_text())["model"])
+  model = MaskPredictorConfig(**checkpoint.config(workdir)["model"])
   huggingface.check_exportable(model)
   found = llada.load(workdir)  # adapters are merged
   model, params = found.model, found.params

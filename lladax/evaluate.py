@@ -244,8 +244,7 @@ def report(llada: LLaDA, config: Config, bounds: dict[str, float], workdir: Path
   _show(llada, config, bounds, found, told, console)
   step = (checkpoint.steps(workdir) or [0])[-1]
   if results:
-    with (workdir / "evaluations.jsonl").open("a") as file:
-      file.write(json.dumps({"step": step} | results) + "\n")
+    metrics.append(workdir / "evaluations.jsonl", {"step": step} | results)
     shown = {name: _some(answers) for name, answers in told.items()}
     about = {"model": f"{llada.model.num_params():,} parameters, {config.objective}", "step": f"{step:,}",
              "data": ", ".join(config.data.corpora), "device": jax.devices()[0].device_kind,

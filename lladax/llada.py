@@ -8,7 +8,6 @@ that compiled programs are reused -> sampling.run, one compiled program -> `Samp
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -432,9 +431,7 @@ def load(path: str | Path, step: int | None = None, mesh: Mesh | None = None) ->
     return LLaDA(published.model, huggingface.load_params(published, at), **published.identity)
   if workdir.name.isdecimal() and workdir.parent.name == "checkpoints":
     workdir, step = workdir.parent.parent, int(workdir.name)
-  if not (workdir / "config.json").is_file():
-    raise Missing(f"{workdir} is not a workdir of lladax: there is no config.json in it")
-  saved = json.loads((workdir / "config.json").read_text())
+  saved = checkpoint.config(workdir)
   model = MaskPredictorConfig(**saved["model"])
   imported = (workdir / "published").is_dir()
   text = None

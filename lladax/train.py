@@ -138,12 +138,12 @@ def prepare(config: Config, workdir: Path) -> Run:
   mesh = sharding.make_mesh(config.mesh)
   check_mesh(config, mesh)
   saved_config = workdir / "config.json"
-  saved = json.loads(saved_config.read_text()) if saved_config.exists() else None
+  saved = checkpoint.config(workdir) if saved_config.exists() else None
   console = _console()
   evaluate.check_tasks(config)
   base = (saved.get("base", "") if saved else find_base(config.init_from)) if config.init_from else ""
   if base:
-    begun = saved or json.loads((Path(base).parent.parent / "config.json").read_text())
+    begun = saved or checkpoint.config(Path(base).parent.parent)
     shape = {name: begun["model"][name] for name in _SHAPE}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **shape))
     console.print(f"parameters, their shape and the tokenizer are those of {base}")

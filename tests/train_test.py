@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 import lladax
-from lladax import checkpoint, data, evaluate, sharding, train
+from lladax import checkpoint, convert, data, evaluate, metrics, sharding, train
+from lladax import config as configs
+from lladax.mistake import Mistake
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -274,3 +276,33 @@ def test_sigkill_at_random_steps(tiny_flags, tmp_path):
     assert process.wait() == -signal.SIGKILL
   assert start("killed").wait() == 0
   assert_bitwise_equal(tmp_path / "killed", tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"seed": 0, "mod', b"[1]", b'{"model": "\xff"}', b"\x00" * 20])
+def test_a_damaged_config_is_one_line(tiny, tmp_path, content):
+  (tmp_path / "config.json").write_bytes(content)
+  (tmp_path / "checkpoints/3").mkdir(parents=True)
+  (tmp_path / "tokenizer").mkdir()
+  doors = (
+    lladax.load, configs.load, lambda workdir: train.prepare(tiny(), workdir),
+    lambda workdir: train.prepare(tiny({"init_from": str(workdir)}), tmp_path / "new"),
+    lambda workdir: convert.to_published(workdir, tmp_path / "published"),
+  )  # fmt: skip
+  for door in doors:
+    with pytest.raises(
+      Mistake, match=f"^{tmp_path}/config.json is (damaged .*: put back a copy of it|no JSON)"
+    ) as error:
+      door(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_torn_lines_end_neither_an_evaluation_nor_a_run(tiny, tiny_workdir, tmp_path, caplog):
+  workdir = shutil.copytree(tiny_workdir, tmp_path / "run")
+  for name in ("metrics.jsonl", "evaluations.jsonl"):
+    path = workdir / name
+    path.write_bytes(path.read_bytes() + b'{"step": 20, "loss": 1.5, "bits_per_by\xc3')
+  train.evaluate_last(tiny(), workdir)
+  train.train(tiny({"steps": 21}), workdir)
+  assert [x["step"] for x in metrics.read(workdir / "evaluations.jsonl")] == [20, 20, 21]
+  assert curve(workdir)[:20] == curve(tiny_workdir) and len(curve(workdir)) == 21
+  assert f"{workdir / 'metrics.jsonl'}: torn, and left out: line 21" in caplog.messages
