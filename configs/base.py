@@ -81,7 +81,7 @@ def get_config() -> ConfigDict:
   config.optimizer.clip = 1.0  # global norm of the gradient; 0: none
 
   config.mesh = ConfigDict()  # devices along each axis; -1: the rest
-  config.mesh.slices = 1  # groups that only the data-centre network joins
+  config.mesh.slices = 1  # groups that only the network joins: slices of TPUs, nodes of GPUs; -1: as many as there are
   config.mesh.data = -1  # copies of the parameters, each with its part of the batch
   config.mesh.fsdp = 1  # parameters and batch sliced
   config.mesh.tensor = 1  # heads, feed-forward and vocabulary sliced
