@@ -98,7 +98,8 @@ def get_config() -> ConfigDict:
   config.log.tensorboard = True
   config.log.profile_first = 0  # profiler trace from this step ...
   config.log.profile_last = 0  # ... up to this one; 0: none
-  config.log.hang_seconds = 1800.0  # a step (or its compilation) that takes longer ends the run; 0: never
+  # A step, its compilation, a save, or a batch of an evaluation that takes longer ends the run; 0: nothing does.
+  config.log.hang_seconds = 1800.0
 
   config.evaluate = ConfigDict()
   config.evaluate.every = 0  # steps between evaluations of the held-out bound; 0: at the end only

@@ -40,7 +40,8 @@ class LogConfig:
   tensorboard: bool = True
   profile_first: int = 0  # profiler trace from this step ...
   profile_last: int = 0  # ... up to, not including, this one; 0: none
-  hang_seconds: float = 1800.0  # a step (or its compilation) that takes longer ends the run; 0: never
+  # A step, its compilation, a save, or a batch of an evaluation that takes longer ends the run; 0: nothing does.
+  hang_seconds: float = 1800.0
 
   def __post_init__(self):
     for name in ("every", "console_every"):

@@ -11,7 +11,7 @@ import functools
 import json
 import lzma
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,13 @@ from lladax.llada import LLaDA, Sampled
 from lladax.mistake import Mistake
 
 
-def bound(llada: LLaDA, config: Config, *, rows: int = 0, seed: int = 0) -> dict[str, float]:
+def _nobody(doing: str) -> None:
+  del doing
+
+
+def bound(
+  llada: LLaDA, config: Config, *, rows: int = 0, seed: int = 0, beat: Callable[[str], None] = _nobody
+) -> dict[str, float]:
   """Bits per byte of the held-out documents: an upper bound for the mask predictor, exact for the baseline.
 
   The held-out documents, each followed by one separator (EOS for the model, a newline for the byte count and for
@@ -42,6 +48,7 @@ def bound(llada: LLaDA, config: Config, *, rows: int = 0, seed: int = 0) -> dict
     config: of the run.
     rows: use so many rows only (evenly spread), and leave out the yardsticks; 0: all.
     seed: of the masks.
+    beat: called with what comes next, before every batch and whatever else may take long; for a watchdog.
 
   Returns:
     `bits_per_byte`, `perplexity` (of a token), their standard errors over rows (`bits_per_byte_stderr`,
@@ -56,7 +63,7 @@ def bound(llada: LLaDA, config: Config, *, rows: int = 0, seed: int = 0) -> dict
   if rows and rows < len(keep):
     keep = np.linspace(0, len(keep) - 1, rows).round().astype(int)
   tokens_RL, segment_RL, scored_RL = found.take(keep)
-  nats_R = _nats(llada, config, tokens_RL, segment_RL, scored_RL, seed)
+  nats_R = _nats(llada, config, tokens_RL, segment_RL, scored_RL, seed, beat)
   tokens = int(scored_RL.sum())
   nats, error = float(nats_R.sum()), float(nats_R.std(ddof=1) * math.sqrt(len(keep))) if len(keep) > 1 else 0.0
   per_byte = found.num_tokens / found.num_bytes / tokens / math.log(2)  # nats of these rows -> bits per byte
@@ -70,18 +77,23 @@ def bound(llada: LLaDA, config: Config, *, rows: int = 0, seed: int = 0) -> dict
   }
   if len(keep) == found.num_rows and found.raw:
     train_T = data.train_stream(config.data, llada.tokenizer)
-    metrics |= yardsticks(train_T, tokens_RL[scored_RL], found.raw, llada.vocab_size)
+    metrics |= yardsticks(train_T, tokens_RL[scored_RL], found.raw, llada.vocab_size, beat)
   return metrics
 
 
-def yardsticks(train_T: np.ndarray, held_out_T: np.ndarray, raw: bytes, vocab_size: int) -> dict[str, float]:
+def yardsticks(
+  train_T: np.ndarray, held_out_T: np.ndarray, raw: bytes, vocab_size: int, beat: Callable[[str], None] = _nobody
+) -> dict[str, float]:
   """Bits per byte of `raw` under a unigram model of its tokens (add-one), and under `xz -9`."""
+  beat("counting tokens")
   count_V = np.bincount(train_T, minlength=vocab_size) + 1.0
   bits = -np.log2(count_V / count_V.sum())[held_out_T].sum()
-  return {
-    "unigram_bits_per_byte": float(bits / len(raw)),
-    "xz_bits_per_byte": 8.0 * len(lzma.compress(raw, preset=9)) / len(raw),
-  }
+  xz, size, part = lzma.LZMACompressor(preset=9), 0, 2**22
+  for first in range(0, len(raw), part):
+    beat(f"compressing the held-out text, byte {first} of {len(raw)}")
+    size += len(xz.compress(raw[first : first + part]))
+  size += len(xz.flush())
+  return {"unigram_bits_per_byte": float(bits / len(raw)), "xz_bits_per_byte": 8.0 * size / len(raw)}
 
 
 def samples(llada: LLaDA, config: Config) -> Sampled | None:
@@ -105,13 +117,15 @@ def samples(llada: LLaDA, config: Config) -> Sampled | None:
 
 
 def _nats(
-  llada: LLaDA, config: Config, tokens_RL: np.ndarray, segment_RL: np.ndarray, scored_RL: np.ndarray, seed: int
-) -> np.ndarray:
+  llada: LLaDA, config: Config, tokens_RL: np.ndarray, segment_RL: np.ndarray, scored_RL: np.ndarray, seed: int,
+  beat: Callable[[str], None],
+) -> np.ndarray:  # fmt: skip
   """Minus the log-likelihood (bound) of what is scored of every row, given the rest."""
   R, size = len(tokens_RL), min(config.evaluate.batch_size, len(tokens_RL))
   draws = 1 if llada.model.causal else config.evaluate.num_samples
   total_R = np.zeros(R)
   for first in range(0, R, size):
+    beat(f"scoring held-out row {first} of {R}")
     at = np.minimum(np.arange(first, first + size), R - 1)  # the last rows again, to fill the batch
     with sharding.on_mesh_of(llada.params):
       nats = [

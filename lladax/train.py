@@ -319,8 +319,9 @@ def _loop(run: Run, state: State, jitted: Any, start: int, console: Console, sto
   )  # fmt: skip
   put = functools.partial(_put, run.batch_sharding, config.data.batch_size)
   watchdog = distributed.Watchdog(config.log.hang_seconds)
-  watchdog.beat("compiling the step")
+  watchdog.beat("reading the first batch")
   batch = put(next(batches))
+  watchdog.beat("compiling the step")
   compiled = jitted.lower(state, batch).compile()
   flops = describe(run, state, compiled, console)
   peak = metrics.peak_flops(jax.devices()[0])
@@ -372,11 +373,12 @@ def _loop(run: Run, state: State, jitted: Any, start: int, console: Console, sto
         write(*waiting)  # a state that is not a number is never saved
         waiting = None
       if saves:
+        watchdog.beat(f"saving step {step}")  # once the one before is saved
         saver.save(step, to_tree(state))
       if last:
         break
       if evaluates:
-        values = evaluate.bound(_llada(run, state), config, rows=config.evaluate.rows)
+        values = evaluate.bound(_llada(run, state), config, rows=config.evaluate.rows, beat=watchdog.beat)
         writer.write(step, {f"held_out_{name}": value for name, value in values.items()})
         ticks[:] = [time.monotonic()]
   finally:

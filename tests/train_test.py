@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import lladax
-from lladax import checkpoint, convert, data, evaluate, metrics, sharding, train
+from lladax import checkpoint, convert, data, distributed, evaluate, metrics, sharding, train
 from lladax import config as configs
 from lladax.mistake import Mistake
 
@@ -306,3 +306,42 @@ def test_torn_lines_end_neither_an_evaluation_nor_a_run(tiny, tiny_workdir, tmp_
   assert [x["step"] for x in metrics.read(workdir / "evaluations.jsonl")] == [20, 20, 21]
   assert curve(workdir)[:20] == curve(tiny_workdir) and len(curve(workdir)) == 21
   assert f"{workdir / 'metrics.jsonl'}: torn, and left out: line 21" in caplog.messages
+
+
+def test_the_watchdog_waits_for_what_moves(tiny, tmp_path, monkeypatch):
+  """On a clock of its own: whatever takes long alone is waited for, and an evaluation as long as its batches go on."""
+  clock, beats = [0.0], []
+
+  class Watchdog:
+    def __init__(self, seconds):
+      self._seconds, self._last = seconds, clock[0]
+
+    def beat(self, doing):
+      assert clock[0] - self._last < self._seconds, beats[-1]
+      self._last = clock[0]
+      beats.append(doing)
+
+    def close(self):
+      self.beat("closing")
+
+  def slow(module, name, seconds):
+    real = getattr(module, name)
+
+    def wait(*args, **options):
+      clock[0] += seconds
+      return real(*args, **options)
+
+    monkeypatch.setattr(module, name, wait)
+
+  monkeypatch.setattr(distributed, "Watchdog", Watchdog)
+  slow(train, "_put", 6.0)  # of every step
+  slow(checkpoint.Checkpoints, "save", 9.0)
+  slow(evaluate, "_score", 3.0)  # of every draw, of which there are two to a batch
+  slow(train, "describe", 3.0)  # behind the compilation
+  config = {"steps": 6, "checkpoint.every": 3, "evaluate.every": 3, "evaluate.batch_size": 2, "log.hang_seconds": 10.0}
+  train.train(tiny(config), tmp_path)
+  scored = [x for x in beats if x.startswith("scoring held-out row ")]
+  assert len(scored) > 3
+  assert beats[:5] == ["reading the first batch", "compiling the step", "step 1", "step 2", "step 3"]
+  assert beats[5:7] == ["saving step 3", scored[0]]
+  assert beats[-3:] == ["step 6", "saving step 6", "closing"]
