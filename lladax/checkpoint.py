@@ -5,6 +5,7 @@ WORKDIR/checkpoints/STEP/ holds {"step", "params", "mu", "nu"}: parameters and A
 """
 
 import functools
+import hashlib
 import itertools
 import json
 import logging
@@ -53,6 +54,15 @@ def steps(workdir: Path) -> list[int]:
   """Steps of the finished checkpoints, oldest first."""
   root = folder(workdir)
   return sorted(int(x.name) for x in root.iterdir() if x.name.isdecimal()) if root.is_dir() else []
+
+
+def fingerprint(path: Path) -> str:
+  """Of the checkpoint in a folder WORKDIR/checkpoints/STEP, wherever it is moved; of none, "".
+
+  Its data files are named by random numbers of 128 bits when they are written: nothing large is read.
+  """
+  files = sorted((str(file.relative_to(path)), file.stat().st_size) for file in path.glob("**/d/*"))
+  return hashlib.blake2b(repr(files).encode(), digest_size=8).hexdigest() if files else ""
 
 
 class Checkpoints:

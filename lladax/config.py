@@ -171,7 +171,8 @@ def load(workdir: Path) -> Config:
   return parse({"init_from": ""} | values)
 
 
-NOT_FIELDS = ("tokenizer_fingerprint", "base")  # what config.json holds besides: the checkpoint that init_from was
+# What config.json holds besides: of init_from, the checkpoint that the run began from.
+NOT_FIELDS = ("tokenizer_fingerprint", "base", "base_fingerprint")
 
 
 # What may differ between the first start of a run and its continuation.

@@ -470,7 +470,10 @@ def load(path: str | Path, step: int | None = None, mesh: Mesh | None = None) ->
   params = tree["params"]
   if model.lora_rank:
     if not checkpoint.folder(Path(saved["base"]).parent.parent).is_dir():
-      raise Missing(f"{workdir} holds adapters of {saved['base']}, which is not there: put it back")
+      raise Missing(
+        f"{workdir} holds adapters of {saved['base']}, which is not there: put it back, or train on with"
+        " init_from=the place where it is now"
+      )
     given = load(saved["base"], mesh=mesh).params
     model, params = dataclasses.replace(model, lora_rank=0), jax.jit(lambda a, x: model.merge(a, x)[1])(params, given)
   return LLaDA(model, params, **identity)

@@ -141,7 +141,7 @@ def prepare(config: Config, workdir: Path) -> Run:
   saved = checkpoint.config(workdir) if saved_config.exists() else None
   console = _console()
   evaluate.check_tasks(config)
-  base = (saved.get("base", "") if saved else find_base(config.init_from)) if config.init_from else ""
+  base = _base(config, saved, workdir) if config.init_from else ""
   if base:
     begun = saved or checkpoint.config(Path(base).parent.parent)
     shape = {name: begun["model"][name] for name in _SHAPE}
@@ -161,9 +161,12 @@ def prepare(config: Config, workdir: Path) -> Run:
   config = dataclasses.replace(config, model=model)
   check_mesh(config, mesh)
   extra = {"tokenizer_fingerprint": text.fingerprint, "base": base}
+  if base:
+    extra["base_fingerprint"] = (saved or {}).get("base_fingerprint") or checkpoint.fingerprint(Path(base))
   plain = json.loads(json.dumps(dataclasses.asdict(config) | extra))
   if saved:
-    check_saved(saved, plain, workdir)
+    moved = {name: plain[name] for name in ("init_from", "base", "base_fingerprint")} if base else {}
+    check_saved(saved | moved, plain, workdir)
   sources = data.sources(config.data, text, config.seed)
   for name, source in zip(config.data.corpora, sources, strict=True):
     console.print(f"{name}: {source.about}")
@@ -182,6 +185,7 @@ def prepare(config: Config, workdir: Path) -> Run:
   return Run(config, workdir, text, mesh, *program(config, mesh), sources, base)
 
 
+_PARAMETERS = 0x1217  # folded into the seed that they are drawn from: the noise of a step has the step folded in
 _SHAPE = ("D", "N", "H", "G", "K", "F", "V", "tied", "rope_theta", "norm_eps", "max_length")
 
 
@@ -203,6 +207,31 @@ def find_base(init_from: str) -> str:
   return str(checkpoint.folder(workdir) / (step or str(steps[-1])))
 
 
+def _base(config: Config, saved: dict[str, Any] | None, workdir: Path) -> str:
+  """The checkpoint that a run begins from; of a run that goes on where it was, or is now by what `init_from` says.
+
+  Raises:
+    Missing: it is needed, for adapters or since there is no checkpoint yet, and is not there.
+    Mistake: `init_from` names another checkpoint than the one that the run began from.
+  """
+  if not saved or not saved.get("base"):
+    return find_base(config.init_from)
+  base, mark = Path(saved["base"]), saved.get("base_fingerprint", "")
+  same = config.init_from == saved["init_from"]
+  given = Path(config.init_from).expanduser().absolute()
+  for path in [base] * same + [given, checkpoint.folder(given) / base.name]:
+    found = checkpoint.fingerprint(path)
+    if found and found == (mark or (found if same and path == base else "")):  # older runs hold no mark
+      return str(path)
+  if not same:
+    find_base(config.init_from)
+    raise Mistake(f"init_from={config.init_from}: {workdir} began from another checkpoint, {base}")
+  if checkpoint.steps(workdir) and not config.model.lora_rank:
+    return str(base)  # the workdir holds everything
+  why = "trains adapters of" if config.model.lora_rank else "has no checkpoint yet, and begins from"
+  raise Missing(f"{workdir} {why} {base}, which is not there: say as init_from where that checkpoint is now")
+
+
 def program(config: Config, mesh: Mesh) -> tuple[optax.GradientTransformation, Callable[[], State], State, Any]:
   """(optimizer, how the state begins, where it lives, where the columns of a batch live)."""
   c = config.model
@@ -210,7 +239,7 @@ def program(config: Config, mesh: Mesh) -> tuple[optax.GradientTransformation, C
   tx = optimizer.create(config.optimizer, config.steps, letters)
 
   def init() -> State:
-    params, frozen = c.split(c.init(jax.random.fold_in(jax.random.key(config.seed), 0x1217)))
+    params, frozen = c.split(c.init(jax.random.fold_in(jax.random.key(config.seed), _PARAMETERS)))
     return State(jnp.int32(0), params, tx.init(params), jax.tree.map(lambda x: x.astype(c.compute_dtype), frozen))
 
   shapes = jax.eval_shape(init)
@@ -229,19 +258,37 @@ def begin(run: Run) -> State:
   quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
   if not run.base:
     return jax.jit(run.init, out_shardings=run.shardings, compiler_options=quick)()
-  given, c, at = load(run.base, mesh=run.mesh).params, run.config.model, run.shardings
-
-  def cast(dtype):
-    return lambda x: jax.tree.map(lambda x: x.astype(dtype), x)
-
-  frozen: Any = {}
-  if c.lora_rank:
-    frozen = jax.jit(cast(c.compute_dtype), out_shardings=at.frozen)(given)
+  at, frozen = run.shardings, {}
+  if run.config.model.lora_rank:
+    frozen = _frozen_base(run)
     params = jax.jit(lambda: run.init().params, out_shardings=at.params, compiler_options=quick)()
   else:
-    params = jax.jit(cast(jnp.float32), out_shardings=at.params)(given)
+    params = _cast(load(run.base, mesh=run.mesh).params, jnp.float32, at.params)
   opt_state = jax.jit(run.tx.init, out_shardings=at.opt_state)(params)
   return State(jax.device_put(jnp.int32(0), at.step), params, opt_state, frozen)
+
+
+def _frozen_base(run: Run) -> Any:
+  """What the adapters adapt."""
+  return _cast(load(run.base, mesh=run.mesh).params, run.config.model.compute_dtype, run.shardings.frozen)
+
+
+def _cast(params: Any, dtype: Any, at: Any) -> Any:
+  return jax.jit(lambda x: jax.tree.map(lambda x: x.astype(dtype), x), out_shardings=at)(params)
+
+
+def restore(run: Run) -> State | None:
+  """The state of the last checkpoint, read to where it lives: nothing is drawn, and of a base only what is frozen read.
+
+  None where there is no checkpoint.
+  """
+  shapes = jax.tree.map(
+    lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), jax.eval_shape(run.init), run.shardings
+  )
+  found = checkpoint.restore_latest(run.workdir, to_tree(shapes, copy=False))
+  if found is None:
+    return None
+  return from_tree(found[1], shapes)._replace(frozen=_frozen_base(run) if run.config.model.lora_rank else {})
 
 
 def jit_step(config: Config, tx: optax.GradientTransformation, at: State, *, mask_id: int, eos_id: int) -> Any:
@@ -287,11 +334,11 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
 
 def _train(run: Run, console: Console, began: float) -> dict[str, float]:
   config = run.config
-  state = begin(run)
-  restored = checkpoint.restore_latest(run.workdir, _abstract(to_tree(state)))
+  restored = restore(run)
   if restored:
-    state = from_tree(restored[1], state)
-    console.print(f"continuing from step {restored[0]} of {run.workdir}")
+    console.print(f"continuing from step {int(restored.step)} of {run.workdir}")
+  state = restored or begin(run)
+  del restored
   start = int(state.step)
   distributed.agree(checkpoint=str(start))
   jitted = jit_step(config, run.tx, run.shardings, mask_id=run.text.mask_id, eos_id=run.text.eos_id)
@@ -434,7 +481,7 @@ def to_tree(state: State, *, copy: bool = True) -> dict[str, Any]:
 
 
 def from_tree(tree: dict[str, Any], like: State) -> State:
-  """The state that was saved; what is frozen is never saved."""
+  """The state that was saved, of arrays or shapes `like` it; what is frozen is never saved."""
   opt_state = optax.tree_utils.tree_set(like.opt_state, mu=tree["mu"], nu=tree["nu"], count=tree["step"])
   # The optimizer's counters and the step must be arrays of their own: the whole state is donated.
   opt_state = jax.tree.map(lambda x: jnp.copy(x) if x is tree["step"] else x, opt_state)
@@ -444,10 +491,6 @@ def from_tree(tree: dict[str, Any], like: State) -> State:
 def _console() -> Console:
   """Progress and tables of the first process go to stderr; stdout is for text that was asked for."""
   return Console(stderr=True, highlight=False, soft_wrap=True, quiet=not distributed.is_first())
-
-
-def _abstract(tree: Any) -> Any:
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 def _llada(run: Run, state: State) -> LLaDA:

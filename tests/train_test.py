@@ -1,4 +1,5 @@
 import functools
+import gc
 import json
 import math
 import os
@@ -195,6 +196,31 @@ def test_a_run_that_was_stopped_goes_on_bitwise(tiny, tiny_workdir, tmp_path, mo
   assert checkpoint.steps(tmp_path) == saved
   train.train(tiny(), tmp_path)
   assert_bitwise_equal(tmp_path, tiny_workdir)
+
+
+def test_a_run_that_goes_on_holds_its_state_once(tiny, tiny_workdir, tmp_path, monkeypatch):
+  workdir = shutil.copytree(tiny_workdir, tmp_path / "run")
+
+  def held():
+    gc.collect()
+    return sum(x.nbytes for x in jax.live_arrays())
+
+  before, seen, read, loop = held(), [], checkpoint.restore, train._loop
+
+  def restore(*args):
+    seen.append(held() - before)
+    return read(*args)
+
+  def go_on(run, state, *args):
+    seen.extend([held() - before, sum(x.nbytes for x in jax.tree.leaves(state))])
+    return loop(run, state, *args)
+
+  monkeypatch.setattr(checkpoint, "restore", restore)
+  monkeypatch.setattr(train, "_loop", go_on)
+  monkeypatch.setattr(evaluate, "bound", lambda *_: {})
+  train.train(tiny({"steps": 21}), workdir)
+  reading, going, state = seen
+  assert state > 200_000 and reading < 0.1 * state and going < 1.1 * state
 
 
 def test_a_finished_run_is_only_evaluated_again(tiny, tiny_workdir, tmp_path):
