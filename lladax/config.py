@@ -66,9 +66,9 @@ class EvaluateConfig:
   canvases: tuple[str, ...] = ()  # texts with "[MASK]"s to fill at the end, each a document of its own
 
   def __post_init__(self):
-    for name in ("num_samples", "batch_size"):
-      if getattr(self, name) < 1:
-        raise Mistake(f"evaluate.{name}={getattr(self, name)}: must be at least 1")
+    for name, least in (("num_samples", 1), ("batch_size", 1), ("every", 0), ("rows", 0), ("limit", 0)):
+      if getattr(self, name) < least:
+        raise Mistake(f"evaluate.{name}={getattr(self, name)}: must be at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,6 +31,7 @@ def from_published(source: str | Path, workdir: Path, values: dict[str, Any]) ->
   """
   if workdir.is_dir() and any(workdir.iterdir()):
     raise Mistake(f"--workdir={workdir} is not empty: an import needs a new workdir")
+  checkpoint.check_workdir(workdir, ["config.json"], ["checkpoints", "tokenizer", "published"])
   published = huggingface.read(huggingface.find(source))
   text = published.identity["tokenizer"]
   for path in published.folder.iterdir():

@@ -37,8 +37,8 @@ def write(report: Report, path: Path) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   stem = path.with_suffix("") if path.suffix in (".json", ".html") else path
   record = json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False, default=str)
-  Path(f"{stem}.json").write_text(record + "\n", encoding="utf-8")
-  Path(f"{stem}.html").write_text(page(report), encoding="utf-8")
+  for ending, content in ((".json", record + "\n"), (".html", page(report))):
+    Path(f"{stem}{ending}").write_text(content, encoding="utf-8", errors="backslashreplace")  # a file's name may be odd
 
 
 def page(report: Report) -> str:

@@ -44,6 +44,7 @@ from lladax import (
 )
 from lladax.config import Config, check_saved
 from lladax.llada import LLaDA, check_vocabulary, load
+from lladax.mask_predictor import MaskPredictorConfig
 from lladax.mistake import Diverged, Missing, Mistake
 
 
@@ -135,6 +136,11 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
 
 def prepare(config: Config, workdir: Path) -> Run:
   """Checks everything there is to check, makes or loads the tokenizer, and writes the config beside it."""
+  log, names = config.log, ("config.json", "metrics.jsonl", *evaluate.FILES)
+  folders = ["checkpoints", "tokenizer", *["tensorboard"] * log.tensorboard, *["profile"] * (log.profile_last > 0)]
+  checkpoint.check_workdir(workdir, names, folders)
+  if (log.profile_first or log.profile_last) and not log.profile_first < log.profile_last:
+    raise Mistake(f"log.profile_first={log.profile_first}, log.profile_last={log.profile_last}: no step lies between")
   mesh = sharding.make_mesh(config.mesh)
   check_mesh(config, mesh)
   saved_config = workdir / "config.json"
@@ -146,8 +152,8 @@ def prepare(config: Config, workdir: Path) -> Run:
     begun = saved or checkpoint.config(Path(base).parent.parent)
     shape = {name: begun["model"][name] for name in _SHAPE}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **shape))
-    console.print(f"parameters, their shape and the tokenizer are those of {base}")
-  console.print(f"reading {', '.join(config.data.corpora)}")
+    console.print(f"parameters, their shape and the tokenizer are those of {base}", markup=False)
+  console.print(f"reading {', '.join(config.data.corpora)}", markup=False)
   if saved or base:
     text = tokenizer.load((workdir if saved else Path(base).parent.parent) / "tokenizer")
   else:
@@ -167,9 +173,12 @@ def prepare(config: Config, workdir: Path) -> Run:
   if saved:
     moved = {name: plain[name] for name in ("init_from", "base", "base_fingerprint")} if base else {}
     check_saved(saved | moved, plain, workdir)
+  if config.evaluate.every and not config.data.held_out:
+    raise Mistake(f"evaluate.every={config.evaluate.every}: data.held_out=0.0 leaves no text to evaluate on")
+  evaluate.check(config, text)
   sources = data.sources(config.data, text, config.seed)
   for name, source in zip(config.data.corpora, sources, strict=True):
-    console.print(f"{name}: {source.about}")
+    console.print(f"{name}: {source.about}", markup=False)
   digest = "".join(source.digest for source in sources)
   distributed.agree(config=json.dumps(plain), data=digest, workdir=str(workdir), jax=jax.__version__)
   if distributed.is_first():
@@ -336,7 +345,7 @@ def _train(run: Run, console: Console, began: float) -> dict[str, float]:
   config = run.config
   restored = restore(run)
   if restored:
-    console.print(f"continuing from step {int(restored.step)} of {run.workdir}")
+    console.print(f"continuing from step {int(restored.step)} of {run.workdir}", markup=False)
   state = restored or begin(run)
   del restored
   start = int(state.step)
@@ -354,7 +363,7 @@ def _train(run: Run, console: Console, began: float) -> dict[str, float]:
   llada = _llada(run, state)
   bounds = evaluate.bound(llada, config) if config.data.held_out else {}
   results = evaluate.report(llada, config, bounds, run.workdir, console)
-  console.print(f"done in {metrics.clock(time.monotonic() - began)}; everything is in {run.workdir}")
+  console.print(f"done in {metrics.clock(time.monotonic() - began)}; everything is in {run.workdir}", markup=False)
   return results
 
 
@@ -490,7 +499,7 @@ def from_tree(tree: dict[str, Any], like: State) -> State:
 
 def _console() -> Console:
   """Progress and tables of the first process go to stderr; stdout is for text that was asked for."""
-  return Console(stderr=True, highlight=False, soft_wrap=True, quiet=not distributed.is_first())
+  return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False, quiet=not distributed.is_first())
 
 
 def _llada(run: Run, state: State) -> LLaDA:
@@ -548,23 +557,45 @@ class _Interrupt:
 
 def evaluate_last(config: Config, workdir: Path) -> dict[str, float]:
   """Evaluates the workdir's last checkpoint as at the end of training, and adds a line to evaluations.jsonl."""
+  checkpoint.check_workdir(workdir, evaluate.FILES)
   evaluate.check_tasks(config)
+  model, text = _saved_model(workdir)
+  if text is None:
+    raise Mistake(f"--workdir={workdir}: this model has no tokenizer to read the held-out text and the tasks with")
+  config = dataclasses.replace(config, model=model)
+  evaluate.check(config, text)
   llada = load(workdir, mesh=sharding.make_mesh(config.mesh))
   config = dataclasses.replace(config, model=llada.model)
   bounds = evaluate.bound(llada, config) if config.data.held_out else {}
   return evaluate.report(llada, config, bounds, workdir, _console())
 
 
+def _saved_model(workdir: Path) -> tuple[MaskPredictorConfig, tokenizer.Tokenizer | None]:
+  """The model of a workdir and its tokenizer, if it has one: what can be checked before the parameters are read."""
+  saved = checkpoint.config(workdir)
+  text = tokenizer.load(workdir / "tokenizer") if saved.get("tokenizer_fingerprint") else None
+  return MaskPredictorConfig(**saved["model"]), text
+
+
 def show_samples(config: Config, workdir: Path, prompts: list[str], html: str | None) -> None:
   """Continues each prompt, or fills its [MASK]s; prints text to stdout, and draws it where that is a terminal."""
+  if html:
+    checkpoint.check_writable(Path(html), "--html")
   prompts = prompts or [line.rstrip("\n") for line in sys.stdin]
   if not prompts:
     raise Mistake("--prompt is missing, and nothing came from standard input")
+  model, text = _saved_model(workdir)
+  if text is None:
+    raise Mistake(f"--workdir={workdir}: this model has no tokenizer to read a prompt with")
+  for prompt in prompts:
+    fills = "[MASK]" in prompt
+    ids = text.encode_canvas(prompt) if fills else text.encode(prompt)
+    evaluate.check_room({f"--prompt={prompt[:30]!r}": len(ids)}, config.sample, model, fills=fills)
   llada = load(workdir, mesh=sharding.make_mesh(config.mesh))
   options, pages = dataclasses.asdict(config.sample), []
   for prompt in prompts:
-    if "[MASK]" in prompt:
-      options_here = {name: value for name, value in options.items() if name != "block_length"}
+    if "[MASK]" in prompt:  # a canvas has a length of its own
+      options_here = {name: value for name, value in options.items() if name not in ("block_length", "gen_length")}
       out = llada.infill(prompt, **options_here)
     else:
       out = llada.sample(prompt, **options)
@@ -576,4 +607,4 @@ def show_samples(config: Config, workdir: Path, prompts: list[str], html: str | 
       print(out.text[0])
     pages += out.unmaskings()
   if html and distributed.is_first():
-    Path(html).write_text(visualize.html(pages, f"{workdir.name}"))
+    Path(html).write_text(visualize.html(pages, f"{workdir.name}"), encoding="utf-8", errors="backslashreplace")

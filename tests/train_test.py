@@ -365,7 +365,7 @@ def test_the_watchdog_waits_for_what_moves(tiny, tmp_path, monkeypatch):
   slow(evaluate, "_score", 3.0)  # of every draw, of which there are two to a batch
   slow(train, "describe", 3.0)  # behind the compilation
   config = {"steps": 6, "checkpoint.every": 3, "evaluate.every": 3, "evaluate.batch_size": 2, "log.hang_seconds": 10.0}
-  train.train(tiny(config), tmp_path)
+  train.train(tiny(config), tmp_path / "[/red] a[1]")  # no markup of the console's
   scored = [x for x in beats if x.startswith("scoring held-out row ")]
   assert len(scored) > 3
   assert beats[:5] == ["reading the first batch", "compiling the step", "step 1", "step 2", "step 3"]
