@@ -169,7 +169,7 @@ def finished(folder: Path) -> dict[str, float] | None:
   """The last evaluation of a run that has made all its steps."""
   if not (folder / "config.json").exists() or not (folder / "evaluations.jsonl").exists():
     return None
-  last = json.loads((folder / "evaluations.jsonl").read_text().splitlines()[-1])
+  last = (metrics.read(folder / "evaluations.jsonl") or [{"step": -1}])[-1]
   return last if last["step"] == json.loads((folder / "config.json").read_text())["steps"] else None
 
 

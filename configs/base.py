@@ -81,7 +81,7 @@ def get_config() -> ConfigDict:
   config.optimizer.clip = 1.0  # global norm of the gradient; 0: none
 
   config.mesh = ConfigDict()  # devices along each axis; -1: the rest
-  config.mesh.slices = 1  # groups that only the data-centre network joins
+  config.mesh.slices = 1  # groups that only the network joins: slices of TPUs, nodes of GPUs; -1: as many as there are
   config.mesh.data = -1  # copies of the parameters, each with its part of the batch
   config.mesh.fsdp = 1  # parameters and batch sliced
   config.mesh.tensor = 1  # heads, feed-forward and vocabulary sliced
@@ -90,7 +90,7 @@ def get_config() -> ConfigDict:
   config.checkpoint = ConfigDict()
   config.checkpoint.every = 1000  # steps
   config.checkpoint.keep = 2  # the newest so many
-  config.checkpoint.keep_every = 0  # and every so-manieth step for good; 0: none
+  config.checkpoint.keep_every = 0  # steps between checkpoints that are kept for good; 0: none
 
   config.log = ConfigDict()
   config.log.every = 1  # steps between lines of metrics.jsonl
@@ -98,7 +98,8 @@ def get_config() -> ConfigDict:
   config.log.tensorboard = True
   config.log.profile_first = 0  # profiler trace from this step ...
   config.log.profile_last = 0  # ... up to this one; 0: none
-  config.log.hang_seconds = 1800.0  # a step (or its compilation) that takes longer ends the run; 0: never
+  # A step, its compilation, a save, or a batch of an evaluation that takes longer ends the run; 0: nothing does.
+  config.log.hang_seconds = 1800.0
 
   config.evaluate = ConfigDict()
   config.evaluate.every = 0  # steps between evaluations of the held-out bound; 0: at the end only

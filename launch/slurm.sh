@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
 # A run on several nodes of 8 GPUs, one process per GPU, from the root of the checkout:
 #
-#   sbatch --nodes=8 launch/slurm.sh --config=configs/llada_8b.py --workdir=/shared/runs/llada_8b
+#   sbatch --nodes=8 launch/slurm.sh --config=configs/llada_8b.py --workdir=/shared/runs/llada_8b \
+#     --config.mesh.slices=-1
+#
+# mesh.slices=-1 keeps a copy of the parameters in each node, so that only gradients cross the network; without it the
+# mesh of this config cuts them over all nodes.
 #
 # JAX reads Slurm's variables: no flags for the coordinator or the processes. The workdir must be on a file system
 # that all nodes share.

@@ -21,7 +21,9 @@ def shift(tokens_BL: jax.Array, segment_BL: jax.Array, start_id: int) -> jax.Arr
   return previous_BL.at[:, 1:].set(jnp.where(begins_BL, start_id, previous_BL[:, 1:]))
 
 
-def loss(nll: Nll, batch: dict[str, jax.Array], *, start_id: int) -> tuple[jax.Array, dict[str, jax.Array]]:
+def loss(
+  nll: Nll, batch: dict[str, jax.Array], *, start_id: int
+) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
   """Next-token cross-entropy with the weights of the batch.
 
   Args:
@@ -30,7 +32,7 @@ def loss(nll: Nll, batch: dict[str, jax.Array], *, start_id: int) -> tuple[jax.A
     start_id: what stands before the first token of a document (EOS).
 
   Returns:
-    (loss in nats per token, metrics).
+    (loss in nats per token, metrics as those of `diffusion.loss`: none).
   """
   weight_BL = batch["weight"]
   input_BL = shift(batch["tokens"], batch["segment"], start_id)

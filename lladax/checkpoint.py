@@ -5,17 +5,24 @@ WORKDIR/checkpoints/STEP/ holds {"step", "params", "mu", "nu"}: parameters and A
 """
 
 import functools
+import glob
+import hashlib
 import itertools
+import json
 import logging
+import os
+import re
+import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
-from lladax.mistake import Mistake
+from lladax.mistake import Missing, Mistake
 
 Tree = dict[str, Any]
 
@@ -29,10 +36,98 @@ def folder(workdir: Path) -> Path:
   return workdir / "checkpoints"
 
 
+def config(workdir: Path) -> dict[str, Any]:
+  """What WORKDIR/config.json holds, as plain values.
+
+  Raises:
+    Missing, Mistake: it is not there, or is no longer what was written.
+  """
+  path = workdir / "config.json"
+  if not path.is_file():
+    raise Missing(f"{workdir} is not a workdir of lladax: there is no config.json in it")
+  try:
+    values = json.loads(path.read_bytes())
+    why = "" if isinstance(values, dict) and isinstance(values.get("model"), dict) else "it holds something else"
+  except (ValueError, RecursionError) as error:  # of UTF-8, too
+    why = str(error)[:200]
+  if why:
+    raise Mistake(f"{path} is damaged ({why}): put back a copy of it, or use another workdir")
+  return values
+
+
+def check_workdir(workdir: Path, files: Sequence[str] = (), folders: Sequence[str] = ()) -> None:
+  """Raises Mistake if a workdir cannot be written, or what is saved in one of this name could not be read back.
+
+  Args:
+    workdir: of a run; it need not be there.
+    files: that will be written in it.
+    folders: likewise.
+  """
+  path = workdir.absolute()
+  if not workdir.is_absolute() and re.fullmatch(r"[a-z][a-z0-9+.-]+:", workdir.parts[0] if workdir.parts else ""):
+    raise Mistake(f"--workdir={workdir}: an address is no folder: mount it, and name the folder")
+  try:
+    size = len(str(path).encode())
+  except UnicodeEncodeError:
+    raise Mistake(f"--workdir={ascii(str(workdir))}: the name is not UTF-8, and could not be read back") from None
+  if "\\" in str(path) or "gs:" in path.parts:  # for TensorStore the one is a /, the other an address
+    raise Mistake(f"--workdir={workdir}: checkpoints in a folder of this name could not be read back: use another")
+  if size > _LONGEST:
+    raise Mistake(f"--workdir={str(workdir)[:40]}...: {size:,} letters leave no room for the names of checkpoints")
+  for name in ("", *folders):
+    check_writable(path / name, "--workdir", is_folder=True, parents=True)
+  for name in files:
+    check_writable(path / name, "--workdir", parents=True)
+
+
+_LONGEST = 3800  # bytes of a path: Linux takes 4095, and the files of a checkpoint have names of about 160
+
+
+def check_writable(path: Path, field: str, *, is_folder: bool = False, parents: bool = False) -> None:
+  """Raises Mistake if a file, or a folder for files, could not be written; writes nothing.
+
+  Args:
+    path: of what will be written, or written again.
+    field: by which the user named it.
+    is_folder: it is a folder.
+    parents: missing folders above it will be made.
+  """
+  path = at = path.absolute()
+  try:
+    while True:
+      try:
+        here = stat.S_ISDIR(os.stat(at).st_mode)
+        break
+      except FileNotFoundError:
+        at = at.parent
+  except OSError as error:  # a name that is too long, a file in place of a folder
+    raise Mistake(f"{field}: {str(path)[:200]} cannot be written: {error.strerror}") from None
+  why = ""
+  if not is_folder and at == path and here:
+    why = "it is a folder"
+  elif (is_folder or at != path) and not here:
+    why = f"{at} is no folder"
+  elif not (parents or at in (path, path.parent)):
+    why = f"there is no folder {path.parent}"
+  elif not os.access(at, os.W_OK | (os.X_OK if here else 0)):
+    why = "permission denied, or the file system is read-only"
+  if why:
+    raise Mistake(f"{field}: {path} cannot be written: {why}")
+
+
 def steps(workdir: Path) -> list[int]:
   """Steps of the finished checkpoints, oldest first."""
   root = folder(workdir)
   return sorted(int(x.name) for x in root.iterdir() if x.name.isdecimal()) if root.is_dir() else []
+
+
+def fingerprint(path: Path) -> str:
+  """Of the checkpoint in a folder WORKDIR/checkpoints/STEP, wherever it is moved; of none, "".
+
+  Its data files are named by random numbers of 128 bits when they are written: nothing large is read.
+  """
+  files = sorted((str(file.relative_to(path)), file.stat().st_size) for file in path.glob("**/d/*"))
+  return hashlib.blake2b(repr(files).encode(), digest_size=8).hexdigest() if files else ""
 
 
 class Checkpoints:
@@ -82,9 +177,20 @@ def metadata(workdir: Path, step: int) -> Tree:
   return _read(workdir, step, lambda manager: dict(manager.item_metadata(step).tree))
 
 
+class _Literal(type(epath.Path("/"))):
+  """A path as the file system spells it; else Orbax takes [ab] for a pattern, and /s3/runs for an address."""
+
+  @property
+  def _uri_scheme(self) -> None:
+    return None
+
+  def glob(self, pattern: str) -> Iterator[Any]:
+    return map(type(self), glob.glob(os.path.join(glob.escape(str(self)), pattern)))
+
+
 def _manager(workdir: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
   handler = ocp.PyTreeCheckpointHandler()
-  return ocp.CheckpointManager(folder(workdir).absolute(), options=options, item_handlers=handler)
+  return ocp.CheckpointManager(_Literal(folder(workdir).absolute()), options=options, item_handlers=handler)
 
 
 def _read(workdir: Path, step: int, how: Callable[[ocp.CheckpointManager], Any]) -> Any:

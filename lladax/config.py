@@ -6,13 +6,12 @@ field or a wrong type is an error.
 
 import dataclasses
 import difflib
-import json
 import logging
 import typing
 from pathlib import Path
 from typing import Any
 
-from lladax import data, diffusion, optimizer, sharding, tokenizer
+from lladax import checkpoint, data, diffusion, optimizer, sharding, tokenizer
 from lladax.mask_predictor import MaskPredictorConfig
 from lladax.mistake import Mistake
 from lladax.sampling import SamplerConfig
@@ -24,7 +23,7 @@ class CheckpointConfig:
 
   every: int = 1000  # steps; the last step is always saved
   keep: int = 2  # the newest so many
-  keep_every: int = 0  # and every so-manieth step for good; 0: none
+  keep_every: int = 0  # steps between checkpoints that are kept for good; 0: none
 
   def __post_init__(self):
     for name, least in (("every", 1), ("keep", 1), ("keep_every", 0)):
@@ -41,7 +40,8 @@ class LogConfig:
   tensorboard: bool = True
   profile_first: int = 0  # profiler trace from this step ...
   profile_last: int = 0  # ... up to, not including, this one; 0: none
-  hang_seconds: float = 1800.0  # a step (or its compilation) that takes longer ends the run; 0: never
+  # A step, its compilation, a save, or a batch of an evaluation that takes longer ends the run; 0: nothing does.
+  hang_seconds: float = 1800.0
 
   def __post_init__(self):
     for name in ("every", "console_every"):
@@ -66,9 +66,9 @@ class EvaluateConfig:
   canvases: tuple[str, ...] = ()  # texts with "[MASK]"s to fill at the end, each a document of its own
 
   def __post_init__(self):
-    for name in ("num_samples", "batch_size"):
-      if getattr(self, name) < 1:
-        raise Mistake(f"evaluate.{name}={getattr(self, name)}: must be at least 1")
+    for name, least in (("num_samples", 1), ("batch_size", 1), ("every", 0), ("rows", 0), ("limit", 0)):
+      if getattr(self, name) < least:
+        raise Mistake(f"evaluate.{name}={getattr(self, name)}: must be at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,13 +165,14 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
 
 def load(workdir: Path) -> Config:
   """The config that a workdir was trained with."""
-  values = json.loads((workdir / "config.json").read_text())
+  values = checkpoint.config(workdir)
   for name in NOT_FIELDS:
     values.pop(name, None)
   return parse({"init_from": ""} | values)
 
 
-NOT_FIELDS = ("tokenizer_fingerprint", "base")  # what config.json holds besides: the checkpoint that init_from was
+# What config.json holds besides: of init_from, the checkpoint that the run began from.
+NOT_FIELDS = ("tokenizer_fingerprint", "base", "base_fingerprint")
 
 
 # What may differ between the first start of a run and its continuation.

@@ -31,6 +31,7 @@ def from_published(source: str | Path, workdir: Path, values: dict[str, Any]) ->
   """
   if workdir.is_dir() and any(workdir.iterdir()):
     raise Mistake(f"--workdir={workdir} is not empty: an import needs a new workdir")
+  checkpoint.check_workdir(workdir, ["config.json"], ["checkpoints", "tokenizer", "published"])
   published = huggingface.read(huggingface.find(source))
   text = published.identity["tokenizer"]
   for path in published.folder.iterdir():
@@ -68,7 +69,7 @@ def to_published(workdir: Path, target: Path, dtype: str | None = None) -> None:
   """
   if target.is_dir() and any(target.iterdir()):
     raise Mistake(f"--target={target} is not empty: an export needs a new folder")
-  model = MaskPredictorConfig(**json.loads((workdir / "config.json").read_text())["model"])
+  model = MaskPredictorConfig(**checkpoint.config(workdir)["model"])
   huggingface.check_exportable(model)
   found = llada.load(workdir)  # adapters are merged
   model, params = found.model, found.params

@@ -118,7 +118,7 @@ def _count(t_B: jax.Array, n_B: jax.Array) -> jax.Array:
 
 def loss(
   nll: Nll, batch: dict[str, jax.Array], rng: jax.Array, *, mask_id: int, noise: NoiseConfig, batch_size: int
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
   """The masked-diffusion training loss (P Eq. 3): a plain weighted sum of cross-entropies of masked tokens.
 
   Args:
@@ -131,7 +131,8 @@ def loss(
     batch_size: the global batch.
 
   Returns:
-    (loss in nats per token, metrics).
+    (loss in nats per token, metrics as (sum, how many) of this part of the batch: of the parts, both add up).
+    `masked_nll` is the plain mean over masked tokens.
   """
   weight_BL = batch["weight"]
   input_BL, masked_BL, scale_B = forward_process(
@@ -139,7 +140,7 @@ def loss(
   )
   nll_BL = nll(input_BL, jnp.where(masked_BL, batch["tokens"], -1))
   weighted_BL = weight_BL * nll_BL
-  return jnp.sum(weighted_BL * scale_B[:, None]), {"masked_nll": jnp.sum(weighted_BL)}
+  return jnp.sum(weighted_BL * scale_B[:, None]), {"masked_nll": (jnp.sum(nll_BL), jnp.sum(masked_BL))}
 
 
 def log_likelihood(

@@ -11,7 +11,7 @@ import functools
 import json
 import lzma
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,19 @@ from lladax import autoregressive, checkpoint, data, diffusion, distributed, met
 from lladax import report as reports
 from lladax.config import Config
 from lladax.llada import LLaDA, Sampled
+from lladax.mask_predictor import MaskPredictorConfig
 from lladax.mistake import Mistake
+from lladax.sampling import SamplerConfig
+from lladax.tokenizer import Tokenizer
 
 
-def bound(llada: LLaDA, config: Config, *, rows: int = 0, seed: int = 0) -> dict[str, float]:
+def _nobody(doing: str) -> None:
+  del doing
+
+
+def bound(
+  llada: LLaDA, config: Config, *, rows: int = 0, seed: int = 0, beat: Callable[[str], None] = _nobody
+) -> dict[str, float]:
   """Bits per byte of the held-out documents: an upper bound for the mask predictor, exact for the baseline.
 
   The held-out documents, each followed by one separator (EOS for the model, a newline for the byte count and for
@@ -42,6 +51,7 @@ def bound(llada: LLaDA, config: Config, *, rows: int = 0, seed: int = 0) -> dict
     config: of the run.
     rows: use so many rows only (evenly spread), and leave out the yardsticks; 0: all.
     seed: of the masks.
+    beat: called with what comes next, before every batch and whatever else may take long; for a watchdog.
 
   Returns:
     `bits_per_byte`, `perplexity` (of a token), their standard errors over rows (`bits_per_byte_stderr`,
@@ -56,7 +66,7 @@ def bound(llada: LLaDA, config: Config, *, rows: int = 0, seed: int = 0) -> dict
   if rows and rows < len(keep):
     keep = np.linspace(0, len(keep) - 1, rows).round().astype(int)
   tokens_RL, segment_RL, scored_RL = found.take(keep)
-  nats_R = _nats(llada, config, tokens_RL, segment_RL, scored_RL, seed)
+  nats_R = _nats(llada, config, tokens_RL, segment_RL, scored_RL, seed, beat)
   tokens = int(scored_RL.sum())
   nats, error = float(nats_R.sum()), float(nats_R.std(ddof=1) * math.sqrt(len(keep))) if len(keep) > 1 else 0.0
   per_byte = found.num_tokens / found.num_bytes / tokens / math.log(2)  # nats of these rows -> bits per byte
@@ -70,18 +80,23 @@ def bound(llada: LLaDA, config: Config, *, rows: int = 0, seed: int = 0) -> dict
   }
   if len(keep) == found.num_rows and found.raw:
     train_T = data.train_stream(config.data, llada.tokenizer)
-    metrics |= yardsticks(train_T, tokens_RL[scored_RL], found.raw, llada.vocab_size)
+    metrics |= yardsticks(train_T, tokens_RL[scored_RL], found.raw, llada.vocab_size, beat)
   return metrics
 
 
-def yardsticks(train_T: np.ndarray, held_out_T: np.ndarray, raw: bytes, vocab_size: int) -> dict[str, float]:
+def yardsticks(
+  train_T: np.ndarray, held_out_T: np.ndarray, raw: bytes, vocab_size: int, beat: Callable[[str], None] = _nobody
+) -> dict[str, float]:
   """Bits per byte of `raw` under a unigram model of its tokens (add-one), and under `xz -9`."""
+  beat("counting tokens")
   count_V = np.bincount(train_T, minlength=vocab_size) + 1.0
   bits = -np.log2(count_V / count_V.sum())[held_out_T].sum()
-  return {
-    "unigram_bits_per_byte": float(bits / len(raw)),
-    "xz_bits_per_byte": 8.0 * len(lzma.compress(raw, preset=9)) / len(raw),
-  }
+  xz, size, part = lzma.LZMACompressor(preset=9), 0, 2**22
+  for first in range(0, len(raw), part):
+    beat(f"compressing the held-out text, byte {first} of {len(raw)}")
+    size += len(xz.compress(raw[first : first + part]))
+  size += len(xz.flush())
+  return {"unigram_bits_per_byte": float(bits / len(raw)), "xz_bits_per_byte": 8.0 * size / len(raw)}
 
 
 def samples(llada: LLaDA, config: Config) -> Sampled | None:
@@ -96,22 +111,32 @@ def samples(llada: LLaDA, config: Config) -> Sampled | None:
   options = dataclasses.asdict(config.sample)
   if config.data.format == "chat":
     options["early_stop"] = True
-    return llada.sample([[{"role": "user", "content": text}] for text in canvases], **options)
+    return llada.sample([[_says(text)] for text in canvases], **options)
   if llada.model.causal:
-    return llada.sample([text.partition("[MASK]")[0] for text in canvases], **options)
-  del options["block_length"]
+    return llada.sample([_before_masks(text) for text in canvases], **options)
+  del options["block_length"], options["gen_length"]  # a canvas has a length of its own
   rows = [[llada.eos_id, *llada.tokenizer.encode_canvas(text), llada.eos_id] for text in canvases]
   return llada.unmask(rows, **options)
 
 
+def _says(text: str) -> dict[str, str]:
+  return {"role": "user", "content": text}
+
+
+def _before_masks(text: str) -> str:
+  return text.partition("[MASK]")[0]
+
+
 def _nats(
-  llada: LLaDA, config: Config, tokens_RL: np.ndarray, segment_RL: np.ndarray, scored_RL: np.ndarray, seed: int
-) -> np.ndarray:
+  llada: LLaDA, config: Config, tokens_RL: np.ndarray, segment_RL: np.ndarray, scored_RL: np.ndarray, seed: int,
+  beat: Callable[[str], None],
+) -> np.ndarray:  # fmt: skip
   """Minus the log-likelihood (bound) of what is scored of every row, given the rest."""
   R, size = len(tokens_RL), min(config.evaluate.batch_size, len(tokens_RL))
   draws = 1 if llada.model.causal else config.evaluate.num_samples
   total_R = np.zeros(R)
   for first in range(0, R, size):
+    beat(f"scoring held-out row {first} of {R}")
     at = np.minimum(np.arange(first, first + size), R - 1)  # the last rows again, to fill the batch
     with sharding.on_mesh_of(llada.params):
       nats = [
@@ -178,6 +203,64 @@ def check_tasks(config: Config) -> None:
     harness.check(others, data_dir=config.evaluate.data_dir, allow_code=config.evaluate.allow_code)
 
 
+# What an evaluation writes into a workdir.
+FILES = ("evaluations.jsonl", "evaluation.json", "evaluation.html", "samples.html")
+
+
+def check(config: Config, text: Tokenizer) -> None:
+  """Tries what only the end of a run would read, before its first step; the corpora, if they are not yet read.
+
+  Args:
+    config: of the run, with the model as it will be.
+    text: its tokenizer.
+
+  Raises:
+    Mistake: canvases or questions of `evaluate.tasks` that do not fit the model, or contradict the sampler's settings;
+      nothing in the held-out part that fits a row.
+  """
+  talks, fills = config.data.format == "chat", config.data.format != "chat" and not config.model.causal
+  lengths = {}
+  for i, x in enumerate(config.evaluate.canvases):
+    ids = text.chat([_says(x)]) if talks else text.encode_canvas(x) if fills else text.encode(_before_masks(x))
+    lengths[f"evaluate.canvases[{i}]"] = len(ids) + 2 * fills  # an EOS at each end
+  check_room(lengths, config.sample, config.model, fills=fills)
+  for name in config.evaluate.tasks:
+    if questions := _questions(name):
+      reversal.check(name, questions, text, config.model)
+  if config.data.held_out:
+    data.held_out(config.data, text)
+
+
+def check_room(lengths: Mapping[str, int], c: SamplerConfig, model: MaskPredictorConfig, *, fills: bool) -> None:
+  """Raises Mistake if the model cannot fill, or continue, one of these.
+
+  Args:
+    lengths: name of a canvas or prompt, for the message -> its tokens.
+    c: how it is sampled.
+    model: the model.
+    fills: canvases are filled in one block; prompts are continued.
+  """
+  if not lengths:
+    return
+  if fills and model.causal:
+    raise Mistake(f"{next(iter(lengths))}: a causal model cannot fill a canvas in the middle, it continues a prompt")
+  said, more = "", 0
+  if not fills:
+    W, more = c.block_length, c.gen_length or c.block_length
+    said = f" and sample.{'block_length' if c.gen_length is None else 'gen_length'}={more}"
+    if model.causal:
+      for name in ("guidance_scale", "threshold", "factor", "cache"):
+        if value := getattr(c, name):
+          raise Mistake(f"sample.{name}={value!r} is for mask predictors: a causal model draws token after token")
+      if c.gen_length is None:
+        raise Mistake("sample.gen_length=None: a causal model stops at EOS by itself; give the longest answer to allow")
+    elif more % min(W, more):
+      raise Mistake(f"sample.gen_length={more} is not a multiple of sample.block_length={W}")
+  for name, n in lengths.items():
+    if n + more > model.max_length:
+      raise Mistake(f"{name}: its {n} tokens{said} are more than model.max_length={model.max_length}")
+
+
 def _questions(name: str) -> list[reversal.Question] | None:
   """What a task asks; None: the harness knows."""
   kind, _, path = name.partition(":")
@@ -237,35 +320,42 @@ def report(llada: LLaDA, config: Config, bounds: dict[str, float], workdir: Path
   for name in own:
     found[name], told[name] = task(llada, config, name)
   short = short_names(list(found))
-  results = bounds | {f"{short[name]} {x}": value for name, of in found.items() for x, value in of.items()}
+  results = bounds | {f"{short[name]} {x}": value for name, values in found.items() for x, value in values.items()}
   if not distributed.is_first():
     samples(llada, config)
     return results
   _show(llada, config, bounds, found, told, console)
   step = (checkpoint.steps(workdir) or [0])[-1]
   if results:
-    with (workdir / "evaluations.jsonl").open("a") as file:
-      file.write(json.dumps({"step": step} | results) + "\n")
-    shown = {name: _some(of) for name, of in told.items()}
+    metrics.append(workdir / "evaluations.jsonl", {"step": step} | results)
+    shown = {name: _some(answers) for name, answers in told.items()}
     about = {"model": f"{llada.model.num_params():,} parameters, {config.objective}", "step": f"{step:,}",
              "data": ", ".join(config.data.corpora), "device": jax.devices()[0].device_kind,
-             "versions": f"lladax {metadata.version('lladax')}, jax {jax.__version__}"}  # fmt: skip
+             "versions": f"lladax {_version()}, jax {jax.__version__}"}  # fmt: skip
     if others:
       limit = f"{config.evaluate.limit} questions of each" if config.evaluate.limit else "all questions"
       about |= {
         "tasks": limit,
         "sampler": ", ".join(f"{x}={value}" for x, value in _chosen(config).items()) or "default",
       }
-    title, of = f"{workdir.name}, step {step:,}", "replies" if config.data.format == "chat" else "text"
+    title, held_out = f"{workdir.name}, step {step:,}", "replies" if config.data.format == "chat" else "text"
     losses = metrics.losses(workdir)
-    reports.write(reports.Report(title, about, found, shown, bounds, of, losses), workdir / "evaluation")
-    console.print(f"the same as a page, with the loss: {workdir / 'evaluation.html'}")
+    reports.write(reports.Report(title, about, found, shown, bounds, held_out, losses), workdir / "evaluation")
+    console.print(f"the same as a page, with the loss: {workdir / 'evaluation.html'}", markup=False)
   if filled := samples(llada, config):
     for unmasking in filled.unmaskings():
       console.print(visualize.terminal(unmasking, frames=4))
-    (workdir / "samples.html").write_text(filled.html(f"{workdir.name}, step {step}"))
-    console.print(f"the same as a page: {workdir / 'samples.html'}")
+    page = filled.html(f"{workdir.name}, step {step}")
+    (workdir / "samples.html").write_text(page, encoding="utf-8", errors="backslashreplace")
+    console.print(f"the same as a page: {workdir / 'samples.html'}", markup=False)
   return results
+
+
+def _version() -> str:
+  try:
+    return metadata.version("lladax")
+  except metadata.PackageNotFoundError:  # run from a checkout
+    return "(not installed)"
 
 
 def _some(told: list[dict[str, Any]]) -> list[dict[str, Any]]:

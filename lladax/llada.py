@@ -8,7 +8,6 @@ that compiled programs are reused -> sampling.run, one compiled program -> `Samp
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -437,7 +436,7 @@ def load(path: str | Path, step: int | None = None, mesh: Mesh | None = None) ->
     published = huggingface.read(workdir)
     at = None if mesh is None else sharding.shardings(mesh, published.model.letters())
     return LLaDA(published.model, huggingface.load_params(published, at), **published.identity)
-  saved = json.loads((workdir / "config.json").read_text())
+  saved = checkpoint.config(workdir)
   model = MaskPredictorConfig(**saved["model"])
   imported = (workdir / "published").is_dir()
   text = None
@@ -476,7 +475,10 @@ def load(path: str | Path, step: int | None = None, mesh: Mesh | None = None) ->
   params = tree["params"]
   if model.lora_rank:
     if not checkpoint.folder(Path(saved["base"]).parent.parent).is_dir():
-      raise Missing(f"{workdir} holds adapters of {saved['base']}, which is not there: put it back")
+      raise Missing(
+        f"{workdir} holds adapters of {saved['base']}, which is not there: put it back, or train on with"
+        " init_from=the place where it is now"
+      )
     given = load(saved["base"], mesh=mesh).params
     model, params = dataclasses.replace(model, lora_rank=0), jax.jit(lambda a, x: model.merge(a, x)[1])(params, given)
   return LLaDA(model, params, **identity)

@@ -1,6 +1,8 @@
 """Numbers out: console, metrics.jsonl, TensorBoard; throughput and model FLOPs utilisation; the profiler window."""
 
 import json
+import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -51,11 +53,10 @@ class Writer:
       return
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "metrics.jsonl"
-    if path.exists():
-      lines = [line for line in path.read_text().splitlines() if _step_of(line) <= start]
-      shorter = path.with_suffix(".new")
-      shorter.write_text("".join(line + "\n" for line in lines))
-      shorter.replace(path)  # at once: a run may be killed here
+    kept = [row for row in read(path) if row["step"] <= start]
+    shorter = path.with_suffix(".new")
+    shorter.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    shorter.replace(path)  # at once: a run may be killed here
     self._file = path.open("a")
     self._board = (
       tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1) if tensorboard else None
@@ -117,11 +118,45 @@ class ProfilerWindow:
       self._running = False
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+  """The records of a file of one object a line, each with its "step"; of a file that is not there, none.
+
+  A run that was killed, or a full disk, leaves a line torn: what cannot be read is left out, and said.
+  """
+  lines = path.read_bytes().split(b"\n") if path.is_file() else []
+  rows, torn = [], []
+  for number, line in enumerate(lines, start=1):
+    row = _record(line)
+    if row is not None:
+      rows.append(row)
+    elif line.strip():
+      torn.append(number)
+  if torn:
+    more = f" and {len(torn) - 3} others" if len(torn) > 3 else ""
+    logging.warning("%s: torn, and left out: line %s%s", path, ", ".join(map(str, torn[:3])), more)
+  return rows
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+  try:
+    row = json.loads(line)
+  except (ValueError, RecursionError):  # of UTF-8, too
+    return None
+  return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+  """Adds a record to such a file, in a line of its own even if the last one is torn."""
+  with path.open("a+b") as file:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - 1, 0))
+    torn = file.read(1) not in (b"", b"\n")
+    file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
+
+
 def losses(workdir: Path) -> list[tuple[int, float]]:
   """(step, loss) of the lines of metrics.jsonl."""
-  path = workdir / "metrics.jsonl"
-  rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-  return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+  return [(row["step"], row["loss"]) for row in read(workdir / "metrics.jsonl") if "loss" in row]
 
 
 def clock(seconds: float) -> str:
@@ -139,10 +174,3 @@ def _line(scalars: dict[str, Any]) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
   return "  ".join(f"{name} {number(value)}" for name, value in scalars.items())
-
-
-def _step_of(line: str) -> float:
-  try:
-    return json.loads(line)["step"]
-  except ValueError:  # the last line of a run that was cut off
-    return float("inf")

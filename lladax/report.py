@@ -37,8 +37,8 @@ def write(report: Report, path: Path) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   stem = path.with_suffix("") if path.suffix in (".json", ".html") else path
   record = json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False, default=str)
-  Path(f"{stem}.json").write_text(record + "\n", encoding="utf-8")
-  Path(f"{stem}.html").write_text(page(report), encoding="utf-8")
+  for ending, content in ((".json", record + "\n"), (".html", page(report))):
+    Path(f"{stem}{ending}").write_text(content, encoding="utf-8", errors="backslashreplace")  # a file's name may be odd
 
 
 def page(report: Report) -> str:
@@ -119,9 +119,9 @@ def _bar(share: float, error: float, published: float | None = None) -> str:
 
 
 def _curve(losses: Sequence[tuple[int, float]]) -> str:
-  """Loss against step: every line of the log, and the mean of a tenth of them."""
+  """Loss against step: every line of the log, and the mean of a tenth of them, each around its step."""
   step, loss = np.array(losses[:: -(-len(losses) // 2000)], float).T
-  n = max(1, len(loss) // 10)
+  n = max(1, len(loss) // 10) | 1  # odd: as many before the step as behind it
   mean = np.convolve(loss, np.ones(n) / n, "valid")
   low, high = 0.0, float(np.quantile(loss, 0.98)) * 1.05 or 1.0
   x, y = 40 + 640 * (step - step[0]) / (step[-1] - step[0] or 1), 210 - 200 * (np.clip(loss, low, high)) / high
@@ -135,7 +135,7 @@ def _curve(losses: Sequence[tuple[int, float]]) -> str:
     for i in range(5)
   )
   ends = f"<text x=40 y=228>step {step[0]:.0f}</text><text x=680 y=228 text-anchor=end>{step[-1]:,.0f}</text>"
-  smooth = path(x[n - 1 :], 210 - 200 * np.clip(mean, low, high) / high)
+  smooth = path(x[n // 2 :][: len(mean)], 210 - 200 * np.clip(mean, low, high) / high)
   return f"""<svg class=curve viewBox="0 0 690 234" role=img aria-label="Loss against step">{ticks}{ends}
 <path class=raw d="{path(x, y)}"/><path class=mean d="{smooth}"/></svg>"""
 

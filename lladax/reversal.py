@@ -16,7 +16,9 @@ import numpy as np
 
 from lladax import facts
 from lladax.llada import LLaDA
+from lladax.mask_predictor import MaskPredictorConfig
 from lladax.mistake import Missing, Mistake
+from lladax.tokenizer import Tokenizer
 
 # How LLaDA-8B-Instruct is asked: the published lengths.
 _REPLY = {"gen_length": 28, "block_length": 28, "steps": 28, "logits_eos_inf": True}
@@ -62,11 +64,16 @@ def of_couplets(path: str | Path, talks: bool = False) -> list[Question]:
   path = Path(path).expanduser()
   if not path.is_file():
     raise Missing(f"evaluate.tasks: poems:{path}: no such file")
-  with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
-    pairs = json.load(file)
+  try:
+    with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
+      pairs = [(str(pair["first"]), str(pair["second"])) for pair in json.load(file)]
+    if not all(map(all, pairs)) or not pairs:
+      raise ValueError("a line is empty" if pairs else "it is empty")
+  except (ValueError, TypeError, KeyError, EOFError, lzma.LZMAError) as error:
+    wanted, why = '{"first": line, "second": line}', f"{type(error).__name__}: {error}"[:200]
+    raise Mistake(f"evaluate.tasks: poems:{path} is no JSON list of {wanted} ({why})") from None
   found = []
-  for pair in pairs:
-    first, second = pair["first"], pair["second"]
+  for first, second in pairs:
     if talks:
       ask = "{}的{}一句是什么？ 直接输出句子即可。".format
       found += [
@@ -79,6 +86,21 @@ def of_couplets(path: str | Path, talks: bool = False) -> list[Question]:
       Question("backward", "", first, f"，{second}。", f"{second}，"),
     ]
   return found
+
+
+def check(name: str, questions: list[Question], text: Tokenizer, model: MaskPredictorConfig) -> None:
+  """Raises Mistake if one of the questions does not fit the model."""
+  longest = 1 + max(len(text.encode(q.answer)) for q in questions)
+  for q in questions:
+    if q.talks:
+      n = len(text.chat([{"role": "user", "content": q.prompt}])) + _REPLY["gen_length"]
+    elif model.causal:
+      n = len(text.encode(q.prompt)) + longest
+    else:
+      n = sum(len(text.encode(x)) for x in (q.before, q.answer, q.after)) + 1
+    if n > model.max_length:
+      most = f"model.max_length={model.max_length}"
+      raise Mistake(f"evaluate.tasks: {name}: a question and its answer take {n} tokens, more than {most}")
 
 
 def run(llada: LLaDA, questions: list[Question], batch_size: int = 64) -> tuple[dict[str, float], list[dict[str, Any]]]:

@@ -7,6 +7,7 @@ mesh of a single device, nothing here does anything.
 import contextlib
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -32,27 +33,40 @@ AXES = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """How many devices along each axis; one of them may be -1, "the rest"."""
+  """How many devices along each axis; one of them may be -1, "the rest", besides the slices."""
 
-  slices: int = 1  # groups of devices that only the data-centre network joins; each with a copy of the parameters
+  # Groups of devices that only the network joins, each with a copy of the parameters; -1: as many as there are.
+  slices: int = 1
   data: int = -1  # copies of the parameters within a slice, each with its part of the batch
   fsdp: int = 1  # parameters and batch sliced
   tensor: int = 1  # heads, feed-forward and vocabulary sliced
   context: int = 1  # the canvas sliced
 
 
+def _island(device: jax.Device) -> int:
+  """The group that it is wired into, where only the network joins groups: a slice of TPUs, a node of GPUs."""
+  return getattr(device, "slice_index", None) or 0
+
+
 def make_mesh(c: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """A mesh over all devices (or those given), with the axes slices, data, fsdp, tensor, context.
 
-  Within a slice the axes follow the wiring of the chips; a slice is what the devices say (multi-slice TPUs), or else
-  a run of neighbouring devices.
+  On TPUs a slice is what the devices say, or else a run of neighbours, and the axes within it follow the wiring of the
+  chips. On GPUs any axis may cross from node to node, which is said; neighbours in a node are neighbours in the inner
+  axes.
+
+  Raises:
+    Mistake: sizes that do not fit the devices; on TPUs another number of slices than there are.
   """
   devices = list(jax.devices() if devices is None else devices)
+  islands, platform = len(set(map(_island, devices))), devices[0].platform
   sizes = dataclasses.asdict(c)
-  rest = [name for name, size in sizes.items() if size == -1]
   for name, size in sizes.items():
     if size < 1 and size != -1:
       raise Mistake(f"mesh.{name}={size}: must be at least 1, or -1 for the rest")
+  if c.slices == -1:
+    sizes["slices"] = islands
+  rest = [name for name, size in sizes.items() if size == -1]
   if len(rest) > 1:
     raise Mistake(f"mesh.{rest[0]} and mesh.{rest[1]} are both -1: only one axis can take the rest")
   fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -60,16 +74,47 @@ def make_mesh(c: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mes
     sizes[rest[0]] = len(devices) // fixed
   if math.prod(sizes.values()) != len(devices):
     axes = ", ".join(f"mesh.{name}={size}" for name, size in dataclasses.asdict(c).items())
-    raise Mistake(f"{axes} do not multiply to the {len(devices)} devices there are")
-  islands = {getattr(device, "slice_index", None) or 0 for device in devices}
-  if len(islands) not in (1, sizes["slices"]):
-    raise Mistake(f"mesh.slices={sizes['slices']}: the devices are in {len(islands)} slices; use as many")
-  devices.sort(key=lambda device: getattr(device, "slice_index", None) or 0)
-  shape = tuple(size for name, size in sizes.items() if name != "slices")
-  groups = np.split(np.asarray(devices), sizes["slices"])
-  grids = [mesh_utils.create_device_mesh(shape, list(group), allow_split_physical_axes=True) for group in groups]
-  auto = (jax.sharding.AxisType.Auto,) * len(sizes)
-  return Mesh(np.stack(grids), tuple(sizes), axis_types=auto)
+    groups = f", in {islands} groups" if islands > 1 else ""
+    raise Mistake(f"{axes} do not multiply to the {len(devices)} devices there are{groups}")
+  if platform == "tpu":
+    if islands not in (1, sizes["slices"]):
+      raise Mistake(f"mesh.slices={sizes['slices']}: the devices are in {islands} slices; use as many, or -1")
+    devices.sort(key=_island)
+    shape = tuple(size for name, size in sizes.items() if name != "slices")
+    groups = np.split(np.asarray(devices), sizes["slices"])
+    grid = np.stack(
+      [mesh_utils.create_device_mesh(shape, list(group), allow_split_physical_axes=True) for group in groups]
+    )
+  else:  # the ids of GPUs follow their wiring, their order in jax.devices() need not
+    devices.sort(key=lambda device: (_island(device), device.id if platform == "gpu" else 0))
+    grid = np.asarray(devices).reshape(tuple(sizes.values()))
+    _say_what_crosses(tuple(sizes), np.vectorize(_island)(grid))
+  return Mesh(grid, tuple(sizes), axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
+
+
+# What crosses the network where an axis does; slices are meant to.
+_CROSSING = {
+  "data": "the gradients are added up over the network",
+  "fsdp": "every layer's parameters are gathered over the network, forward and again backward",
+  "tensor": "the activations of every layer are added up over the network",
+  "context": "the keys and values of every layer are gathered over the network",
+}
+
+
+def _say_what_crosses(axes: tuple[str, ...], islands: np.ndarray) -> None:
+  """Says which axes of a grid of islands cross from one to another, and what that costs."""
+  for i, axis in enumerate(axes):
+    if axis in _CROSSING and np.diff(islands, axis=i).any() and jax.process_index() == 0:
+      instead = "; mesh.slices=-1 leaves it the gradients, and each node a copy of the parameters"
+      _say(
+        f"mesh.{axis}={islands.shape[i]} crosses between {len(np.unique(islands))} nodes: {_CROSSING[axis]},"
+        " for every part of a batch" + instead * (axis != "data")
+      )
+
+
+@functools.cache  # once: a mesh is made more often than that
+def _say(message: str) -> None:
+  logging.getLogger("lladax").info(message)
 
 
 def _axes(letters: str) -> list[tuple[str, ...]]:

@@ -44,6 +44,7 @@ from lladax import (
 )
 from lladax.config import Config, check_saved
 from lladax.llada import LLaDA, check_vocabulary, load
+from lladax.mask_predictor import MaskPredictorConfig
 from lladax.mistake import Diverged, Missing, Mistake
 
 
@@ -83,22 +84,23 @@ def train_step(
   def gradient(batch):
     batch = {name: sharding.constrain(x, "BL"[: x.ndim]) for name, x in batch.items()}
     (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
-    return jax.tree.map(sharding.constrain, grads, letters), {"loss": loss} | aux
+    return jax.tree.map(sharding.constrain, grads, letters), loss, aux
 
   M = config.micro_batches
   if M == 1:
-    grads, scalars = gradient(batch)
+    grads, loss, means = gradient(batch)
   else:  # weights are normalised over the whole batch: the parts simply add up
     parts = {
       name: sharding.constrain(x.reshape(M, B // M, *x.shape[1:]), ".BL"[: x.ndim + 1]) for name, x in batch.items()
     }
     shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (grads, scalars), _ = jax.lax.scan(
+    (grads, loss, means), _ = jax.lax.scan(
       lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None), zeros, parts
     )
 
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  scalars = {"loss": loss} | {name: total / jnp.maximum(count, 1) for name, (total, count) in means.items()}
   scalars |= {"grad_norm": optax.tree.norm(grads)}
   return State(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.frozen), scalars
 
@@ -134,19 +136,24 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
 
 def prepare(config: Config, workdir: Path) -> Run:
   """Checks everything there is to check, makes or loads the tokenizer, and writes the config beside it."""
+  log, names = config.log, ("config.json", "metrics.jsonl", *evaluate.FILES)
+  folders = ["checkpoints", "tokenizer", *["tensorboard"] * log.tensorboard, *["profile"] * (log.profile_last > 0)]
+  checkpoint.check_workdir(workdir, names, folders)
+  if (log.profile_first or log.profile_last) and not log.profile_first < log.profile_last:
+    raise Mistake(f"log.profile_first={log.profile_first}, log.profile_last={log.profile_last}: no step lies between")
   mesh = sharding.make_mesh(config.mesh)
   check_mesh(config, mesh)
   saved_config = workdir / "config.json"
-  saved = json.loads(saved_config.read_text()) if saved_config.exists() else None
+  saved = checkpoint.config(workdir) if saved_config.exists() else None
   console = _console()
   evaluate.check_tasks(config)
-  base = (saved.get("base", "") if saved else find_base(config.init_from)) if config.init_from else ""
+  base = _base(config, saved, workdir) if config.init_from else ""
   if base:
-    begun = saved or json.loads((Path(base).parent.parent / "config.json").read_text())
+    begun = saved or checkpoint.config(Path(base).parent.parent)
     shape = {name: begun["model"][name] for name in _SHAPE}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **shape))
-    console.print(f"parameters, their shape and the tokenizer are those of {base}")
-  console.print(f"reading {', '.join(config.data.corpora)}")
+    console.print(f"parameters, their shape and the tokenizer are those of {base}", markup=False)
+  console.print(f"reading {', '.join(config.data.corpora)}", markup=False)
   if saved or base:
     text = tokenizer.load((workdir if saved else Path(base).parent.parent) / "tokenizer")
   else:
@@ -160,12 +167,18 @@ def prepare(config: Config, workdir: Path) -> Run:
   config = dataclasses.replace(config, model=model)
   check_mesh(config, mesh)
   extra = {"tokenizer_fingerprint": text.fingerprint, "base": base}
+  if base:
+    extra["base_fingerprint"] = (saved or {}).get("base_fingerprint") or checkpoint.fingerprint(Path(base))
   plain = json.loads(json.dumps(dataclasses.asdict(config) | extra))
   if saved:
-    check_saved(saved, plain, workdir)
+    moved = {name: plain[name] for name in ("init_from", "base", "base_fingerprint")} if base else {}
+    check_saved(saved | moved, plain, workdir)
+  if config.evaluate.every and not config.data.held_out:
+    raise Mistake(f"evaluate.every={config.evaluate.every}: data.held_out=0.0 leaves no text to evaluate on")
+  evaluate.check(config, text)
   sources = data.sources(config.data, text, config.seed)
   for name, source in zip(config.data.corpora, sources, strict=True):
-    console.print(f"{name}: {source.about}")
+    console.print(f"{name}: {source.about}", markup=False)
   digest = "".join(source.digest for source in sources)
   distributed.agree(config=json.dumps(plain), data=digest, workdir=str(workdir), jax=jax.__version__)
   if distributed.is_first():
@@ -181,6 +194,7 @@ def prepare(config: Config, workdir: Path) -> Run:
   return Run(config, workdir, text, mesh, *program(config, mesh), sources, base)
 
 
+_PARAMETERS = 0x1217  # folded into the seed that they are drawn from: the noise of a step has the step folded in
 _SHAPE = ("D", "N", "H", "G", "K", "F", "V", "tied", "rope_theta", "norm_eps", "max_length")
 
 
@@ -202,6 +216,31 @@ def find_base(init_from: str) -> str:
   return str(checkpoint.folder(workdir) / (step or str(steps[-1])))
 
 
+def _base(config: Config, saved: dict[str, Any] | None, workdir: Path) -> str:
+  """The checkpoint that a run begins from; of a run that goes on where it was, or is now by what `init_from` says.
+
+  Raises:
+    Missing: it is needed, for adapters or since there is no checkpoint yet, and is not there.
+    Mistake: `init_from` names another checkpoint than the one that the run began from.
+  """
+  if not saved or not saved.get("base"):
+    return find_base(config.init_from)
+  base, mark = Path(saved["base"]), saved.get("base_fingerprint", "")
+  same = config.init_from == saved["init_from"]
+  given = Path(config.init_from).expanduser().absolute()
+  for path in [base] * same + [given, checkpoint.folder(given) / base.name]:
+    found = checkpoint.fingerprint(path)
+    if found and found == (mark or (found if same and path == base else "")):  # older runs hold no mark
+      return str(path)
+  if not same:
+    find_base(config.init_from)
+    raise Mistake(f"init_from={config.init_from}: {workdir} began from another checkpoint, {base}")
+  if checkpoint.steps(workdir) and not config.model.lora_rank:
+    return str(base)  # the workdir holds everything
+  why = "trains adapters of" if config.model.lora_rank else "has no checkpoint yet, and begins from"
+  raise Missing(f"{workdir} {why} {base}, which is not there: say as init_from where that checkpoint is now")
+
+
 def program(config: Config, mesh: Mesh) -> tuple[optax.GradientTransformation, Callable[[], State], State, Any]:
   """(optimizer, how the state begins, where it lives, where the columns of a batch live)."""
   c = config.model
@@ -209,7 +248,7 @@ def program(config: Config, mesh: Mesh) -> tuple[optax.GradientTransformation, C
   tx = optimizer.create(config.optimizer, config.steps, letters)
 
   def init() -> State:
-    params, frozen = c.split(c.init(jax.random.fold_in(jax.random.key(config.seed), 0x1217)))
+    params, frozen = c.split(c.init(jax.random.fold_in(jax.random.key(config.seed), _PARAMETERS)))
     return State(jnp.int32(0), params, tx.init(params), jax.tree.map(lambda x: x.astype(c.compute_dtype), frozen))
 
   shapes = jax.eval_shape(init)
@@ -228,19 +267,37 @@ def begin(run: Run) -> State:
   quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
   if not run.base:
     return jax.jit(run.init, out_shardings=run.shardings, compiler_options=quick)()
-  given, c, at = load(run.base, mesh=run.mesh).params, run.config.model, run.shardings
-
-  def cast(dtype):
-    return lambda x: jax.tree.map(lambda x: x.astype(dtype), x)
-
-  frozen: Any = {}
-  if c.lora_rank:
-    frozen = jax.jit(cast(c.compute_dtype), out_shardings=at.frozen)(given)
+  at, frozen = run.shardings, {}
+  if run.config.model.lora_rank:
+    frozen = _frozen_base(run)
     params = jax.jit(lambda: run.init().params, out_shardings=at.params, compiler_options=quick)()
   else:
-    params = jax.jit(cast(jnp.float32), out_shardings=at.params)(given)
+    params = _cast(load(run.base, mesh=run.mesh).params, jnp.float32, at.params)
   opt_state = jax.jit(run.tx.init, out_shardings=at.opt_state)(params)
   return State(jax.device_put(jnp.int32(0), at.step), params, opt_state, frozen)
+
+
+def _frozen_base(run: Run) -> Any:
+  """What the adapters adapt."""
+  return _cast(load(run.base, mesh=run.mesh).params, run.config.model.compute_dtype, run.shardings.frozen)
+
+
+def _cast(params: Any, dtype: Any, at: Any) -> Any:
+  return jax.jit(lambda x: jax.tree.map(lambda x: x.astype(dtype), x), out_shardings=at)(params)
+
+
+def restore(run: Run) -> State | None:
+  """The state of the last checkpoint, read to where it lives: nothing is drawn, and of a base only what is frozen read.
+
+  None where there is no checkpoint.
+  """
+  shapes = jax.tree.map(
+    lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), jax.eval_shape(run.init), run.shardings
+  )
+  found = checkpoint.restore_latest(run.workdir, to_tree(shapes, copy=False))
+  if found is None:
+    return None
+  return from_tree(found[1], shapes)._replace(frozen=_frozen_base(run) if run.config.model.lora_rank else {})
 
 
 def jit_step(config: Config, tx: optax.GradientTransformation, at: State, *, mask_id: int, eos_id: int) -> Any:
@@ -286,11 +343,11 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
 
 def _train(run: Run, console: Console, began: float) -> dict[str, float]:
   config = run.config
-  state = begin(run)
-  restored = checkpoint.restore_latest(run.workdir, _abstract(to_tree(state)))
+  restored = restore(run)
   if restored:
-    state = from_tree(restored[1], state)
-    console.print(f"continuing from step {restored[0]} of {run.workdir}")
+    console.print(f"continuing from step {int(restored.step)} of {run.workdir}", markup=False)
+  state = restored or begin(run)
+  del restored
   start = int(state.step)
   distributed.agree(checkpoint=str(start))
   jitted = jit_step(config, run.tx, run.shardings, mask_id=run.text.mask_id, eos_id=run.text.eos_id)
@@ -306,7 +363,7 @@ def _train(run: Run, console: Console, began: float) -> dict[str, float]:
   llada = _llada(run, state)
   bounds = evaluate.bound(llada, config) if config.data.held_out else {}
   results = evaluate.report(llada, config, bounds, run.workdir, console)
-  console.print(f"done in {metrics.clock(time.monotonic() - began)}; everything is in {run.workdir}")
+  console.print(f"done in {metrics.clock(time.monotonic() - began)}; everything is in {run.workdir}", markup=False)
   return results
 
 
@@ -318,8 +375,9 @@ def _loop(run: Run, state: State, jitted: Any, start: int, console: Console, sto
   )  # fmt: skip
   put = functools.partial(_put, run.batch_sharding, config.data.batch_size)
   watchdog = distributed.Watchdog(config.log.hang_seconds)
-  watchdog.beat("compiling the step")
+  watchdog.beat("reading the first batch")
   batch = put(next(batches))
+  watchdog.beat("compiling the step")
   compiled = jitted.lower(state, batch).compile()
   flops = describe(run, state, compiled, console)
   peak = metrics.peak_flops(jax.devices()[0])
@@ -371,11 +429,12 @@ def _loop(run: Run, state: State, jitted: Any, start: int, console: Console, sto
         write(*waiting)  # a state that is not a number is never saved
         waiting = None
       if saves:
+        watchdog.beat(f"saving step {step}")  # once the one before is saved
         saver.save(step, to_tree(state))
       if last:
         break
       if evaluates:
-        values = evaluate.bound(_llada(run, state), config, rows=config.evaluate.rows)
+        values = evaluate.bound(_llada(run, state), config, rows=config.evaluate.rows, beat=watchdog.beat)
         writer.write(step, {f"held_out_{name}": value for name, value in values.items()})
         ticks[:] = [time.monotonic()]
   finally:
@@ -431,7 +490,7 @@ def to_tree(state: State, *, copy: bool = True) -> dict[str, Any]:
 
 
 def from_tree(tree: dict[str, Any], like: State) -> State:
-  """The state that was saved; what is frozen is never saved."""
+  """The state that was saved, of arrays or shapes `like` it; what is frozen is never saved."""
   opt_state = optax.tree_utils.tree_set(like.opt_state, mu=tree["mu"], nu=tree["nu"], count=tree["step"])
   # The optimizer's counters and the step must be arrays of their own: the whole state is donated.
   opt_state = jax.tree.map(lambda x: jnp.copy(x) if x is tree["step"] else x, opt_state)
@@ -440,11 +499,7 @@ def from_tree(tree: dict[str, Any], like: State) -> State:
 
 def _console() -> Console:
   """Progress and tables of the first process go to stderr; stdout is for text that was asked for."""
-  return Console(stderr=True, highlight=False, soft_wrap=True, quiet=not distributed.is_first())
-
-
-def _abstract(tree: Any) -> Any:
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+  return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False, quiet=not distributed.is_first())
 
 
 def _llada(run: Run, state: State) -> LLaDA:
@@ -502,23 +557,45 @@ class _Interrupt:
 
 def evaluate_last(config: Config, workdir: Path) -> dict[str, float]:
   """Evaluates the workdir's last checkpoint as at the end of training, and adds a line to evaluations.jsonl."""
+  checkpoint.check_workdir(workdir, evaluate.FILES)
   evaluate.check_tasks(config)
+  model, text = _saved_model(workdir)
+  if text is None:
+    raise Mistake(f"--workdir={workdir}: this model has no tokenizer to read the held-out text and the tasks with")
+  config = dataclasses.replace(config, model=model)
+  evaluate.check(config, text)
   llada = load(workdir, mesh=sharding.make_mesh(config.mesh))
   config = dataclasses.replace(config, model=llada.model)
   bounds = evaluate.bound(llada, config) if config.data.held_out else {}
   return evaluate.report(llada, config, bounds, workdir, _console())
 
 
+def _saved_model(workdir: Path) -> tuple[MaskPredictorConfig, tokenizer.Tokenizer | None]:
+  """The model of a workdir and its tokenizer, if it has one: what can be checked before the parameters are read."""
+  saved = checkpoint.config(workdir)
+  text = tokenizer.load(workdir / "tokenizer") if saved.get("tokenizer_fingerprint") else None
+  return MaskPredictorConfig(**saved["model"]), text
+
+
 def show_samples(config: Config, workdir: Path, prompts: list[str], html: str | None) -> None:
   """Continues each prompt, or fills its [MASK]s; prints text to stdout, and draws it where that is a terminal."""
+  if html:
+    checkpoint.check_writable(Path(html), "--html")
   prompts = prompts or [line.rstrip("\n") for line in sys.stdin]
   if not prompts:
     raise Mistake("--prompt is missing, and nothing came from standard input")
+  model, text = _saved_model(workdir)
+  if text is None:
+    raise Mistake(f"--workdir={workdir}: this model has no tokenizer to read a prompt with")
+  for prompt in prompts:
+    fills = "[MASK]" in prompt
+    ids = text.encode_canvas(prompt) if fills else text.encode(prompt)
+    evaluate.check_room({f"--prompt={prompt[:30]!r}": len(ids)}, config.sample, model, fills=fills)
   llada = load(workdir, mesh=sharding.make_mesh(config.mesh))
   options, pages = dataclasses.asdict(config.sample), []
   for prompt in prompts:
-    if "[MASK]" in prompt:
-      options_here = {name: value for name, value in options.items() if name != "block_length"}
+    if "[MASK]" in prompt:  # a canvas has a length of its own
+      options_here = {name: value for name, value in options.items() if name not in ("block_length", "gen_length")}
       out = llada.infill(prompt, **options_here)
     else:
       out = llada.sample(prompt, **options)
@@ -530,4 +607,4 @@ def show_samples(config: Config, workdir: Path, prompts: list[str], html: str | 
       print(out.text[0])
     pages += out.unmaskings()
   if html and distributed.is_first():
-    Path(html).write_text(visualize.html(pages, f"{workdir.name}"))
+    Path(html).write_text(visualize.html(pages, f"{workdir.name}"), encoding="utf-8", errors="backslashreplace")

@@ -1,5 +1,7 @@
 import gc
 import logging
+import os
+import pathlib
 import shutil
 
 import jax
@@ -10,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from lladax import checkpoint, sharding
 from lladax.checkpoint import Checkpoints, Corrupt
+from lladax.mistake import Mistake
 
 
 def tree(step):
@@ -70,6 +73,66 @@ def collected():
   """What Orbax leaves of a read that failed is collected within the test: it must not make itself heard."""
   yield
   gc.collect()
+
+
+@pytest.mark.usefixtures("collected")
+@pytest.mark.parametrize(
+  "name",
+  [
+    "a[1]b",
+    "[/x]",
+    "a*c",
+    "a?b",
+    "new\nline",
+    "per%20cent",
+    "-a b",
+    "a#b",
+    "a:b",
+    "日本\u2028",
+    "s3:/b",
+    "a.orbax-checkpoint-tmp",
+  ],
+)
+def test_a_workdir_of_any_name_reads_back(tmp_path, name):
+  """Saved, kept by count, found, read, set aside; Orbax would take [1] for a pattern, and merge what a * matches."""
+  workdir = tmp_path / name
+  checkpoint.check_workdir(workdir)
+  save(tmp_path / "abc", 6)
+  save(workdir, 1)
+  save(workdir, 3, 6, keep=2)
+  assert checkpoint.steps(workdir) == [3, 6] and checkpoint.metadata(workdir, 6).keys() == tree(6).keys()
+  assert_same(checkpoint.restore(workdir, 6, abstract(tree(6))), tree(6))
+  truncate(checkpoint.folder(workdir) / "6")
+  step, found = checkpoint.restore_latest(workdir, abstract(tree(3)))
+  assert step == 3
+  assert_same(found, tree(3))
+
+
+@pytest.mark.parametrize(
+  ("name", "why"),
+  [
+    ("back\\slash", "could not be read back: use another"),
+    ("gs:", "could not be read back: use another"),
+    (os.fsdecode(b"latin-\xe9"), r"latin-\\udce9.*: the name is not UTF-8"),
+    ("x" * 256, "cannot be written: File name too long"),
+    ("/".join(["y" * 200] * 20), "4,.* letters leave no room for the names of checkpoints"),
+    ("file/run", "cannot be written: Not a directory"),
+    ("file", "cannot be written: .*file is no folder"),
+    ("half", "evaluation.html cannot be written: it is a folder"),
+    ("other", "other/tensorboard is no folder"),
+  ],
+)
+def test_other_workdirs_are_refused(tmp_path, name, why):
+  (tmp_path / "file").touch()
+  (tmp_path / "half/evaluation.html").mkdir(parents=True)
+  (tmp_path / "other").mkdir()
+  (tmp_path / "other/tensorboard").touch()
+  before = sorted(tmp_path.rglob("*"))
+  with pytest.raises(Mistake, match=f"^--workdir.*{why}"):
+    checkpoint.check_workdir(tmp_path / name, ["evaluation.html"], ["tensorboard"])
+  with pytest.raises(Mistake, match="^--workdir=s3:/bucket/run: an address is no folder: mount it"):
+    checkpoint.check_workdir(pathlib.Path("s3://bucket/run"))
+  assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_round_trip_is_bitwise(tmp_path):

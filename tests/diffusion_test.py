@@ -74,6 +74,28 @@ def draw_losses(noise, draws):
   return jax.jit(lambda: jax.lax.map(step, jnp.arange(draws), batch_size=10_000))()
 
 
+def test_the_metric_is_the_mean_over_masked_tokens_whatever_their_weight():
+  """As a sum and a count of each part of a batch, which add up to those of the whole."""
+  batch = {"tokens": jnp.asarray(TOKENS), "weight": jnp.asarray(WEIGHT), "index": jnp.arange(B)}
+  rng, noise = jax.random.key(1), NoiseConfig()
+  nats = []
+
+  def nll(input_BL, target_BL):
+    nll_BL = table_nll(input_BL, target_BL)
+    nats.extend(np.asarray(nll_BL)[np.asarray(target_BL) >= 0])
+    return nll_BL
+
+  def metric(rows):
+    part = {name: x[rows] for name, x in batch.items()}
+    total, count = diffusion.loss(nll, part, rng, mask_id=MASK, noise=noise, batch_size=B)[1]["masked_nll"]
+    return float(total), int(count)
+
+  total, count = metric(slice(None))
+  assert 1 < count == len(nats) < (WEIGHT > 0).sum() and total / count == pytest.approx(np.mean(nats))
+  (a, n), (b, m) = metric(slice(2)), metric(slice(2, None))
+  assert n + m == count and a + b == pytest.approx(total) and n and m
+
+
 @every_combination
 def test_mean_of_the_loss_is_the_exact_bound(masking, times):
   eps = 0.1  # large enough to be missed where it is forgotten

@@ -127,10 +127,37 @@ def test_the_base_must_be_there(tiny, sft, adapted, tiny_workdir, tmp_path):
     lladax.load(orphan)
 
 
-def test_another_base_is_refused_on_the_way(tiny, sft, adapted, tmp_path):
+def test_another_base_is_refused_on_the_way(tiny, sft, adapted, tiny_workdir, tmp_path):
   workdir = shutil.copytree(adapted, tmp_path / "run")
-  with pytest.raises(ValueError, match=r"another config \(init_from: "):
+  with pytest.raises(FileNotFoundError, match="init_from=elsewhere: there is no checkpoint"):
     train.prepare(tiny(sft | LORA | {"init_from": "elsewhere"}), workdir)
+  with pytest.raises(ValueError, match=r"checkpoints/15: .*/run began from another checkpoint, .*checkpoints/20$"):
+    train.prepare(tiny(sft | LORA | {"init_from": str(tiny_workdir / "checkpoints/15")}), workdir)
+
+
+def test_a_run_goes_on_without_its_base(tiny, sft, tiny_workdir, tmp_path, monkeypatch):
+  """The workdir holds everything, of adapters all but what they adapt; where that is now is said by init_from."""
+  monkeypatch.setattr(evaluate, "bound", lambda *_: {})
+  base, moved = shutil.copytree(tiny_workdir, tmp_path / "base"), tmp_path / "moved"
+  fields = sft | {"init_from": str(base), "steps": 3}
+  train.train(tiny(fields), tmp_path / "all")
+  train.train(tiny(fields | LORA), tmp_path / "adapters")
+  train.prepare(tiny(fields), tmp_path / "new")
+  before = flat(lladax.load(tmp_path / "adapters").params)
+  base.rename(moved)
+
+  train.train(tiny(fields | {"steps": 4}), tmp_path / "all")
+  assert len(losses(tmp_path / "all")) == 4
+  with pytest.raises(FileNotFoundError, match="adapters trains adapters of .*base/checkpoints/20, which is not there"):
+    train.train(tiny(fields | LORA), tmp_path / "adapters")
+  with pytest.raises(FileNotFoundError, match="new has no checkpoint yet, and begins from .*/20, .*: say as init_from"):
+    train.train(tiny(fields), tmp_path / "new")
+  with pytest.raises(FileNotFoundError, match="holds adapters of .*/20, which is not there: .* init_from"):
+    lladax.load(tmp_path / "adapters")
+  for name in (moved, moved / "checkpoints/20"):  # at its end already: it is only evaluated
+    train.train(tiny(fields | LORA | {"init_from": str(name)}), tmp_path / "adapters")
+  after = flat(lladax.load(tmp_path / "adapters").params)
+  assert {x: v.tobytes() for x, v in before.items()} == {x: v.tobytes() for x, v in after.items()}
 
 
 def test_held_out_replies_under_uniform_predictions(tiny, sft, tiny_workdir):

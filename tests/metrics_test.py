@@ -61,13 +61,32 @@ def test_a_resumed_run_drops_what_was_after_its_checkpoint(tmp_path):
   assert [line["step"] for line in lines(tmp_path)] == [1]
 
 
-@pytest.mark.parametrize("half", ['{"step": 3, "lo', '{"st', "{", "\n"])
-def test_half_a_line_is_dropped(tmp_path, half):
+TORN = [
+  b'{"step": 3, "lo', b'{"st', b"{", b"3", b'"step"', b"{}", b'{"step": "3', b"\x00" * 9, b'{"step": 3, "x": "\xc3'
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("half", [*TORN, b"\n"])
+def test_half_a_line_is_dropped(tmp_path, half, caplog):
   write(tmp_path, [1, 2])
-  with (tmp_path / "metrics.jsonl").open("a") as file:
-    file.write(half)
+  path = tmp_path / "metrics.jsonl"
+  path.write_bytes(path.read_bytes() + half)
+  assert metrics.losses(tmp_path) == [(1, 1.0), (2, 0.5)]
+  said = [record.getMessage() for record in caplog.records]
+  assert said == ([] if half == b"\n" else [f"{path}: torn, and left out: line 3"])
   write(tmp_path, [3], start=2)
   assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("half", TORN)
+def test_what_is_appended_stands_in_a_line_of_its_own(tmp_path, half):
+  path = tmp_path / "evaluations.jsonl"
+  metrics.append(path, {"step": 1})
+  path.write_bytes(path.read_bytes() + half)
+  metrics.append(path, {"step": 2})
+  metrics.append(path, {"step": 3})
+  assert metrics.read(path) == [{"step": 1}, {"step": 2}, {"step": 3}]
+  assert path.read_bytes() == b'{"step": 1}\n' + half + b'\n{"step": 2}\n{"step": 3}\n'
 
 
 def records(content):

@@ -87,6 +87,18 @@ def test_the_curve_goes_through_the_losses():
   assert len(report.page(many)) < 200_000
 
 
+@pytest.mark.parametrize("lines", [100, 110, 2000])
+def test_the_mean_falls_where_the_losses_fall(lines):
+  """A cliff in the middle: half of its height is where the cliff is, and not half a window later."""
+  cliff = [(step, 8.0 if 2 * step <= lines else 4.0) for step in range(1, lines + 1)]
+  (mean,) = [
+    x["d"] for tag, x in Reader(report.page(Report("cliff", {}, losses=cliff))).drawn if x.get("class") == "mean"
+  ]
+  xs, ys = zip(*(map(float, point.split()) for point in mean.removeprefix("M").split("L")), strict=True)
+  middle = [x for x, y in zip(xs, ys, strict=True) if y < (min(ys) + max(ys)) / 2][-1]
+  assert middle == pytest.approx(360, abs=640 / lines + 0.1) and len(xs) > 0.89 * lines
+
+
 def test_what_is_not_there_is_left_out():
   page = report.page(Report("empty", {}))
   assert "<table" not in page and "<svg" not in page and "empty" in page

@@ -1,3 +1,7 @@
+import dataclasses
+import logging
+import math
+import random
 import re
 
 import jax
@@ -5,7 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from configs import llada_8b
 from lladax import checkpoint, sharding, train
+from lladax.config import parse
 from lladax.mask_predictor import Block
 from lladax.sharding import MeshConfig
 
@@ -45,6 +51,96 @@ def test_a_mesh_of_some_devices():
 def test_bad_meshes_are_named(sizes, message):
   with pytest.raises(ValueError, match=message):
     sharding.make_mesh(MeshConfig(**sizes))
+
+
+@dataclasses.dataclass(eq=False)
+class Fake:
+  """A device as one reports itself: of several nodes of GPUs each has a slice index of its own, as TPU slices have."""
+
+  id: int
+  slice_index: int
+  platform: str = "gpu"
+  device_kind: str = "NVIDIA H100 80GB HBM3"
+  process_index: int = 0
+  coords: tuple[int, int, int] | None = None
+  core_on_chip: int = 0
+
+
+def nodes(n, each=8):
+  """GPUs of n nodes, one process each; JAX promises no order."""
+  found = [Fake(i, i // each, process_index=i) for i in range(n * each)]
+  random.Random(0).shuffle(found)
+  return found
+
+
+def pods(n):
+  """TPUs of n slices of 2 x 2."""
+  at = [(x, y, 0) for y in range(2) for x in range(2)]
+  return [Fake(4 * s + i, s, "tpu", "TPU v4", s, at[i]) for s in range(n) for i in range(4)]
+
+
+@pytest.fixture
+def said(caplog):
+  """What this test makes the package say: its `messages`."""
+  sharding._say.cache_clear()
+  caplog.set_level(logging.INFO, "lladax")
+  return caplog
+
+
+@pytest.mark.parametrize("n", [1, 2, 8])
+@pytest.mark.parametrize(
+  ("sizes", "shape", "crossing"),
+  [
+    ({}, (1, -1, 1, 1, 1), {2: ["data"], 8: ["data"]}),
+    ({"data": 1, "fsdp": -1}, (1, 1, -1, 1, 1), {2: ["fsdp"], 8: ["fsdp"]}),  # configs/llada_8b.py
+    ({"slices": -1, "data": 1, "fsdp": -1}, ("n", 1, 8, 1, 1), {}),
+    ({"slices": -1, "tensor": 2, "context": 2}, ("n", 2, 1, 2, 2), {}),
+    ({"data": 2, "fsdp": -1, "tensor": 4}, (1, 2, -1, 4, 1), {2: ["data"], 8: ["data", "fsdp"]}),
+    ({"data": 1, "fsdp": 4, "tensor": -1}, (1, 1, 4, -1, 1), {2: ["fsdp"], 8: ["fsdp", "tensor"]}),
+    ({"data": 1, "context": -1}, (1, 1, 1, 1, -1), {2: ["context"], 8: ["context"]}),
+  ],
+  ids=str,
+)
+def test_gpus_of_any_nodes_and_what_crosses_between_them(n, sizes, shape, crossing, said):
+  devices = nodes(n)
+  for _ in range(2):
+    mesh = sharding.make_mesh(MeshConfig(**sizes), devices)
+  shape = [n if size == "n" else size for size in shape]
+  shape = [-8 * n // math.prod(shape) if size == -1 else size for size in shape]
+  assert list(mesh.shape.values()) == shape
+  # Neighbours of a node are neighbours in the inner axes.
+  assert [device.id for device in mesh.devices.flat] == list(range(8 * n))
+  crossing = crossing.get(n, [])
+  for axis, line in zip(crossing, said.messages, strict=True):
+    assert line.startswith(f"mesh.{axis}={mesh.shape[axis]} crosses between {n} nodes: ") and "over the network" in line
+    assert ("mesh.slices=-1 leaves it" in line) == (axis != "data")
+
+
+def test_the_8b_run_starts_on_eight_nodes_of_eight_gpus():
+  for slices in (1, -1):
+    values = llada_8b.get_config()
+    values.mesh.slices = slices
+    config = parse(values.to_dict())
+    train.check_mesh(config, sharding.make_mesh(config.mesh, nodes(8)))
+
+
+@pytest.mark.parametrize("n", [1, 2, 8])
+def test_slices_of_tpus_are_those_there_are(n, said):
+  for slices in (n, -1):
+    mesh = sharding.make_mesh(MeshConfig(slices=slices, data=1, fsdp=-1), pods(n))
+    assert list(mesh.shape.values()) == [n, 1, 4, 1, 1]
+    assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{i} for i in range(n)]
+  if n > 1:
+    with pytest.raises(ValueError, match=f"mesh.slices=1: the devices are in {n} slices; use as many, or -1"):
+      sharding.make_mesh(MeshConfig(), pods(n))
+  assert not said.messages
+
+
+def test_slices_beside_other_rests():
+  with pytest.raises(ValueError, match="mesh.data and mesh.fsdp are both -1"):
+    sharding.make_mesh(MeshConfig(slices=-1, fsdp=-1), nodes(2))
+  with pytest.raises(ValueError, match="mesh.slices=-1.* do not multiply to the 16 devices there are, in 2 groups"):
+    sharding.make_mesh(MeshConfig(slices=-1, data=1, fsdp=16), nodes(2))
 
 
 @pytest.mark.parametrize(

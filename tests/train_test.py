@@ -1,4 +1,5 @@
 import functools
+import gc
 import json
 import math
 import os
@@ -14,7 +15,9 @@ import numpy as np
 import pytest
 
 import lladax
-from lladax import checkpoint, data, evaluate, sharding, train
+from lladax import checkpoint, convert, data, distributed, evaluate, metrics, sharding, train
+from lladax import config as configs
+from lladax.mistake import Mistake
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -41,9 +44,16 @@ def assert_bitwise_equal(workdir, unbroken):
     assert a[name].tobytes() == b[name].tobytes(), name
 
 
+def masked_nll(workdir):
+  """The mean over masked tokens, of every step of a mask predictor."""
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  return np.array([line["masked_nll"] for line in lines if "masked_nll" in line])
+
+
 def assert_close(workdir, other):
   """The losses of 20 steps to 1e-6; the parameters to 1e-5, after Adam has made the most of rounding."""
   np.testing.assert_allclose(losses(workdir), losses(other), rtol=1e-6)
+  np.testing.assert_allclose(masked_nll(workdir), masked_nll(other), rtol=1e-6)
   a, b = parameters(workdir), parameters(other)
   for name in a:
     np.testing.assert_allclose(a[name], b[name], rtol=0, atol=1e-5 * np.abs(b[name]).max(), err_msg=name)
@@ -81,6 +91,8 @@ def test_the_loss_goes_down(tiny_workdir):
   (line,) = (tiny_workdir / "evaluations.jsonl").read_text().splitlines()
   results = json.loads(line)
   assert results["step"] == 20
+  # A mean over tokens, at first that of a guess among 384, whatever the weights of their times.
+  assert masked_nll(tiny_workdir)[0] == pytest.approx(math.log(384), rel=0.15)
   assert results["bits_per_byte"] < 0.75 * math.log2(384)
   report = json.loads((tiny_workdir / "evaluation.json").read_text())
   assert report["bound"]["bits_per_byte"] == results["bits_per_byte"]
@@ -186,6 +198,31 @@ def test_a_run_that_was_stopped_goes_on_bitwise(tiny, tiny_workdir, tmp_path, mo
   assert_bitwise_equal(tmp_path, tiny_workdir)
 
 
+def test_a_run_that_goes_on_holds_its_state_once(tiny, tiny_workdir, tmp_path, monkeypatch):
+  workdir = shutil.copytree(tiny_workdir, tmp_path / "run")
+
+  def held():
+    gc.collect()
+    return sum(x.nbytes for x in jax.live_arrays())
+
+  before, seen, read, loop = held(), [], checkpoint.restore, train._loop
+
+  def restore(*args):
+    seen.append(held() - before)
+    return read(*args)
+
+  def go_on(run, state, *args):
+    seen.extend([held() - before, sum(x.nbytes for x in jax.tree.leaves(state))])
+    return loop(run, state, *args)
+
+  monkeypatch.setattr(checkpoint, "restore", restore)
+  monkeypatch.setattr(train, "_loop", go_on)
+  monkeypatch.setattr(evaluate, "bound", lambda *_: {})
+  train.train(tiny({"steps": 21}), workdir)
+  reading, going, state = seen
+  assert state > 200_000 and reading < 0.1 * state and going < 1.1 * state
+
+
 def test_a_finished_run_is_only_evaluated_again(tiny, tiny_workdir, tmp_path):
   workdir = shutil.copytree(tiny_workdir, tmp_path / "run")
   train.train(tiny(), workdir)
@@ -265,3 +302,72 @@ def test_sigkill_at_random_steps(tiny_flags, tmp_path):
     assert process.wait() == -signal.SIGKILL
   assert start("killed").wait() == 0
   assert_bitwise_equal(tmp_path / "killed", tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"seed": 0, "mod', b"[1]", b'{"model": "\xff"}', b"\x00" * 20])
+def test_a_damaged_config_is_one_line(tiny, tmp_path, content):
+  (tmp_path / "config.json").write_bytes(content)
+  (tmp_path / "checkpoints/3").mkdir(parents=True)
+  (tmp_path / "tokenizer").mkdir()
+  doors = (
+    lladax.load, configs.load, lambda workdir: train.prepare(tiny(), workdir),
+    lambda workdir: train.prepare(tiny({"init_from": str(workdir)}), tmp_path / "new"),
+    lambda workdir: convert.to_published(workdir, tmp_path / "published"),
+  )  # fmt: skip
+  for door in doors:
+    with pytest.raises(
+      Mistake, match=f"^{tmp_path}/config.json is (damaged .*: put back a copy of it|no JSON)"
+    ) as error:
+      door(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_torn_lines_end_neither_an_evaluation_nor_a_run(tiny, tiny_workdir, tmp_path, caplog):
+  workdir = shutil.copytree(tiny_workdir, tmp_path / "run")
+  for name in ("metrics.jsonl", "evaluations.jsonl"):
+    path = workdir / name
+    path.write_bytes(path.read_bytes() + b'{"step": 20, "loss": 1.5, "bits_per_by\xc3')
+  train.evaluate_last(tiny(), workdir)
+  train.train(tiny({"steps": 21}), workdir)
+  assert [x["step"] for x in metrics.read(workdir / "evaluations.jsonl")] == [20, 20, 21]
+  assert curve(workdir)[:20] == curve(tiny_workdir) and len(curve(workdir)) == 21
+  assert f"{workdir / 'metrics.jsonl'}: torn, and left out: line 21" in caplog.messages
+
+
+def test_the_watchdog_waits_for_what_moves(tiny, tmp_path, monkeypatch):
+  """On a clock of its own: whatever takes long alone is waited for, and an evaluation as long as its batches go on."""
+  clock, beats = [0.0], []
+
+  class Watchdog:
+    def __init__(self, seconds):
+      self._seconds, self._last = seconds, clock[0]
+
+    def beat(self, doing):
+      assert clock[0] - self._last < self._seconds, beats[-1]
+      self._last = clock[0]
+      beats.append(doing)
+
+    def close(self):
+      self.beat("closing")
+
+  def slow(module, name, seconds):
+    real = getattr(module, name)
+
+    def wait(*args, **options):
+      clock[0] += seconds
+      return real(*args, **options)
+
+    monkeypatch.setattr(module, name, wait)
+
+  monkeypatch.setattr(distributed, "Watchdog", Watchdog)
+  slow(train, "_put", 6.0)  # of every step
+  slow(checkpoint.Checkpoints, "save", 9.0)
+  slow(evaluate, "_score", 3.0)  # of every draw, of which there are two to a batch
+  slow(train, "describe", 3.0)  # behind the compilation
+  config = {"steps": 6, "checkpoint.every": 3, "evaluate.every": 3, "evaluate.batch_size": 2, "log.hang_seconds": 10.0}
+  train.train(tiny(config), tmp_path / "[/red] a[1]")  # no markup of the console's
+  scored = [x for x in beats if x.startswith("scoring held-out row ")]
+  assert len(scored) > 3
+  assert beats[:5] == ["reading the first batch", "compiling the step", "step 1", "step 2", "step 3"]
+  assert beats[5:7] == ["saving step 3", scored[0]]
+  assert beats[-3:] == ["step 6", "saving step 6", "closing"]
