@@ -1,5 +1,6 @@
-"""The one door: `python -m lladax.main --config=configs/quickstart.py --workdir=runs/quickstart [--mode=...]`."""
+"""The one door: `python -m lladax.main --config=quickstart --workdir=runs/quickstart [--mode=...]`."""
 
+import ast
 import contextlib
 import ctypes
 import dataclasses
@@ -7,18 +8,25 @@ import difflib
 import importlib.util
 import logging
 import os
+import re
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict
+from ml_collections.config_flags import tuple_parser
 
-from lladax import distributed
+from lladax import configs, distributed
 from lladax.mistake import Missing, Mistake
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; --config.steps=200 overrides a field.")
+# `parse` puts the config itself, with the fields that the command line sets, in the place of its name.
+_CONFIG = flags.DEFINE_string(
+  "config", None, "A recipe's name or a file, and :ARGUMENT for its get_config; --config.steps=200 sets a field."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, tokenizer, checkpoints, metrics.")
 _MODE = flags.DEFINE_enum(
   "mode", "train", ["train", "prepare", "evaluate", "sample", "chat", "import", "export", "plan"], "What to do."
@@ -48,112 +56,214 @@ _SYSTEM = flags.DEFINE_string("system", "", "mode=chat: the system prompt.")
 
 
 def main(argv: list[str]) -> int:
-  """Reads the config, and calls the mode; returns the exit code."""
-  if len(argv) > 1 and _MODE.value != "prepare":  # what follows -- there is for Beam
-    raise Mistake(f"unexpected argument {argv[1]!r}: options are written --name=value")
-  if _MODE.value in ("train", "prepare", "plan") and _CONFIG.value is None:
-    raise Mistake("--config is missing: name a config, as in --config=configs/quickstart.py")
-  if _MODE.value == "plan":
-    return _plan()
-  if _MODE.value == "prepare":
-    return _prepare(argv[1:])
+  """Checks what can be checked at once, and calls the mode; returns the exit code."""
+  mode, given = _MODE.value, flags.FLAGS.config
+  if argv[1:] and mode != "prepare":
+    raise Mistake(f"unexpected argument {argv[1]!r}: what follows -- is for Beam, of --mode=prepare")
+  if mode in ("train", "prepare", "plan") and given is None:
+    raise Mistake("--config is missing: name a recipe or a file, as in --config=quickstart")
+  if mode == "plan":
+    return _plan(given)
+  target = Path(_TARGET.value or "").expanduser()
+  for name, flag, modes in (("source", _SOURCE, ("import",)), ("target", _TARGET, ("export", "prepare"))):
+    if mode in modes and not flag.value:
+      raise Mistake(f"--{name} is missing: --mode={mode} needs it")
+  if mode in ("export", "prepare") and "://" not in str(_TARGET.value):
+    _check_writable(f"--target={target}", target)
+  if mode == "prepare":
+    return _prepare(given, argv[1:])
   if not _WORKDIR.value:
     raise Mistake("--workdir is missing: name a folder for the run, as in --workdir=runs/quickstart")
   workdir = Path(_WORKDIR.value).expanduser()
-  source, target = _SOURCE.value or "", _TARGET.value or ""
-  for mode, name, value in (("import", "source", source), ("export", "target", target)):
-    if _MODE.value == mode and not value:
-      raise Mistake(f"--{name} is missing: --mode={mode} needs it")
-  if _MODE.value not in ("train", "import") and not (workdir / "config.json").is_file():
-    raise Missing(f"--workdir={workdir}: there is no run in it; train one first with --mode=train")
+  if mode in ("train", "import", "evaluate"):
+    _check_writable(f"--workdir={workdir}", workdir)
+  if mode not in ("train", "import"):
+    _check_run(workdir)
+  page = Path(_HTML.value).expanduser() if _HTML.value else None
+  if mode == "sample" and page:
+    _check_writable(f"--html={page}", page.parent)
+    if page.is_dir():
+      raise Mistake(f"--html={page} is a folder: name the file of the page")
 
-  from lladax import chat, convert, train  # the slow imports come after the quick checks
-  from lladax import config as configs
+  from lladax import chat, config, convert, train  # the slow imports come after the quick checks
   from lladax.sharding import MeshConfig
 
   distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-  if _MODE.value == "export":
-    convert.to_published(workdir, Path(target).expanduser(), _DTYPE.value)
+  if mode == "export":
+    convert.to_published(workdir, target, _DTYPE.value)
     return 0
-  if _MODE.value == "import":
-    from configs import base
-
-    values = (_CONFIG.value or base.get_config()).to_dict()
-    configs.parse(values)
-    convert.from_published(source, workdir, values)
+  if mode == "import":
+    values = (given or configs.load("base")).to_dict()
+    config.parse(values)
+    convert.from_published(_SOURCE.value or "", workdir, values)
     return 0
-  if _CONFIG.value is not None:
-    config = configs.parse(_CONFIG.value.to_dict())
+  if given is not None:
+    c = config.parse(given.to_dict())
   else:
-    config = dataclasses.replace(configs.load(workdir), mesh=MeshConfig())  # of the devices here, not there
-  if _MODE.value == "train":
-    train.train(config, workdir)
-  elif _MODE.value == "evaluate":
-    train.evaluate_last(config, workdir)
-  elif _MODE.value == "chat":
-    chat.run(config, workdir, _SYSTEM.value)
+    c = dataclasses.replace(config.load(workdir), mesh=MeshConfig())  # of the devices here, not there
+  if mode == "train":
+    train.train(c, workdir)
+  elif mode == "evaluate":
+    train.evaluate_last(c, workdir)
+  elif mode == "chat":
+    chat.run(c, workdir, _SYSTEM.value)
   else:
-    train.show_samples(config, workdir, _PROMPT.value, _HTML.value)
+    if page:
+      page.parent.mkdir(parents=True, exist_ok=True)
+    train.show_samples(c, workdir, _PROMPT.value, page and str(page))
   return 0
 
 
-def _prepare(beam_options: list[str]) -> int:
-  if not _TARGET.value:
-    raise Mistake("--target is missing: name a folder for the records, as in --target=records/novels")
-  from lladax import config as configs
-  from lladax import prepare
+def _prepare(given: ConfigDict, beam_options: list[str]) -> int:
+  from lladax import config, prepare
 
-  config = configs.parse(_CONFIG.value.to_dict())
-  prepare.run(config.data, config.tokenizer, _TARGET.value, _SHARDS.value, beam_options)
+  c = config.parse(given.to_dict())
+  prepare.run(c.data, c.tokenizer, str(_TARGET.value), _SHARDS.value, beam_options)
   return 0
 
 
-def _plan() -> int:
+def _plan(given: ConfigDict) -> int:
   import jax
 
   jax.config.update("jax_platforms", "cpu")  # the devices of a plan are not here, and those that are stay free
-  from lladax import config as configs
-  from lladax import plan
+  from lladax import config, plan
 
-  config = configs.parse(_CONFIG.value.to_dict())
-  return plan.run(config, _TOPOLOGY.value, _SLICES.value, utilisation=_UTILISATION.value, as_json=_JSON.value)
+  c = config.parse(given.to_dict())
+  return plan.run(c, _TOPOLOGY.value, _SLICES.value, utilisation=_UTILISATION.value, as_json=_JSON.value)
+
+
+def _check_run(workdir: Path) -> None:
+  if workdir.exists() and not workdir.is_dir():
+    raise Mistake(f"--workdir={workdir}: it is a file, where a folder is needed")
+  if not (workdir / "config.json").is_file():
+    raise Missing(f"--workdir={workdir}: there is no run in it; train one first with --mode=train")
+
+
+def _check_writable(option: str, folder: Path) -> None:
+  """Refuses a folder that nobody could make, or write to; makes none."""
+  here = None
+  try:
+    here = next(path for path in (folder, *folder.parents, Path()) if os.path.lexists(path))
+    if not here.is_dir():
+      what = "is a link to nowhere" if here.is_symlink() else "is a file"
+      raise Mistake(f"{option}: {here} {what}, where a folder is needed")
+    with tempfile.TemporaryFile(dir=here):
+      pass
+  except OSError as error:
+    raise Mistake(f"{option}: {here or folder} cannot be written to: {error.strerror}") from error
 
 
 def parse(argv: list[str]) -> list[str]:
-  """Flags; an unknown config field becomes one clear line. Without --config fields are those of the workdir."""
-  if any(a.startswith("--config.") for a in argv) and not any(a.startswith("--config=") for a in argv):
-    workdir = next((a.removeprefix("--workdir=") for a in argv if a.startswith("--workdir=")), "")
-    if workdir and {"--mode=evaluate", "--mode=sample", "--mode=chat"} & set(argv):
-      argv = [argv[0], f"--config=configs/workdir.py:{workdir}", *argv[1:]]
+  """Reads the command line; returns the program and what follows `--`. Ends the program as `guard` does.
+
+  Options are --name=value, --name value, or the same with one dash; of one that is given twice the last counts.
+  Afterwards `flags.FLAGS.config` is the config with the fields that are set, or None where none is named: that of
+  the workdir then, where a field is set.
+  """
+  rest = argv[:1]
+  if code := guard(lambda argv: rest.extend(_parse(argv)), argv):
+    raise SystemExit(code)
+  return rest
+
+
+def _parse(argv: list[str]) -> list[str]:
+  kinds = dict(_fields(configs.load("base")))
   try:
-    rest = flags.FLAGS(argv)
-    getattr(_CONFIG.value, "to_dict", None)  # a config file that is not there complains when it is asked
-    return rest
-  except flags.Error as error:  # of an error that a config file raises, the last line of its traceback
-    raise SystemExit(_complain(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))) from None
-  except (AttributeError, KeyError) as error:
-    unknown = [a.split("=")[0].removeprefix("--config.") for a in argv if a.startswith("--config.")]
-    raise SystemExit(_complain(_nearest(unknown) or str(error))) from None
-  except OSError as error:
-    raise SystemExit(_complain(f"--config: {str(error).splitlines()[-1].strip()}")) from None
+    options, texts, rest = _split(flags.FLAGS.read_flags_from_files(argv[1:]), kinds)
+    flags.FLAGS([argv[0], *options])
+  except flags.Error as error:
+    raise Mistake(" ".join(str(error).split())) from error
+  values = {name: _value(name, text, *kinds[name]) for name, text in texts.items()}
+  mode, config = _MODE.value, None
+  if _CONFIG.value is not None:
+    config = configs.load(_CONFIG.value)
+  elif values and mode == "import":
+    config = configs.load("base")
+  elif values and mode in ("evaluate", "sample", "chat") and _WORKDIR.value:
+    config = _of_run(Path(_WORKDIR.value).expanduser())
+  elif values and mode == "export":
+    raise Mistake(f"--config.{next(iter(values))}: --mode=export writes the run as it is, and takes no config")
+  if config is not None:
+    with config.unlocked(), config.ignore_type():
+      config.update_from_flattened_dict(values)
+  flags.FLAGS.config = config
+  return rest
 
 
-def _nearest(names: list[str]) -> str | None:
-  """What to say of the first name that is no field of configs/base.py."""
-  from configs import base
+def _fields(config: ConfigDict, group: str = "") -> Iterator[tuple[str, tuple[type, bool]]]:
+  """(name, (type, whether it may be None)) of each field."""
+  for name, value in config.items():
+    if isinstance(value, ConfigDict):
+      yield from _fields(value, f"{group}{name}.")
+    else:
+      kind = config.get_type(name)
+      yield group + name, (kind, value is None or kind is object)
 
-  known = []
 
-  def collect(group, path):
-    for name, value in group.items():
-      collect(value, f"{path}{name}.") if hasattr(value, "items") else known.append(path + name)
+def _split(words: list[str], kinds: dict[str, tuple[type, bool]]) -> tuple[list[str], dict[str, str], list[str]]:
+  """Options as --name=value; the fields that are set, with their texts; what follows `--`."""
+  switch = {name: flags.FLAGS[name].boolean for name in flags.FLAGS}
+  switch |= {f"config.{name}": kind is bool for name, (kind, _) in kinds.items()}
+  option = re.compile("--?[A-Za-z]")
+  options, texts, words = [], {}, list(words)
+  while words and (word := words.pop(0)) != "--":
+    if not option.match(word):
+      raise Mistake(f"unexpected argument {word!r}: options are written --name=value")
+    name, equals, text = word.lstrip("-").partition("=")
+    if name not in switch and not equals and switch.get(name.removeprefix("no")):
+      name, equals, text = name.removeprefix("no"), "=", "false"
+    if name not in switch:
+      raise Mistake(_unknown(name, list(switch)))
+    if not equals and switch[name]:
+      text = "true"
+    elif not equals:
+      if not words or option.match(words[0]):
+        raise Mistake(f"--{name} has no value: write --{name}=VALUE")
+      text = words.pop(0)
+    if name.startswith("config."):
+      texts[name.removeprefix("config.")] = text
+    else:
+      options.append(f"--{name}={text}")
+  return options, texts, words
 
-  collect(base.get_config(), "")
-  for name in names:
-    if name not in known:
-      near = difflib.get_close_matches(name, known, 1, 0.0)[0]
-      return f"config.{name}: there is no such field; did you mean config.{near}?"
-  return None
+
+def _unknown(name: str, known: list[str]) -> str:
+  if name.startswith("config."):
+    near = difflib.get_close_matches(name, [x for x in known if x.startswith("config.")], 1, 0.0)
+    return f"{name}: there is no such field; did you mean {near[0]}?"
+  near = difflib.get_close_matches(name, [x for x in known if not x.startswith("config.")], 1)
+  return f"--{name}: there is no such option" + "".join(f"; did you mean --{x}?" for x in near)
+
+
+def _value(name: str, text: str, kind: type, optional: bool) -> Any:
+  """A field's value from its text."""
+  if optional and text in ("None", "none"):
+    return None
+  try:
+    return _READ[kind](text)
+  except (ValueError, TypeError) as error:
+    raise Mistake(f"--config.{name}={text}: expected {kind.__name__}") from error
+
+
+def _literal(text: str) -> Any:
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
+
+
+_READ = {
+  bool: flags.BooleanParser().parse, int: flags.IntegerParser().parse, float: flags.FloatParser().parse, str: str,
+  tuple: tuple_parser.TupleParser().parse, object: _literal,
+}  # fmt: skip
+
+
+def _of_run(workdir: Path) -> ConfigDict:
+  """The config that a workdir was trained with; its mesh was of the devices there."""
+  from lladax import config
+
+  _check_run(workdir)
+  return ConfigDict(dataclasses.asdict(config.load(workdir)) | {"mesh": {}})
 
 
 def _complain(message: str, name: str = "lladax") -> int:
@@ -196,10 +306,7 @@ def keep_freed_memory() -> None:
 
 def run() -> None:
   """The console script `lladax`: the same as `python -m lladax.main`."""
-  if not distributed.has_tpu():
-    distributed.hush_libtpu()
   keep_freed_memory()
-  sys.path.insert(0, os.getcwd())  # configs import each other as `configs.NAME`, as they can under `python -m`
   app.run(lambda argv: guard(main, argv), flags_parser=parse)
 
 
