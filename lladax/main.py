@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     raise Mistake("--config is missing: name a recipe or a file, as in --config=quickstart")
   if mode == "plan":
     return _plan(given)
-  target = Path(_TARGET.value or "").expanduser()
+  target = Path(os.path.expanduser(_TARGET.value or ""))
   for name, flag, modes in (("source", _SOURCE, ("import",)), ("target", _TARGET, ("export", "prepare"))):
     if mode in modes and not flag.value:
       raise Mistake(f"--{name} is missing: --mode={mode} needs it")
@@ -74,12 +74,12 @@ def main(argv: list[str]) -> int:
     return _prepare(given, argv[1:])
   if not _WORKDIR.value:
     raise Mistake("--workdir is missing: name a folder for the run, as in --workdir=runs/quickstart")
-  workdir = Path(_WORKDIR.value).expanduser()
+  workdir = Path(os.path.expanduser(_WORKDIR.value))
   if mode in ("train", "import", "evaluate"):
     _check_writable(f"--workdir={workdir}", workdir)
   if mode not in ("train", "import"):
     _check_run(workdir)
-  page = Path(_HTML.value).expanduser() if _HTML.value else None
+  page = Path(os.path.expanduser(_HTML.value)) if _HTML.value else None
   if mode == "sample" and page:
     _check_writable(f"--html={page}", page.parent)
     if page.is_dir():
@@ -180,7 +180,7 @@ def _parse(argv: list[str]) -> list[str]:
   elif values and mode == "import":
     config = configs.load("base")
   elif values and mode in ("evaluate", "sample", "chat") and _WORKDIR.value:
-    config = _of_run(Path(_WORKDIR.value).expanduser())
+    config = _of_run(Path(os.path.expanduser(_WORKDIR.value)))
   elif values and mode == "export":
     raise Mistake(f"--config.{next(iter(values))}: --mode=export writes the run as it is, and takes no config")
   if config is not None:

@@ -42,7 +42,7 @@ def load(spec: str) -> ConfigDict:
   name, colon, argument = (spec, "", "") if Path(spec).is_file() else spec.partition(":")
   if not name:
     raise Mistake(f"--config={spec} is empty: name a recipe or a file; the recipes are {', '.join(names())}")
-  path = FOLDER / f"{name}.py" if name in names() else Path(name).expanduser()
+  path = FOLDER / f"{name}.py" if name in names() else Path(os.path.expanduser(name))
   if not path.exists():
     raise Missing(f"--config={spec}: {_missing(name, path)}")
   with _working_directory_on_path():
