@@ -9,12 +9,14 @@ import shutil
 import subprocess
 import sys
 
+import hypothesis
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from hypothesis import strategies
 
 import lladax
-from lladax import checkpoint, config, main, train
+from lladax import checkpoint, config, configs, main, train
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -300,6 +302,29 @@ def test_an_option_is_written_with_a_space_or_one_dash_and_the_last_one_counts(g
   values, options = fields(*given.split())
   assert values == fields("--config=quickstart")[0] | {"steps": 7, "log": values["log"]}
   assert values["log"]["tensorboard"] is False and options["workdir"] == "run" and options["mode"] == "train"
+
+
+KINDS = dict(main._fields(configs.load("base")))
+OPTIONS = strategies.one_of(
+  strategies.tuples(strategies.sampled_from(["workdir", "source", "config"]), strategies.text()),
+  strategies.tuples(strategies.sampled_from([f"config.{name}" for name in KINDS]), strategies.text()),
+)
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(strategies.lists(OPTIONS), strategies.data())
+def test_any_value_survives_any_way_to_write_it(given, data):
+  words, expected, fields = [], [], {}
+  for name, text in given:
+    dash = data.draw(strategies.sampled_from(["-", "--"]))
+    switch = KINDS.get(name.removeprefix("config."), (str,))[0] is bool
+    apart = not switch and not re.match("--?[A-Za-z]", text) and data.draw(strategies.booleans())
+    words += [dash + name, text] if apart else [f"{dash}{name}={text}"]
+    if name.startswith("config."):
+      fields[name.removeprefix("config.")] = text
+    else:
+      expected.append(f"--{name}={text}")
+  assert main._split([*words, "--", "--runner=x", "y"], KINDS) == (expected, fields, ["--runner=x", "y"])
 
 
 @pytest.mark.parametrize("name", ["threshold", "factor", "cache", "gen_length"])

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-  pytest.importorskip("pip")
+  if importlib.util.find_spec("pip") is None:
+    pytest.skip("pip is not installed beside the tests")
   folder = tmp_path_factory.mktemp("wheel")
   isolated = [] if importlib.util.find_spec("hatchling") is None else ["--no-build-isolation"]
   command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", *isolated, "-w", folder, ROOT]
