@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 import lladax
-from lladax import distributed, harness
+from lladax import harness
 from lladax import main as door
 from lladax.mistake import Mistake
 from lladax.report import metrics
@@ -230,7 +230,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  distributed.hush_libtpu()
   door.keep_freed_memory()
   try:
     main()

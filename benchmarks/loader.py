@@ -14,7 +14,7 @@ import jax
 from absl import app, flags
 
 from lladax import config as configs
-from lladax import data, distributed, train
+from lladax import data, train
 from lladax import main as door
 
 ROUNDS, LOADED, STEPS = 5, 200, 3
@@ -66,6 +66,5 @@ def main(_):
 
 
 if __name__ == "__main__":
-  distributed.hush_libtpu()
   door.keep_freed_memory()
   app.run(main)

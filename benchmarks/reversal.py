@@ -1,6 +1,6 @@
 """The reversal test, both families side by side: trains what is not trained yet, prints the table, draws the figure.
 
-  python benchmarks/reversal.py [--config=configs/reversal.py] [--workdir=runs/reversal] [--config.steps=...]
+  python benchmarks/reversal.py [--config=reversal] [--workdir=runs/reversal] [--config.steps=...]
 
 Writes WORKDIR/reversal.json, reversal.md, reversal.png and reversal.svg; the two runs are in WORKDIR/diffusion and
 WORKDIR/autoregressive, and go on where they were stopped.
@@ -8,7 +8,6 @@ WORKDIR/autoregressive, and go on where they were stopped.
 
 import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from absl import app, flags
 
 import lladax
 from lladax import config as configs
-from lladax import distributed, evaluate, train
+from lladax import evaluate, train
 from lladax import main as door
 from lladax.mistake import Mistake
 
@@ -85,8 +84,6 @@ def draw(found: dict, directions: list[str], workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-  distributed.hush_libtpu()
   door.keep_freed_memory()
-  flags.FLAGS.set_default("config", "configs/reversal.py")
-  sys.path.insert(0, os.getcwd())  # configs import each other as `configs.NAME`
+  flags.FLAGS.set_default("config", "reversal")
   app.run(lambda argv: door.guard(main, argv, "reversal"), flags_parser=door.parse)

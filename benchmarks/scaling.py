@@ -25,7 +25,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -451,8 +450,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  if not distributed.has_tpu():
-    distributed.hush_libtpu()
   door.keep_freed_memory()
-  sys.path.insert(0, os.getcwd())  # configs import each other as `configs.NAME`
   app.run(lambda argv: door.guard(main, argv, "scaling"), flags_parser=door.parse)

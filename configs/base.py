@@ -4,7 +4,12 @@ A field that no config changes from this file's value has no business being here
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import FieldReference, placeholder
+from ml_collections.config_dict import FieldReference
+
+
+def _optional(value=None) -> FieldReference:
+  """A field that may be None, on the command line too."""
+  return FieldReference(value, field_type=object)
 
 
 def get_config() -> ConfigDict:
@@ -115,15 +120,15 @@ def get_config() -> ConfigDict:
   config.evaluate.canvases = ()  # texts with "[MASK]"s, filled at the end; in chat: what the user says, answered
 
   config.sample = ConfigDict()
-  config.sample.gen_length = FieldReference(64, field_type=object)  # tokens after a prompt; None: blocks until EOS
+  config.sample.gen_length = _optional(64)  # tokens after a prompt; None: blocks until EOS
   config.sample.block_length = 32  # filled together
   config.sample.steps = 64  # forward passes
   config.sample.temperature = 0.0  # 0: the most probable token
   config.sample.remasking = "low_confidence"  # | "random" | "low_margin" | "high_entropy"
-  config.sample.threshold = placeholder(float)  # keep all that is more confident; or
-  config.sample.factor = placeholder(float)  # keep the most candidates k with (k + 1)(1 - k-th confidence) < factor
+  config.sample.threshold = _optional()  # keep all that is more confident; or
+  config.sample.factor = _optional()  # keep the most candidates k with (k + 1)(1 - k-th confidence) < factor
   config.sample.guidance_scale = 0.0
-  config.sample.cache = placeholder(str)  # "prefix" | "dual"
+  config.sample.cache = _optional()  # "prefix" | "dual"
   config.sample.early_stop = False  # a block with an EOS ends its row
   config.sample.logits_eos_inf = False  # EOS is never drawn
   config.sample.confidence_eos_eot_inf = False  # EOS and EoT wait until the last

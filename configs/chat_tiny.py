@@ -9,12 +9,13 @@ Conversations are JSON (lines, or one list; packed too) with `messages`; with `i
 with `prompt` and `response`. Without --config.init_from the model begins from random parameters.
 """
 
-from configs import base
+from lladax.configs import base
+from lladax.mistake import Mistake
 
 
 def get_config(stage: str = "chat"):
   if stage not in ("base", "chat"):
-    raise ValueError(f"--config=configs/chat_tiny.py:{stage}: the stages are base and chat")
+    raise Mistake(f"--config=chat_tiny:{stage}: the stages are base and chat")
   config = base.get_config()
   config.model.update(D=192, N=6, H=6, G=6, K=32, F=512, tied=True)
   config.tokenizer.vocab_size = 4096

@@ -6,7 +6,7 @@
 The geometry is the published one; the schedule is LLaDA 8B's. Not run by us beyond its parameter count.
 """
 
-from configs import llada_8b
+from lladax.configs import llada_8b
 
 
 def get_config():

@@ -7,7 +7,7 @@ Geometry and vocabulary are the published ones; the learning rate is a common on
 Not run by us beyond its parameter count.
 """
 
-from configs import llada_8b
+from lladax.configs import llada_8b
 
 TOPOLOGIES = {
   "v5p_1x1x1": {"micro_batches": 64, "model.remat": "dots", "model.head_chunk": 4096, "mesh.fsdp": 1, "mesh.data": 1},

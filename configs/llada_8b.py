@@ -11,7 +11,8 @@ not in the paper; they are those of its predecessor SMDM. Not run by us: what is
 its parameter count and learning rates are the published ones, and that it compiles for its TPUs and fits them.
 """
 
-from configs import base
+from lladax.configs import base
+from lladax.mistake import Mistake
 
 TOPOLOGIES = {
   # 20 rows a chip, 4 at a time: so few leave room to keep all matmuls for the backward pass. (Over 64 chips in one
@@ -47,5 +48,5 @@ def get_config(topology: str = ""):
 def settings(topologies, topology):
   """The fields of a topology's entry; none for ""."""
   if topology and topology not in topologies:
-    raise ValueError(f"--config=...:{topology}: there are settings for {', '.join(topologies)}")
+    raise Mistake(f"--config=...:{topology}: there are settings for {', '.join(topologies)}")
   return topologies.get(topology, {})

@@ -10,7 +10,7 @@ one EOS, and packs several dialogues into a row (arXiv 2606.25331). Not run by u
 builds, its learning rates, and its memory.
 """
 
-from configs import llada_8b
+from lladax.configs import llada_8b
 
 
 def get_config(variant: str = ""):

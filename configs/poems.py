@@ -12,7 +12,7 @@ conversations is asked in one, in the published words, by "poems_chat:poem_data.
 the size of a CPU, with both families, in which the couplets' poems come more often.
 """
 
-from configs import base
+from lladax.configs import base
 
 
 def get_config():

@@ -8,7 +8,7 @@ twenty is held out. On 2 x86-64 cores: 3 min 13 s at commit a576ed6. Expect 1.14
 Python has a few more names.
 """
 
-from configs import base
+from lladax.configs import base
 
 
 def get_config():

@@ -8,7 +8,7 @@ sentences are known, the others forward only. Both models see the same batches. 
 `python benchmarks/reversal.py` trains both, and draws the comparison.
 """
 
-from configs import base
+from lladax.configs import base
 
 
 def get_config():

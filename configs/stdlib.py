@@ -8,7 +8,7 @@ took 48 minutes at commit f9107e3; left alone they make 5,000 tokens/s. Expect a
 beside 2.79 of a unigram model over the same tokens and 1.56 of `xz -9`, which so small a model does not reach so soon.
 """
 
-from configs import base
+from lladax.configs import base
 
 
 def get_config():

@@ -66,11 +66,15 @@ def has_tpu() -> bool:
 
 
 def hush_libtpu() -> None:
-  """Tells a libtpu without TPUs (of `--mode=plan`) who it is; it would ask a metadata server, and complain."""
-  known = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-           "TPU_WORKER_ID": "0", "TPU_ACCELERATOR_TYPE": "v5litepod-1"}  # fmt: skip
-  for name, value in known.items():
-    os.environ.setdefault(name, value)
+  """Tells a libtpu without TPUs (the extra `plan` brings it) who it is, or it complains of that in six lines.
+
+  To be called before the first array, as `import lladax` does. What is set stays, and where there are TPUs, or no
+  libtpu, or where JAX shall not ask it, nothing is set.
+  """
+  asked = os.environ.get("JAX_PLATFORMS") or "tpu"
+  if "tpu" in asked.split(",") and importlib.util.find_spec("libtpu") and not has_tpu():
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
 def leave(code: int) -> None:

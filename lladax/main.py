@@ -1,4 +1,4 @@
-"""The one door: `python -m lladax.main --config=configs/quickstart.py --workdir=runs/quickstart [--mode=...]`."""
+"""The one door: `python -m lladax.main --config=quickstart --workdir=runs/quickstart [--mode=...]`."""
 
 import contextlib
 import ctypes
@@ -6,17 +6,22 @@ import dataclasses
 import difflib
 import importlib.util
 import os
-import sys
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from lladax import distributed
+from lladax import configs, distributed
 from lladax.distributed import guard
 from lladax.mistake import Missing, Mistake
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; --config.steps=200 overrides a field.")
+# `parse` puts the config itself, with the fields that the command line sets, in the place of its name.
+_CONFIG = flags.DEFINE_string(
+  "config", None, "A recipe's name or a file, and :ARGUMENT for its get_config; --config.steps=200 sets a field."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, tokenizer, checkpoints, metrics.")
 _MODE = flags.DEFINE_enum(
   "mode", "train", ["train", "prepare", "evaluate", "sample", "chat", "import", "export", "plan"], "What to do."
@@ -48,117 +53,189 @@ _SYSTEM = flags.DEFINE_string("system", "", "mode=chat: the system prompt.")
 
 
 def main(argv: list[str]) -> int:
-  """Reads the config, and calls the mode; returns the exit code."""
-  if len(argv) > 1 and _MODE.value != "prepare":  # what follows -- there is for Beam
-    raise Mistake(f"unexpected argument {argv[1]!r}: options are written --name=value")
-  if _MODE.value in ("train", "prepare", "plan") and _CONFIG.value is None:
-    raise Mistake("--config is missing: name a config, as in --config=configs/quickstart.py")
-  if _MODE.value == "plan":
-    return _plan()
-  if _MODE.value == "prepare":
-    return _prepare(argv[1:])
-  if not _WORKDIR.value:
-    raise Mistake("--workdir is missing: name a folder for the run, as in --workdir=runs/quickstart")
-  workdir = Path(_WORKDIR.value).expanduser()
-  source, target = _SOURCE.value or "", _TARGET.value or ""
-  for mode, name, value in (("import", "source", source), ("export", "target", target)):
-    if _MODE.value == mode and not value:
+  """Checks what can be checked at once, and calls the mode; returns the exit code."""
+  mode, given = _MODE.value, flags.FLAGS.config
+  if argv[1:] and mode != "prepare":
+    raise Mistake(f"unexpected argument {argv[1]!r}: what follows -- is for Beam, of --mode=prepare")
+  if mode in ("train", "prepare", "plan") and given is None:
+    raise Mistake("--config is missing: name a recipe or a file, as in --config=quickstart")
+  if mode == "plan":
+    return _plan(given)
+  target = Path(os.path.expanduser(_TARGET.value or ""))
+  for name, flag, modes in (("source", _SOURCE, ("import",)), ("target", _TARGET, ("export", "prepare"))):
+    if mode in modes and not flag.value:
       raise Mistake(f"--{name} is missing: --mode={mode} needs it")
-  if _MODE.value not in ("train", "import") and not (workdir / "config.json").is_file():
-    raise Missing(f"--workdir={workdir}: there is no run in it; train one first with --mode=train")
+  if mode in ("export", "prepare") and "://" not in str(_TARGET.value):
+    _check_writable(f"--target={target}", target)
+  if mode == "prepare":
+    return _prepare(given, argv[1:])
+  workdir = _workdir()
+  if mode in ("train", "import", "evaluate"):
+    _check_writable(f"--workdir={workdir}", workdir)
+  if mode not in ("train", "import"):
+    _check_run(workdir)
+  page = Path(os.path.expanduser(_HTML.value)) if _HTML.value else None
+  if mode == "sample" and page:
+    _check_writable(f"--html={page}", page.parent)
+    if page.is_dir():
+      raise Mistake(f"--html={page} is a folder: name the file of the page")
 
-  from lladax import chat, convert, train  # the slow imports come after the quick checks
-  from lladax import config as configs
+  from lladax import chat, config, convert, train  # the slow imports come after the quick checks
   from lladax.sharding import MeshConfig
 
   distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-  if _MODE.value == "export":
-    convert.to_published(workdir, Path(target).expanduser(), _DTYPE.value)
+  if mode == "export":
+    convert.to_published(workdir, target, _DTYPE.value)
     return 0
-  if _MODE.value == "import":
-    from configs import base
-
-    values = (_CONFIG.value or base.get_config()).to_dict()
-    configs.parse(values)
-    convert.from_published(source, workdir, values)
+  if mode == "import":
+    values = (given or configs.load("base")).to_dict()
+    config.parse(values)
+    convert.from_published(_SOURCE.value or "", workdir, values)
     return 0
-  if _CONFIG.value is not None:
-    config = configs.parse(_CONFIG.value.to_dict())
+  if given is not None:
+    c = config.parse(given.to_dict())
   else:
-    config = dataclasses.replace(configs.load(workdir), mesh=MeshConfig())  # of the devices here, not there
-  if _MODE.value == "train":
-    train.train(config, workdir)
-  elif _MODE.value == "evaluate":
-    train.evaluate_last(config, workdir)
-  elif _MODE.value == "chat":
-    chat.run(config, workdir, _SYSTEM.value)
+    c = dataclasses.replace(config.load(workdir), mesh=MeshConfig())  # of the devices here, not there
+  if mode == "train":
+    train.train(c, workdir)
+  elif mode == "evaluate":
+    train.evaluate_last(c, workdir)
+  elif mode == "chat":
+    chat.run(c, workdir, _SYSTEM.value)
   else:
-    train.show_samples(config, workdir, _PROMPT.value, _HTML.value)
+    if page:
+      page.parent.mkdir(parents=True, exist_ok=True)
+    train.show_samples(c, workdir, _PROMPT.value, page and str(page))
   return 0
 
 
-def _prepare(beam_options: list[str]) -> int:
-  if not _TARGET.value:
-    raise Mistake("--target is missing: name a folder for the records, as in --target=records/novels")
-  from lladax import config as configs
-  from lladax import prepare
+def _prepare(given: ConfigDict, beam_options: list[str]) -> int:
+  from lladax import config, prepare
 
-  config = configs.parse(_CONFIG.value.to_dict())
-  prepare.run(config.data, config.tokenizer, _TARGET.value, _SHARDS.value, beam_options)
+  c = config.parse(given.to_dict())
+  prepare.run(c.data, c.tokenizer, str(_TARGET.value), _SHARDS.value, beam_options)
   return 0
 
 
-def _plan() -> int:
+def _plan(given: ConfigDict) -> int:
   import jax
 
   jax.config.update("jax_platforms", "cpu")  # the devices of a plan are not here, and those that are stay free
-  from lladax import config as configs
-  from lladax import plan
+  from lladax import config, plan
 
-  config = configs.parse(_CONFIG.value.to_dict())
-  return plan.run(config, _TOPOLOGY.value, _SLICES.value, utilisation=_UTILISATION.value, as_json=_JSON.value)
+  c = config.parse(given.to_dict())
+  return plan.run(c, _TOPOLOGY.value, _SLICES.value, utilisation=_UTILISATION.value, as_json=_JSON.value)
+
+
+def _check_run(workdir: Path) -> None:
+  if workdir.exists() and not workdir.is_dir():
+    raise Mistake(f"--workdir={workdir}: it is a file, where a folder is needed")
+  if not (workdir / "config.json").is_file():
+    raise Missing(f"--workdir={workdir}: there is no run in it; train one first with --mode=train")
+
+
+def _check_writable(option: str, folder: Path) -> None:
+  """Refuses a folder that nobody could make, or write to; makes none."""
+  here = None
+  try:
+    here = next(path for path in (folder, *folder.parents, Path()) if os.path.lexists(path))
+    if not here.is_dir():
+      what = "is a link to nowhere" if here.is_symlink() else "is a file"
+      raise Mistake(f"{option}: {here} {what}, where a folder is needed")
+    with tempfile.TemporaryFile(dir=here):
+      pass
+  except OSError as error:
+    raise Mistake(f"{option}: {here or folder} cannot be written to: {error.strerror}") from error
 
 
 def parse(argv: list[str]) -> list[str]:
-  """Flags; an unknown config field becomes one clear line. Without --config fields are those of the workdir."""
-  if any(a.startswith("--config.") for a in argv) and not any(a.startswith("--config=") for a in argv):
-    workdir = next((a.removeprefix("--workdir=") for a in argv if a.startswith("--workdir=")), "")
-    if workdir and {"--mode=evaluate", "--mode=sample", "--mode=chat"} & set(argv):
-      argv = [argv[0], f"--config=configs/workdir.py:{workdir}", *argv[1:]]
+  """Reads the command line; returns the program and what follows `--`. Ends the program as `guard` does.
+
+  Options are --name=value, --name value, or the same with one dash; of one that is given twice the last counts.
+  Afterwards `flags.FLAGS.config` is the config with the fields that are set, or None where none is named: that of
+  the workdir then, where a field is set.
+  """
+  rest = argv[:1]
+  if code := guard(lambda argv: rest.extend(_parse(argv)), argv):
+    raise SystemExit(code)
+  return rest
+
+
+_FIELD = re.compile(r"--?(?:no)?config\.([\w.]+)")
+
+
+def _parse(argv: list[str]) -> list[str]:
+  at = argv.index("--") if "--" in argv else len(argv)
+  flags.FLAGS.set_gnu_getopt(True)  # a value may stand behind a space
+  overrides = flags.FlagValues()
   try:
-    rest = flags.FLAGS(argv)
-    getattr(_CONFIG.value, "to_dict", None)  # a config file that is not there complains when it is asked
-    return rest
-  except flags.Error as error:  # of an error that a config file raises, the last line of its traceback
-    raise SystemExit(_complain(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))) from None
-  except (AttributeError, KeyError) as error:
-    unknown = [a.split("=")[0].removeprefix("--config.") for a in argv if a.startswith("--config.")]
-    raise SystemExit(_complain(_nearest(unknown) or str(error))) from None
-  except OSError as error:
-    raise SystemExit(_complain(f"--config: {str(error).splitlines()[-1].strip()}")) from None
+    words = flags.FLAGS(argv[:at], known_only=True)  # the fields of the config are left
+    fields = [x[1] for x in map(_FIELD.match, words) if x]
+    config = _config(fields)
+    if config is not None:
+      known = dict(_fields(config))
+      for name in fields:
+        if name not in known:
+          raise Mistake(f"config.{name}: there is no such field; did you mean config.{_nearest(name, known, 0.0)}?")
+      for i, word in enumerate(words):  # the library takes a field of any type for a switch
+        if (x := _FIELD.fullmatch(word)) and known[x[1]] is object and words[i + 1 :]:
+          words[i : i + 2] = [f"{word}={words[i + 1]}"]
+      config_flags.DEFINE_config_dict("config", config, flag_values=overrides, sys_argv=words)
+    overrides.set_gnu_getopt(True)
+    words = overrides(words)
+  except flags.UnrecognizedFlagError as error:
+    near = _nearest(error.flagname, flags.FLAGS, 0.6)
+    raise Mistake(f"--{error.flagname}: there is no such option" + f"; did you mean --{near}?" * bool(near)) from error
+  except flags.Error as error:
+    raise Mistake(" ".join(str(error).split())) from error
+  if words[1:]:
+    raise Mistake(f"unexpected argument {words[1]!r}: options are written --name=value")
+  flags.FLAGS.config = config
+  return argv[at + 1 :]
 
 
-def _nearest(names: list[str]) -> str | None:
-  """What to say of the first name that is no field of configs/base.py."""
-  from configs import base
+def _config(fields: list[str]) -> ConfigDict | None:
+  """The config that is named; where fields alone are, the one that they are fields of."""
+  mode = _MODE.value
+  if _CONFIG.value is not None:
+    return configs.load(_CONFIG.value)
+  if not fields:
+    return None
+  if mode == "export":
+    raise Mistake(f"--config.{fields[0]}: --mode=export writes the run as it is, and takes no config")
+  if mode == "import":
+    return configs.load("base")
+  if mode not in ("evaluate", "sample", "chat"):
+    raise Mistake("--config is missing: name a recipe or a file, as in --config=quickstart")
+  workdir = _workdir()
+  _check_run(workdir)
+  from lladax import config
 
-  known = []
-
-  def collect(group, path):
-    for name, value in group.items():
-      collect(value, f"{path}{name}.") if hasattr(value, "items") else known.append(path + name)
-
-  collect(base.get_config(), "")
-  for name in names:
-    if name not in known:
-      near = difflib.get_close_matches(name, known, 1, 0.0)[0]
-      return f"config.{name}: there is no such field; did you mean config.{near}?"
-  return None
+  values = dataclasses.asdict(config.load(workdir))
+  del values["mesh"]  # of the devices there, not here
+  base = configs.load("base")  # its fields know what may be None
+  with base.ignore_type():
+    base.update(values)
+  return base
 
 
-def _complain(message: str) -> int:
-  print(f"lladax: {message}", file=sys.stderr)
-  return 1
+def _workdir() -> Path:
+  if not _WORKDIR.value:
+    raise Mistake("--workdir is missing: name a folder for the run, as in --workdir=runs/quickstart")
+  return Path(os.path.expanduser(_WORKDIR.value))
+
+
+def _fields(config: ConfigDict, group: str = "") -> Iterator[tuple[str, type]]:
+  """(name, type) of each."""
+  for name, value in config.items():
+    if isinstance(value, ConfigDict):
+      yield from _fields(value, f"{group}{name}.")
+    else:
+      yield group + name, config.get_type(name)
+
+
+def _nearest(name: str, known: Iterable[str], cutoff: float) -> str:
+  return next(iter(difflib.get_close_matches(name, known, 1, cutoff)), "")
 
 
 def keep_freed_memory() -> None:
@@ -179,10 +256,7 @@ def keep_freed_memory() -> None:
 
 def run() -> None:
   """The console script `lladax`: the same as `python -m lladax.main`."""
-  if not distributed.has_tpu():
-    distributed.hush_libtpu()
   keep_freed_memory()
-  sys.path.insert(0, os.getcwd())  # configs import each other as `configs.NAME`, as they can under `python -m`
   app.run(lambda argv: guard(main, argv), flags_parser=parse)
 
 

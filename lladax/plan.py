@@ -11,6 +11,7 @@ import functools
 import json
 import logging
 import math
+import os
 import re
 import tempfile
 import time
@@ -25,7 +26,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 from rich.table import Table
 
-from lladax import distributed, llada, metrics, sampling, sharding, train
+from lladax import llada, metrics, sampling, sharding, train
 from lladax.config import Config
 from lladax.mistake import Mistake
 
@@ -102,7 +103,11 @@ def devices(topology: str, slices: int = 1) -> list[jax.Device]:
   """
   if not re.fullmatch(r"\w+:\d+(x\d+)+", topology) or slices < 1:
     raise Mistake(f"--topology={topology} --slices={slices}: name them as in --topology=v5p:4x4x4 --slices=2")
-  distributed.hush_libtpu()
+  # A libtpu that shall only compile asks nobody who it is, and runs beside others.
+  known = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+           "TPU_WORKER_ID": "0", "TPU_ACCELERATOR_TYPE": "v5litepod-1"}  # fmt: skip
+  for name, value in known.items():
+    os.environ.setdefault(name, value)
   options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
   if topology.startswith("v4:"):
     options["chip_config_name"] = "megacore"  # one device a chip, as v4 runs; libtpu's default here is two

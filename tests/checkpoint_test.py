@@ -4,6 +4,7 @@ import os
 import pathlib
 import shutil
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -41,10 +42,8 @@ def save(workdir, *steps, **options):
 
 
 def assert_same(a, b):
-  assert jax.tree.structure(a) == jax.tree.structure(b)
-  for (name, x), (_, y) in zip(checkpoint.flat(a), checkpoint.flat(b), strict=True):
-    assert x.dtype == y.dtype and x.shape == y.shape, name
-    assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), name
+  chex.assert_trees_all_equal_shapes_and_dtypes(a, b)
+  chex.assert_trees_all_equal(a, b)
 
 
 def truncate(folder):

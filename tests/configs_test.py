@@ -1,25 +1,24 @@
-"""Every recipe is a config; the defaults of the code are those of configs/base.py."""
+"""Every recipe is a config, found by its name; so is a file. The defaults of the code are those of configs/base.py."""
 
 import dataclasses
-import importlib
-import pathlib
+import os
+import sys
 import typing
 
 import jax
 import pytest
 
+from lladax import configs
 from lladax.config import Config, parse
+from lladax.mistake import Missing, Mistake
 from lladax.sampling import SamplerConfig
-
-FILES = (pathlib.Path(__file__).parent.parent / "configs").glob("*.py")
-NAMES = sorted(path.stem for path in FILES if path.stem != "workdir")  # which is the config of a run
 
 
 def values(name):
-  return importlib.import_module(f"configs.{name}").get_config().to_dict()
+  return configs.load(name).to_dict()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", configs.names())
 def test_it_builds(name):
   config = parse(values(name))
   model = dataclasses.replace(config.model, V=config.model.V or config.tokenizer.vocab_size)
@@ -50,3 +49,79 @@ def test_a_default_is_that_of_the_base_config(name, kind):
 
 def test_the_base_config_has_every_option_of_the_sampler():
   assert set(values("base")["sample"]) == {field.name for field in dataclasses.fields(SamplerConfig)}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+  """A working directory with a config of the user's own, and a package of his that is called configs, too."""
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "configs").mkdir()
+  (tmp_path / "configs/base.py").write_text("raise RuntimeError('not ours')\n")
+  (tmp_path / "beside.py").write_text("STEPS = 3\n")
+  (tmp_path / "own.py").write_text(
+    "import beside\nfrom lladax.configs import base\n\n\n"
+    "def get_config(seed='1'):\n  config = base.get_config()\n"
+    "  config.update(steps=beside.STEPS, seed=int(seed))\n  return config\n"
+  )
+  yield tmp_path
+  sys.modules.pop("beside", None)
+
+
+def test_a_recipe_is_found_by_name_and_a_file_by_its_path(here):
+  (here / "my:own.py").write_text((here / "own.py").read_text())
+  (here / "poems").touch()  # a file without a suffix hides no recipe
+  path = list(sys.path)
+  recipe, file = configs.load("llada_8b:v5p_4x4x4"), configs.load("own.py:7")
+  assert recipe.mesh.fsdp == 16 and configs.load("llada_8b").mesh.fsdp == -1
+  assert (file.steps, file.seed) == (3, 7) and configs.load(f"{here}/my:own.py").seed == 1
+  assert configs.load("poems").data.text_field == "lines"
+  assert configs.load(os.path.relpath(configs.FOLDER / "quickstart.py")) == configs.load("quickstart")
+  assert sys.path == path
+
+
+def test_a_file_that_is_changed_is_read_again(here):
+  for steps in (3, 4):  # within a second, and of one size
+    (here / "a.py").write_text(f"get_config = lambda: {{'steps': {steps}}}\n")
+    assert configs.load("a.py").steps == steps
+
+
+@pytest.mark.parametrize(
+  ("spec", "text", "message"),
+  [
+    ("quikstart", None, "there is no such recipe or file; did you mean quickstart? The recipes are base, chat_tiny, "),
+    ("xyz.py", None, "there is no such recipe or file. The recipes are base, chat_tiny, "),
+    ("configs/quickstart.py", None, "there is no file configs/quickstart.py; the recipe of that name is --config=qui"),
+    ("quickstart:fast", None, "its get_config cannot be called with 'fast' behind a colon: too many positional"),
+    ("llada_8b:v5p_1x1", None, "there are settings for v5p_4x4x4, v6e_16x16, v5p_4x4x4_x2"),
+    ("chat_tiny:both", None, "the stages are base and chat"),
+    ("configs", None, "configs cannot be read: Is a directory"),
+    ("a.py", "x = 1\n\ndef get_config(:\n", "a.py, line 3: "),
+    ("a.py", "\tx = 1\n  y = 2\n", "a.py, line "),
+    ("a.py", "x = '\udcff'\n", "a.py, line 1: (unicode error)"),
+    ("a.py", "x = 1\0\n", "a.py"),
+    ("a.py", "import torn\n", "/torn.py, line 1: "),
+    ("a.py", "x = 1\n", "a.py has no function get_config"),
+    (
+      "a.py",
+      "get_config = lambda size: None\n",
+      "its get_config cannot be called with nothing behind a colon",
+    ),
+    ("a.py:x", "get_config = lambda: None\n", "its get_config cannot be called with 'x' behind a colon: too many"),
+    ("a.py", "get_config = lambda: None\n", "its get_config returns NoneType, not a ConfigDict"),
+  ],
+)
+def test_what_is_no_config_is_told_in_one_line(here, spec, text, message):
+  (here / "torn.py").write_text("def (\n")
+  if text:
+    (here / "a.py").write_text(text, "utf-8", "surrogateescape")
+  with pytest.raises(Mistake) as error:
+    configs.load(spec)
+  assert str(error.value).startswith("--config=") and message in str(error.value) and "\n" not in str(error.value)
+  assert isinstance(error.value, Missing) == ("there is no" in message)
+
+
+def test_a_fault_of_the_code_of_a_file_is_no_mistake_of_the_command_line(here):
+  (here / "a.py").write_text("def get_config():\n  return int('x')\n")
+  with pytest.raises(ValueError) as error:
+    configs.load("a.py")
+  assert not isinstance(error.value, Mistake)

@@ -112,8 +112,8 @@ def tiny_values(tiny_corpus):
 @pytest.fixture(scope="session")
 def tiny(tiny_values):
   """tiny({"steps": 3}) -> the Config of a run of seconds, with these fields changed."""
-  from configs import base
   from lladax.config import parse
+  from lladax.configs import base
 
   def make(changes=()):
     values = base.get_config()

@@ -1,7 +1,9 @@
 """Two processes of four devices each, on this machine; and what ends a job that goes wrong."""
 
+import importlib.util
 import json
 import os
+import pathlib
 import signal
 import socket
 import subprocess
@@ -138,3 +140,33 @@ def test_the_watchdog_lets_a_process_end():
   watchdog = distributed.Watchdog(0.2)
   watchdog.close()
   time.sleep(0.5)  # still here
+
+
+def test_python_is_not_told_that_libtpu_has_no_tpu():
+  """As a notebook starts: nothing chooses the platform."""
+  pytest.importorskip("libtpu")
+  golden = pathlib.Path(__file__).parent / "golden/llada-tiny"
+  code = f"import lladax; print(lladax.load({str(golden)!r}).mask_id)"
+  env = {name: x for name, x in os.environ.items() if not name.startswith(("TPU_", "JAX_PLATFORMS", "JAX_PLATFORM_"))}
+  done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+  assert (done.stdout, done.stderr) == ("503\n", "")
+
+
+@pytest.mark.parametrize(
+  ("set_", "tpus", "installed", "told"),
+  [
+    ({}, False, True, {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}),
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, False, True, {"TPU_ACCELERATOR_TYPE": "v5litepod-1"}),
+    ({"JAX_PLATFORMS": "tpu,cpu"}, True, True, {}),
+    ({}, True, True, {}),
+    ({}, False, False, {}),
+    ({"JAX_PLATFORMS": "cpu"}, False, True, {}),
+    ({"JAX_PLATFORMS": "cuda,cpu"}, False, True, {}),
+  ],
+)
+def test_libtpu_is_told_only_where_it_would_complain(set_, tpus, installed, told, monkeypatch):
+  monkeypatch.setattr(distributed, "has_tpu", lambda: tpus)
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed or None)
+  monkeypatch.setattr(os, "environ", dict(set_))
+  distributed.hush_libtpu()
+  assert os.environ == set_ | told

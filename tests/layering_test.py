@@ -7,10 +7,15 @@ import sys
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "lladax"
 # A module may import only the modules before it.
-ORDER = """mistake tokenizer diffusion autoregressive attention sharding distributed optimizer metrics visualize
+ORDER = """mistake configs tokenizer diffusion autoregressive attention sharding distributed optimizer metrics visualize
 animation facts sandbox corpus records mask_predictor sampling data prepare checkpoint safetensors huggingface llada
 convert reversal config report answers harness evaluate train chat plan main __init__""".split()
 HEAVY = {"grain", "tensorflow_datasets", "apache_beam", "torch"}
+
+
+def files():
+  """Module -> its file; the recipes of configs/ are one with the module that finds them."""
+  return {file.stem: file for file in PACKAGE.glob("*.py")} | {"configs": PACKAGE / "configs/__init__.py"}
 
 
 def imports(file):
@@ -25,11 +30,12 @@ def imports(file):
       continue
     for package, *rest in (path.split(".") for path in paths):
       if package == "lladax":
-        yield rest[0] if rest and (PACKAGE / f"{rest[0]}.py").exists() else "__init__"
+        yield rest[0] if rest and rest[0] in files() else "__init__"
 
 
 def test_every_module_imports_only_modules_before_it():
-  modules = {file.stem: set(imports(file)) for file in PACKAGE.glob("*.py")}
+  modules = {module: set(imports(file)) for module, file in files().items()}
+  modules["configs"] |= {x for file in (PACKAGE.parent / "configs").glob("*.py") for x in imports(file)} - {"configs"}
   assert modules.keys() <= set(ORDER), "a new module needs its place in ORDER"
   rank = {module: i for i, module in enumerate(ORDER)}
   assert not [f"{a} imports {b}" for a in modules for b in modules[a] if rank[b] >= rank[a]]

@@ -10,9 +10,11 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 import lladax
-from lladax import checkpoint, config, train
+from lladax import checkpoint, config, main, train
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -172,8 +174,8 @@ def test_load_of_what_is_not_there(tmp_path, workdir):
   ("flags", "message"),
   [
     (["--config.stpes=3"], "config.stpes: there is no such field; did you mean config.steps?"),
-    (["--config.steps=abc"], "--config.steps=abc: invalid literal for int"),
-    (["--config=configs/nowhere.py", "--config.steps=2"], "--config: .*No such file.*configs/nowhere.py"),
+    (["--config.steps=abc"], "--config.steps=abc: expected int"),
+    (["--config=configs/nowhere.py", "--config.steps=2"], "--config=configs/nowhere.py: there is no such recipe"),
     (["--config.data.batch_size=12"], "data.batch_size.*=12 does not divide over .* 8 devices"),
     (["--config.data.corpus=files:/nowhere/*"], "data.corpus=files:/nowhere/.*: no file matches"),
     (["--mode=evaluate"], "there is no run in it; train one first"),
@@ -192,8 +194,8 @@ def test_another_config_than_the_workdir_s(tiny_flags, workdir):
 
 def test_checkpoints_that_cannot_be_read(tiny_flags, workdir):
   truncate(workdir)
-  for flags in (tiny_flags, ["--mode=sample", "--prompt=red"]):
-    line = complaint(*flags, f"--workdir={workdir}")
+  for given in (tiny_flags, ["--mode=sample", "--prompt=red"]):
+    line = complaint(*given, f"--workdir={workdir}")
     assert f"no checkpoint of {workdir} can be read; the newest: {workdir}/checkpoints/20 cannot be read" in line
 
 
@@ -250,3 +252,153 @@ def test_sample_without_any_prompt(workdir, monkeypatch):
   monkeypatch.setattr(sys, "stdin", io.StringIO())
   with pytest.raises(ValueError, match="--prompt is missing, and nothing came from standard input"):
     train.show_samples(config.load(workdir), workdir, [], None)
+
+
+# The command line itself: parsed and refused within this process.
+
+
+@pytest.fixture
+def refusal(capsys, monkeypatch, tmp_path):
+  """refusal(option, ...) -> the one line in which the command is refused, in a folder of its own."""
+  monkeypatch.setattr(main.distributed, "leave", lambda code: None)
+  monkeypatch.chdir(tmp_path)
+
+  def refusal(*given):
+    there = sorted(tmp_path.iterdir())
+    with flagsaver.flagsaver():
+      try:
+        code = main.guard(main.main, main.parse(["lladax", *map(str, given)]))
+      except SystemExit as stop:
+        code = stop.code
+    told = capsys.readouterr()
+    assert (code, told.out) == (1, "") and re.fullmatch("lladax: [^\n]+\n", told.err), (code, told)
+    assert sorted(tmp_path.iterdir()) == there
+    return told.err.removeprefix("lladax: ").rstrip("\n")
+
+  return refusal
+
+
+def fields(*given):
+  """The config that a command line comes to, as plain values; and its options."""
+  with flagsaver.flagsaver():
+    main.parse(["lladax", *map(str, given)])
+    return flags.FLAGS.config and flags.FLAGS.config.to_dict(), flags.FLAGS.flag_values_dict()
+
+
+@pytest.mark.parametrize(
+  "given",
+  [
+    "--config=quickstart --workdir=run --mode=train --config.steps=7 --config.log.tensorboard=False",
+    "--config quickstart --workdir run --mode train --config.steps 7 --config.log.tensorboard=false",
+    "-config=quickstart -workdir run -mode=train -config.steps=7 -noconfig.log.tensorboard",
+    "--config.steps=7 --noconfig.log.tensorboard --workdir=run --config=quickstart",
+    "--config=stdlib --config.steps=9 --workdir=x --config=quickstart --config.steps=7 --noconfig.log.tensorboard "
+    "--workdir=run",
+  ],
+)
+def test_an_option_is_written_with_a_space_or_one_dash_and_the_last_one_counts(given):
+  values, options = fields(*given.split())
+  assert values == fields("--config=quickstart")[0] | {"steps": 7, "log": values["log"]}
+  assert values["log"]["tensorboard"] is False and options["workdir"] == "run" and options["mode"] == "train"
+
+
+@pytest.mark.parametrize("name", ["threshold", "factor", "cache", "gen_length"])
+def test_a_field_that_may_be_none_is_switched_off(name, tmp_path, tiny_values, tiny):
+  run = tmp_path / "run"
+  run.mkdir()
+  value = {"cache": "dual", "gen_length": 8}.get(name, 0.5)
+  saved = plain(tiny({f"sample.{name}": value})) | {"tokenizer_fingerprint": "", "base": ""}
+  (run / "config.json").write_text(json.dumps(saved))
+  for given in (["--mode", "sample", "--workdir", run], ["-workdir", run, "-mode=chat"]):
+    assert fields(*given, f"--config.sample.{name}=None", "--config.sample.steps", 8)[0]["sample"] == (
+      saved["sample"] | {name: None, "steps": 8}
+    )
+
+
+@pytest.mark.parametrize(
+  ("text", "value"),
+  [
+    ("sample.gen_length 32", 32),
+    ("sample.threshold 0.5", 0.5),
+    ("evaluate.tasks=reversal", ("reversal",)),
+    ("evaluate.tasks=('reversal','poems:x')", ("reversal", "poems:x")),
+    ("sample.seed -1", -1),
+    ("tokenizer.mask=--x", "--x"),
+  ],
+)
+def test_a_field_from_its_text(text, value):
+  group, name = text.replace("=", " ").split()[0].split(".")
+  assert fields("--config=base", *f"--config.{text}".split())[0][group][name] == value
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    ("--config= --workdir=run", "--config= is empty: name a recipe or a file"),
+    ("--config --workdir=run", "--config=--workdir=run: there is no such recipe or file"),
+    ("--workdir=run --config", "Missing value for flag --config"),
+    ("--config=quickstart --workdir", "Missing value for flag --workdir"),
+    ("--config=quickstart --workdir=run --config.steps", "Missing value for flag --config.steps"),
+    ("--config=quickstart --workdir= ", "--workdir is missing"),
+    ("--workdir=run --config.steps=3", "--config is missing: name a recipe"),
+    ("--mode=sample --config.sample.steps=3", "--workdir is missing"),
+    ("--mode=sample --workdir run --config.sample.steps 3", "--workdir=run: there is no run in it"),
+    ("--mode=smaple --workdir=run", "flag --mode=smaple: value should be one of <train"),
+    ("--wrokdir=run", "--wrokdir: there is no such option; did you mean --workdir?"),
+    ("--nowhere run", "--nowhere: there is no such option"),
+    ("--config=quickstart run", "unexpected argument 'run': options are written --name=value"),
+    ("--config=quickstart --workdir=run -- run", "unexpected argument 'run'"),
+    ("--config=quickstart --workdir=run --config.stpes 3", "config.stpes: there is no such field; did you mean"),
+    ("--config=quickstart --config.data.batch_size=None", "flag --config.data.batch_size=None: invalid literal"),
+    ("--config=base --workdir=run --config.sample.threshold=high", "config.sample.threshold=.high.: expected float"),
+    ("--config=quickstart --config.log.tensorboard=2", "flag --config.log.tensorboard=2: .*Non-boolean"),
+    ("--config=base --workdir=run --config.sample.gen_length=x", "config.sample.gen_length='x': expected int, not str"),
+    ("--shards=many", "flag --shards=many: invalid literal"),
+    ("--flagfile=nowhere", ".*nowhere"),
+    ("--mode=export --workdir=run --target=x --config.sample.steps=3", "--config.sample.steps: --mode=export"),
+    ("--config=quickstart --workdir=file", "--workdir=file: file is a file, where a folder is needed"),
+    ("--config=quickstart --workdir=file/run", "--workdir=file/run: file is a file, where a folder is needed"),
+    ("--config=quickstart --workdir=lost", "--workdir=lost: lost is a link to nowhere"),
+    ("--mode=import --source=x --workdir=file", "--workdir=file: file is a file"),
+    ("--mode=sample --workdir=file", "--workdir=file: it is a file"),
+    ("--mode=export --workdir=run --target=file", "--target=file: file is a file"),
+    ("--mode=prepare --config=quickstart --target=file/x", "--target=file/x: file is a file"),
+    ("--config=quickstart --workdir=/proc/run", "--workdir=/proc/run: /proc cannot be written to"),
+  ],
+)
+def test_a_command_line_is_refused_in_one_line(refusal, tmp_path, given, message):
+  (tmp_path / "file").touch()
+  (tmp_path / "lost").symlink_to(tmp_path / "nothing")
+  line = refusal(*given.split())
+  assert re.match(message.replace("?", r"\?"), line), line
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+def test_a_workdir_that_cannot_be_written_to(mode, refusal, workdir, monkeypatch):
+  def refuse(dir):
+    raise PermissionError(13, "Permission denied")
+
+  monkeypatch.setattr(main.tempfile, "TemporaryFile", refuse)  # root may write anywhere
+  line = refusal("--config=quickstart", f"--mode={mode}", f"--workdir={workdir}")
+  assert line == f"--workdir={workdir}: {workdir} cannot be written to: Permission denied"
+
+
+def test_a_page_that_cannot_be_written(refusal, workdir, tmp_path):
+  (tmp_path / "file").touch()
+  given = ("--mode=sample", f"--workdir={workdir}", "--prompt=x")
+  assert refusal(*given, "--html=file/page.html") == "--html=file/page.html: file is a file, where a folder is needed"
+  assert refusal(*given, f"--html={tmp_path}").endswith("is a folder: name the file of the page")
+
+
+def test_a_page_in_a_folder_that_is_not_there_yet(workdir, tmp_path):
+  page = tmp_path / "new" / "folder" / "page.html"
+  done = run("--mode", "sample", "--workdir", workdir, "--prompt", "red", "--html", page, "--config.sample.steps", "2")
+  assert done.returncode == 0 and page.is_file(), done.stderr
+
+
+def test_what_goes_wrong_in_a_config_of_the_user_s_is_a_crash_of_its_own(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(main.distributed, "leave", lambda code: None)
+  (tmp_path / "own.py").write_text("def get_config():\n  return {}['steps']\n")
+  with flagsaver.flagsaver(), pytest.raises(SystemExit) as stop:
+    main.parse(["lladax", f"--config={tmp_path / 'own.py'}"])
+  assert stop.value.code == 70 and 'own.py", line 2' in capsys.readouterr().err

@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,9 +103,10 @@ def test_without_segments_a_row_is_one_document():
 
 def test_every_parameter_has_the_shape_its_letters_say():
   shapes = jax.eval_shape(TINY.init, jax.random.key(0))
-  expected = jax.tree.map(lambda letters: tuple(getattr(TINY, letter) for letter in letters), TINY.letters())
-  assert jax.tree.map(lambda x: x.shape, shapes) == expected
-  assert {x.dtype for x in jax.tree.leaves(shapes)} == {np.dtype(np.float32)}
+  expected = jax.tree.map(
+    lambda letters: jax.ShapeDtypeStruct([getattr(TINY, letter) for letter in letters], np.float32), TINY.letters()
+  )
+  chex.assert_trees_all_equal_shapes_and_dtypes(shapes, expected)
 
 
 def test_initialisation_is_mitchells():
@@ -151,7 +153,7 @@ def test_padding_changes_nothing(causal, own_positions, left, right):
   position_BL = np.maximum(np.arange(5 + left + right) - left, 0)[None] if own_positions else None
   out_BLV = logits(c, params, np.pad(tokens_BL, pad, constant_values=7), segment_BL, position_BL)
   np.testing.assert_allclose(out_BLV[:, left : left + 5], logits(c, params, tokens_BL), atol=1e-5)
-  assert np.isfinite(out_BLV).all()
+  chex.assert_tree_all_finite(out_BLV)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -168,7 +170,7 @@ def test_cached_window_over_a_fresh_cache_equals_the_full_pass(causal, W):
     window_BW = tokens_BL[:, start : start + W]
     hidden_BWD, same = hidden(c, params, window_BW, segment_BL, position_BL, cache, start)
     np.testing.assert_allclose(hidden_BWD, expected_BLD[:, start : start + W], atol=1e-5)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), same, cache)
+    chex.assert_trees_all_close(same, cache, atol=1e-5)
 
 
 def test_window_replaces_its_own_keys_and_values():
@@ -241,7 +243,7 @@ def test_what_saves_memory_or_time_changes_neither_loss_nor_gradient(fields, per
   actual = nll_and_gradient(dataclasses.replace(TINY, **fields), per_pair)
   plain = {name: value for name, value in fields.items() if name in ("N", "tied")}
   expected = nll_and_gradient(dataclasses.replace(TINY, **plain))
-  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), actual, expected)
+  chex.assert_trees_all_close(actual, expected, atol=2e-5)
 
 
 def test_bfloat16_computes_float32_logits():
@@ -303,10 +305,9 @@ def test_new_adapters_change_nothing():
   base = dataclasses.replace(LORA, lora_rank=0).init(jax.random.key(0))
   params = LORA.init(jax.random.key(0))
   trained, frozen = LORA.split(params)
-  for (name, a), (_, b) in zip(jax.tree.leaves_with_path(base), jax.tree.leaves_with_path(frozen), strict=True):
-    np.testing.assert_array_equal(a, b, err_msg=str(name))
+  chex.assert_trees_all_equal(base, frozen)
   _, merged = LORA.merge(trained, frozen)
-  jax.tree.map(np.testing.assert_array_equal, merged, frozen)
+  chex.assert_trees_all_equal(merged, frozen)
   assert LORA.num_params() == dataclasses.replace(LORA, lora_rank=0).num_params() + sum(
     x.size for x in jax.tree.leaves(trained)
   )

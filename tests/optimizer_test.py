@@ -1,3 +1,4 @@
+import chex
 import jax
 import numpy as np
 import optax
@@ -97,9 +98,7 @@ def test_three_steps_of_adamw_by_hand():
       step = (mu[name] / (1 - 0.8**n)) / (np.sqrt(nu[name] / (1 - 0.9**n)) + 1e-3)
       decay = 0.2 * expected[name] if LETTERS[name] in ("DF", "NDF") else 0.0
       expected[name] = expected[name] - 0.1 * (n - 1) * (step + decay)
-  after = run(c, params, gradients)
-  for name in params:
-    np.testing.assert_allclose(after[name], expected[name], rtol=1e-5, atol=1e-6)
+  chex.assert_trees_all_close(run(c, params, gradients), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_long_gradient_is_clipped_and_a_short_one_is_not():

@@ -10,6 +10,12 @@ import pytest
 
 from lladax import plan, sharding
 
+
+@pytest.fixture
+def libtpu():
+  pytest.importorskip("libtpu")
+
+
 HLO = """\
 HloModule jit_step, is_scheduled=true
 
@@ -55,6 +61,7 @@ def test_collectives_of_a_program():
   assert plan.collectives("") == {}
 
 
+@pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize(
   ("topology", "slices", "message"),
   [
@@ -69,6 +76,7 @@ def test_a_topology_that_does_not_exist(topology, slices, message):
   assert "\n" not in str(error.value)
 
 
+@pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize(
   ("topology", "slices", "count", "gib"),
   [("v4:2x2x2", 1, 8, 30.75), ("v5e:4x4", 1, 16, 15.75), ("v5p:1x1x1", 1, 1, 95.74), ("v5p:4x4x4", 2, 128, 95.74),
@@ -91,6 +99,7 @@ def small(tiny):
   )  # fmt: skip
 
 
+@pytest.mark.usefixtures("libtpu")
 def test_a_plan_of_the_real_programs(small):
   found = plan.make(small, "v5e:2x2")
   assert found.fits and (found.chips, found.devices) == (4, 4)
@@ -120,6 +129,7 @@ def test_a_plan_of_adapters(small):
   assert found.flops_per_step < plan.make(small, "v5e:2x2", sampler=False).flops_per_step
 
 
+@pytest.mark.usefixtures("libtpu")
 def test_what_a_plan_needs(small):
   with pytest.raises(ValueError, match="model.V=0: a plan needs the rows of the embedding"):
     plan.make(dataclasses.replace(small, model=dataclasses.replace(small.model, V=0)), "v5e:2x2")
@@ -127,6 +137,7 @@ def test_what_a_plan_needs(small):
     plan.make(small, "v6e:16x16")
 
 
+@pytest.mark.usefixtures("libtpu")
 @pytest.mark.slow
 def test_what_does_not_fit_and_the_nearest_that_does(tmp_path):
   """As a user asks: exit code 1, the compiler's words, and a change that was compiled."""
@@ -151,6 +162,7 @@ def test_what_does_not_fit_and_the_nearest_that_does(tmp_path):
   assert "remat=full" in nearest["change"]
 
 
+@pytest.mark.usefixtures("libtpu")
 @pytest.mark.slow
 @pytest.mark.parametrize(("config", "topology"), [("llada_1b", "v5e_4x4"), ("llada_8b", "v5p_4x4x4")])
 def test_a_published_config_fits(config, topology):

@@ -1,6 +1,7 @@
 """Preparing with Beam's own runner in this process; its worker processes, and the command, in `slow` tests."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -14,6 +15,9 @@ import pytest
 from lladax import corpus, data, prepare, records, tokenizer
 from lladax.data import DataConfig
 from lladax.tokenizer import TokenizerConfig
+
+if importlib.util.find_spec("apache_beam") is None:  # whose import warns, and takes seconds
+  pytest.skip("could not import 'apache_beam', of the extra test-all", allow_module_level=True)
 
 pytestmark = pytest.mark.filterwarnings(
   "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"

@@ -1,6 +1,5 @@
 """README.md is true: its table of files, its commands, and its Python."""
 
-import importlib.util
 import itertools
 import pathlib
 import re
@@ -8,6 +7,8 @@ import shlex
 
 import pytest
 from absl import flags
+
+from lladax import configs
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -27,20 +28,13 @@ def commands():
       yield dict(word[2:].partition("=")[::2] for word in words if word.startswith("--"))
 
 
-def load_config(path):
-  name, _, argument = path.partition(":")
-  assert (ROOT / name).is_file(), f"README names {name or 'no file'} after --config="
-  spec = importlib.util.spec_from_file_location(f"readme_{(ROOT / name).stem}", ROOT / name)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config(*filter(None, [argument]))
-
-
 def test_the_first_commands_are_the_promised_ones():
   quickstart = "python -m lladax.main --config=configs/quickstart.py --workdir=runs/quickstart"
-  first, second = [line for line in LINES if line.startswith("pip install -e ")][:2]
-  assert first == f"pip install -e . && {quickstart}"
-  assert second == "pip install -e '.[test]' && pytest"
+  assert [line for line in LINES if line.startswith("pip install -e ")][:3] == [
+    f"pip install -e . && {quickstart}",
+    "pip install -e '.[test]' && pytest",
+    "pip install -e '.[test-all]' && pytest",  # which .ci/run runs
+  ]
 
 
 def test_the_table_of_files_is_the_folder():
@@ -48,11 +42,12 @@ def test_the_table_of_files_is_the_folder():
   assert sorted(named) == sorted(file.name for file in (ROOT / "lladax").glob("*.py"))
 
 
-def test_commands_name_configs_and_flags_that_exist():
+def test_commands_name_configs_and_flags_that_exist(monkeypatch):
   import lladax.main  # noqa: F401  (defines the flags)
 
+  monkeypatch.chdir(ROOT)
   for given in commands():
-    config = load_config(given.get("config", "configs/base.py"))  # without one it is a workdir's
+    config = configs.load(given.get("config", "base"))  # without one it is a workdir's
     for name, text in given.items():
       flag, *path = name.split(".")
       assert flag in flags.FLAGS, f"README uses --{name}, which does not exist"
