@@ -244,10 +244,9 @@ class Harness(LM):
     Where tokens are drawn, the seed of a row is a hash of the request, of the option `seed`, and of how often this
     harness has been asked the same: repeats are draws of their own, and a draw does not depend on its batch.
     """
-    plans = _each(requests, lambda _, asked: self._plan(asked))
-    ready = iter(plans)
-    rows = _each(requests, lambda context, _: self._split(context, next(ready)))
-    keys = [self._numbered(_digest(row, dataclasses.astuple(p)), p) for row, p in zip(rows, plans, strict=True)]
+    ready = _each(requests, lambda context, asked: (plan := self._plan(asked), self._split(context, plan)))
+    plans, rows = [plan for plan, _ in ready], [row for _, row in ready]
+    keys = [self._numbered(_digest(row, dataclasses.astuple(plan)), plan) for plan, row in ready]
     most = _BATCH_TOKENS * len(jax.tree.leaves(self.llada.params)[0].sharding.device_set)
 
     def split(left: list[int]) -> list[list[int]]:
