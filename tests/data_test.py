@@ -147,7 +147,7 @@ def test_bad_fields_are_named(field):
 class Letters:
   """A tokenizer of characters, with LLaDA's template in short: [role] text <EoT>."""
 
-  eos_id, eot_id, bos_id = EOS, 1, 2
+  eos_id, eot_id, bos_id, template = EOS, 1, 2, None
   role = {"system": 3, "user": 4, "assistant": 5}
 
   def encode(self, text):
