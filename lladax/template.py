@@ -107,7 +107,7 @@ def _names(control: tuple[str, ...]) -> tuple[re.Pattern, tuple[str, ...], tuple
   pattern = "|".join(map(re.escape, sorted(control, key=len, reverse=True)))
   cuts = [(name[:i], name[i:]) for name in control for i in range(1, len(name))]
   heads, tails = ({cut[side] for cut in cuts} for side in (0, 1))
-  return re.compile(f"(?={pattern})(.)" if control else "(?!)", re.DOTALL), tuple(heads), tuple(tails)
+  return re.compile(f"(?={pattern})." if control else "(?!)", re.DOTALL), tuple(heads), tuple(tails)
 
 
 def apart(value: Any, control: tuple[str, ...]) -> Any:
@@ -119,7 +119,7 @@ def apart(value: Any, control: tuple[str, ...]) -> Any:
   if not isinstance(value, str):
     return value
   begins, heads, tails = _names(control)
-  text = begins.sub(rf"\1{SEAM}", value.replace(SEAM, "\ufffd").replace(_EDGE, "\ufffd"))
+  text = begins.sub(lambda found: found[0] + SEAM, value.replace(SEAM, "\ufffd").replace(_EDGE, "\ufffd"))
   bare = text.strip()  # as a template may, too
   edged = _EDGE * bare.startswith(tails) + bare + _EDGE * bare.endswith(heads)
   return text if edged == bare else text.replace(bare, edged, 1)

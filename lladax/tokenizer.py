@@ -112,6 +112,10 @@ class Tokenizer:
       if self.eot_id is not None:  # its vocabulary may not call it special
         self._special[self.eot_id] = vocabulary.added.get(self.eot_id) or self._special[self.eot_id]
     self._spelled = re.compile(f"(?={'|'.join(map(re.escape, self._special.values()))})")
+    # A text begins behind these: a mask is a part of one.
+    self._starts = {id: name for id, name in self._special.items() if id != self.mask_id}
+    if self.template is not None:
+      self._starts |= {id: name for id, name in vocabulary.added.items() if name in self._control}
     ends = (self.eos_id, self.eot_id, *others.get("ends", ()))
     self.ends: tuple[int, ...] = tuple(dict.fromkeys(id for id in ends if id is not None))
     self.fingerprint: str = hashlib.sha256(json.dumps(identity).encode() + vocabulary.content).hexdigest()[:16]
@@ -125,9 +129,11 @@ class Tokenizer:
     for messages in ([asked], [asked, said], [{"role": "system", "content": "system"}, asked]):
       with contextlib.suppress(Mistake):  # it will be told when somebody wants to talk
         text = template.render(messages, ask=messages[-1] is asked, control=())
-        control.update(names.findall(text))
-        end = names.search(text, max(0, text.rfind("zyzzyva"))) if messages[-1] is said else None
-        eot_id = marked[end[0]] if end else eot_id
+        if messages[-1] is asked:
+          control.update(names.findall(text))
+        elif end := names.search(text, max(0, text.rfind("zyzzyva"))):
+          eot_id = marked[end[0]]
+          control.add(end[0])
     return eot_id, tuple(sorted(control))
 
   def encode(self, text: str, begins: bool = True) -> list[int]:
@@ -174,29 +180,25 @@ class Tokenizer:
     found, known = {*ids, *before}, range(self.vocab_size)
     if found and not (min(found) in known and max(found) in known):
       raise Mistake(f"ids {min(found)} to {max(found)}: the vocabulary has {self.vocab_size} only")
-    start = max((i for i, id in enumerate(before, 1) if self._begins(id)), default=0)
+    start = max((i for i, id in enumerate(before, 1) if id in self._starts), default=0)
     run = [id for id in before[start:] if id != self.mask_id][-_RUN:]  # the tokens since the text began
     text, ids = "", [id for id in ids if id != self.mask_id] if skip_special else ids
     for special, group in itertools.groupby(ids, key=self._special.__contains__):
       group = list(group)
       if special:
         text += "" if skip_special else "".join(self._special[id] for id in group)
-        run = [] if any(map(self._begins, group)) else run
+        run = [] if any(id in self._starts for id in group) else run
       else:
         alone, whole = self._vocabulary.decode(run) if run else "", self._vocabulary.decode(run + group)
         text += whole[len(os.path.commonprefix([alone, whole])) :]
         run = (run + group)[-_RUN:]
     return text
 
-  def _begins(self, id: int) -> bool:
-    """Whether a text begins behind the token: a mask is a part of one."""
-    return id in self._special and id != self.mask_id
-
   def _begins_behind(self, ids: Sequence[int]) -> bool:
     """Whether a text that stands behind ids is encoded as one that begins."""
-    if not ids or not self._begins(ids[-1]) or self.template is None:
-      return not ids or self._begins(ids[-1])
-    return self._reader.begins_behind(self._special[ids[-1]])  # as the model has seen it
+    if not ids or ids[-1] not in self._starts or self.template is None:
+      return not ids or ids[-1] in self._starts
+    return self._reader.begins_behind(self._starts[ids[-1]])  # as the model has seen it
 
   def piece(self, id: int) -> str:
     """One token as readable text, for drawings: [MASK] is ░, a part of a character is ⟨E4⟩."""
