@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import lzma
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
+from text_in_place_test import make, prepend
 
 import lladax
 from configs import base
@@ -137,6 +139,24 @@ def test_the_length_is_the_tasks_where_no_option_gives_it(llada):
   assert (plan.sampler["gen_length"], plan.most, plan.sampler["steps"]) == (64, 64, 16)
   plan = harness.Harness(llada=llada)._plan({"do_sample": True, "temperature": 0.7, "top_p": 0.9})
   assert plan.sampler == {"temperature": 0.7, "gen_length": 256, "block_length": 256, "steps": 256}
+
+
+def test_text_stands_where_it_stands(llada):
+  """With Llama-2's dummy prefix: an answer behind its prompt, a suffix behind its mask, a text behind its context."""
+  text = make(prepend)
+  model = dataclasses.replace(llada.model, V=text.rows)
+  lm = harness.Harness(llada=dataclasses.replace(llada, model=model, tokenizer=text))
+  spelled = lambda ids: [text.piece(i) for i in ids]  # noqa: E731
+  prompt, answer = lm._pair("The capital of France is ", "Paris.")
+  assert prompt == text.encode("The capital of France is") and spelled(answer) == [" Paris", "."]
+  context = lm.apply_chat_template([{"role": "user", "content": "a"}])
+  assert spelled(lm._pair(context, "Paris")[1]) == list("Paris")
+  begun = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "The"}]
+  assert spelled(lm._context(lm.apply_chat_template(begun, add_generation_prompt=False)))[-3:] == list("The")
+  _, _, behind = lm._split("The <gap> of France", lm._plan({"infill": "<gap>", "max_gen_toks": 2}))
+  assert spelled(behind) == [" of", " France"]
+  lm._fill = lambda rows, plan: [text.encode(" Paris", begins=False)] * len(rows)
+  assert lm.generate_until(requests("generate_until", ("The capital of France is", {"max_gen_toks": 2}))) == [" Paris"]
 
 
 def test_a_conversation_cannot_spell_special_tokens(llada):

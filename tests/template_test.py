@@ -26,7 +26,8 @@ THINKS = (  # what was thought before earlier replies is left out
   "{%- set text = text.split('</think>')[-1].lstrip('\\n') %}{%- endif %}"
   "{{- '<|im_start|>' + m.role + '\\n' }}"
   "{%- if m.role == 'assistant' and loop.last %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
-  "{{- text + '<|im_end|>\\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+  "{{- text + '<|im_end|>\\n' }}{%- endfor %}"
+  "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 LLAMA3 = (
   "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
@@ -65,9 +66,7 @@ BARE = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "model_max_length"
 def folder_of(path, kind, source, names, where="tokenizer_config.json", config=BARE, lowercase=False):
   """A published folder's tokenizer: names with a + in front are added tokens that are not called special."""
   model = tokenizers.Tokenizer.from_str(KINDS[kind]()[1].decode())
-  model.add_tokens(
-    [tokenizers.AddedToken(x.lstrip("+"), special=x[0] != "+", normalized=lowercase) for x in names]
-  )
+  model.add_tokens([tokenizers.AddedToken(x.lstrip("+"), special=x[0] != "+", normalized=lowercase) for x in names])
   if lowercase:
     model.normalizer = normalizers.Lowercase()
   path.mkdir(parents=True, exist_ok=True)
@@ -202,7 +201,9 @@ def test_a_reply_is_learnt_as_it_is_asked_for(folders, kind, shape):
     assert prompt == text.chat(messages[:-1])
     assert reply[-1] == text.eot_id and text.eot_id not in reply[:-1]
     whole, spelled = text.decode(text.chat(messages, ask=False)), text.decode(prompt + reply)
-    assert whole.rstrip() == spelled.rstrip() and text.decode(reply, behind=prompt).strip().endswith(messages[-1]["content"])
+    assert whole.rstrip() == spelled.rstrip() and text.decode(reply, behind=prompt).strip().endswith(
+      messages[-1]["content"]
+    )
 
 
 def test_a_template_that_asks_otherwise_than_it_writes(tmp_path):

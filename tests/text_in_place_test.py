@@ -1,15 +1,19 @@
 """Text stands where it stands: prompt and answer spell the canvas, whatever a vocabulary does to spaces and bytes."""
 
 import io
+import itertools
 import json
 
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from lladax import tokenizer
+from lladax import sampling, tokenizer
+from lladax.llada import LLaDA
+from lladax.mask_predictor import MaskPredictorConfig
 
 TEXTS = ["The capital of France is Paris. the king of France, and the cat sat on the mat\n\n  The end.\t秦川"] * 9
 SPECIAL = ["<s>", "</s>", "<|mdm_mask|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
@@ -160,21 +164,22 @@ SAYINGS = [
 ]
 
 
-@pytest.mark.parametrize("prompt", ["The capital of France is", "The ", "a\n", "秦", "😀", "", "The  "])
-@pytest.mark.parametrize("answer", SAYINGS)
-def test_prompt_and_answer_spell_the_canvas(exact, prompt, answer):
-  if "▁" in answer and exact.decode(exact.encode("▁")) != "▁":
-    answer = answer.replace("▁", " ")  # such a vocabulary has no other space
-  if not prompt and answer.startswith(" ") and exact.decode(exact.encode(" a")) == "a":
-    answer = answer.lstrip(" ")  # Metaspace has one space for the beginning and the text's own
-  asked = exact.encode(prompt)
-  for ids in (exact.behind(asked, answer), exact.pair(prompt, answer)[1]):
-    assert exact.decode(asked + ids) == prompt + answer
-    assert exact.decode(ids, behind=asked) == answer
-    assert exact.decode(ids, behind=[exact.eos_id, *asked]) == answer  # of another text nothing is left
-  if not prompt:
-    assert exact.behind([], answer) == exact.encode(answer) == exact.behind([exact.eos_id], answer)
-    assert exact.decode(exact.encode(answer), behind=[exact.eos_id]) == answer
+def test_prompt_and_answer_spell_the_canvas(exact):
+  no_block = exact.decode(exact.encode("▁")) != "▁"  # such a vocabulary has no space but this
+  no_front = exact.decode(exact.encode(" a")) == "a"  # Metaspace has one space for the beginning and the text's own
+  for prompt, answer in itertools.product(
+    ["The capital of France is", "The ", "a\n", "秦", "😀", "", "The  "], SAYINGS
+  ):
+    answer = answer.replace("▁", " ") if no_block else answer
+    answer = answer.lstrip(" ") if no_front and not prompt else answer
+    asked = exact.encode(prompt)
+    for ids in (exact.behind(asked, answer), exact.pair(prompt, answer)[1]):
+      assert exact.decode(asked + ids) == prompt + answer
+      assert exact.decode(ids, behind=asked) == answer, prompt
+      assert exact.decode(ids, behind=[exact.eos_id, *asked]) == answer  # of another text nothing is left
+    if not prompt:
+      assert exact.behind([], answer) == exact.encode(answer) == exact.behind([exact.eos_id], answer)
+      assert exact.decode(exact.encode(answer), behind=[exact.eos_id]) == answer
 
 
 def test_an_answer_is_tokenised_as_it_stands():
@@ -213,14 +218,13 @@ def made(name):
   return _made[name]
 
 
-@pytest.mark.parametrize("prompt", ["The capital of France is", "The ", "play", ""])
-@pytest.mark.parametrize("answer", [*SAYINGS, "the", " is paris."])
-def test_what_a_vocabulary_loses_it_loses_alone(every, prompt, answer):
+def test_what_a_vocabulary_loses_it_loses_alone(every):
   """No crash, no space that nobody wrote: the answer reads as it does in the whole."""
-  asked, ids = every.pair(prompt, answer)
-  whole, said = every.decode(asked + ids), every.decode(ids, behind=asked)
-  assert whole == every.decode(asked) + said
-  assert all(0 <= i < every.vocab_size for i in ids)
+  prompts = ["The capital of France is", "The ", "play", ""]
+  for prompt, answer in itertools.product(prompts, [*SAYINGS, "the", " is paris."]):
+    asked, ids = every.pair(prompt, answer)
+    assert every.decode(asked + ids) == every.decode(asked) + every.decode(ids, behind=asked), (prompt, answer)
+    assert all(0 <= i < every.vocab_size for i in ids)
 
 
 @pytest.mark.parametrize(("prompt", "answer", "said"), [("play", "ing", " ing"), ("The", " Paris.", " paris.")])
@@ -292,3 +296,65 @@ def test_a_folder_and_its_tokenizer_agree_behind_a_text():
   for answer in SAYINGS:
     whole = raw.encode("is" + answer, add_special_tokens=False).ids
     assert text.encode("is") + text.encode(answer, begins=False) == whole, answer
+
+
+@pytest.fixture(scope="module", params=["prepend", "metaspace first", "sentencepiece bpe", "byte level", "bytes"])
+def llada(request):
+  """A tiny random LLaDA over one of the vocabularies."""
+  import jax
+  import jax.numpy as jnp
+
+  text = made(request.param)
+  c = MaskPredictorConfig(D=12, N=1, H=2, G=1, K=6, F=16, V=text.rows, max_length=96, dtype="float32")
+  rng, shapes = np.random.default_rng(0), jax.eval_shape(c.init, jax.random.key(0))
+  params = jax.tree.map(lambda x: jnp.asarray(0.5 * rng.standard_normal(x.shape), jnp.float32), shapes)
+  return LLaDA(c, params, text, text.mask_id, text.eos_id, text.vocab_size, text.eot_id)
+
+
+PROMPT = "The capital of France is"
+
+
+def generated(llada, prompt, ids):
+  """What `sample` returns for a canvas in which `ids` were generated behind the prompt, padded to 32."""
+  tokens_BL = np.array([[llada.eos_id] * (32 - len(prompt)) + prompt + ids])
+  at_BL = np.array([[0] * 32 + [1] * len(ids)])
+  canvas = sampling.Canvas(tokens_BL, at_BL, np.ones(at_BL.shape), step_B=np.array([1]), nfe=np.int32(1))
+  return llada._sampled(canvas, (np.arange(32 + len(ids)) >= 32 - len(prompt)).astype(int)[None], 32)
+
+
+def test_a_sampled_text_keeps_its_first_space(llada):
+  text = llada.tokenizer
+  prompt = text.encode(PROMPT)
+  for answer in (" Paris.", "Paris", "  \n", " 😀"):
+    out = generated(llada, prompt, text.behind(prompt, answer))
+    assert out.text == [answer]
+    assert llada._has_ended(out, 0, [answer]) and not llada._has_ended(out, 0, [answer + "x"])
+  out = generated(llada, prompt, [*text.behind(prompt, " Paris"), llada.eos_id, *text.encode("The")])
+  assert out.text == [" Paris"]
+
+
+@pytest.mark.usefixtures("quick_compiles")
+def test_prompts_and_their_texts_spell_the_canvases(llada):
+  out = llada.sample([PROMPT] * 8, gen_length=8, block_length=8, steps=2, temperature=2.0)
+  for row, padding, said in zip(out.tokens, out.padding, out.text, strict=True):
+    ended = [*row[padding:-8], *itertools.takewhile(lambda i: i not in llada.ends, row[-8:])]
+    assert llada.tokenizer.decode(ended) == PROMPT + said
+
+
+@pytest.mark.usefixtures("quick_compiles")
+def test_an_answer_is_scored_as_it_stands(llada):
+  prompt, answer = llada.tokenizer.pair(PROMPT, " Paris.")
+  options = {"num_samples": 4, "seed": 1}
+  wanted = llada.log_likelihood(prompt, answer, **options)
+  assert llada.log_likelihood(PROMPT, " Paris.", **options) == wanted
+  assert llada.log_likelihood(prompt, " Paris.", **options) == wanted
+  assert llada.log_likelihood([PROMPT], [" Paris."], **options) == [wanted]
+
+
+@pytest.mark.usefixtures("quick_compiles")
+def test_infilled_pieces_stand_behind_their_masks(llada):
+  out = llada.infill("The [MASK] of France", steps=1)
+  assert out.text[0].startswith("The ") and out.text[0].endswith(" of France")
+  assert (
+    llada.tokenizer.encode("The ") == out.tokens[0, out.padding[0] :][: len(llada.tokenizer.encode("The "))].tolist()
+  )
