@@ -162,7 +162,7 @@ def identity(folder: Path, model: MaskPredictorConfig, text: tokenizers.Tokenize
   ends = [i for i in (found["eos_id"], found["eot_id"], *ends) if i is not None]
   for i in ends:
     if not isinstance(i, int) or not 0 <= i < model.V:
-      raise Mistake(f"{folder}: eos_token_id={i}, and the embedding has {model.V} rows")
+      raise Mistake(f"{folder}: token {json.dumps(i)} ends a text, and the embedding has {model.V} rows")
   return {"tokenizer": text, "ends": tuple(dict.fromkeys(ends))} | found
 
 

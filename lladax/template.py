@@ -61,7 +61,7 @@ def find(folder: pathlib.Path) -> Template | None:
   """The template of a published folder, and its special tokens; None without one.
 
   Raises:
-    Mistake: a file of them is no JSON object, or the template is no text.
+    Mistake: a file of these is no JSON object, or the template is no text.
   """
   config = read(folder / "tokenizer_config.json")
   source, where = config.get("chat_template"), "tokenizer_config.json"
@@ -71,9 +71,8 @@ def find(folder: pathlib.Path) -> Template | None:
     source, where = read(folder / "chat_template.json").get("chat_template"), "chat_template.json"
   if isinstance(source, list):  # several, by name; the others are for tools and documents
     named = {x.get("name"): x.get("template") for x in source if isinstance(x, dict)}
-    if "default" not in named:
-      raise Mistake(f"{folder / where}: chat_template has {', '.join(map(str, named))}, and no 'default'")
-    source = named["default"]
+    why = f"{where} has templates for {', '.join(map(str, named))}, and no 'default'"  # said to those who talk
+    source = named.get("default", f"{{{{ raise_exception({json.dumps(why)}) }}}}")
   if source is None:
     return None
   if not isinstance(source, str):

@@ -194,7 +194,7 @@ def test_an_answer_is_tokenised_as_it_stands():
     assert spelled(text, text.behind([5], "ing")) == ["ing"], name
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60, derandomize=True)
 @given(st.data())
 def test_any_two_texts_spell_their_canvas(data):
   text = made(data.draw(st.sampled_from([*EXACT])))
