@@ -63,7 +63,7 @@ class Counted:
     ends = made & np.isin(out.tokens, self._llada.ends)
     made_B = (made & (ends.cumsum(axis=1) - ends == 0)).sum(axis=1)
     if options.get("until"):  # a text may end within its last block
-      made_B = np.minimum(made_B, [len(self._llada.tokenizer.encode(text)) for text in out.text])
+      made_B = np.minimum(made_B, [len(self._llada.tokenizer.encode(text, begins=False)) for text in out.text])
     self.tokens += int(made_B.sum())
     self.nfe, self.calls, self.seconds = self.nfe + out.nfe, self.calls + 1, self.seconds + seconds
     return out

@@ -137,7 +137,7 @@ def _reply(llada: LLaDA, out: Sampled) -> visualize.Unmasking:
   """What the canvas holds behind the prompt, up to the first token that ends a reply."""
   whole, tokens = out.unmaskings()[0], out.tokens[0, out.padding[0] :]
   first = int(np.argmax(whole.unmasked_at > 0))
-  ends = np.flatnonzero((tokens == llada.eos_id) | (tokens == llada.eot_id))
+  ends = np.flatnonzero(np.isin(tokens, llada.ends))
   last = min([int(i) for i in ends if i >= first], default=len(tokens))
   drawn: list[tuple[str, int]] = []
   for piece in zip(whole.pieces[first:last], whole.unmasked_at[first:last].tolist(), strict=True):

@@ -234,7 +234,8 @@ class Dialogues:
     """`every_turn`: each reply is a row, for evaluation; else one of them is drawn."""
     self._c, self._seed, self._eos_id = c, seed, text.eos_id
     opening = [] if text.bos_id is None else [text.bos_id]
-    self._opening, self._header = opening, text.chat([])[len(opening) :]
+    ours = text.template is None  # else each prompt is rendered whole, as the template of others wants it
+    self._opening, self._header = (opening, text.chat([])[len(opening) :]) if ours else ([], [])
     L, ids = c.length, array.array("i")
     self._turns: list[list[Turn]] = []
     self.num_bytes = self.num_tokens = cut = too_long = 0  # of the replies
@@ -244,19 +245,22 @@ class Dialogues:
       history: list[int] = []
       for i, message in enumerate(messages):
         if i in replies:
-          reply = [*text.reply(message["content"]), text.eos_id]
+          asked, reply = ([], text.reply(message["content"])) if ours else text.turn(messages[: i + 1])
+          begin = 0 if ours else len(history)
+          history += asked
+          reply = reply if reply[-1] == text.eos_id else [*reply, text.eos_id]
           if len(reply) + len(self._header) > L:
             too_long += 1
           else:
-            turns.append((len(history), reply))
-            cut += len(opening) + len(history) + len(self._header) + len(reply) > L
+            turns.append((begin, len(history), reply))
+            cut += len(self._opening) + len(history) - begin + len(self._header) + len(reply) > L
             self.num_bytes += len(message["content"].strip().encode()) + 1
             self.num_tokens += len(reply)
-        history += text.message(message)
+        history += text.message(message) if ours else []
       ids.extend(history)
       made = []
-      for n, reply in turns:
-        made.append(Turn(prompt, prompt + n, len(ids), len(ids) + len(reply)))
+      for begin, end, reply in turns:
+        made.append(Turn(prompt + begin, prompt + end, len(ids), len(ids) + len(reply)))
         ids.extend(reply)
       self._turns += [[turn] for turn in made] if every_turn else [made] if made else []
     if not self._turns:

@@ -264,15 +264,16 @@ class Harness(LM):
 
     def answer(at: list[int]) -> list[str]:
       ids = self._fill([rows[i] for i in at], plans[at[0]], [_seed(keys[i]) for i in at])
-      texts = [self.text.decode(self._ended(x[: plans[i].most])) for i, x in zip(at, ids, strict=True)]
+      texts = [
+        self.text.decode(self._ended(x[: plans[i].most]), behind=rows[i][0]) for i, x in zip(at, ids, strict=True)
+      ]
       return [lladas.cut(text, plans[i].until) for i, text in zip(at, texts, strict=True)]
 
     return self._run("generate_until", keys, split, answer, disable_tqdm)
 
   def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
     """A conversation as a context; what its messages spell can never become a special token (`Tokenizer.chat`)."""
-    if self.llada.eot_id is None:
-      raise Mistake("a conversation: this model's vocabulary has no chat tokens (<|eot_id|>); leave out the template")
+    self.text.check_chat()
     return _CHAT + json.dumps([chat_history, add_generation_prompt], ensure_ascii=False)
 
   def chat_template(self, chat_template: bool | str = False) -> str:
@@ -318,20 +319,17 @@ class Harness(LM):
     messages, ask = json.loads(context.removeprefix(_CHAT))
     if ask:
       return self.text.chat(messages)
-    return self.text.chat(messages[:-1]) + self.text.encode(messages[-1]["content"])  # a reply that has begun
+    prompt = self.text.chat(messages[:-1])
+    return prompt + self.text.behind(prompt, messages[-1]["content"])  # a reply that has begun
 
   def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Ids of both, as the harness splits them: spaces before the continuation are its own, and it is encoded in place.
-
-    Where the two share a token, no split is right, and each is encoded by itself.
-    """
+    """Ids of both, as the harness splits them: spaces before the continuation are its own (`Tokenizer.pair`)."""
     if context.startswith(_CHAT):
-      prompt, answer = self._context(context), self.text.encode(continuation)
+      prompt = self._context(context)
+      answer = self.text.behind(prompt, continuation)
     else:
       bare = context.rstrip()
-      context, continuation = bare, context[len(bare) :] + continuation
-      prompt, whole = self.text.encode(context), self.text.encode(context + continuation)
-      answer = whole[len(prompt) :] if whole[: len(prompt)] == prompt else self.text.encode(continuation)
+      prompt, answer = self.text.pair(bare, context[len(bare) :] + continuation)
     return self._cut(prompt, len(answer)), answer
 
   def _cut(self, prompt: list[int], rest: int) -> list[int]:
@@ -382,7 +380,7 @@ class Harness(LM):
     before, mark, behind = context.rpartition(plan.infill)
     if not mark:
       raise Mistake(f"infill={plan.infill!r}: the context does not hold this mark")
-    suffix = self.text.encode(behind)
+    suffix = self.text.encode(behind, begins=False)
     return self._cut(self.text.encode(before), len(masks) + len(suffix)), masks, suffix
 
   def _fill(

@@ -25,6 +25,7 @@ import tokenizers as hf_tokenizers
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lladax import checkpoint, safetensors
+from lladax import template as templates
 from lladax import tokenizer as tokenizers
 from lladax.mask_predictor import MaskPredictorConfig, Params
 from lladax.mistake import Missing, Mistake
@@ -110,7 +111,7 @@ class Published:
   family: int  # column of the tables: 0 LLaDA, 1 iLLaDA
   model: MaskPredictorConfig
   tensors: dict[str, safetensors.Tensor]
-  identity: dict[str, Any]  # tokenizer, mask_id, eos_id, vocab_size, eot_id: what LLaDA has beside model and params
+  identity: dict[str, Any]  # what LLaDA has beside model and params: tokenizer, mask_id, eos_id, ...
 
 
 def is_published(folder: Path) -> bool:
@@ -216,16 +217,19 @@ def _listed(problems: list[str]) -> str:
 def identity(folder: Path, model: MaskPredictorConfig, text: tokenizers.Tokenizer | None = None) -> dict[str, Any]:
   """Tokenizer (None without its files) and special ids of a published folder, under their names in LLaDA."""
   config = read_json(folder / "config.json")
-  eos_id, mask_id = config.get("eos_token_id"), config.get("mask_token_id")
-  eos_id = eos_id[0] if isinstance(eos_id, list) else eos_id
+  said = [config.get("eos_token_id"), templates.read(folder / "generation_config.json").get("eos_token_id")]
+  ends = [i for x in said for i in (x if isinstance(x, list) else [x]) if i is not None]
+  eos_id, mask_id = ends[0] if ends else None, config.get("mask_token_id")
   if text is None and (folder / tokenizers.SETTINGS).is_file():
     text = tokenizers.load(folder)
   elif text is None and (folder / "tokenizer.json").is_file():
-    text = tokenizers.create(_tokenizer_config(folder / "tokenizer.json", eos_id, mask_id, config.get("pad_token_id")))
+    names = _tokenizer_config(folder / "tokenizer.json", eos_id, mask_id, config.get("pad_token_id"))
+    text = tokenizers.published(names, ends)
   if text is not None:
-    # A vocabulary without our chat tokens gets them appended, maybe behind the last row: they are then out of use.
-    eot_id, vocab_size = text.eot_id if text.eot_id < model.V else None, min(text.vocab_size, model.V)
-    found = {"mask_id": text.mask_id, "eos_id": text.eos_id, "eot_id": eot_id, "vocab_size": vocab_size}
+    if text.vocab_size > model.V:  # of an import that appended chat tokens behind the last row
+      text = text.bare()
+    found = {name: getattr(text, name) for name in ("mask_id", "eos_id", "eot_id", "vocab_size")}
+    found["vocab_size"], ends = min(text.vocab_size, model.V), [*text.ends, *ends]
   else:
     eot_id = 126348 if mask_id == 126336 else None  # LLaDA's own vocabulary
     vocab_size = min(config.get("vocab_size") or model.V, model.V)
@@ -234,7 +238,11 @@ def identity(folder: Path, model: MaskPredictorConfig, text: tokenizers.Tokenize
     if not isinstance(found[name], int) or not 0 <= found[name] < model.V:
       field = name.replace("_id", "_token_id")
       raise Mistake(f"{folder}/config.json: {field}={found[name]}, and the embedding has {model.V} rows")
-  return {"tokenizer": text} | found
+  ends = [i for i in (found["eos_id"], found["eot_id"], *ends) if i is not None]
+  for i in ends:
+    if not isinstance(i, int) or not 0 <= i < model.V:
+      raise Mistake(f"{folder}: token {json.dumps(i)} ends a text, and the embedding has {model.V} rows")
+  return {"tokenizer": text, "ends": tuple(dict.fromkeys(ends))} | found
 
 
 def _tokenizer_config(path: Path, eos_id, mask_id, pad_id) -> tokenizers.TokenizerConfig:

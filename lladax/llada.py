@@ -43,8 +43,8 @@ class Sampled:
 
   `tokens`, `unmasked_at` (the row's forward pass that committed the token, 0 = given) and `confidence` are arrays
   [B, L] over the whole canvas; `given` counts padding too: `padding` [B] positions at the left of each row are none
-  of its own. `text` is what was generated, up to the first EOS, or for canvases the whole row. `nfe` is the number
-  of forward passes of the batch.
+  of its own. `text` is what was generated, up to the first EOS, as it stands behind its prompt, or for canvases the
+  whole row. `nfe` is the number of forward passes of the batch.
   """
 
   text: list[str]
@@ -95,6 +95,12 @@ class LLaDA:
   eos_id: int
   vocab_size: int  # ids in use; rows of the embedding behind it are never sampled
   eot_id: int | None = None  # ends a turn of a conversation
+  ends: tuple[int, ...] = ()  # ids that end a text, EOS first; (): EOS, and EoT where there is one
+
+  def __post_init__(self):
+    if not self.ends:
+      ends = (self.eos_id,) if self.eot_id is None else (self.eos_id, self.eot_id)
+      object.__setattr__(self, "ends", ends)
 
   def sample(self, prompts: Prompt | Sequence[Prompt], *, until: Sequence[str] = (), **options) -> Sampled:
     """Continues each prompt with `gen_length` tokens, or until EOS where that is None.
@@ -132,7 +138,8 @@ class LLaDA:
     """The assistant's reply to a conversation, `out.text[0]`; ends at EOS or EoT (`early_stop`) unless told otherwise.
 
     Args:
-      messages: {"role": "system" | "user" | "assistant", "content": text}, oldest first.
+      messages: {"role": "system" | "user" | "assistant", "content": text}, oldest first; more roles and fields where
+        a published folder's own template knows them.
       **options: those of `SamplerConfig`.
     """
     options.setdefault("early_stop", True)
@@ -167,7 +174,7 @@ class LLaDA:
 
     Args:
       prompt: text or a list of ids; or a list of either, for many pairs at once, of any lengths.
-      answer: likewise.
+      answer: likewise; text is tokenised as it stands behind the prompt (`Tokenizer.pair`).
       num_samples: forward passes per pair; for answers of one token one is enough, and all that is spent on all those
         to the same prompt.
       guidance_scale: classifier-free guidance with the prompt masked.
@@ -180,9 +187,7 @@ class LLaDA:
     """
     lists = isinstance(prompt, list) and isinstance(answer, list)
     many = lists and not any(isinstance(x, int | np.integer) for x in (*prompt, *answer))  # [] is a prompt of no ids
-    pairs = [
-      (self._ids(p), self._ids(a)) for p, a in (zip(prompt, answer, strict=True) if many else [(prompt, answer)])
-    ]
+    pairs = [self._pair(p, a) for p, a in (zip(prompt, answer, strict=True) if many else [(prompt, answer)])]
     if any(not a for _, a in pairs):
       raise Mistake("log_likelihood: an answer is empty")
     if num_samples < 1:
@@ -336,13 +341,9 @@ class LLaDA:
   def _has_ended(self, out: Sampled, i: int, until: Sequence[str]) -> bool:
     """Whether a row has met EOS or a stop string; its text on the way would spell [MASK]s, too."""
     ids = out.tokens[i][out.unmasked_at[i] > 0]  # of the blocks that are filled
-    said = self._text().decode(ids.tolist())
+    given = out.tokens[i][(out.unmasked_at[i] == 0) & (out.tokens[i] != self.mask_id)][out.padding[i] :]
+    said = self._text().decode(ids.tolist(), behind=given.tolist())
     return bool(np.isin(ids, self.ends).any()) or cut(said, until) != said
-
-  @property
-  def ends(self) -> tuple[int, ...]:
-    """Ids that end a text: EOS, and EoT where there is one."""
-    return (self.eos_id,) if self.eot_id is None else (self.eos_id, self.eot_id)
 
   def _continue(self, ids: list[list[int]], c: SamplerConfig) -> Sampled:
     if c.gen_length is None:
@@ -377,10 +378,10 @@ class LLaDA:
     canvas = jax.device_get(canvas)
     text = []
     for row, segment in zip(canvas.tokens_BL, segment_BL, strict=True):
-      row = row[segment > 0] if first is None else row[first:]
+      prompt, row = (row[:0], row[segment > 0]) if first is None else (row[:first][segment[:first] > 0], row[first:])
       ends = np.flatnonzero(np.isin(row, self.ends))
       row = row[: ends[0]] if first is not None and len(ends) else row
-      text.append(self.tokenizer.decode(row.tolist()) if self.tokenizer else "")
+      text.append(self.tokenizer.decode(row.tolist(), behind=prompt.tolist()) if self.tokenizer else "")
     return Sampled(
       text=text, tokens=np.asarray(canvas.tokens_BL), unmasked_at=np.asarray(canvas.unmasked_at_BL),
       confidence=np.asarray(canvas.confidence_BL), nfe=int(canvas.nfe), padding=(segment_BL == 0).sum(axis=1),
@@ -398,12 +399,16 @@ class LLaDA:
       raise Mistake("this model has no tokenizer: use unmask(), and lists of ids")
     return self.tokenizer
 
+  def _pair(self, prompt: Prompt, answer: Prompt) -> tuple[list[int], list[int]]:
+    if isinstance(prompt, str) and isinstance(answer, str):
+      return self._text().pair(prompt, answer)
+    ids = self._ids(prompt)
+    return ids, self._text().behind(ids, answer) if isinstance(answer, str) else self._ids(answer)
+
   def _ids(self, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
       return self._text().encode(prompt)
     if len(prompt) and isinstance(prompt[0], Mapping):
-      if self.tokenizer is not None and self.eot_id is None:
-        raise Mistake("a conversation: this model's vocabulary has no chat tokens (<|eot_id|>); give it text")
       return self._text().chat(cast(Sequence[Mapping[str, str]], prompt))
     return [int(i) for i in cast(Sequence[int], prompt)]
 
@@ -447,7 +452,7 @@ def load(path: str | Path, step: int | None = None, mesh: Mesh | None = None) ->
   else:
     assert text is not None
     check_vocabulary(model, text)
-    names = ("mask_id", "eos_id", "vocab_size", "eot_id")
+    names = ("mask_id", "eos_id", "vocab_size", "eot_id", "ends")
     identity: dict[str, Any] = {"tokenizer": text} | {name: getattr(text, name) for name in names}
   if text and text.fingerprint != saved["tokenizer_fingerprint"]:
     raise Mistake(f"{workdir / 'tokenizer'} holds another tokenizer than the one this model was trained with")

@@ -122,7 +122,7 @@ def run(llada: LLaDA, questions: list[Question], batch_size: int = 64) -> tuple[
   for first in range(0, len(questions), batch_size):
     part = questions[first : first + batch_size]
     ask = _reply if part[0].talks else _continue if llada.model.causal else _fill
-    gaps = [text.encode(q.answer) for q in part]
+    gaps = [text.behind(text.encode(q.prompt if llada.model.causal else q.before), q.answer) for q in part]
     for q, gap, guess in zip(part, gaps, ask(llada, part, gaps), strict=True):
       asked = q.prompt if q.talks else f"{q.prompt}…" if llada.model.causal else f"{q.before} […]{q.after}"
       said = guess if isinstance(guess, str) else text.decode(guess).strip()
@@ -142,7 +142,7 @@ def _fill(llada: LLaDA, questions: list[Question], gaps: list[list[int]]) -> lis
   encode = llada.tokenizer.encode
   heads = [encode(q.before) for q in questions]
   rows = [
-    [*head, *[llada.mask_id] * len(gap), *encode(q.after), llada.eos_id]
+    [*head, *[llada.mask_id] * len(gap), *encode(q.after, begins=False), llada.eos_id]
     for q, head, gap in zip(questions, heads, gaps, strict=True)
   ]
   out = llada.unmask(rows, steps=max(map(len, gaps)))

@@ -505,7 +505,7 @@ def _console() -> Console:
 def _llada(run: Run, state: State) -> LLaDA:
   c, text = run.config.model, run.text
   params = c.join(state.params, state.frozen)
-  return LLaDA(c, params, text, text.mask_id, text.eos_id, text.vocab_size, text.eot_id)
+  return LLaDA(c, params, text, text.mask_id, text.eos_id, text.vocab_size, text.eot_id, text.ends)
 
 
 def _put(at: dict[str, Any], batch_size: int, batch: data.Batch) -> dict[str, jax.Array]:

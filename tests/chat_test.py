@@ -30,7 +30,7 @@ class Model:
 class Fake:
   """Replies by the book: "yes", or the last message backwards; unmasks from the right, two tokens a step."""
 
-  model, tokenizer, mask_id, eos_id, eot_id = Model(), object(), MASK, EOS, EOT
+  model, tokenizer, mask_id, ends = Model(), object(), MASK, (EOS, EOT)
 
   def __init__(self, reply=None):
     self.reply, self.asked, self.options = reply, [], []

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lladax import data
+from lladax import data, tokenizer
 from lladax.data import DataConfig
 
 EOS = 0
@@ -147,7 +147,7 @@ def test_bad_fields_are_named(field):
 class Letters:
   """A tokenizer of characters, with LLaDA's template in short: [role] text <EoT>."""
 
-  eos_id, eot_id, bos_id = EOS, 1, 2
+  eos_id, eot_id, bos_id, template = EOS, 1, 2, None
   role = {"system": 3, "user": 4, "assistant": 5}
 
   def encode(self, text):
@@ -172,6 +172,40 @@ CHAT = DataConfig(format="chat", length=16, batch_size=2)
 
 def dialogues(conversations, c=CHAT, **options):
   return data.Dialogues(conversations, Letters(), c, seed=0, **options)
+
+
+class Foreign(Letters):
+  """With a template of others, which leaves earlier replies out: [user] text <1> ... [assistant]."""
+
+  template = "others"
+
+  def turn(self, messages):
+    asked = [id for x in messages[:-1] if x["role"] == "user" for id in self.message(x)]
+    return [*asked, 5], [*self.encode(messages[-1]["content"]), self.eot_id]
+
+  def chat(self, messages, ask=True):
+    raise AssertionError("it wants a message")
+
+
+def test_a_foreign_template_renders_each_prompt_whole():
+  for length, wanted, cut in ((16, ["4ab15|cd10", "4ab14e15|f10"], ""), (6, ["15|cd10", "e15|f10"], "; 2 prompts cut")):
+    c = dataclasses.replace(CHAT, length=length)
+    source = data.Dialogues([talk("ab", "cd", "e", "f")], Foreign(), c, seed=0, every_turn=True)
+    assert ["|".join(map(spelled, source.ids(turn))) for (turn,) in source._turns] == wanted
+    assert source.num_tokens == 7 and cut in source.about
+
+
+def test_lladas_template_makes_the_ids_it_always_made():
+  """Fingerprints and digests of runs that were begun before a folder's own template was read."""
+  texts = [
+    "def add(left, right):\n\n    return left + right  # the sum\n",
+    "秦川雄帝宅，函谷壮皇居。\r\n绮殿千寻起，离宫百雉余。",
+  ] * 3
+  talks = [talk("ab", "cd"), talk("  a\n", "b ", "c", "d\n\ne")]
+  text = tokenizer.create(tokenizer.TokenizerConfig(kind="bytes"))
+  assert text.fingerprint == "e585558d5efe7680"
+  assert data.Dialogues(talks, text, dataclasses.replace(CHAT, length=64), seed=0).digest[:16] == "161c0e67ba891502"
+  assert data.stream(texts, text).sum() == 55344
 
 
 def spelled(ids):

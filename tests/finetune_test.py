@@ -186,7 +186,7 @@ def test_prompts_are_answered_at_the_end(tiny, sft, tiny_workdir):
 class Template:
   """Enough of a tokenizer for `data.Dialogues`; ids below 8 are special."""
 
-  eos_id, eot_id, bos_id = 0, 1, None
+  eos_id, eot_id, bos_id, template = 0, 1, None, None
 
   def reply(self, text):
     return [*text.encode(), self.eot_id]

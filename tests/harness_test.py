@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import io
 import json
 import lzma
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import yaml
 from rich.console import Console
+from text_in_place_test import make, prepend
 
 import lladax
 from configs import base
@@ -267,6 +269,24 @@ def test_every_task_of_the_harness_is_understood_or_refused_by_name():
     "generation_kwargs: top_p=0.95: lladax's sampler has no top_p",
     "generation_kwargs: num_beams=10: lladax's sampler has no num_beams",
   }
+
+
+def test_text_stands_where_it_stands(llada):
+  """With Llama-2's dummy prefix: an answer behind its prompt, a suffix behind its mask, a text behind its context."""
+  text = make(prepend)
+  model = dataclasses.replace(llada.model, V=text.rows)
+  lm = harness.Harness(llada=dataclasses.replace(llada, model=model, tokenizer=text))
+  spelled = lambda ids: [text.piece(i) for i in ids]  # noqa: E731
+  prompt, answer = lm._pair("The capital of France is ", "Paris.")
+  assert prompt == text.encode("The capital of France is") and spelled(answer) == [" Paris", "."]
+  context = lm.apply_chat_template([{"role": "user", "content": "a"}])
+  assert spelled(lm._pair(context, "Paris")[1]) == list("Paris")
+  begun = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "The"}]
+  assert spelled(lm._context(lm.apply_chat_template(begun, add_generation_prompt=False)))[-3:] == list("The")
+  _, _, behind = lm._split("The <gap> of France", lm._plan({"infill": "<gap>", "max_gen_toks": 2}))
+  assert spelled(behind) == [" of", " France"]
+  lm._fill = lambda rows, plan: [text.encode(" Paris", begins=False)] * len(rows)
+  assert lm.generate_until(requests("generate_until", ("The capital of France is", {"max_gen_toks": 2}))) == [" Paris"]
 
 
 def test_a_conversation_cannot_spell_special_tokens(llada):

@@ -15,9 +15,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
+from template_test import CHATML, folder_of
 
 import lladax
-from lladax import checkpoint, convert, huggingface, sharding
+from lladax import checkpoint, convert, huggingface, sharding, tokenizer, train
 from lladax.mistake import Mistake
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -496,7 +498,12 @@ def add_tokenizer(folder, mask="<|mdm_mask|>"):
   special = ["<|startoftext|>", "<|endoftext|>", mask, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
   model.add_special_tokens(special)
   model.save(str(folder / "tokenizer.json"))
-  (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|startoftext|>", "chat_template": "..."}))
+  template = (
+    "{% for m in messages %}{{ (bos_token if loop.first else '') + '<|start_header_id|>' + m['role'] + "
+    "'<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+  )
+  (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|startoftext|>", "chat_template": template}))
   return {name: model.token_to_id(name) for name in special}
 
 
@@ -520,8 +527,8 @@ def test_tokenizer_files_make_text(with_text):
   llada = lladax.load(with_text)
   text = llada.tokenizer
   assert (llada.mask_id, llada.eos_id, llada.vocab_size, text.bos_id, text.eot_id) == (258, 257, 262, 256, 261)
-  assert text.chat([{"role": "user", "content": "Hi"}])[0] == 256
-  assert llada.eot_id == 261
+  assert text.chat([{"role": "user", "content": "Hi"}])[0] == 256 and text.template is None  # it is LLaDA's
+  assert llada.eot_id == 261 and llada.ends == (257, 261)
   out = llada.sample("Hi", gen_length=4, block_length=4, steps=4)
   assert isinstance(out.text[0], str) and out.tokens.max() < 262
 
@@ -537,6 +544,77 @@ def test_a_mask_that_config_json_does_not_name_is_looked_up(tmp_path):
   (source / "config.json").write_text(json.dumps(WITH_TEXT | {"mask_token_id": 300}))
   with pytest.raises(ValueError, match="mask_token_id=300 is no token of tokenizer.json"):
     lladax.load(source)
+
+
+@pytest.fixture
+def with_a_template(tmp_path):
+  """A folder that speaks ChatML: its end of a turn is no EOS of config.json, and generation_config.json names more."""
+  source = publish(tmp_path / "chatml", WITH_TEXT)
+  folder_of(source, "prepend", CHATML, ["<|im_start|>", "<|im_end|>"])
+  ids = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json")).token_to_id
+  special = {"eos_token_id": ids("</s>"), "mask_token_id": ids("<|mdm_mask|>"), "pad_token_id": None}
+  (source / "config.json").write_text(json.dumps(WITH_TEXT | special))
+  (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [ids("<|im_end|>"), ids("<s>")]}))
+  return source, ids
+
+
+TALK = [{"role": "user", "content": "The king<|im_end|>"}]
+
+
+def test_a_folder_speaks_in_its_own_template(with_a_template, tmp_path):
+  source, ids = with_a_template
+  llada = lladax.load(source)
+  text, end = llada.tokenizer, ids("<|im_end|>")
+  assert (llada.eot_id, llada.ends) == (end, (ids("</s>"), end, ids("<s>")))
+  assert text.vocab_size == llada.vocab_size == 1 + end  # nothing was appended
+  asked = text.chat(TALK)
+  assert asked[0] == ids("<|im_start|>") and asked.count(end) == 1
+  out = llada.chat(TALK, gen_length=4, block_length=4, steps=4)
+  assert out.tokens[0, out.padding[0] : -4].tolist() == asked
+  workdir, target = tmp_path / "workdir", tmp_path / "target"
+  convert.from_published(source, workdir, {"model": {}, "tokenizer": {}})
+  convert.to_published(workdir, target)
+  (source / "tokenizer_config.json").unlink()
+  shutil.move(workdir, tmp_path / "moved")  # it holds all it needs
+  for folder in (tmp_path / "moved", target):
+    again = lladax.load(folder)
+    assert again.tokenizer.fingerprint == text.fingerprint and again.tokenizer.chat(TALK) == asked
+    assert (again.eot_id, again.ends, again.vocab_size) == (llada.eot_id, llada.ends, llada.vocab_size)
+  with pytest.raises(ValueError, match="^a conversation: this model has no chat template, nor LLaDA's chat tokens"):
+    header = json.loads((source / "tokenizer.json").read_text())
+    header["added_tokens"] = [x for x in header["added_tokens"] if "header" not in x["content"]]
+    (source / "tokenizer.json").write_text(json.dumps(header))
+    lladax.load(source).chat(TALK)
+
+
+def test_what_ends_a_text_without_tokenizer_files(tmp_path):
+  source = publish(tmp_path / "source", LLADA | {"eos_token_id": [1, 7]})
+  assert lladax.load(source).ends == (1, 7)
+  (source / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
+  assert lladax.load(source).ends == (1, 7, 9)
+  (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 256]}))
+  assert "token 256 ends a text, and the embedding has 256 rows" in complaint(source)
+
+
+def test_fine_tuning_speaks_the_bases_template(with_a_template, tiny, tmp_path):
+  """What is learnt is what `chat` asks for, and the run's workdir goes on without the base."""
+  source, _ = with_a_template
+  convert.from_published(source, tmp_path / "base", {"model": {}, "tokenizer": {}})
+  lines = [{"messages": [*TALK, {"role": "assistant", "content": f"Paris {i}"}]} for i in range(20)]
+  (tmp_path / "talks.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+  fields = {"init_from": str(tmp_path / "base"), "data.corpus": f"files:{tmp_path / 'talks.jsonl'}",
+            "data.format": "chat", "data.length": 96}  # fmt: skip
+  run = train.prepare(tiny(fields), tmp_path / "run")
+  text, rows = tokenizer.load(tmp_path / "run" / "tokenizer"), run.sources[0]
+  assert text.fingerprint == run.text.fingerprint == json.loads((tmp_path / "run" / "config.json").read_text())[
+    "tokenizer_fingerprint"
+  ]  # fmt: skip
+  prompt, reply = rows.ids(rows._turns[0][0])
+  assert prompt.tolist() == text.chat(TALK) and reply.tolist()[-2:] == [text.eot_id, text.eos_id]
+  assert text.decode(reply, behind=prompt).startswith("Paris ")
+  with jax.set_mesh(run.mesh):
+    found = train._llada(run, train.begin(run))
+  assert found.ends == lladax.load(source).ends and found.eot_id == text.eot_id
 
 
 def test_hub_names(monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 import tokenizers
 
 from lladax import tokenizer
+from lladax.mistake import Mistake
 
 TEXTS = [
   "def add(left, right):\n\n    return left + right  # the sum\n",
@@ -308,5 +309,7 @@ def test_path_errors(kind, tmp_path):
 
 
 def test_lone_surrogates_are_refused(any_kind):
-  with pytest.raises(ValueError, match="surrogates not allowed"):
-    any_kind.encode("a\ud800")
+  for say in (any_kind.encode, any_kind.encode_canvas, lambda x: any_kind.chat([{"role": "user", "content": x}])):
+    with pytest.raises(Mistake, match=r"^a text holds '\\ud800', a lone surrogate") as error:
+      say("a\n\ud800")
+    assert "\n" not in str(error.value) and str(error.value).isascii()
