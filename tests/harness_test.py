@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 
 import lladax
-from configs import base
 from lladax import tokenizer
 from lladax.config import parse
+from lladax.configs import base
 from lladax.llada import LLaDA
 from lladax.mask_predictor import MaskPredictorConfig
 
