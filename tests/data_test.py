@@ -305,19 +305,19 @@ def test_a_mixture_is_exact_and_in_no_pattern():
 def test_every_source_of_a_mixture_goes_through_its_epochs():
   rows = np.concatenate([batch["tokens"] for batch in mixed(stop=100)])
   for source, count in enumerate([500, 300, 200]):
-    of = rows[rows[:, 0] // 1000 == source] - 1000 * source
-    assert len(of) == count
+    taken = rows[rows[:, 0] // 1000 == source] - 1000 * source
+    assert len(taken) == count
     for first in range(0, count, 100):  # 400 tokens in rows of 4
-      np.testing.assert_array_equal(np.sort(of[first : first + 100].ravel()), numbered(400))
+      np.testing.assert_array_equal(np.sort(taken[first : first + 100].ravel()), numbered(400))
 
 
 def test_stages_change_the_weights_and_lose_no_row():
   c = dataclasses.replace(MIXED, stages=((30, (1.0, 0.0, 1.0)), (0.25, (0.0, 1.0, 0.0)), (-1, (1.0, 2.0, 1.0))))
   found = mixed(c, stop=200, steps=200)
-  of = sources_of(found)
-  assert abs((of[:300] == 0).sum() - 150) < 40 and (of[:300] == 1).sum() == 0
-  assert (of[300:800] == 1).all()
-  np.testing.assert_array_equal(np.bincount(of[800:1800]), [250, 500, 250])
+  source_R = sources_of(found)
+  assert abs((source_R[:300] == 0).sum() - 150) < 40 and (source_R[:300] == 1).sum() == 0
+  assert (source_R[300:800] == 1).all()
+  np.testing.assert_array_equal(np.bincount(source_R[800:1800]), [250, 500, 250])
   rows = np.concatenate([batch["tokens"] for batch in found])
   first = rows[rows[:, 0] // 1000 == 0]
   np.testing.assert_array_equal(np.sort(first[:100].ravel()), numbered(400))  # an epoch, over the stages

@@ -107,11 +107,11 @@ def test_a_preparation_goes_on_where_it_was_cut_off(prepared, config, tmp_path, 
   target, _ = prepared
   real, written = prepare._write, []
 
-  def fail_at_the_third(of, *args):
+  def fail_at_the_third(gathered, *args):
     if len(written) == 2:
       raise KeyboardInterrupt
-    written.append(of[0])
-    real(of, *args)
+    written.append(gathered[0])
+    real(gathered, *args)
 
   monkeypatch.setattr(prepare, "_write", fail_at_the_third)
   with pytest.raises(BaseException):  # noqa: B017  (Beam makes of it what it likes)

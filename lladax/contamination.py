@@ -1,0 +1,164 @@
+"""Which documents hold a text of a test, and are not to be learnt.
+
+As GPT-3's data were cleaned (arXiv 2005.14165, appendix C): case and punctuation are ignored, and a document that
+shares 13 words in a row with a text of the test holds it. Where no spaces part the words 50 characters are as much (the
+measure of GPT-4, arXiv 2303.08774, appendix C). A shorter text is looked for as a whole, from 8 words (GPT-3's least N)
+or 31 characters on; what is shorter still, such as the answer "A", is looked for only in a field that the user names.
+"""
+
+import functools
+import itertools
+import re
+import unicodedata
+from typing import Any
+
+import numpy as np
+
+_WORD, _CHARACTER = 50, 13  # weights: 13 words are as much as 50 characters
+_WINDOW, _LEAST = 13 * _WORD, 8 * _WORD
+# Thai and Lao, Burmese, Khmer, kana, Han: scripts without spaces.
+_UNSPACED = ((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3005, 0x30FF), (0x31F0, 0x31FF),
+             (0x3400, 0x9FFF), (0x20000, 0x3FFFF))  # fmt: skip
+_IN_WORD, _ALONE = 1, 2  # a character of a word; one that is a token of its own; 0: parts tokens
+_PART = 2**16  # characters that are looked at together: as many as a processor keeps at hand
+_ODD = 0x9E3779B97F4A7C15  # who multiplies by an odd number modulo 2^64 can divide by it
+_GLANCE = 24  # bits of a hash that a first, quick look compares
+
+
+class Test:
+  """The texts of a test: every window of the long ones, and the short ones as a whole, as hashes of their tokens.
+
+  Hashes have 64 bits, and are the same on every machine: that one of 10^12 windows is taken for one of a million others
+  has a probability of 5%.
+
+  Attributes: `used`, how many texts are looked for; `too_short`, how many say too little to be.
+  """
+
+  def __init__(self):
+    self.used = self.too_short = 0
+    self._names: dict[int, str] = {}  # hash of a run -> name of the test's file
+    self._begun: dict[int, int] = {}  # hash of how a run begins -> bit n: there is one of n tokens
+    self._glance = np.zeros(2**_GLANCE, bool)  # the first bits of these beginnings
+    self._lengths: set[int] = set()  # of runs that are too short for such a beginning
+
+  @property
+  def about(self) -> str:
+    """One line for the console."""
+    short = "; {:,} shorter than 8 words or 31 characters are not used: name their field (FILE:FIELD) to use them"
+    return f"{self.used:,} texts" + short.format(self.too_short) * bool(self.too_short)
+
+  def add(self, text: str, name: str, named: bool = False) -> None:
+    """Looks for a text from now on.
+
+    Args:
+      text: of the test.
+      name: what `held_by` answers.
+      named: looks for it however short it is.
+    """
+    tokens = _Tokens(text) if named or len(text) >= _LEAST // _WORD else _Tokens("")  # a word has a character, a space
+    if tokens.weight < (1 if named else _LEAST):
+      self.too_short += bool(text.strip())
+      return
+    self.used += 1
+    begins, ends = tokens.windows(_WINDOW) if tokens.weight >= _WINDOW else (np.array([0]), np.array([len(tokens)]))
+    self._names.update(dict.fromkeys(tokens.runs(begins, ends).tolist(), name))
+    if tokens.weight < _LEAST:
+      self._lengths.add(len(tokens))
+      return
+    heads = tokens.runs(begins, tokens.windows(_LEAST)[1][: len(begins)])
+    self._glance[heads >> (64 - _GLANCE)] = True
+    for head, n in zip(heads.tolist(), (ends - begins).tolist(), strict=True):
+      self._begun[head] = self._begun.get(head, 0) | 1 << n
+
+  def held_by(self, text: str) -> str | None:
+    """The name of a test of which the document holds a text; None where it holds none."""
+    tokens = _Tokens(text)
+    if self._begun:
+      heads = tokens.runs(*tokens.windows(_LEAST))
+      for i in np.flatnonzero(self._glance[heads >> (64 - _GLANCE)]).tolist():
+        lengths = self._begun.get(int(heads[i]), 0)
+        ns = np.array([n for n in range(min(lengths.bit_length(), len(tokens) - i + 1)) if lengths >> n & 1], int)
+        for x in tokens.runs(np.array([i]), i + ns).tolist():
+          if x in self._names:
+            return self._names[x]
+    for n in self._lengths:
+      if n <= len(tokens):
+        begins = np.arange(len(tokens) - n + 1)
+        hashes = tokens.runs(begins, begins + n).tolist()
+        if not self._names.keys().isdisjoint(hashes):
+          return next(self._names[x] for x in hashes if x in self._names)
+    return None
+
+
+class _Tokens:
+  """The tokens of a text, as sums of their hashes, each times a power of its place: a run is the difference of two."""
+
+  def __init__(self, text: str):
+    text = unicodedata.normalize("NFKC", text).casefold().replace("'", "").replace("\u2019", "")
+    cuts = [0]
+    while cuts[-1] < len(text):
+      gap = re.compile(r"\W").search(text, cuts[-1] + _PART)
+      cuts.append(gap.start() if gap else len(text))
+    parts = [_tokens(text[i:j]) for i, j in itertools.pairwise(cuts)] or [_tokens("")]
+    hashes, weights = (np.concatenate(column) if len(parts) > 1 else column[0] for column in zip(*parts, strict=True))
+    self._sums, self._undo = _prefix(hashes)
+    self._weights = _before(weights)
+    self.weight = int(self._weights[-1])
+
+  def __len__(self) -> int:
+    return len(self._weights) - 1
+
+  def windows(self, weight: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the shortest runs that weigh so much begin (from the first token on, one from each) and end."""
+    count = int(np.searchsorted(self._weights, self.weight - weight, side="right"))
+    return np.arange(count), np.searchsorted(self._weights, self._weights[:count] + weight)
+
+  def runs(self, begins: Any, ends: Any) -> Any:
+    """Hashes of the tokens begin .. end - 1."""
+    return (self._sums[ends] - self._sums[begins]) * self._undo[begins]
+
+
+def _tokens(text: str) -> tuple[np.ndarray, np.ndarray]:
+  """(hashes, weights) of the words, and of the characters that are tokens of their own."""
+  codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+  kinds = _kinds()[codes]
+  inside = kinds == _IN_WORD
+  inside[1:] &= kinds[:-1] == _IN_WORD  # a word goes on
+  inside[:1] = False
+  begins = np.flatnonzero((kinds > 0) & ~inside)
+  sums, undo = _prefix(np.where(kinds > 0, _mixed(codes.astype(np.uint64)), np.uint64(0)))
+  ends = np.append(begins[1:], len(codes))  # what parts two tokens counts nothing
+  hashes = _mixed((sums[ends[: len(begins)]] - sums[begins]) * undo[begins])
+  return hashes, np.where(kinds[begins] == _ALONE, _CHARACTER, _WORD)
+
+
+@functools.cache
+def _kinds() -> np.ndarray:
+  """What each code point is: letters, numbers and marks make tokens."""
+  found = np.array([unicodedata.category(chr(code))[0] in "LNM" for code in range(0x110000)], np.uint8)
+  for first, last in _UNSPACED:
+    found[first : last + 1] *= _ALONE
+  return found
+
+
+def _prefix(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """(sums of the first 0, 1, ... hashes, each times odd^place; odd^-place)."""
+  powers, undo = _powers(len(hashes).bit_length())
+  return _before(hashes * powers[: len(hashes)]), undo
+
+
+@functools.lru_cache(maxsize=32)
+def _powers(bits: int) -> list[np.ndarray]:
+  return [np.cumprod(np.full(2**bits, x, np.uint64)) for x in (_ODD, pow(_ODD, -1, 2**64))]
+
+
+def _before(x: np.ndarray) -> np.ndarray:
+  """Sums of the first 0, 1, ... elements."""
+  return np.concatenate([np.zeros(1, x.dtype), np.cumsum(x)])
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+  """Every bit depends on every bit (the end of SplitMix64)."""
+  x = (x ^ (x >> 30)) * np.uint64(0xBF58476D1CE4E5B9)
+  x = (x ^ (x >> 27)) * np.uint64(0x94D049BB133111EB)
+  return x ^ (x >> 31)
