@@ -18,17 +18,22 @@ from lladax import sandbox
 from lladax.mistake import Mistake
 
 
-@functools.cache
 def _read(folder, name):
   for kind in (".jsonl", ".jsonl.xz", ".json", ".json.xz"):
     path = pathlib.Path(folder).expanduser() / f"{name}{kind}"
     if folder and path.is_file():
-      with (lzma.open if kind.endswith(".xz") else open)(path, "rt", encoding="utf-8") as file:
-        return json.load(file) if ".jsonl" not in kind else [json.loads(line) for line in file if line.strip()]
+      return _parse(path, path.stat().st_size, path.stat().st_mtime_ns)
   raise Mistake(
     f"data_dir={folder!r}: there is no {name}.jsonl (or .json, or .xz of them) in it; give the folder of the benchmarks"
     " as data_dir, or in LLADAX_EVAL_DATA"
   )
+
+
+@functools.lru_cache(maxsize=64)
+def _parse(path, *_):
+  """The rows of a file; of one that was edited, anew."""
+  with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
+    return [json.loads(line) for line in file if line.strip()] if ".jsonl" in path.suffixes else json.load(file)
 
 
 def rows(name, data_dir="", where=None):
