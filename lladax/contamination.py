@@ -10,6 +10,7 @@ import functools
 import itertools
 import re
 import unicodedata
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -34,12 +35,31 @@ class Test:
   Attributes: `used`, how many texts are looked for; `too_short`, how many say too little to be.
   """
 
-  def __init__(self):
-    self.used = self.too_short = 0
-    self._names: dict[int, str] = {}  # hash of a run -> name of the test's file
-    self._begun: dict[int, int] = {}  # hash of how a run begins -> bit n: there is one of n tokens
-    self._glance = np.zeros(2**_GLANCE, bool)  # the first bits of these beginnings
-    self._lengths: set[int] = set()  # of runs that are too short for such a beginning
+  def __init__(self, texts: Iterable[tuple[str, str]], named: bool = False):
+    """(text, name of its test) each; `named`: all are looked for, however short."""
+    found = [(_normal(text), name) for text, name in texts if text.strip()]
+    tokens = _Tokens("\n".join(text for text, _ in found))
+    starts = np.cumsum([0, *(len(text) + 1 for text, _ in found)])
+    edges = np.searchsorted(tokens.places, starts)  # of the texts, in tokens
+    weights = np.diff(tokens.weights[edges])
+    used = weights >= (1 if named else _LEAST)
+    self.used, self.too_short = int(used.sum()), int((~used).sum())
+    text_T = np.repeat(np.arange(len(found)), np.diff(edges))
+    begins, ends = tokens.windows(_WINDOW)
+    within = ends <= edges[text_T[begins] + 1]
+    wholes = np.flatnonzero(used & (weights < _WINDOW))
+    begins, ends = np.append(begins[within], edges[wholes]), np.append(ends[within], edges[wholes + 1])
+    names = [found[i][1] for i in text_T[begins].tolist()]
+    self._names = dict(zip(tokens.runs(begins, ends).tolist(), names, strict=True))  # hash of a run -> its test
+    enough = tokens.weights[ends] - tokens.weights[begins] >= _LEAST
+    self._lengths = sorted(set((ends - begins)[~enough].tolist()))  # of the runs that are short
+    begins, ends = begins[enough], ends[enough]
+    heads = tokens.runs(begins, tokens.ends(begins, _LEAST))
+    self._glance = np.zeros(2**_GLANCE, bool)  # the first bits of how a longer run begins
+    self._glance[heads >> (64 - _GLANCE)] = True
+    self._begun: dict[int, int] = {}  # hash of this beginning -> bit n: there is a run of n tokens
+    for head, n in zip(heads.tolist(), (ends - begins).tolist(), strict=True):
+      self._begun[head] = self._begun.get(head, 0) | 1 << n
 
   @property
   def about(self) -> str:
@@ -47,32 +67,9 @@ class Test:
     short = "; {:,} shorter than 8 words or 31 characters are not used: name their field (FILE:FIELD) to use them"
     return f"{self.used:,} texts" + short.format(self.too_short) * bool(self.too_short)
 
-  def add(self, text: str, name: str, named: bool = False) -> None:
-    """Looks for a text from now on.
-
-    Args:
-      text: of the test.
-      name: what `held_by` answers.
-      named: looks for it however short it is.
-    """
-    tokens = _Tokens(text) if named or len(text) >= _LEAST // _WORD else _Tokens("")  # a word has a character, a space
-    if tokens.weight < (1 if named else _LEAST):
-      self.too_short += bool(text.strip())
-      return
-    self.used += 1
-    begins, ends = tokens.windows(_WINDOW) if tokens.weight >= _WINDOW else (np.array([0]), np.array([len(tokens)]))
-    self._names.update(dict.fromkeys(tokens.runs(begins, ends).tolist(), name))
-    if tokens.weight < _LEAST:
-      self._lengths.add(len(tokens))
-      return
-    heads = tokens.runs(begins, tokens.windows(_LEAST)[1][: len(begins)])
-    self._glance[heads >> (64 - _GLANCE)] = True
-    for head, n in zip(heads.tolist(), (ends - begins).tolist(), strict=True):
-      self._begun[head] = self._begun.get(head, 0) | 1 << n
-
   def held_by(self, text: str) -> str | None:
     """The name of a test of which the document holds a text; None where it holds none."""
-    tokens = _Tokens(text)
+    tokens = _Tokens(_normal(text))
     if self._begun:
       heads = tokens.runs(*tokens.windows(_LEAST))
       for i in np.flatnonzero(self._glance[heads >> (64 - _GLANCE)]).tolist():
@@ -94,32 +91,39 @@ class _Tokens:
   """The tokens of a text, as sums of their hashes, each times a power of its place: a run is the difference of two."""
 
   def __init__(self, text: str):
-    text = unicodedata.normalize("NFKC", text).casefold().replace("'", "").replace("\u2019", "")
     cuts = [0]
     while cuts[-1] < len(text):
       gap = re.compile(r"\W").search(text, cuts[-1] + _PART)
       cuts.append(gap.start() if gap else len(text))
-    parts = [_tokens(text[i:j]) for i, j in itertools.pairwise(cuts)] or [_tokens("")]
-    hashes, weights = (np.concatenate(column) if len(parts) > 1 else column[0] for column in zip(*parts, strict=True))
+    parts = [_tokens(text[i:j], i) for i, j in itertools.pairwise(cuts)] or [_tokens("", 0)]
+    columns = [np.concatenate(column) if len(parts) > 1 else column[0] for column in zip(*parts, strict=True)]
+    hashes, weights, self.places = columns
     self._sums, self._undo = _prefix(hashes)
-    self._weights = _before(weights)
-    self.weight = int(self._weights[-1])
+    self.weights = _before(weights)  # of the first 0, 1, ... tokens
 
   def __len__(self) -> int:
-    return len(self._weights) - 1
+    return len(self.places)
 
   def windows(self, weight: int) -> tuple[np.ndarray, np.ndarray]:
     """Where the shortest runs that weigh so much begin (from the first token on, one from each) and end."""
-    count = int(np.searchsorted(self._weights, self.weight - weight, side="right"))
-    return np.arange(count), np.searchsorted(self._weights, self._weights[:count] + weight)
+    begins = np.arange(np.searchsorted(self.weights, self.weights[-1] - weight, side="right"))
+    return begins, self.ends(begins, weight)
+
+  def ends(self, begins: np.ndarray, weight: int) -> np.ndarray:
+    """Where the shortest runs from these tokens on that weigh so much end."""
+    return np.searchsorted(self.weights, self.weights[begins] + weight)
 
   def runs(self, begins: Any, ends: Any) -> Any:
     """Hashes of the tokens begin .. end - 1."""
     return (self._sums[ends] - self._sums[begins]) * self._undo[begins]
 
 
-def _tokens(text: str) -> tuple[np.ndarray, np.ndarray]:
-  """(hashes, weights) of the words, and of the characters that are tokens of their own."""
+def _normal(text: str) -> str:
+  return unicodedata.normalize("NFKC", text).casefold().replace("'", "").replace("\u2019", "")
+
+
+def _tokens(text: str, place: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """(hashes, weights, places) of the words, and of the characters that are tokens of their own."""
   codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
   kinds = _kinds()[codes]
   inside = kinds == _IN_WORD
@@ -129,7 +133,7 @@ def _tokens(text: str) -> tuple[np.ndarray, np.ndarray]:
   sums, undo = _prefix(np.where(kinds > 0, _mixed(codes.astype(np.uint64)), np.uint64(0)))
   ends = np.append(begins[1:], len(codes))  # what parts two tokens counts nothing
   hashes = _mixed((sums[ends[: len(begins)]] - sums[begins]) * undo[begins])
-  return hashes, np.where(kinds[begins] == _ALONE, _CHARACTER, _WORD)
+  return hashes, np.where(kinds[begins] == _ALONE, _CHARACTER, _WORD), place + begins
 
 
 @functools.cache

@@ -118,7 +118,7 @@ def contaminated(exclude: str) -> contamination.Test:
 @functools.lru_cache(maxsize=2)
 def _test(exclude: str, _: object) -> contamination.Test:
   globs, fields = _fields(exclude)
-  test, met = contamination.Test(), set[str]()
+  texts, met = list[tuple[str, str]](), set[str]()
 
   try:
     for path in reading.match(globs, _EXCLUDE):
@@ -128,7 +128,7 @@ def _test(exclude: str, _: object) -> contamination.Test:
         while waiting:
           value, counts = waiting.pop()
           if isinstance(value, str) and counts:
-            test.add(value, name, bool(fields))
+            texts.append((value, name))
           elif isinstance(value, dict):
             met.update(value)
             waiting += [(x, counts or field in fields) for field, x in value.items()]
@@ -138,6 +138,7 @@ def _test(exclude: str, _: object) -> contamination.Test:
     raise type(error)(str(error).partition("; mend")[0]) from None
   if missing := [field for field in fields if field not in met]:
     raise Mistake(f"data.exclude={exclude!r}: no record has the field {missing[0]!r}; there are {sorted(met)[:20]}")
+  test = contamination.Test(texts, bool(fields))
   if not test.used:
     short = f": {test.too_short:,} are shorter than 8 words or 31 characters; name their field, FILE:FIELD, to use them"
     raise Mistake(f"data.exclude={exclude!r} holds no text to look for{short if test.too_short else ''}")

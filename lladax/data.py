@@ -47,7 +47,7 @@ _MIX = 1000  # a mixture is exact over so many rows
 class DataConfig:
   """Where text comes from, and the shape of a batch."""
 
-  corpus: str = "unicode"  # or "stdlib", "facts", "files:GLOB[,GLOB]", "tfds:NAME[:SPLIT]", "records:FOLDER"
+  corpus: str = "unicode"  # or "stdlib", "facts", "files:GLOB_OR_FOLDER[,...]", "tfds:NAME[:SPLIT]", "records:FOLDER"
   mixture: tuple[tuple[str, float], ...] = ()  # (corpus, weight), ...: several, in place of `corpus`
   # (length, weights), ...: other weights in each stage; lengths as in optimizer.schedule; (): those of the mixture
   stages: tuple[tuple[float, tuple[float, ...]], ...] = ()

@@ -9,10 +9,7 @@ SENTENCE = "北国风光千里冰封万里雪飘望长城内外惟余莽莽大�
 
 
 def test_of(*texts, named=False):
-  test = contamination.Test()
-  for text in texts:
-    test.add(text, "test", named)
-  return test
+  return contamination.Test(((text, "test") for text in texts), named)
 
 
 test_of.__test__ = False
