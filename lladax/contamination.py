@@ -10,7 +10,7 @@ import functools
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,29 +37,25 @@ class Test:
 
   def __init__(self, texts: Iterable[tuple[str, str]], named: bool = False):
     """(text, name of its test) each; `named`: all are looked for, however short."""
-    found = [(_normal(text), name) for text, name in texts if text.strip()]
-    tokens = _Tokens("\n".join(text for text, _ in found))
-    starts = np.cumsum([0, *(len(text) + 1 for text, _ in found)])
-    edges = np.searchsorted(tokens.places, starts)  # of the texts, in tokens
-    weights = np.diff(tokens.weights[edges])
+    found = [item for item in texts if item[0].strip()]
+    tokens = _Tokens([text for text, _ in found])
+    edges, weights = tokens.edges, np.diff(tokens.weights[tokens.edges])
     used = weights >= (1 if named else _LEAST)
     self.used, self.too_short = int(used.sum()), int((~used).sum())
-    text_T = np.repeat(np.arange(len(found)), np.diff(edges))
     begins, ends = tokens.windows(_WINDOW)
-    within = ends <= edges[text_T[begins] + 1]
     wholes = np.flatnonzero(used & (weights < _WINDOW))
-    begins, ends = np.append(begins[within], edges[wholes]), np.append(ends[within], edges[wholes + 1])
-    names = [found[i][1] for i in text_T[begins].tolist()]
-    self._names = dict(zip(tokens.runs(begins, ends).tolist(), names, strict=True))  # hash of a run -> its test
+    begins, ends = np.append(begins, edges[wholes]), np.append(ends, edges[wholes + 1])
+    names = [found[i][1] for i in tokens.text_T[begins].tolist()]
+    hashes = tokens.runs(begins, ends)
+    self._names = dict(zip(hashes.tolist(), names, strict=True))  # hash of a run -> its test
     enough = tokens.weights[ends] - tokens.weights[begins] >= _LEAST
     self._lengths = sorted(set((ends - begins)[~enough].tolist()))  # of the runs that are short
-    begins, ends = begins[enough], ends[enough]
-    heads = tokens.runs(begins, tokens.ends(begins, _LEAST))
-    self._glance = np.zeros(2**_GLANCE, bool)  # the first bits of how a longer run begins
-    self._glance[heads >> (64 - _GLANCE)] = True
-    self._begun: dict[int, int] = {}  # hash of this beginning -> bit n: there is a run of n tokens
-    for head, n in zip(heads.tolist(), (ends - begins).tolist(), strict=True):
+    heads = tokens.runs(begins[enough], tokens.ends(begins[enough], _LEAST))
+    self._begun: dict[int, int] = {}  # hash of how a longer run begins -> bit n: there is one of n tokens
+    for head, n in zip(heads.tolist(), (ends - begins)[enough].tolist(), strict=True):
       self._begun[head] = self._begun.get(head, 0) | 1 << n
+    self._glance = np.zeros(2**_GLANCE, bool)  # the first bits of these beginnings, and of the short runs
+    self._glance[np.append(heads, hashes[~enough]) >> (64 - _GLANCE)] = True
 
   @property
   def about(self) -> str:
@@ -67,47 +63,58 @@ class Test:
     short = "; {:,} shorter than 8 words or 31 characters are not used: name their field (FILE:FIELD) to use them"
     return f"{self.used:,} texts" + short.format(self.too_short) * bool(self.too_short)
 
-  def held_by(self, text: str) -> str | None:
-    """The name of a test of which the document holds a text; None where it holds none."""
-    tokens = _Tokens(_normal(text))
+  def held_by(self, documents: Sequence[str]) -> list[str | None]:
+    """For each document the name of a test of which it holds a text; None where it holds none."""
+    tokens, found = _Tokens(documents), list[str | None]([None] * len(documents))
     if self._begun:
-      heads = tokens.runs(*tokens.windows(_LEAST))
-      for i in np.flatnonzero(self._glance[heads >> (64 - _GLANCE)]).tolist():
-        lengths = self._begun.get(int(heads[i]), 0)
-        ns = np.array([n for n in range(min(lengths.bit_length(), len(tokens) - i + 1)) if lengths >> n & 1], int)
+      begins, ends = tokens.windows(_LEAST)
+      for i, head in self._glimpsed(tokens, begins, ends):
+        lengths, room = self._begun.get(head, 0), int(tokens.edges[tokens.text_T[i] + 1]) - i
+        ns = np.array([n for n in range(min(lengths.bit_length(), room + 1)) if lengths >> n & 1], int)
         for x in tokens.runs(np.array([i]), i + ns).tolist():
           if x in self._names:
-            return self._names[x]
+            found[tokens.text_T[i]] = self._names[x]
     for n in self._lengths:
-      if n <= len(tokens):
-        begins = np.arange(len(tokens) - n + 1)
-        hashes = tokens.runs(begins, begins + n).tolist()
-        if not self._names.keys().isdisjoint(hashes):
-          return next(self._names[x] for x in hashes if x in self._names)
-    return None
+      begins = np.arange(max(0, len(tokens.text_T) - n + 1))
+      begins = begins[begins + n <= tokens.edges[tokens.text_T[begins] + 1]]
+      for i, x in self._glimpsed(tokens, begins, begins + n):
+        if x in self._names:
+          found[tokens.text_T[i]] = self._names[x]
+    return found
+
+  def _glimpsed(self, tokens: "_Tokens", begins: np.ndarray, ends: np.ndarray) -> Iterator[tuple[int, int]]:
+    """(begin, hash) of the runs that may be looked for."""
+    hashes = tokens.runs(begins, ends)
+    seen = np.flatnonzero(self._glance[hashes >> (64 - _GLANCE)])
+    return zip(begins[seen].tolist(), hashes[seen].tolist(), strict=True)
 
 
 class _Tokens:
-  """The tokens of a text, as sums of their hashes, each times a power of its place: a run is the difference of two."""
+  """The tokens of texts, as sums of their hashes, each times a power of its place: a run is the difference of two.
 
-  def __init__(self, text: str):
-    cuts = [0]
+  Attributes: `edges`, the tokens where texts begin, and the end; `text_T`, the text of each token; `weights`, of the
+  first 0, 1, ... tokens.
+  """
+
+  def __init__(self, texts: Sequence[str]):
+    texts = [unicodedata.normalize("NFKC", x).casefold().replace("'", "").replace("\u2019", "") for x in texts]
+    text, cuts = "\n".join(texts), [0]
     while cuts[-1] < len(text):
       gap = re.compile(r"\W").search(text, cuts[-1] + _PART)
       cuts.append(gap.start() if gap else len(text))
     parts = [_tokens(text[i:j], i) for i, j in itertools.pairwise(cuts)] or [_tokens("", 0)]
-    columns = [np.concatenate(column) if len(parts) > 1 else column[0] for column in zip(*parts, strict=True)]
-    hashes, weights, self.places = columns
+    hashes, weights, places = (np.concatenate(column) for column in zip(*parts, strict=True))
+    self.edges = np.searchsorted(places, np.cumsum([0, *(len(x) + 1 for x in texts)]))
+    self.text_T = np.repeat(np.arange(len(texts)), np.diff(self.edges))
+    self.weights = _before(weights)
     self._sums, self._undo = _prefix(hashes)
-    self.weights = _before(weights)  # of the first 0, 1, ... tokens
-
-  def __len__(self) -> int:
-    return len(self.places)
 
   def windows(self, weight: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the shortest runs that weigh so much begin (from the first token on, one from each) and end."""
+    """Where the shortest runs of a text that weigh so much begin (one from each token) and end."""
     begins = np.arange(np.searchsorted(self.weights, self.weights[-1] - weight, side="right"))
-    return begins, self.ends(begins, weight)
+    ends = self.ends(begins, weight)
+    within = ends <= self.edges[self.text_T[begins] + 1]
+    return begins[within], ends[within]
 
   def ends(self, begins: np.ndarray, weight: int) -> np.ndarray:
     """Where the shortest runs from these tokens on that weigh so much end."""
@@ -116,10 +123,6 @@ class _Tokens:
   def runs(self, begins: Any, ends: Any) -> Any:
     """Hashes of the tokens begin .. end - 1."""
     return (self._sums[ends] - self._sums[begins]) * self._undo[begins]
-
-
-def _normal(text: str) -> str:
-  return unicodedata.normalize("NFKC", text).casefold().replace("'", "").replace("\u2019", "")
 
 
 def _tokens(text: str, place: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

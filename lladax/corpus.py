@@ -11,13 +11,14 @@ judging.
 import functools
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import pathlib
 import sysconfig
 import tokenize
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from lladax import contamination, facts, reading
@@ -36,6 +37,7 @@ _ENDS = ("output", "response", "completion")  # what an answer is called beside 
 _UNREAD = "tools functions history image images audio audios video videos".split()
 _ABOUT = "id name model source lang language timestamp created_at".split()
 _EXCLUDE = "data.exclude="
+_TOGETHER = 100_000  # characters that are compared with a test together
 _TFDS_PARTS = 64  # a data set is read in so many pieces
 
 
@@ -257,7 +259,13 @@ def _read(part: str, tally: Tally, make: Callable[[Any, str], Any], columns: tup
     records = _examples(part)
   else:
     records = reading.records(part, tally, columns)
-  test = contaminated(tally.exclude) if tally.exclude else None
+  items = _made(records, tally, make)
+  for item in _without(contaminated(tally.exclude), items, tally) if tally.exclude else items:
+    tally.items += 1
+    yield item
+
+
+def _made(records: Iterable[reading.Record], tally: Tally, make: Callable[[Any, str], Any]) -> Iterator[Any]:
   for where, record in records:
     try:
       item = make(record, where)
@@ -266,11 +274,25 @@ def _read(part: str, tally: Tally, make: Callable[[Any, str], Any], columns: tup
       continue
     if item is None or (isinstance(item, str) and not item.strip()):
       tally.empty += 1
-    elif test and (name := test.held_by(item if isinstance(item, str) else said(item))):
-      tally.excluded[name] += 1
     else:
-      tally.items += 1
       yield item
+
+
+def _without(test: contamination.Test, items: Iterator[Any], tally: Tally) -> Iterator[Any]:
+  """The items that hold no text of the test. Many are looked at together: a short one costs more alone."""
+  waiting, texts, size = [], [], 0
+  for item in itertools.chain(items, [None]):  # None: the end
+    if item is not None:
+      waiting.append(item)
+      texts.append(item if isinstance(item, str) else said(item))
+      size += len(texts[-1])
+    if size > _TOGETHER or item is None:
+      for kept, name in zip(waiting, test.held_by(texts), strict=True):
+        if name:
+          tally.excluded[name] += 1
+        else:
+          yield kept
+      waiting, texts, size = [], [], 0
 
 
 def _examples(part: str) -> Iterator[tuple[str, Any]]:

@@ -227,11 +227,11 @@ def test_a_field_that_no_record_of_a_test_has(tmp_path):
 
 def test_a_file_that_was_edited_is_read_anew(tmp_path):
   test = write(tmp_path / "a.json", '[{"first": "x"}]')
-  assert corpus.contaminated(f"{test}:first").held_by("y") is None
+  assert corpus.contaminated(f"{test}:first").held_by(["y"]) == [None]
   write(test, '[{"first": "y"}]')  # as long as before
-  assert corpus.contaminated(f"{test}:first").held_by("y")
+  assert corpus.contaminated(f"{test}:first").held_by(["y"]) == ["a.json"]
   test.unlink()
-  assert corpus.contaminated(f"{test}:first").held_by("y")  # a run does not need it again
+  assert corpus.contaminated(f"{test}:first").held_by(["y"]) == ["a.json"]  # a run does not need it again
 
 
 QUESTION, ANSWER = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hi."}
