@@ -6,7 +6,8 @@
 #
 # OUT is a folder; TANG_POEMS are JSON lines with `lines`, plain or .xz; COUPLETS is poem_data.json of LLaDA's
 # repository. Asked are the couplets that stand in the collection (known.json), and all of them. OUT/reversal.md has the
-# table. The held-out variant has no such poems: configs/poems.py with --config.data.exclude=COUPLETS.
+# table. The held-out variant has no such poems: configs/poems.py with
+# --config.data.exclude=COUPLETS:first,second.
 set -euo pipefail
 out=${1:?a folder for the runs} poems=${2:?a file of poems} couplets=${3:?a file of couplets}
 mkdir -p "$out"

@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
   config.tokenizer.pad = ""  # "": the EOS
 
   config.data = ConfigDict()
-  # | "stdlib" | "facts" | "files:GLOB[,GLOB]" (text, JSON, Parquet) | "tfds:NAME[:SPLIT]" | "records:FOLDER"
+  # | "stdlib" | "facts" | "files:GLOB_OR_FOLDER[,...]" (text, JSON, Parquet) | "tfds:NAME[:SPLIT]" | "records:FOLDER"
   config.data.corpus = "unicode"
   config.data.mixture = ()  # ((corpus, weight), ...): several, in place of corpus
   config.data.stages = ()  # ((length, (weight, ...)), ...): weights of each stage; lengths as in optimizer.schedule
@@ -60,7 +60,9 @@ def get_config() -> ConfigDict:
   config.data.prompt_field = ""  # of records, in chat, together with response_field; "": known names
   config.data.response_field = ""
   config.data.bad_lines = "stop"  # at the first line that cannot be used | "skip", and count them
-  config.data.exclude = ""  # JSON file of texts, such as a test's; a document that holds one of them is left out
+  # FILE of a test: documents that share 13 words (50 characters, where no spaces part them) with a text in it, or hold
+  # a whole one of 8 (31), are left out. FILE:FIELD,...: the texts of these fields alone, and the shorter ones, too.
+  config.data.exclude = ""
   config.data.held_out = 0.05  # fraction of the documents kept for evaluation; of records: as they were prepared
   config.data.length = 64  # tokens of a row
   config.data.batch_size = 64  # rows of an update
@@ -95,7 +97,7 @@ def get_config() -> ConfigDict:
   config.checkpoint = ConfigDict()
   config.checkpoint.every = 1000  # steps
   config.checkpoint.keep = 2  # the newest so many
-  config.checkpoint.keep_every = 0  # steps between checkpoints that are kept for good; 0: none
+  config.checkpoint.keep_every = 0  # and, for good, those whose step is a multiple of this; 0: none
 
   config.log = ConfigDict()
   config.log.every = 1  # steps between lines of metrics.jsonl

@@ -23,7 +23,7 @@ class CheckpointConfig:
 
   every: int = 1000  # steps; the last step is always saved
   keep: int = 2  # the newest so many
-  keep_every: int = 0  # steps between checkpoints that are kept for good; 0: none
+  keep_every: int = 0  # and, for good, those whose step is a multiple of this; 0: none
 
   def __post_init__(self):
     for name, least in (("every", 1), ("keep", 1), ("keep_every", 0)):

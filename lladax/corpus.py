@@ -2,72 +2,43 @@
 
 Three corpora need no download, so that a first run works anywhere: "unicode", the names of the characters (one name a
 document), and "stdlib", the source of the Python standard library (one file a document), both as the running Python
-has them; and "facts", see facts.py. "files:GLOB[,GLOB...]" reads files, here or at any address that fsspec knows
-(gs://, s3://, https://): .jsonl, .json (one list) and .parquet hold a record a line, item or row, anything else is one
-document; .gz, .xz, .bz2 and .zst are unpacked. "tfds:NAME[:SPLIT]" reads a data set of TensorFlow Datasets, or a folder
-of one. Items keep a fixed order, empty ones are left out and counted, and `split` sets some aside for judging.
+has them; and "facts", see facts.py. "files:GLOB[,GLOB...]" reads files and folders, see reading.py.
+"tfds:NAME[:SPLIT]" reads a data set of TensorFlow Datasets, or a folder of one. Items keep a fixed order, empty ones
+are left out and counted, those that hold a text of a test too (contamination.py), and `split` sets some aside for
+judging.
 """
 
-import bz2
-import contextlib
-import dataclasses
 import functools
-import gzip
 import hashlib
 import importlib
+import itertools
 import json
-import logging
-import lzma
 import os
 import pathlib
-import sys
 import sysconfig
 import tokenize
 import unicodedata
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import fsspec
-
-from lladax import facts
-from lladax.mistake import Missing, Mistake
+from lladax import contamination, facts, reading
+from lladax.mistake import Mistake
+from lladax.reading import Tally
 from lladax.tokenizer import ROLES
 
-if sys.version_info >= (3, 14):
-  from compression import zstd
-else:
-  from backports import zstd
-
-Messages = list[dict[str, str]]  # {"role": "user", "content": "Hi"}, oldest first
+# {"role": "user", "content": "Hi"}, oldest first; with "weight": 0 where a reply is not to be learnt.
+Messages = list[dict[str, Any]]
 
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_PACKED: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": zstd.open}
+_SPOKEN = ("messages", "conversations", "conversation")  # what a record calls its messages
+_ROLES = {"human": "user", "gpt": "assistant", "developer": "system"} | {role: role for role in ROLES}
 _ENDS = ("output", "response", "completion")  # what an answer is called beside an instruction or a prompt
-NAMED = 5  # so many bad lines are named
+# Of a record, and of no message: what a reply may be to. Of a message: what changes nothing.
+_UNREAD = "tools functions history image images audio audios video videos".split()
+_ABOUT = "id name model source lang language timestamp created_at".split()
+_EXCLUDE = "data.exclude="
+_TOGETHER = 100_000  # characters that are compared with a test together
 _TFDS_PARTS = 64  # a data set is read in so many pieces
-
-
-@dataclasses.dataclass
-class Tally:
-  """What reading met. A line that cannot be used ends the run (`bad_lines="stop"`), or is counted ("skip")."""
-
-  bad_lines: str = "stop"
-  exclude: str = ""  # see `contaminated`
-  items: int = 0
-  empty: int = 0
-  bad: int = 0
-  excluded: int = 0
-  named: list[str] = dataclasses.field(default_factory=list)  # the first bad lines
-
-  def spoiled(self, message: str) -> None:
-    """Takes note of one bad line; the first ones are named."""
-    if self.bad_lines == "stop":
-      raise Mistake(f"{message}; mend it, or leave such lines out: --config.data.bad_lines=skip")
-    self.bad += 1
-    if self.bad <= NAMED:
-      self.named.append(message)
-      logging.warning("left out: %s%s", message, "; further ones are only counted" if self.bad == NAMED else "")
 
 
 def documents(corpus: str, text_field: str = "text", tally: Tally | None = None) -> list[str]:
@@ -86,7 +57,7 @@ def documents(corpus: str, text_field: str = "text", tally: Tally | None = None)
   tally = tally or Tally()
   found = [text for part in parts(corpus) for text in read_texts(part, text_field, tally)]
   if not found:
-    raise Mistake(f"data.corpus={corpus!r} holds no text: every document is empty")
+    raise Mistake(f"data.corpus={corpus!r} holds no text: {_why(tally, 'document')}")
   return found
 
 
@@ -97,8 +68,8 @@ def conversations(
 
   Args:
     corpus: as in `documents`.
-    prompt_field: with `response_field`, the fields of a record; "" recognises `messages`; `instruction`, `input` and
-      `output`; `prompt` and `response`.
+    prompt_field: with `response_field`, the fields of a record; "" recognises `messages` (role, content) and
+      `conversations` (from, value); `instruction`, `input` and `output`; `prompt` and `response`; a `system` beside.
     response_field: see `prompt_field`.
     tally: what to do with bad lines; a record without a reply, or with an empty one, is empty.
 
@@ -106,11 +77,25 @@ def conversations(
     Missing, Mistake: as `documents`; a role that the chat template does not know.
   """
   tally = tally or Tally()
-  of = functools.partial(_conversation, prompt_field=prompt_field, response_field=response_field)
-  found = [messages for part in parts(corpus) for messages in _read(part, tally, of)]
+  make = functools.partial(_conversation, prompt_field=prompt_field, response_field=response_field)
+  found = [messages for part in parts(corpus) for messages in _read(part, tally, make)]
   if not found:
-    raise Mistake(f"data.corpus={corpus!r} holds no conversation with a reply")
+    raise Mistake(f"data.corpus={corpus!r} holds no conversation with a reply: {_why(tally, 'record')}")
   return found
+
+
+def _why(tally: Tally, what: str) -> str:
+  left_out = {"empty": tally.empty, "bad lines": tally.bad, "holding a text of data.exclude": tally.excluded.total()}
+  if not tally.bad and not tally.excluded:
+    return f"every {what} is empty"
+  return f"every {what} was left out ({', '.join(f'{n:,} {why}' for why, n in left_out.items() if n)})"
+
+
+def replies(messages: Messages) -> list[int]:
+  """Which messages are learnt: what the assistant says to something, but for those of weight 0."""
+  return [
+    i for i, x in enumerate(messages) if i and x["role"] == "assistant" and x["content"].strip() and x.get("weight", 1)
+  ]
 
 
 def said(messages: Messages) -> str:
@@ -118,35 +103,63 @@ def said(messages: Messages) -> str:
   return "\n".join(message["content"] for message in messages)
 
 
-@functools.lru_cache(maxsize=2)
-def contaminated(path: str) -> Callable[[str], bool]:
-  """Whether a document holds one of the texts of a test, letter for letter: it is not to be learnt then.
+def contaminated(exclude: str) -> contamination.Test:
+  """The test whose texts no document may hold.
 
   Args:
-    path: as the GLOB of files:GLOB, of JSON; every string in it counts, at any depth, but not the names of fields.
+    exclude: "GLOB[,GLOB...][:FIELD,...]", files of any kind that a corpus can be. All strings in them count, at any
+      depth, if they are long enough to mean something (see contamination.py); of named fields, which may stand at any
+      depth, too, all of them, however short, and no others.
 
   Raises:
-    Missing, Mistake: there is no such file, or it is no JSON, or holds no text.
+    Missing, Mistake: there is no such file, or it cannot be read; it lacks a field; no text is long enough.
   """
-  texts: set[str] = set()
+  return _test(exclude, reading.stamp(_fields(exclude)[0], _EXCLUDE))
 
-  def collect(value: Any) -> None:
-    if isinstance(value, str) and value.strip():
-      texts.add(value.strip())
-    elif isinstance(value, dict | list):
-      for x in value.values() if isinstance(value, dict) else value:
-        collect(x)
+
+@functools.lru_cache(maxsize=2)
+def _test(exclude: str, _: object) -> contamination.Test:
+  globs, fields = _fields(exclude)
+  texts, met = list[tuple[str, str]](), set[str]()
 
   try:
-    for part in _match(path):
-      for _, record in _file(part, Tally(), ()):
-        collect(record)
+    for path in reading.match(globs, _EXCLUDE):
+      name = pathlib.PurePath(path).name
+      for _, record in reading.records(path, Tally(), field=_EXCLUDE):
+        waiting = [(record, not fields)]  # (value, whether its strings count)
+        while waiting:
+          value, counts = waiting.pop()
+          if isinstance(value, str) and counts:
+            texts.append((value, name))
+          elif isinstance(value, dict):
+            met.update(value)
+            waiting += [(x, counts or field in fields) for field, x in value.items()]
+          elif isinstance(value, list):
+            waiting += [(x, counts) for x in value]
   except Mistake as error:
-    raise type(error)(str(error).replace("data.corpus=files:", "data.exclude=", 1).partition("; mend")[0]) from None
-  if not texts:
-    raise Mistake(f"data.exclude={path!r} holds no text")
-  lengths = sorted(set(map(len, texts)))
-  return lambda text: any(text[i : i + n] in texts for n in lengths for i in range(len(text) - n + 1))
+    raise type(error)(str(error).partition("; mend")[0]) from None
+  if missing := [field for field in fields if field not in met]:
+    raise Mistake(f"data.exclude={exclude!r}: no record has the field {missing[0]!r}; there are {sorted(met)[:20]}")
+  test = contamination.Test(texts, bool(fields))
+  if not test.used:
+    short = f": {test.too_short:,} are shorter than 8 words or 31 characters; name their field, FILE:FIELD, to use them"
+    raise Mistake(f"data.exclude={exclude!r} holds no text to look for{short if test.too_short else ''}")
+  return test
+
+
+def _fields(exclude: str) -> tuple[str, list[str]]:
+  """(globs, fields) of "GLOB[,GLOB...][:FIELD,...]"; what follows the colon of an address is no field."""
+  globs, colon, fields = exclude.rpartition(":")
+  if not colon or "/" in fields or "\\" in fields:
+    return exclude, []
+  return globs, [field.strip() for field in fields.split(",")]
+
+
+def stamp(corpus: str, exclude: str = "") -> Any:
+  """What changes when the files of a corpus, or of `contaminated`, do: a key for what was read of them."""
+  kind, _, rest = corpus.partition(":")
+  files = reading.stamp(rest) if kind == "files" and rest else None
+  return files, reading.stamp(_fields(exclude)[0], _EXCLUDE) if exclude else None
 
 
 def read_texts(part: str, text_field: str, tally: Tally) -> Iterator[str]:
@@ -164,7 +177,7 @@ def parts(corpus: str) -> list[str]:
   if corpus in ("unicode", "stdlib", "facts"):
     return [corpus]
   if kind == "files" and rest:
-    return _match(rest)
+    return list(reading.match(rest))
   if kind == "tfds" and rest:
     name, split, count = _tfds(corpus)[:3]
     edges = [count * i // _TFDS_PARTS for i in range(_TFDS_PARTS + 1)]
@@ -218,22 +231,6 @@ def _stdlib(root: pathlib.Path) -> Iterator[tuple[str, str]]:
         continue
 
 
-def _match(patterns: str) -> list[str]:
-  """The files of comma-separated globs, each once, in the order of their paths."""
-  found: set[str] = set()
-  for pattern in map(str.strip, patterns.split(",")):
-    try:
-      system, path = fsspec.url_to_fs(os.path.expanduser(pattern))
-      paths = [name for name, about in system.glob(path, detail=True).items() if about["type"] == "file"]
-    except (ImportError, ValueError, OSError) as error:  # such as: Please install gcsfs to access Google Storage
-      raise Mistake(f"data.corpus=files:{patterns}: {pattern!r} cannot be opened: {error}") from None
-    if not paths:
-      raise Missing(f"data.corpus=files:{patterns}: no file matches {pattern!r}")
-    remote = "://" in pattern
-    found.update(system.unstrip_protocol(name) if remote else name for name in paths)
-  return sorted(found, key=lambda name: pathlib.PurePath(name).as_posix())
-
-
 def _tfds(corpus: str) -> tuple[str, str, int, Any]:
   """(name, split, number of examples, builder) of "tfds:NAME[:SPLIT]"."""
   name, _, split = corpus.removeprefix("tfds:").partition(":")
@@ -250,8 +247,8 @@ def _tfds(corpus: str) -> tuple[str, str, int, Any]:
     raise Mistake(f"data.corpus={corpus!r} cannot be opened: {why}") from None
 
 
-def _read(part: str, tally: Tally, of: Callable[[Any, str], Any], columns: tuple[str, ...] = ()) -> Iterator[Any]:
-  """What `of` makes of every record of a part; None, and a text without letters, is empty."""
+def _read(part: str, tally: Tally, make: Callable[[Any, str], Any], columns: tuple[str, ...] = ()) -> Iterator[Any]:
+  """What `make` makes of every record of a part; None, and a text without letters, is empty."""
   if part == "unicode":
     records = _unicode()
   elif part == "facts":
@@ -261,20 +258,41 @@ def _read(part: str, tally: Tally, of: Callable[[Any, str], Any], columns: tuple
   elif part.startswith("tfds:"):
     records = _examples(part)
   else:
-    records = _file(part, tally, columns)
+    records = reading.records(part, tally, columns)
+  items = _made(records, tally, make)
+  for item in _without(contaminated(tally.exclude), items, tally) if tally.exclude else items:
+    tally.items += 1
+    yield item
+
+
+def _made(records: Iterable[reading.Record], tally: Tally, make: Callable[[Any, str], Any]) -> Iterator[Any]:
   for where, record in records:
     try:
-      item = of(record, where)
+      item = make(record, where)
     except Mistake as error:
       tally.spoiled(str(error))
       continue
     if item is None or (isinstance(item, str) and not item.strip()):
       tally.empty += 1
-    elif tally.exclude and contaminated(tally.exclude)(item if isinstance(item, str) else said(item)):
-      tally.excluded += 1
     else:
-      tally.items += 1
       yield item
+
+
+def _without(test: contamination.Test, items: Iterator[Any], tally: Tally) -> Iterator[Any]:
+  """The items that hold no text of the test. Many are looked at together: a short one costs more alone."""
+  waiting, texts, size = [], [], 0
+  for item in itertools.chain(items, [None]):  # None: the end
+    if item is not None:
+      waiting.append(item)
+      texts.append(item if isinstance(item, str) else said(item))
+      size += len(texts[-1])
+    if size > _TOGETHER or item is None:
+      for kept, name in zip(waiting, test.held_by(texts), strict=True):
+        if name:
+          tally.excluded[name] += 1
+        else:
+          yield kept
+      waiting, texts, size = [], [], 0
 
 
 def _examples(part: str) -> Iterator[tuple[str, Any]]:
@@ -283,88 +301,17 @@ def _examples(part: str) -> Iterator[tuple[str, Any]]:
   *_, builder = _tfds(corpus)
   source = builder.as_data_source(corpus.rpartition(":")[2])
   for i in range(*map(int, span.split(":"))):
-    example = {
-      name: x.decode("utf-8", "surrogateescape") if isinstance(x, bytes) else x for name, x in source[i].items()
-    }
-    yield f"data.corpus={corpus} example {i}", example
-
-
-def _file(path: str, tally: Tally, columns: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-  """The records of one file: (where it stands, a dictionary or a text)."""
-  where = f"data.corpus=files:{path}"
-  name = pathlib.PurePath(path)
-  kind = name.with_suffix("").suffix if name.suffix in _PACKED else name.suffix
-  try:
-    with fsspec.open(path, "rb") as packed, _PACKED.get(name.suffix, contextlib.nullcontext)(packed) as file:
-      if kind == ".parquet":
-        yield from _rows(file, where, columns)
-      elif kind == ".jsonl":
-        yield from _lines(file, where, tally)
-      elif text := _decode(file.read(), where, tally):
-        if kind == ".json":
-          yield from _list(text, where, tally)
-        else:
-          yield where, text.replace("\r\n", "\n").replace("\r", "\n")
-  except (OSError, EOFError, lzma.LZMAError, zlib.error, zstd.ZstdError) as error:
-    raise Mistake(f"{where} cannot be read: {error}") from error
-
-
-def _decode(raw: bytes, where: str, tally: Tally) -> str:
-  try:
-    return raw.decode("utf-8-sig")  # a byte order mark is no text
-  except UnicodeDecodeError as error:
-    tally.spoiled(f"{where} is not UTF-8 ({error.reason} at byte {error.start})")
-    return ""
-
-
-def _lines(lines: Iterable[bytes], where: str, tally: Tally) -> Iterator[tuple[str, Any]]:
-  for number, raw in enumerate(lines, start=1):
-    here = f"{where} line {number}"
-    line = _decode(raw, here, tally)
-    if not line.strip():
-      continue
-    try:
-      yield here, json.loads(line)
-    except json.JSONDecodeError as error:
-      tally.spoiled(f"{here} is not JSON: {error}")
-
-
-def _list(text: str, where: str, tally: Tally) -> Iterator[tuple[str, Any]]:
-  """The items of a JSON file that is one list, as many data sets of instructions are."""
-  try:
-    items = json.loads(text)
-  except json.JSONDecodeError as error:
-    return tally.spoiled(f"{where} is not JSON: {error}")
-  if not isinstance(items, list):
-    return tally.spoiled(f"{where} holds a {type(items).__name__}, not a list of records")
-  yield from ((f"{where} item {number}", item) for number, item in enumerate(items, start=1))
-
-
-def _rows(file: Any, where: str, columns: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-  try:
-    parquet = importlib.import_module("pyarrow.parquet")
-  except ImportError:
-    raise Mistake(f"{where} needs pyarrow: pip install pyarrow") from None
-  try:
-    table = parquet.ParquetFile(file)
-  except Exception as error:  # ArrowInvalid is a ValueError, others are not
-    raise Mistake(f"{where} cannot be read: {error}") from None
-  wanted = [name for name in columns if name in table.schema_arrow.names]
-  number = 0
-  for batch in table.iter_batches(batch_size=1024, columns=wanted if wanted else None):
-    for row in batch.to_pylist():
-      number += 1
-      yield f"{where} row {number}", row
+    yield f"data.corpus={corpus} example {i}", reading.plain(source[i])
 
 
 def _text(record: Any, where: str, field: str) -> str:
   """The text of a record."""
   if isinstance(record, str):
-    return record
+    return _unicode_text(record, where)
   if "," in field:
     return "\n".join(_text(record, where, name.strip()) for name in field.split(","))
-  fields = list(record) if isinstance(record, dict) else f"a {type(record).__name__}"
   if not isinstance(record, dict) or field not in record:
+    fields = reading.short(list(record)) if isinstance(record, dict) else f"a {type(record).__name__}"
     raise Mistake(f"data.text_field={field!r} is not in {where}: {fields}")
   text = record[field]
   if isinstance(text, list) and all(isinstance(part, str) for part in text):
@@ -387,22 +334,32 @@ def _conversation(record: Any, where: str, prompt_field: str, response_field: st
   if not isinstance(record, dict):
     raise Mistake(f"{where} is no record with fields")
   if prompt_field or response_field:
-    pair = [prompt_field], response_field
-  elif "messages" in record:
-    return _messages(record["messages"], where)
-  elif "instruction" in record:
-    pair = ["instruction", "input"] if record.get("input") else ["instruction"], _first(record, _ENDS)
-  else:
-    pair = ["prompt"], _first(record, _ENDS)
-  for name in (*pair[0], pair[1]):
+    return _pair(record, [prompt_field], response_field, where)
+  for name in _UNREAD:
+    if record.get(name):
+      raise Mistake(f"{where}: the field {name!r} of a conversation is not read: leave it out, or such records")
+  system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+  for name in _SPOKEN:
+    if record.get(name) is not None:
+      return _messages(record[name], where, name, system)
+  prompt = "instruction" if "instruction" in record else "prompt"
+  prompts = [prompt, "input"] if prompt == "instruction" and record.get("input") else [prompt]
+  return _pair(record, prompts, _first(record, _ENDS), where, system)
+
+
+def _pair(
+  record: dict[str, Any], prompts: list[str], response: str, where: str, system: Sequence[Any] = ()
+) -> Messages | None:
+  for name in (*prompts, response):
     if name not in record:
       raise Mistake(
-        f"{where} has the fields {list(record)}, and no {name!r}: use messages; instruction, input and output; prompt"
-        " and response; or name two fields, --config.data.prompt_field=... --config.data.response_field=..."
+        f"{where} has the fields {reading.short(list(record))}, and no {name!r}: use messages; conversations;"
+        " instruction, input and output; prompt and response; or name two fields, --config.data.prompt_field=..."
+        " --config.data.response_field=..."
       )
-  prompt = "\n\n".join(_content(record[name], where, name) for name in pair[0])
-  response = _content(record[pair[1]], where, pair[1])
-  return _messages([{"role": "user", "content": prompt}, {"role": "assistant", "content": response}], where)
+  prompt = "\n\n".join(_content(record[name], where, name) for name in prompts)
+  answer = {"role": "assistant", "content": _content(record[response], where, response)}
+  return _messages([{"role": "user", "content": prompt}, answer], where, "messages", system)
 
 
 def _first(record: dict[str, Any], names: Sequence[str]) -> str:
@@ -410,24 +367,41 @@ def _first(record: dict[str, Any], names: Sequence[str]) -> str:
 
 
 def _content(value: Any, where: str, name: str) -> str:
+  """A text; of a list of parts, their texts one after the other."""
+  if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+    for part in value:
+      if not str(part.get("type")).endswith("text"):
+        raise Mistake(f"{where}: {name} has a part of type {reading.short(part.get('type'))}: only text is read")
+    value = "".join(_content(part.get("text"), where, f"the text of a part of {name}") for part in value)
   if not isinstance(value, str):
     raise Mistake(f"{where}: {name} is no text but {type(value).__name__}")
   return _unicode_text(value, where)
 
 
-def _messages(messages: Any, where: str) -> Messages | None:
-  """The same messages, checked; those behind the last reply, and replies to nothing, are left out."""
+def _messages(messages: Any, where: str, name: str, system: Sequence[Any] = ()) -> Messages | None:
+  """The same messages, checked; those behind the last reply that is learnt are left out."""
   if not isinstance(messages, list | tuple) or not all(isinstance(message, dict) for message in messages):
-    raise Mistake(f"{where}: messages is no list of objects with role and content")
-  found: Messages = []
-  for message in messages:
-    if "role" not in message:
-      raise Mistake(f"{where}: a message has the fields {list(message)}, and no 'role': use role and content")
-    role = message["role"]
-    if role not in ROLES:
-      raise Mistake(f"{where}: the role {role!r} is unknown to the chat template: use {', '.join(ROLES)}")
-    found.append({"role": role, "content": _content(message.get("content"), where, "content")})
-  replies = [
-    i for i, message in enumerate(found) if i and message["role"] == "assistant" and message["content"].strip()
-  ]
-  return found[: replies[-1] + 1] if replies else None
+    raise Mistake(f"{where}: {name} is no list of objects with role and content")
+  found = [_message(message, where) for message in (*system, *messages)]
+  learnt = replies(found)
+  return found[: learnt[-1] + 1] if learnt else None
+
+
+def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
+  """{"role", "content"} of one message, and its weight if that is 0. What would be lost is refused by name."""
+  keys = ("role", "content") if "role" in message else ("from", "value")
+  if keys[0] not in message:
+    raise Mistake(
+      f"{where}: a message has the fields {reading.short(list(message))}, and no 'role': use role and content"
+    )
+  role, weight = message[keys[0]], message.get("weight")
+  if not isinstance(role, str) or role not in _ROLES:
+    known = ", ".join(ROLES)
+    raise Mistake(f"{where}: the role {reading.short(role)} is unknown to the chat template: use {known}")
+  for field, value in message.items():
+    if value and field not in (*keys, "weight") and field not in _ABOUT:
+      raise Mistake(f"{where}: the field {reading.short(field)} of a message is not read: leave it out")
+  if weight is not None and weight not in (0, 1):
+    raise Mistake(f"{where}: a message of weight {reading.short(weight)}: use 1, learnt, or 0, not learnt")
+  content = _content(message.get(keys[1]), where, keys[1])
+  return {"role": _ROLES[role], "content": content} | ({"weight": 0} if weight is not None and not weight else {})

@@ -13,9 +13,9 @@ The life of a conversation, in fine-tuning (`Dialogues`):
   precedes it is its prompt, cut at the left where the row is too short for both;
   the prompt is given; the reply, its EoT and EOS are what the loss sees.
 
-From there on all are rows of a source, numbered 0 .. len - 1. The mixture says which source's how-manieth row example
-number `index` is; Grain's index permutation says which row that is (another order in every epoch). Examples
-step * B .. step * B + B - 1 are the batch of a step, so the position in the data is the step alone.
+From there on all are rows of a source, numbered 0 .. len - 1. The mixture says which source example number `index` is
+taken from, and how many were taken before; Grain's index permutation says which row that is (another order in every
+epoch). Examples step * B .. step * B + B - 1 are the batch of a step, so the position in the data is the step alone.
 
 Every batch has the same columns, whatever the objective:
   tokens  int32   [B, L]  x_0
@@ -34,7 +34,7 @@ from typing import Any, NamedTuple, Protocol
 import grain
 import numpy as np
 
-from lladax import corpus, optimizer, records
+from lladax import corpus, optimizer, reading, records
 from lladax.mistake import Mistake
 from lladax.tokenizer import Tokenizer
 
@@ -47,7 +47,7 @@ _MIX = 1000  # a mixture is exact over so many rows
 class DataConfig:
   """Where text comes from, and the shape of a batch."""
 
-  corpus: str = "unicode"  # or "stdlib", "facts", "files:GLOB[,GLOB]", "tfds:NAME[:SPLIT]", "records:FOLDER"
+  corpus: str = "unicode"  # or "stdlib", "facts", "files:GLOB_OR_FOLDER[,...]", "tfds:NAME[:SPLIT]", "records:FOLDER"
   mixture: tuple[tuple[str, float], ...] = ()  # (corpus, weight), ...: several, in place of `corpus`
   # (length, weights), ...: other weights in each stage; lengths as in optimizer.schedule; (): those of the mixture
   stages: tuple[tuple[float, tuple[float, ...]], ...] = ()
@@ -56,7 +56,7 @@ class DataConfig:
   prompt_field: str = ""  # of records, in chat, with response_field; "": known names
   response_field: str = ""
   bad_lines: str = "stop"  # "stop" at a line that cannot be used | "skip" and count it
-  exclude: str = ""  # JSON file of texts; a document that holds one of them, letter for letter, is left out
+  exclude: str = ""  # FILE or FILE:FIELD,... of a test; a document that holds one of its texts is left out
   held_out: float = 0.05  # fraction of the documents kept for evaluation; of records: as prepared
   length: int = 64  # tokens of a row
   batch_size: int = 64  # rows of an update, over all devices and micro-batches
@@ -241,7 +241,7 @@ class Dialogues:
     self.num_bytes = self.num_tokens = cut = too_long = 0  # of the replies
     for messages in conversations:
       turns, prompt = [], len(ids)
-      replies = [i for i, x in enumerate(messages) if i and x["role"] == "assistant" and x["content"].strip()]
+      replies = corpus.replies(messages)
       history: list[int] = []
       for i, message in enumerate(messages):
         if i in replies:
@@ -406,19 +406,24 @@ def _source(name: str, c: DataConfig, text: Tokenizer, seed: int) -> Source:
     alone = dataclasses.replace(c, corpus=name, mixture=(), stages=())
     found = Windows(stream_T, alone, eos_id=text.eos_id, seed=seed, about=about)
   counted = {"held out": len(held_out), "empty": tally.empty, "bad lines left out": tally.bad}
-  counted["left out: they hold a text of data.exclude"] = tally.excluded
+  counted |= {f"left out: they hold a text of {test}": n for test, n in sorted(tally.excluded.items())}
   found.about += "".join(f"; {n:,} {what}" for what, n in counted.items() if n)
+  if tally.files.total() > 1:
+    found.about += f"; files: {', '.join(f'{n:,} {kind}' for kind, n in sorted(tally.files.items()))}"
+  if c.exclude:
+    found.about += f"; looked for: {corpus.contaminated(c.exclude).about}"
   return found
 
 
-def _items(name: str, c: DataConfig) -> tuple[list[Any], list[Any], corpus.Tally]:
+def _items(name: str, c: DataConfig) -> tuple[list[Any], list[Any], reading.Tally]:
   """(training, held-out) items of a corpus, and what reading it met."""
-  return _read(name, c.format, c.text_field, c.prompt_field, c.response_field, c.bad_lines, c.exclude, c.held_out)
+  fields = c.format, c.text_field, c.prompt_field, c.response_field, c.bad_lines, c.exclude, c.held_out
+  return _read(corpus.stamp(name, c.exclude), name, *fields)
 
 
 @functools.lru_cache(maxsize=8)
-def _read(name, format, text_field, prompt_field, response_field, bad_lines, exclude, held_out):
-  tally = corpus.Tally(bad_lines, exclude)
+def _read(_, name, format, text_field, prompt_field, response_field, bad_lines, exclude, held_out):
+  tally = reading.Tally(bad_lines, exclude)
   if format == "chat":
     items = corpus.conversations(name, prompt_field, response_field, tally)
   else:
@@ -426,9 +431,13 @@ def _read(name, format, text_field, prompt_field, response_field, bad_lines, exc
   return *corpus.split(items, held_out), tally
 
 
-@functools.lru_cache(maxsize=8)
 def _stream(name: str, part: int, c: DataConfig, text: Tokenizer) -> np.ndarray:
   """`stream` of the training (0) or held-out (1) documents of a corpus."""
+  return _tokenised(corpus.stamp(name, c.exclude), name, part, c, text)
+
+
+@functools.lru_cache(maxsize=8)
+def _tokenised(_: Any, name: str, part: int, c: DataConfig, text: Tokenizer) -> np.ndarray:
   items: Any = _items(name, c)
   return stream(items[part], text)
 
@@ -443,7 +452,7 @@ def _is_records(name: str) -> bool:
 
 
 class Mixture:
-  """index -> (source, how-manieth row of that source): exact over every 1,000 rows of a stage, in random order."""
+  """index -> (source, rows taken of it before): exact over every 1,000 rows of a stage, in random order."""
 
   def __init__(self, c: DataConfig, *, seed: int, steps: int):
     stages = c.stages or ((-1, tuple(weight for _, weight in c.mixture) or (1.0,)),)
@@ -559,8 +568,8 @@ def held_out(c: DataConfig, text: Tokenizer) -> HeldOut | None:
   ends = np.cumsum(rows)
 
   def take(keep: np.ndarray) -> list[np.ndarray]:
-    of = np.searchsorted(ends, keep, side="right")
-    parts = [takes[i](keep[of == i] - int(ends[i]) + rows[i]) for i in np.unique(of)]
+    corpus_R = np.searchsorted(ends, keep, side="right")
+    parts = [takes[i](keep[corpus_R == i] - int(ends[i]) + rows[i]) for i in np.unique(corpus_R)]
     return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
   raw = None if None in raws else b"".join(raws)

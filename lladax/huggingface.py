@@ -191,7 +191,7 @@ def read(folder: Path) -> Published:
     Mistake: what is wrong, in one line.
   """
   config = _config(folder)
-  if refusal := _refusal(config):
+  if refusal := _refusal(config, folder):
     raise Mistake(f"{folder}: {refusal}")
   problems: list[str] = []
   for path in sorted(folder.iterdir()):
@@ -247,20 +247,33 @@ def identity(folder: Path, model: MaskPredictorConfig, text: tokenizers.Tokenize
 
 def _tokenizer_config(path: Path, eos_id, mask_id, pad_id) -> tokenizers.TokenizerConfig:
   """The special tokens' names, looked up by the ids of config.json (iLLaDA's names no mask)."""
-  vocabulary = hf_tokenizers.Tokenizer.from_file(str(path))
+  vocabulary = _vocabulary(path)
+  mask_id = _mask_id(path) if mask_id is None else mask_id
   if mask_id is None:
-    known = [name for name in ("<|mdm_mask|>", "<[MASK]>") if vocabulary.token_to_id(name) is not None]
-    if not known:
-      raise Mistake(f"{path.parent}/config.json: mask_token_id is missing, and the tokenizer names no mask either")
-    mask_id = vocabulary.token_to_id(known[0])
+    raise Mistake(f"{path.parent}/config.json: mask_token_id is missing, and the tokenizer names no mask either")
   names = {}
   for field, id in (("eos_token_id", eos_id), ("mask_token_id", mask_id), ("pad_token_id", pad_id)):
-    name = None if id is None else vocabulary.id_to_token(id)
+    name = vocabulary.id_to_token(id) if isinstance(id, int) and id >= 0 else None
     if name is None and not (field == "pad_token_id" and id is None):
       raise Mistake(f"{path.parent}/config.json: {field}={id} is no token of {path.name}")
     names[field] = name or ""
   eos, mask, pad = names.values()
   return tokenizers.TokenizerConfig("huggingface", str(path), eos=eos, mask=mask, pad=pad if pad != eos else "")
+
+
+def _vocabulary(path: Path) -> hf_tokenizers.Tokenizer:
+  try:
+    return hf_tokenizers.Tokenizer.from_file(str(path))
+  except Exception as error:  # the library raises nothing finer
+    raise Mistake(f"{path} is no vocabulary: {named(str(error))}") from error
+
+
+def _mask_id(path: Path) -> int | None:
+  """The token that a vocabulary calls a mask; None where there is no such token, or no file."""
+  if not path.is_file():
+    return None
+  found = map(_vocabulary(path).token_to_id, ("<|mdm_mask|>", "<[MASK]>"))
+  return next((i for i in found if i is not None), None)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -277,10 +290,11 @@ def _family(config: dict[str, Any]) -> int:
   return 0 if "d_model" in config else 1
 
 
-def _refusal(config: dict[str, Any]) -> str | None:
+def _refusal(config: dict[str, Any], folder: Path) -> str | None:
   """Why a model is not read, which its config.json tells by its names; None if it is LLaDA's or iLLaDA's.
 
-  LLaDA-MoE calls itself `llada`, too. Of a Llama, which iLLaDA's names are those of, the mask token tells what it is.
+  LLaDA-MoE calls itself `llada`, too. Of a Llama, which iLLaDA's names are those of, the mask token tells what it is:
+  that of config.json, or of the vocabulary.
   """
   kind, classes = config.get("model_type"), config.get("architectures")
   names = [x for x in (kind, *(classes if isinstance(classes, list) else [classes])) if isinstance(x, str)]
@@ -292,7 +306,7 @@ def _refusal(config: dict[str, Any]) -> str | None:
     why = f"it is a mixture of experts ({experts}={shown(config[experts])})"
   elif not why and any("llada" in x.lower() for x in names):
     why = None if config.keys() & {"d_model", "hidden_size"} else "there is neither d_model nor hidden_size in it"
-  elif not why and config.get("mask_token_id") is None:
+  elif not why and config.get("mask_token_id") is None and _mask_id(folder / "tokenizer.json") is None:
     why = "it names no mask_token_id, so it is no mask predictor"
   elif not why and (kind != "llama" or "hidden_size" not in config):
     why = "this layout is not known"

@@ -32,7 +32,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from lladax import corpus, records
+from lladax import corpus, reading, records
 from lladax import tokenizer as tokenizers
 from lladax.data import DataConfig, texts
 from lladax.mistake import Mistake
@@ -216,7 +216,7 @@ def _reader(recipe: Recipe, bad_lines: str, done: set[Key]) -> Any:
 
   class Read(beam.DoFn):
     def process(self, part: str) -> Iterator[Any]:
-      tally = corpus.Tally(bad_lines, recipe.exclude)
+      tally = reading.Tally(bad_lines, recipe.exclude)
       waiting, size = collections.defaultdict(list), 0
       for text in corpus.read_texts(part, recipe.text_field, tally):
         key, digest = recipe.key(text)
@@ -233,11 +233,13 @@ def _reader(recipe: Recipe, bad_lines: str, done: set[Key]) -> Any:
   return Read()
 
 
-def _write(of: tuple[Key, Iterable[list[tuple[bytes, str]]]], recipe: Recipe, folder: _Folder, text: Tokenizer) -> None:
+def _write(
+  gathered: tuple[Key, Iterable[list[tuple[bytes, str]]]], recipe: Recipe, folder: _Folder, text: Tokenizer
+) -> None:
   """Writes a shard and its counts."""
   from array_record.python.array_record_module import ArrayRecordWriter
 
-  (split, shard), batches = of
+  (split, shard), batches = gathered
   found = sorted(item for batch in batches for item in batch)
   unique = [item for i, item in enumerate(found) if not i or item != found[i - 1]]
   count = dict.fromkeys(_COUNTS, 0) | {"documents": len(unique), "duplicates": len(found) - len(unique)}
@@ -278,10 +280,14 @@ def _cut(documents: Iterable[np.ndarray], L: int, eos_id: int) -> Iterator[tuple
     yield tokens_L, segment_L
 
 
-def _write_tally(tallies: list[corpus.Tally], folder: _Folder) -> None:
-  names = {"items": "documents", "empty": "empty", "bad": "bad_lines", "excluded": "excluded"}
+def _write_tally(tallies: list[reading.Tally], folder: _Folder) -> None:
+  names = {"items": "documents", "empty": "empty", "bad": "bad_lines"}
   content: dict[str, Any] = {told: sum(getattr(x, name) for x in tallies) for name, told in names.items()}
-  named = sorted(message for x in tallies for message in x.named)[: corpus.NAMED]
+  for name in ("excluded", "files"):  # {file of a test: documents}, {kind: files}
+    content[name] = dict(sorted(sum((getattr(x, name) for x in tallies), collections.Counter()).items()))
+  if exclude := next((x.exclude for x in tallies), ""):
+    content["looked_for"] = corpus.contaminated(exclude).about
+  named = sorted(message for x in tallies for message in x.named)[: reading.NAMED]
   content |= {"parts": len(tallies), "first_bad_lines": named}
   folder.write("read.json", json.dumps(content).encode())
 
@@ -289,7 +295,7 @@ def _write_tally(tallies: list[corpus.Tally], folder: _Folder) -> None:
 def _finish(folder: _Folder, recipe: Recipe, text: Tokenizer) -> dict[str, Any]:
   """The manifest, from the counts of the shards, and what TFDS wants to know."""
   shards = {split: [folder.counts((split, i)) or {} for i in range(recipe.shards)] for split in records.SPLITS}
-  splits = {split: {name: sum(x[name] for x in of) for name in _COUNTS} for split, of in shards.items()}
+  splits = {split: {name: sum(x[name] for x in counts) for name in _COUNTS} for split, counts in shards.items()}
   read = json.loads(folder.read("read.json") or b"{}")
   documents = sum(x["documents"] + x["duplicates"] for x in splits.values())
   if documents != read["documents"]:
@@ -301,7 +307,7 @@ def _finish(folder: _Folder, recipe: Recipe, text: Tokenizer) -> dict[str, Any]:
     raise Mistake(f"data.corpus={recipe.corpus!r} holds no text: every document is empty")
   about = {"vocab_size": text.vocab_size, "eos_id": text.eos_id, "read": read, "splits": splits}
   manifest = {"format": 1} | dataclasses.asdict(recipe) | about
-  _describe_to_tfds(folder, recipe, {split: [x["records"] for x in of] for split, of in shards.items()})
+  _describe_to_tfds(folder, recipe, {split: [x["records"] for x in counts] for split, counts in shards.items()})
   folder.write(records.MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
   return manifest
 
@@ -382,10 +388,12 @@ def _report(manifest: dict[str, Any], seconds: float, target: str, console: Cons
   console.print(table)
   line = f"read {read['documents']:,} documents in {read['parts']:,} parts; left out {read['empty']:,} empty ones"
   line += f" and {read['bad_lines']:,} bad lines"
-  line += f", and {read['excluded']:,} that hold a text of {manifest['exclude']}" * bool(manifest["exclude"])
+  line += "".join(f", and {n:,} that hold a text of {test}" for test, n in read["excluded"].items())
   if seconds:
     size, tokens = (sum(x[name] for x in splits.values()) for name in ("bytes", "tokens"))
     line += f"; {seconds:.0f} s, {size / seconds / 1e6:.2f} MB/s, {tokens / seconds:,.0f} tokens/s"
   console.print(line)
+  if looked_for := read.get("looked_for"):
+    console.print(f"looked for: {looked_for}")
   for message in read["first_bad_lines"]:
     console.print(f"left out: {message}")

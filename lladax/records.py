@@ -55,13 +55,13 @@ def _example() -> Any:
   kind = descriptor_pb2.FieldDescriptorProto
   proto = descriptor_pb2.FileDescriptorProto(name="lladax/example.proto", package="lladax", syntax="proto3")
 
-  def message(name, field, type, label=kind.LABEL_OPTIONAL, of=None):
+  def message(name, field, type, label=kind.LABEL_OPTIONAL, holds=None):
     made = proto.message_type.add(name=name)
-    made.field.add(name=field, number=1, type=type, label=label, type_name=of)
+    made.field.add(name=field, number=1, type=type, label=label, type_name=holds)
     return made
 
   message("BytesList", "value", kind.TYPE_BYTES, kind.LABEL_REPEATED)
-  message("Feature", "bytes_list", kind.TYPE_MESSAGE, of=".lladax.BytesList")
+  message("Feature", "bytes_list", kind.TYPE_MESSAGE, holds=".lladax.BytesList")
   features = message("Features", "feature", kind.TYPE_MESSAGE, kind.LABEL_REPEATED, ".lladax.Features.FeatureEntry")
   entry = features.nested_type.add(name="FeatureEntry")
   entry.options.map_entry = True
@@ -69,7 +69,7 @@ def _example() -> Any:
   entry.field.add(
     name="value", number=2, type=kind.TYPE_MESSAGE, label=kind.LABEL_OPTIONAL, type_name=".lladax.Feature"
   )
-  message("Example", "features", kind.TYPE_MESSAGE, of=".lladax.Features")
+  message("Example", "features", kind.TYPE_MESSAGE, holds=".lladax.Features")
   return message_factory.GetMessages([proto])["lladax.Example"]
 
 

@@ -154,7 +154,7 @@ def start(tokens_BL: jax.Array, c: SamplerConfig, *, mask_id: int, first: int = 
   if (L - first) % W:
     raise Mistake(f"a canvas of {L - first} positions is not cut evenly into blocks of {W}")
   masks_BN = (tokens_BL[:, first:] == mask_id).reshape(B, -1, W).any(axis=-1)
-  order_BN = jnp.cumsum(masks_BN, axis=1) - 1  # the how-manieth of its row's blocks with a mask
+  order_BN = jnp.cumsum(masks_BN, axis=1) - 1  # how many blocks with a mask its row has before it
   used_B1 = jnp.maximum(masks_BN.sum(axis=1, keepdims=True), 1)
   shared_BN = jnp.maximum(c.steps // used_B1 + (order_BN < c.steps % used_B1), 1)
   canvas = Canvas(

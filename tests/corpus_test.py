@@ -140,9 +140,6 @@ def test_parquet_and_a_list_of_json(tmp_path):
   assert corpus.documents(f"files:{tmp_path}/a.parquet", "title,text")[0] == f"a\n{TEXTS[0]}"
   with pytest.raises(ValueError, match="data.text_field='body' is not in .*a.parquet row 1: "):
     corpus.documents(f"files:{tmp_path}/a.parquet", "body")
-  write(tmp_path / "c.json", '{"text": "x"}')
-  with pytest.raises(ValueError, match="c.json holds a dict, not a list of records"):
-    corpus.documents(f"files:{tmp_path}/c.json")
   write(tmp_path / "d.parquet", "no parquet")
   with pytest.raises(ValueError, match="d.parquet cannot be read"):
     corpus.documents(f"files:{tmp_path}/d.parquet")
@@ -177,22 +174,41 @@ def test_bad_lines_are_counted_where_that_is_wanted(tmp_path, caplog):
     corpus.documents(f"files:{path}")
 
 
-def test_what_holds_a_text_of_a_test_is_left_out(tmp_path):
-  test = write(tmp_path / "test.json", json.dumps([{"first": "ab", "second": " cde\n"}, {"more": [["ab", ""]]}]))
-  texts = ["a b", "xab", "cd", "cde", "ab", "first"]
-  path = write(tmp_path / "a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
+LONG = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May."
+
+
+def documents_without(test, texts, folder):
+  path = write(folder / "texts.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
   tally = corpus.Tally(exclude=str(test))
-  assert corpus.documents(f"files:{path}", tally=tally) == ["a b", "cd", "first"]
-  assert (tally.items, tally.excluded) == (3, 3)
-  chat = write(tmp_path / "b.jsonl", json.dumps({"prompt": "Say it!", "response": "ab"}))
-  with pytest.raises(ValueError, match="holds no conversation"):
+  return corpus.documents(f"files:{path}", tally=tally), tally
+
+
+def test_what_holds_a_text_of_a_test_is_left_out(tmp_path):
+  test = write(tmp_path / "test.json", json.dumps([{"question": LONG, "answer": "A", "id": [{"more": "ab"}]}]))
+  texts = ["A dog.", "xab", f"He read: {LONG.upper()}", "in April, and then she sold half as many clips in"]
+  found, tally = documents_without(test, texts, tmp_path)
+  assert found == [texts[0], texts[1], texts[3]]
+  assert (tally.items, tally.excluded) == (3, {"test.json": 1})
+  assert corpus.contaminated(str(test)).about.startswith("1 texts; 2 shorter than 8 words")
+  chat = write(tmp_path / "b.jsonl", json.dumps({"prompt": LONG, "response": "ab"}))
+  with pytest.raises(ValueError, match=r"no conversation with a reply: .*left out \(1 holding a text of data.exclude"):
     corpus.conversations(f"files:{chat}", tally=corpus.Tally(exclude=str(test)))
+
+
+def test_named_fields_of_a_test_count_however_short_and_no_others(tmp_path):
+  record = {"first": "春眠不觉晓", "deep": [{"second": ["处处", "闻啼鸟"]}], "source": LONG}
+  test = write(tmp_path / "test.jsonl.xz", json.dumps(record))
+  texts = ["春眠不觉晓，处", "春眠不晓觉，晓", "夜来闻啼鸟", f"{LONG} 花落知多少"]
+  assert documents_without(f"{test}:first,second", texts, tmp_path)[0] == [texts[1], texts[3]]
+  assert documents_without(f"{test}:first", texts, tmp_path)[0] == texts[1:]
+  assert documents_without(test, texts, tmp_path)[0] == texts[:3]
 
 
 @pytest.mark.parametrize(
   ("name", "text", "error", "message"),
   [
-    ("a.json", "[{}, 3]", ValueError, "^data.exclude='.*a.json' holds no text"),
+    ("a.json", "[{}, 3]", ValueError, "^data.exclude='.*a.json' holds no text to look for$"),
+    ("a.json", '["A", "B"]', ValueError, "holds no text to look for: 2 are shorter than 8 words .* FILE:FIELD"),
     ("a.json", "[", ValueError, "^data.exclude=.*a.json is not JSON"),
     ("b.json", "[]", FileNotFoundError, "^data.exclude=.*a.json: no file matches"),
   ],
@@ -201,6 +217,21 @@ def test_an_excluded_test_that_cannot_be_read(tmp_path, name, text, error, messa
   write(tmp_path / name, text)
   with pytest.raises(error, match=message):
     corpus.contaminated(f"{tmp_path}/a.json")
+
+
+def test_a_field_that_no_record_of_a_test_has(tmp_path):
+  test = write(tmp_path / "a.json", '[{"first": "x"}]')
+  with pytest.raises(ValueError, match=r"exclude='.*:frist': no record has the field 'frist'; there are \['first'\]"):
+    corpus.contaminated(f"{test}:frist")
+
+
+def test_a_file_that_was_edited_is_read_anew(tmp_path):
+  test = write(tmp_path / "a.json", '[{"first": "x"}]')
+  assert corpus.contaminated(f"{test}:first").held_by(["y"]) == [None]
+  write(test, '[{"first": "y"}]')  # as long as before
+  assert corpus.contaminated(f"{test}:first").held_by(["y"]) == ["a.json"]
+  test.unlink()
+  assert corpus.contaminated(f"{test}:first").held_by(["y"]) == ["a.json"]  # a run does not need it again
 
 
 QUESTION, ANSWER = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hi."}
@@ -214,6 +245,9 @@ QUESTION, ANSWER = {"role": "user", "content": "Hi?"}, {"role": "assistant", "co
     {"instruction": "Hi?", "response": "Hi."},
     {"prompt": "Hi?", "response": "Hi."},
     {"prompt": "Hi?", "completion": "Hi.", "id": 3},
+    {"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Hi."}]},
+    {"conversation": [QUESTION, ANSWER | {"weight": 1, "id": "x", "tool_calls": None}], "messages": None},
+    {"messages": [QUESTION | {"content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i?"}]}, ANSWER]},
   ],
 )
 def test_conversations_of_every_kind(tmp_path, record):
@@ -226,6 +260,28 @@ def test_conversations_by_fields_and_with_an_input(tmp_path):
   assert corpus.conversations(f"files:{path}", "question", "answer") == [[QUESTION, ANSWER]]
   path = write(tmp_path / "b.jsonl", json.dumps({"instruction": "Add.", "input": "1 2", "output": "3"}))
   assert corpus.conversations(f"files:{path}")[0][0]["content"] == "Add.\n\n1 2"
+
+
+def test_a_system_message_in_all_its_places(tmp_path):
+  records = [
+    {"messages": [{"role": "system", "content": "Be kind."}, QUESTION, ANSWER]},
+    {"messages": [{"role": "developer", "content": "Be kind."}, QUESTION, ANSWER]},
+    {"system": "Be kind.", "conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Hi."}]},
+    {"system": "Be kind.", "instruction": "Hi?", "output": "Hi."},
+  ]
+  path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, records)))
+  assert corpus.conversations(f"files:{path}") == [[{"role": "system", "content": "Be kind."}, QUESTION, ANSWER]] * 4
+
+
+def test_a_reply_of_weight_0_is_said_and_not_learnt(tmp_path):
+  other = ANSWER | {"content": "Bye."}
+  records = [[QUESTION, ANSWER | {"weight": 0}, QUESTION, other | {"weight": 1}, QUESTION, ANSWER | {"weight": 0}]]
+  records += [[QUESTION, ANSWER | {"weight": 0}]]
+  path = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"messages": x}) for x in records))
+  tally = corpus.Tally()
+  found = corpus.conversations(f"files:{path}", tally=tally)
+  assert found == [[QUESTION, ANSWER | {"weight": 0}, QUESTION, other]] and tally.empty == 1
+  assert corpus.replies(found[0]) == [3]
 
 
 @pytest.mark.parametrize(
@@ -243,6 +299,20 @@ def test_conversations_by_fields_and_with_an_input(tmp_path):
     ),
     ({"prompt": "x", "response": 3}, "line 1: response is no text but int"),
     (["x"], "line 1 is no record with fields"),
+    ({"messages": [QUESTION | {"role": "tool", "tool_call_id": "x"}]}, "line 1: the role 'tool' is unknown"),
+    ({"messages": [QUESTION | {"role": ["user"]}]}, r"line 1: the role \['user'\] is unknown"),
+    ({"messages": [QUESTION, ANSWER | {"tool_calls": [{}]}]}, "line 1: the field 'tool_calls' of a message is not"),
+    ({"messages": [QUESTION, ANSWER | {"reasoning_content": "x"}]}, "line 1: the field 'reasoning_content' of a mess"),
+    ({"messages": [QUESTION, ANSWER | {"weight": 0.5}]}, "line 1: a message of weight 0.5: use 1, learnt, or 0, not"),
+    (
+      {"messages": [QUESTION | {"content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+      "line 1: content has a part of type 'image_url': only text",
+    ),
+    ({"messages": [QUESTION | {"content": ["x"]}]}, "line 1: content is no text but list"),
+    ({"conversations": [{"from": "bing", "value": "x"}]}, "line 1: the role 'bing' is unknown"),
+    ({"messages": [QUESTION, ANSWER], "tools": [{}]}, "line 1: the field 'tools' of a conversation is not read"),
+    ({"instruction": "x", "output": "y", "history": [["a", "b"]]}, "line 1: the field 'history' of a conversation is"),
+    ({"conversations": "x"}, "line 1: conversations is no list of objects"),
   ],
 )
 def test_a_bad_conversation_is_named(tmp_path, record, message):

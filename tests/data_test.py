@@ -254,6 +254,15 @@ def test_one_reply_of_a_dialogue_is_drawn_at_random():
   assert (every.num_bytes, every.num_tokens) == (4, 6)
 
 
+def test_a_reply_of_weight_0_is_in_the_prompt_and_never_drawn():
+  conversation = talk("a", "b", "c", "d", "e", "f")
+  conversation[1]["weight"] = conversation[5]["weight"] = 0
+  source = dialogues([conversation], dataclasses.replace(CHAT, length=32, eos_padding="none"))
+  rows = [source.row(0, epoch, 0) for epoch in range(50)]
+  assert {spelled(tokens_L).rstrip("0") for tokens_L, *_ in rows} == {"24a15b14c15d1"}
+  assert {spelled(tokens_L[weight_L > 0]) for tokens_L, _, weight_L in rows} == {"d10"}
+
+
 def test_a_long_prompt_loses_its_left_and_a_long_reply_is_left_out():
   source = dialogues([talk("abcdefghijkl", "mn"), talk("a", "b" * 14), talk("a", "b" * 13)])
   assert len(source) == 2
@@ -289,6 +298,38 @@ def test_a_packed_batch_counts_every_reply_the_same():
       for s in range(1, batch["segment"][b].max() + 1)
     ]
     np.testing.assert_allclose(replies, 1 / len(replies), rtol=1e-5)
+
+
+def test_a_file_that_was_edited_is_read_anew_and_one_that_is_gone_is_kept(tmp_path):
+  path, test = tmp_path / "a.txt", tmp_path / "test.txt"
+  test.write_text("never")
+  c = DataConfig(corpus=f"files:{path}", length=4, held_out=0.0, exclude=f"{test}")
+  text = Letters()
+  test.write_text("one two three four five six seven eight")
+  for content in ("first", "other"):  # as long as before
+    path.write_text(content)
+    assert data.texts(c) == ([content], [])
+    np.testing.assert_array_equal(data.sources(c, text, 0)[0].stream_T, [*map(ord, content), EOS])
+  path.unlink()
+  assert data.texts(c) == (["other"], [])
+  assert len(data.sources(c, text, 0)[0].stream_T) == 6
+  path.write_text("x one two three four five six seven eight")
+  with pytest.raises(ValueError, match="every document was left out"):
+    data.texts(c)
+  test.write_text("one two three four five six seven NINE")
+  assert len(data.texts(c)[0]) == 1
+  test.unlink()
+  assert len(data.texts(c)[0]) == 1
+
+
+def test_what_was_read_and_left_out_is_said(tmp_path):
+  (tmp_path / "a.jsonl").write_text('{"text": "abcdefg"}\noh\n{"text": "one two three four five six seven eight"}\n')
+  (tmp_path / "b.txt").write_text("plain")
+  (tmp_path / "test.json").write_text('["one two three four five six seven eight", "A"]')
+  c = DataConfig(corpus=f"files:{tmp_path}/a.jsonl,{tmp_path}/b.txt", length=4, held_out=0.0, bad_lines="skip")
+  about = data.sources(dataclasses.replace(c, exclude=f"{tmp_path}/test.json"), Letters(), 0)[0].about
+  assert about.startswith("2 documents (12 bytes, 14 tokens); 1 bad lines left out; 1 left out: they hold a text of")
+  assert "; files: 1 .jsonl, 1 .txt; looked for: 1 texts; 1 shorter than 8 words or 31 characters are not used" in about
 
 
 @pytest.mark.parametrize(
@@ -339,19 +380,19 @@ def test_a_mixture_is_exact_and_in_no_pattern():
 def test_every_source_of_a_mixture_goes_through_its_epochs():
   rows = np.concatenate([batch["tokens"] for batch in mixed(stop=100)])
   for source, count in enumerate([500, 300, 200]):
-    of = rows[rows[:, 0] // 1000 == source] - 1000 * source
-    assert len(of) == count
+    taken = rows[rows[:, 0] // 1000 == source] - 1000 * source
+    assert len(taken) == count
     for first in range(0, count, 100):  # 400 tokens in rows of 4
-      np.testing.assert_array_equal(np.sort(of[first : first + 100].ravel()), numbered(400))
+      np.testing.assert_array_equal(np.sort(taken[first : first + 100].ravel()), numbered(400))
 
 
 def test_stages_change_the_weights_and_lose_no_row():
   c = dataclasses.replace(MIXED, stages=((30, (1.0, 0.0, 1.0)), (0.25, (0.0, 1.0, 0.0)), (-1, (1.0, 2.0, 1.0))))
   found = mixed(c, stop=200, steps=200)
-  of = sources_of(found)
-  assert abs((of[:300] == 0).sum() - 150) < 40 and (of[:300] == 1).sum() == 0
-  assert (of[300:800] == 1).all()
-  np.testing.assert_array_equal(np.bincount(of[800:1800]), [250, 500, 250])
+  source_R = sources_of(found)
+  assert abs((source_R[:300] == 0).sum() - 150) < 40 and (source_R[:300] == 1).sum() == 0
+  assert (source_R[300:800] == 1).all()
+  np.testing.assert_array_equal(np.bincount(source_R[800:1800]), [250, 500, 250])
   rows = np.concatenate([batch["tokens"] for batch in found])
   first = rows[rows[:, 0] // 1000 == 0]
   np.testing.assert_array_equal(np.sort(first[:100].ravel()), numbered(400))  # an epoch, over the stages

@@ -64,6 +64,16 @@ def requests(kind, *arguments):
   return [Instance(request_type=kind, doc={}, arguments=x, idx=0, metadata=metadata) for metadata, x in rows]
 
 
+def test_rows_of_a_file_that_was_edited_are_read_anew(tmp_path):
+  from lladax.tasks import utils
+
+  for answer in "ab":  # as long as before
+    (tmp_path / "x.jsonl").write_text(json.dumps({"answer": answer}) + "\n")
+    assert utils.rows("x", tmp_path) == [{"answer": answer}]
+  (tmp_path / "y.json").write_text('[{"answer": "c"}]')
+  assert utils.rows("y", tmp_path) == [{"answer": "c"}]
+
+
 PAIRS = [("Question: one\nAnswer:", " two"), ("", "ab"), ("Question:", " x"), ("a", " three or four"), ("b ", "c")]
 
 

@@ -328,6 +328,18 @@ def test_a_llama_with_a_mask_token_is_read(tmp_path):
   assert published.model == huggingface.read(publish(tmp_path / "illada", ILLADA)).model
 
 
+def test_a_llama_whose_vocabulary_names_a_mask_is_read(tmp_path):
+  config = {name: value for name, value in LLAMA.items() if name != "mask_token_id"}
+  source = publish(tmp_path / "source", config)
+  assert "it names no mask_token_id, so it is no mask predictor" in complaint(source)
+  add_tokenizer(source, mask="<hole>")
+  assert "it names no mask_token_id, so it is no mask predictor" in complaint(source)
+  add_tokenizer(source, mask="<|mdm_mask|>")
+  assert lladax.load(source).mask_id == 258
+  (source / "tokenizer.json").write_text("{")
+  assert "tokenizer.json is no vocabulary: " in complaint(source)
+
+
 def test_broken_files(tmp_path):
   source = publish(tmp_path / "source", LLADA)
   first, second, third = sorted(source.glob("*.safetensors"))

@@ -78,8 +78,8 @@ def test_every_document_comes_back_once(prepared, config, texts):
     assert counts["bytes"] == sum(len(text.encode()) for text in unique)
     assert counts["tokens"] == counts["bytes"] + len(unique)  # a token a byte, and EOS
     assert counts["tokens"] + counts["padding"] == LENGTH * counts["records"]
-  counts = {"parts": 2, "documents": len(texts), "empty": 2, "bad_lines": 0, "excluded": 0, "first_bad_lines": []}
-  assert manifest["read"] == counts
+  counts = {"parts": 2, "documents": len(texts), "empty": 2, "bad_lines": 0, "first_bad_lines": []}
+  assert manifest["read"] == counts | {"excluded": {}, "files": {".jsonl": 2}}
 
 
 def test_segments_number_the_documents_of_a_record(prepared):
@@ -111,11 +111,11 @@ def test_a_preparation_goes_on_where_it_was_cut_off(prepared, config, tmp_path, 
   target, _ = prepared
   real, written = prepare._write, []
 
-  def fail_at_the_third(of, *args):
+  def fail_at_the_third(gathered, *args):
     if len(written) == 2:
       raise KeyboardInterrupt
-    written.append(of[0])
-    real(of, *args)
+    written.append(gathered[0])
+    real(gathered, *args)
 
   monkeypatch.setattr(prepare, "_write", fail_at_the_third)
   with pytest.raises(BaseException):  # noqa: B017  (Beam makes of it what it likes)
@@ -159,11 +159,19 @@ def test_a_bad_line_ends_the_preparation_in_one_line(tmp_path):
 
 def test_what_holds_a_text_of_a_test_is_left_out(tmp_path):
   (tmp_path / "a.jsonl").write_text('{"text": "x is 1"}\n{"text": "y"}\n')
-  (tmp_path / "test.json").write_text('[{"question": "x is"}]')
-  config = DataConfig(corpus=f"files:{tmp_path}/a.jsonl", length=8, held_out=0.0, exclude=f"{tmp_path}/test.json")
-  manifest = prepare.run(config, BYTES, str(tmp_path / "records"), 1, [])
-  assert manifest["read"]["excluded"] == 1 and manifest["exclude"] == config.exclude
-  assert manifest["splits"]["train"]["bytes"] == 1
+  (tmp_path / "test.json").write_text('[{"question": "x is", "answer": "y", "more": "one two three four five 6 7 8"}]')
+  config = DataConfig(corpus=f"files:{tmp_path}/a.jsonl", length=8, held_out=0.0)
+  named = dataclasses.replace(config, exclude=f"{tmp_path}/test.json:question")
+  manifest = prepare.run(named, BYTES, str(tmp_path / "records"), 1, [])
+  assert manifest["read"]["excluded"] == {"test.json": 1} and manifest["exclude"] == named.exclude
+  assert manifest["read"]["looked_for"] == "1 texts" and manifest["splits"]["train"]["bytes"] == 1
+  every = dataclasses.replace(config, exclude=f"{tmp_path}/test.json")
+  manifest = prepare.run(every, BYTES, str(tmp_path / "others"), 1, [])
+  assert manifest["read"]["excluded"] == {} and manifest["splits"]["train"]["documents"] == 2
+  assert manifest["read"]["looked_for"].startswith("1 texts; 2 shorter than 8 words or 31 characters are not used")
+  lost = dataclasses.replace(config, exclude=f"{tmp_path}/test.json:quest")
+  with pytest.raises(ValueError, match="no record has the field 'quest'"):
+    prepare.run(lost, BYTES, str(tmp_path / "lost"), 1, [])
 
 
 def test_what_cannot_be_prepared(tmp_path, config):

@@ -18,23 +18,29 @@ from lladax import sandbox
 from lladax.mistake import Mistake
 
 
-@functools.cache
 def _read(folder, name):
   for kind in (".jsonl", ".jsonl.xz", ".json", ".json.xz"):
     path = pathlib.Path(folder).expanduser() / f"{name}{kind}"
     if folder and path.is_file():
-      try:
-        with (lzma.open if kind.endswith(".xz") else open)(path, "rt", encoding="utf-8") as file:
-          found = json.load(file) if ".jsonl" not in kind else [json.loads(line) for line in file if line.strip()]
-      except (ValueError, OSError, EOFError, lzma.LZMAError) as error:
-        raise Mistake(f"{path} cannot be read: {error}") from None
-      if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
-        raise Mistake(f"{path}: must hold questions that are objects of JSON, one a line, or a list of them")
-      return found
+      return _parse(path, path.stat().st_size, path.stat().st_mtime_ns)
   raise Mistake(
     f"data_dir={folder!r}: there is no {name}.jsonl (or .json, or .xz of them) in it; give the folder of the benchmarks"
     " as data_dir, or in LLADAX_EVAL_DATA"
   )
+
+
+@functools.lru_cache(maxsize=64)
+def _parse(path, *_):
+  """The rows of a file; of one that was edited, anew."""
+  try:
+    with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
+      lines = ".jsonl" in path.suffixes
+      found = [json.loads(line) for line in file if line.strip()] if lines else json.load(file)
+  except (ValueError, OSError, EOFError, lzma.LZMAError) as error:
+    raise Mistake(f"{path} cannot be read: {error}") from None
+  if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+    raise Mistake(f"{path}: must hold questions that are objects of JSON, one a line, or a list of them")
+  return found
 
 
 def rows(name, data_dir="", where=None):
