@@ -329,7 +329,7 @@ def test_a_llama_with_a_mask_token_is_read(tmp_path):
 
 
 def test_a_llama_whose_vocabulary_names_a_mask_is_read(tmp_path):
-  config = {name: value for name, value in LLAMA.items() if name != "mask_token_id"}
+  config = {name: value for name, value in LLAMA.items() if name != "mask_token_id"} | {"vocab_size": 384}
   source = publish(tmp_path / "source", config)
   assert "it names no mask_token_id, so it is no mask predictor" in complaint(source)
   add_tokenizer(source, mask="<hole>")
