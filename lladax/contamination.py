@@ -100,7 +100,7 @@ class _Tokens:
     texts = [unicodedata.normalize("NFKC", x).casefold().replace("'", "").replace("\u2019", "") for x in texts]
     text, cuts = "\n".join(texts), [0]
     while cuts[-1] < len(text):
-      gap = re.compile(r"\W").search(text, cuts[-1] + _PART)
+      gap = re.compile(r"[\s,.，。]").search(text, cuts[-1] + _PART)
       cuts.append(gap.start() if gap else len(text))
     parts = [_tokens(text[i:j], i) for i, j in itertools.pairwise(cuts)] or [_tokens("", 0)]
     hashes, weights, places = (np.concatenate(column) for column in zip(*parts, strict=True))

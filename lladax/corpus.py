@@ -370,7 +370,7 @@ def _content(value: Any, where: str, name: str) -> str:
   """A text; of a list of parts, their texts one after the other."""
   if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
     for part in value:
-      if not str(part.get("type")).endswith("text"):
+      if part.get("type") not in ("text", "input_text", "output_text"):
         raise Mistake(f"{where}: {name} has a part of type {reading.short(part.get('type'))}: only text is read")
     value = "".join(_content(part.get("text"), where, f"the text of a part of {name}") for part in value)
   if not isinstance(value, str):
@@ -399,7 +399,7 @@ def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
     known = ", ".join(ROLES)
     raise Mistake(f"{where}: the role {reading.short(role)} is unknown to the chat template: use {known}")
   for field, value in message.items():
-    if value and field not in (*keys, "weight") and field not in _ABOUT:
+    if value not in (None, "", [], {}) and field not in (*keys, "weight", *_ABOUT):  # False may mean something
       raise Mistake(f"{where}: the field {reading.short(field)} of a message is not read: leave it out")
   if weight is not None and weight not in (0, 1):
     raise Mistake(f"{where}: a message of weight {reading.short(weight)}: use 1, learnt, or 0, not learnt")

@@ -46,6 +46,8 @@ LONGEST_LINE = 2**28  # bytes; a longer one is a bad line, and is never held who
 _PACKED: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": zstd.open}
 _LINES = (".jsonl", ".ndjson", ".jsonlines")
 _ARCHIVES = (".tar", ".tgz", ".tbz2", ".txz", ".zip", ".7z")
+_SHORT = reprlib.Repr()
+_SHORT.maxlist, _SHORT.maxstring = 12, 40
 _DAMAGED = (EOFError, lzma.LZMAError, zlib.error, zstd.ZstdError, OSError)
 
 
@@ -168,7 +170,7 @@ def records(path: str, tally: Tally, columns: tuple[str, ...] = (), field: str =
 
 def short(value: Any) -> str:
   """A value in a message, on one line of a readable length."""
-  return reprlib.repr(value)
+  return _SHORT.repr(value)
 
 
 def _is_damage(error: BaseException) -> bool:

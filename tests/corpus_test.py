@@ -303,6 +303,7 @@ def test_a_reply_of_weight_0_is_said_and_not_learnt(tmp_path):
     ({"messages": [QUESTION | {"role": ["user"]}]}, r"line 1: the role \['user'\] is unknown"),
     ({"messages": [QUESTION, ANSWER | {"tool_calls": [{}]}]}, "line 1: the field 'tool_calls' of a message is not"),
     ({"messages": [QUESTION, ANSWER | {"reasoning_content": "x"}]}, "line 1: the field 'reasoning_content' of a mess"),
+    ({"messages": [QUESTION, ANSWER | {"train": False}]}, "line 1: the field 'train' of a message is not read"),
     ({"messages": [QUESTION, ANSWER | {"weight": 0.5}]}, "line 1: a message of weight 0.5: use 1, learnt, or 0, not"),
     (
       {"messages": [QUESTION | {"content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
