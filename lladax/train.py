@@ -241,6 +241,9 @@ def _base(config: Config, saved: dict[str, Any] | None, workdir: Path) -> str:
   raise Missing(f"{workdir} {why} {base}, which is not there: say as init_from where that checkpoint is now")
 
 
+_PARAMETERS = 0x1217  # what is folded into the seed's key for the parameters; for a step it is the step's number
+
+
 def program(config: Config, mesh: Mesh) -> tuple[optax.GradientTransformation, Callable[[], State], State, Any]:
   """(optimizer, how the state begins, where it lives, where the columns of a batch live)."""
   c = config.model
