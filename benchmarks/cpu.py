@@ -76,7 +76,7 @@ def lladax_train(a: dict, exact: bool) -> Callable[[], object]:
   import jax
   import jax.numpy as jnp
 
-  from configs import base
+  from lladax.configs import base
   from lladax import config, optimizer, train
 
   values = base.get_config()

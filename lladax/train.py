@@ -38,6 +38,7 @@ from lladax import (
   evaluate,
   metrics,
   optimizer,
+  sampling,
   sharding,
   tokenizer,
   visualize,
@@ -596,12 +597,13 @@ def show_samples(config: Config, workdir: Path, prompts: list[str], html: str | 
     evaluate.check_room({f"--prompt={prompt[:30]!r}": len(ids)}, config.sample, model, fills=fills)
   llada = load(workdir, mesh=sharding.make_mesh(config.mesh))
   options, pages = dataclasses.asdict(config.sample), []
-  for prompt in prompts:
+  for n, prompt in enumerate(prompts):  # each is a batch of its own, and noise must differ
+    options_here: dict[str, Any] = options | {"seed": sampling.nth_seed(options["seed"], n)}
     if "[MASK]" in prompt:  # a canvas has a length of its own
-      options_here = {name: value for name, value in options.items() if name not in ("block_length", "gen_length")}
+      del options_here["block_length"], options_here["gen_length"]
       out = llada.infill(prompt, **options_here)
     else:
-      out = llada.sample(prompt, **options)
+      out = llada.sample(prompt, **options_here)
     if not distributed.is_first():
       continue
     if sys.stdout.isatty():

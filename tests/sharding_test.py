@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from configs import llada_8b
+from lladax.configs import llada_8b
 from lladax import checkpoint, sharding, train
 from lladax.config import parse
 from lladax.mask_predictor import Block
