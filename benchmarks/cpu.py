@@ -76,8 +76,8 @@ def lladax_train(a: dict, exact: bool) -> Callable[[], object]:
   import jax
   import jax.numpy as jnp
 
-  from lladax.configs import base
   from lladax import config, optimizer, train
+  from lladax.configs import base
 
   values = base.get_config()
   values.model.update({name: a[name] for name in SIZES}, G=a["H"])

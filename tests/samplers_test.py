@@ -419,6 +419,7 @@ def test_masks_that_never_vanish_end_every_loop(monkeypatch, broken, options):
   else:
     monkeypatch.setattr(llada_module.sampling, "commit", blind)
   llada = make(max_length=72, N=1, F=15)  # which no other test compiles
+<<<<<<< HEAD
   options = {"gen_length": 16, "block_length": 4, "steps": 8} | options
   blocks = 4 if options["gen_length"] else (4 + 4 + 2 if broken == "program" else 4 + 8 + 10 - 4 - 8)
   out = llada.sample([[5], [6, 7]], **options)
@@ -438,3 +439,25 @@ def test_a_mask_in_a_prompt_is_refused(llada, ask, options):
     options["until"] = ["x"]
   with pytest.raises(ValueError, match=r"^prompts\[1\]\[1\]=258 is \[MASK\], .* unmask\(\)|^a causal model is not str"):
     (llada.stream if ask == "stream" else llada.sample)(prompts, **options)
+=======
+  options = {"gen_length": 16, "block_length": 8, "steps": 8} | options
+  places = options["gen_length"] or 2 * (72 - 2)  # a canvas that grows begins again with a larger one
+  for every, most in (("block", places // 8), ("step", places)):
+    seen = list(llada.stream([[5], [6, 7]], every=every, **options))
+    assert 1 <= len(seen) <= most and (seen[-1].unmasked_at == 0).all()
+  for until in ((), ["x"]):
+    assert llada.sample([[5], [6, 7]], until=until, **options).nfe <= places
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_mask_in_a_prompt_is_refused(causal):
+  llada = make(causal=causal)
+  prompts = [[5], [5, llada.mask_id, 7]]
+  said = rf"^prompts\[1\]\[1\]={llada.mask_id} is \[MASK\], which has no place here: unmask\(\) is what fills"
+  for options in ({}, {"until": ["x"]}, {"gen_length": None}):
+    with pytest.raises(ValueError, match=said):
+      llada.sample(prompts, **options)
+    if not causal and "until" not in options:
+      with pytest.raises(ValueError, match=said):
+        llada.stream(prompts, **options)
+>>>>>>> sampler

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lladax.configs import llada_8b
 from lladax import checkpoint, sharding, train
 from lladax.config import parse
+from lladax.configs import llada_8b
 from lladax.mask_predictor import Block
 from lladax.sharding import MeshConfig
 
