@@ -5,19 +5,11 @@ field or a wrong type is an error.
 """
 
 import dataclasses
-<<<<<<< HEAD
-=======
-import json
->>>>>>> sampler
 import logging
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
 from lladax import checkpoint, data, diffusion, fields, optimizer, sampling, sharding, tokenizer
-=======
-from lladax import data, diffusion, fields, optimizer, sampling, sharding, tokenizer
->>>>>>> sampler
 from lladax.mask_predictor import MaskPredictorConfig
 from lladax.mistake import Mistake
 from lladax.sampling import SamplerConfig

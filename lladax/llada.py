@@ -8,15 +8,9 @@ that compiled programs are reused -> sampling.run, one compiled program -> `Samp
 
 import dataclasses
 import functools
-<<<<<<< HEAD
 import math
 import numbers
 import os
-=======
-import json
-import math
-import numbers
->>>>>>> sampler
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -198,15 +192,9 @@ class LLaDA:
     """
     lists = isinstance(prompt, list) and isinstance(answer, list)
     many = lists and not any(isinstance(x, int | np.integer) for x in (*prompt, *answer))  # [] is a prompt of no ids
-<<<<<<< HEAD
-    pairs = [self._pair(p, a) for p, a in (zip(prompt, answer, strict=True) if many else [(prompt, answer)])]
-=======
     if many and len(prompt) != len(answer):
       raise Mistake(f"log_likelihood: {len(prompt)} prompts and {len(answer)} answers")
-    pairs = [
-      (self._ids(p), self._ids(a)) for p, a in (zip(prompt, answer, strict=True) if many else [(prompt, answer)])
-    ]
->>>>>>> sampler
+    pairs = [self._pair(p, a) for p, a in (zip(prompt, answer, strict=True) if many else [(prompt, answer)])]
     if any(not a for _, a in pairs):
       raise Mistake("log_likelihood: an answer is empty")
     for i, (p, a) in enumerate(pairs):
@@ -473,24 +461,16 @@ class LLaDA:
       raise Mistake("this model has no tokenizer: use unmask(), and lists of ids")
     return self.tokenizer
 
-<<<<<<< HEAD
   def _pair(self, prompt: Prompt, answer: Prompt) -> tuple[list[int], list[int]]:
     if isinstance(prompt, str) and isinstance(answer, str):
       return self._text().pair(prompt, answer)
     ids = self._ids(prompt)
     return ids, self._text().behind(ids, answer) if isinstance(answer, str) else self._ids(answer)
 
-=======
->>>>>>> sampler
   def _ids(self, prompt: Prompt, where: str = "ids") -> list[int]:
     if isinstance(prompt, str):
       return self._text().encode(prompt)
     if isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping):
-<<<<<<< HEAD
-=======
-      if self.tokenizer is not None and self.eot_id is None:
-        raise Mistake("a conversation: this model's vocabulary has no chat tokens (<|eot_id|>); give it text")
->>>>>>> sampler
       return self._text().chat(cast(Sequence[Mapping[str, str]], prompt))
     return _row(prompt, where)
 
@@ -529,13 +509,10 @@ def load(path: str | Path, step: int | None = None, mesh: Mesh | None = None) ->
     Mistake: the vocabulary and the checkpoint disagree, or nothing can be read, or the layout is not supported.
   """
   step = fields.typed(step, int | None, "step")
-<<<<<<< HEAD
   given = Path(os.path.expanduser(path))
   folder = given.parent if given.name.isdecimal() else given
   if folder.name == "checkpoints" and not (given / "config.json").exists():
     path, step = folder.parent, step if folder == given else int(given.name)
-=======
->>>>>>> sampler
   workdir = huggingface.find(path)
   if huggingface.is_published(workdir):
     published = huggingface.read(workdir)

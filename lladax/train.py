@@ -597,17 +597,10 @@ def show_samples(config: Config, workdir: Path, prompts: list[str], html: str | 
     evaluate.check_room({f"--prompt={prompt[:30]!r}": len(ids)}, config.sample, model, fills=fills)
   llada = load(workdir, mesh=sharding.make_mesh(config.mesh))
   options, pages = dataclasses.asdict(config.sample), []
-<<<<<<< HEAD
   for n, prompt in enumerate(prompts):  # each is a batch of its own, and noise must differ
     options_here: dict[str, Any] = options | {"seed": sampling.nth_seed(options["seed"], n)}
     if "[MASK]" in prompt:  # a canvas has a length of its own
       del options_here["block_length"], options_here["gen_length"]
-=======
-  for n, prompt in enumerate(prompts):
-    options_here: dict[str, Any] = options | {"seed": sampling.nth_seed(options["seed"], n)}  # each prompt is a batch of its own
-    if "[MASK]" in prompt:
-      del options_here["block_length"]
->>>>>>> sampler
       out = llada.infill(prompt, **options_here)
     else:
       out = llada.sample(prompt, **options_here)

@@ -35,11 +35,7 @@ class Template:
 class Fake:
   """Replies by the book: "yes", or the last message backwards; unmasks from the right, two tokens a step."""
 
-<<<<<<< HEAD
   model, tokenizer, mask_id, eos_id, eot_id, ends = Model(), Template(), MASK, EOS, EOT, (EOS, EOT)
-=======
-  model, tokenizer, mask_id, eos_id, eot_id = Model(), Template(), MASK, EOS, EOT
->>>>>>> sampler
 
   def __init__(self, reply=None):
     self.reply, self.asked, self.options = reply, [], []

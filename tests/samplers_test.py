@@ -419,27 +419,6 @@ def test_masks_that_never_vanish_end_every_loop(monkeypatch, broken, options):
   else:
     monkeypatch.setattr(llada_module.sampling, "commit", blind)
   llada = make(max_length=72, N=1, F=15)  # which no other test compiles
-<<<<<<< HEAD
-  options = {"gen_length": 16, "block_length": 4, "steps": 8} | options
-  blocks = 4 if options["gen_length"] else (4 + 4 + 2 if broken == "program" else 4 + 8 + 10 - 4 - 8)
-  out = llada.sample([[5], [6, 7]], **options)
-  assert (out.tokens[:, bucket(2) :] == llada.mask_id).any()
-  assert len(list(llada.stream([[5], [6, 7]], **options))) <= 16
-  assert len(list(llada.stream([[5], [6, 7]], every="step", **options))) <= 64
-  llada.sample([[5], [6, 7]], until=["x"], **options)
-
-
-@pytest.mark.parametrize("ask", ["sample", "stream", "until", "chat"])
-@pytest.mark.parametrize("options", [{}, {"gen_length": None}, {"causal": True}], ids=str)
-def test_a_mask_in_a_prompt_is_refused(llada, ask, options):
-  options = {"gen_length": 4, "block_length": 4, "steps": 4} | options
-  llada = make(causal=True) if options.pop("causal", False) else llada
-  prompts = [[5], [5, llada.mask_id, 7]]
-  if ask == "until":
-    options["until"] = ["x"]
-  with pytest.raises(ValueError, match=r"^prompts\[1\]\[1\]=258 is \[MASK\], .* unmask\(\)|^a causal model is not str"):
-    (llada.stream if ask == "stream" else llada.sample)(prompts, **options)
-=======
   options = {"gen_length": 16, "block_length": 8, "steps": 8} | options
   places = options["gen_length"] or 2 * (72 - 2)  # a canvas that grows begins again with a larger one
   for every, most in (("block", places // 8), ("step", places)):
@@ -460,4 +439,3 @@ def test_a_mask_in_a_prompt_is_refused(causal):
     if not causal and "until" not in options:
       with pytest.raises(ValueError, match=said):
         llada.stream(prompts, **options)
->>>>>>> sampler
