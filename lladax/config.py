@@ -5,14 +5,12 @@ field or a wrong type is an error.
 """
 
 import dataclasses
-import difflib
 import json
 import logging
-import typing
 from pathlib import Path
 from typing import Any
 
-from lladax import data, diffusion, optimizer, sharding, tokenizer
+from lladax import data, diffusion, fields, optimizer, sampling, sharding, tokenizer
 from lladax.mask_predictor import MaskPredictorConfig
 from lladax.mistake import Mistake
 from lladax.sampling import SamplerConfig
@@ -96,6 +94,11 @@ class Config:
       raise Mistake(f"objective={self.objective!r}: use diffusion or autoregressive")
     causal = self.objective == "autoregressive"  # the objective decides; configs do not say it twice
     object.__setattr__(self, "model", dataclasses.replace(self.model, causal=causal))
+    fields.check_seed(self.seed, "seed")
+    if isinstance(self.sample.seed, tuple):
+      raise Mistake(f"sample.seed={self.sample.seed}: a config has one seed, of which every row makes its own")
+    if causal:
+      sampling.check_causal(self.sample)
     B = self.data.batch_size
     if self.steps < 1 or self.micro_batches < 1:
       raise Mistake(f"steps={self.steps}, micro_batches={self.micro_batches}: must be at least 1")
@@ -121,46 +124,13 @@ class Config:
     return self.data.separates or self.data.pads
 
 
-def parse(values: dict[str, Any], cls: Any = Config, path: str = "config") -> Any:
-  """A dataclass from nested plain values: the door through which configs come in.
+def parse(values: dict[str, Any]) -> Config:
+  """A config from nested plain values: the door through which configs come in.
 
   Raises:
     Mistake: an unknown field (with the nearest name), a missing field, a wrong type.
   """
-  if not isinstance(values, dict):
-    raise Mistake(f"{path}={values!r}: expected a group of fields")
-  hints = typing.get_type_hints(cls)
-  for name in values:
-    if name not in hints:
-      near = difflib.get_close_matches(name, hints, 1, 0.0)
-      raise Mistake(f"{path}.{name}: there is no such field; did you mean {path}.{near[0]}?")
-  fields = {}
-  for field in dataclasses.fields(cls):
-    where, kind = f"{path}.{field.name}", hints[field.name]
-    if field.name not in values:
-      if field.default is dataclasses.MISSING:
-        raise Mistake(f"{where} is missing")
-    elif dataclasses.is_dataclass(kind):
-      fields[field.name] = parse(values[field.name], kind, where)
-    else:
-      fields[field.name] = _typed(values[field.name], kind, where)
-  return cls(**fields)
-
-
-def _typed(value: Any, kind: Any, where: str) -> Any:
-  options = typing.get_args(kind)
-  if type(None) in options:
-    return None if value is None else _typed(value, next(k for k in options if k is not type(None)), where)
-  origin = typing.get_origin(kind) or kind
-  if origin is tuple and isinstance(value, list | tuple):
-    kinds = options[:1] * len(value) if options[1:] == (...,) else options
-    if len(kinds) == len(value):
-      return tuple(_typed(x, k, f"{where}[{i}]") for i, (x, k) in enumerate(zip(value, kinds, strict=True)))
-  if origin is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
-  if not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool):
-    raise Mistake(f"{where}={value!r}: expected {origin.__name__}, not {type(value).__name__}")
-  return value
+  return fields.parse(values, Config, "config")
 
 
 def load(workdir: Path) -> Config:

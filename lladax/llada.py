@@ -9,7 +9,9 @@ that compiled programs are reused -> sampling.run, one compiled program -> `Samp
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+import numbers
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from lladax import animation, autoregressive, checkpoint, diffusion, huggingface, sampling, sharding, visualize
+from lladax import animation, autoregressive, checkpoint, diffusion, fields, huggingface, sampling, sharding, visualize
 from lladax import tokenizer as tokenizers
 from lladax.mask_predictor import MaskPredictorConfig, Params
 from lladax.mistake import Missing, Mistake
@@ -100,18 +102,23 @@ class LLaDA:
     """Continues each prompt with `gen_length` tokens, or until EOS where that is None.
 
     Args:
-      prompts: texts, lists of ids, or conversations (lists of {"role": ..., "content": ...}).
+      prompts: a text, a list of ids, or a conversation (a list of {"role": ..., "content": ...}); or a list of these.
       until: strings that end a text, which is cut there. No block is begun when all texts have ended: the canvas keeps
         `mask_id` behind them.
-      **options: those of `SamplerConfig`.
+      **options: those of `SamplerConfig`. With one `seed` each row has the noise of its number; with a list, a seed a
+        row, it has that of the first row under its own seed: what `sample([prompt], seed=s)` gives, `s` gives anywhere.
 
     Raises:
-      TypeError: an option that does not exist.
-      Mistake: an option out of range; `gen_length` that is not a multiple of `block_length`.
+      Unknown: an option that does not exist (a TypeError, too).
+      Mistake: an option of another type, or out of range, or that a causal model has no use for; `gen_length` that is
+        not a multiple of `block_length`; ids that are not in the vocabulary, or [MASK]; a canvas longer than the model.
     """
-    if isinstance(until, str) or not all(isinstance(stop, str) and stop for stop in until):
+    if isinstance(until, str) or not isinstance(until, Collection) or not all(isinstance(x, str) and x for x in until):
       raise Mistake(f"until={until!r}: give a list of strings, none of them empty")
-    rows, c = self._prompts(prompts), SamplerConfig(**options)
+    if until:
+      self._text()
+    rows = self._prompts(prompts)
+    c = self._settings(options, len(rows))
     for out in self._continue_or_fill(rows, c, every="block" if until else None):
       if until and all(self._has_ended(out, i, until) for i in range(len(rows))):
         break
@@ -126,7 +133,8 @@ class LLaDA:
       raise Mistake(f"every={every!r}: use block or step")
     if self.model.causal:
       raise Mistake("a causal model is not streamed: use sample()")
-    return self._continue_or_fill(self._prompts(prompts), SamplerConfig(**options), every=every)
+    rows = self._prompts(prompts)
+    return self._continue_or_fill(rows, self._settings(options, len(rows)), every=every)
 
   def chat(self, messages: Sequence[Mapping[str, str]], **options) -> Sampled:
     """The assistant's reply to a conversation, `out.text[0]`; ends at EOS or EoT (`early_stop`) unless told otherwise.
@@ -138,25 +146,22 @@ class LLaDA:
     options.setdefault("early_stop", True)
     return self.sample([messages], **options)
 
-  def unmask(self, canvases: Sequence[Sequence[int]], **options) -> Sampled:
-    """Fills `mask_id` in canvases of any lengths; needs no tokenizer. Default: one block, the whole canvas."""
+  def unmask(self, canvases: Sequence[int] | Sequence[Sequence[int]], **options) -> Sampled:
+    """Fills `mask_id` in a canvas, or in many of any lengths; needs no tokenizer. Default: one block, all of it."""
     if self.model.causal:
       raise Mistake("a causal model cannot fill in the middle of a canvas: use sample()")
-    canvases = [list(map(int, row)) for row in canvases]
-    longest = max(map(len, canvases), default=0)
-    if not longest:
-      raise Mistake("unmask: the canvases are empty")
-    block: dict[str, Any] = {"block_length": bucket(longest)}
-    c = SamplerConfig(**(block | options))
+    rows = self._canvases(canvases, "unmask")
+    longest = max(map(len, rows))
+    c = self._settings({"block_length": bucket(longest)} | options, len(rows))
     if c.gen_length is None:
       raise Mistake("sample.gen_length=None: a canvas has a length; leave it out")
     W = min(c.block_length, bucket(longest))
-    *_, last = self._fill(*self._left_pad(canvases, -(-bucket(longest) // W) * W), None, c, every=None)
+    *_, last = self._fill(*self._left_pad(rows, -(-bucket(longest) // W) * W), None, c, every=None)
     return last
 
   def infill(self, texts: str | Sequence[str], **options) -> Sampled:
     """Fills every "[MASK]" (one token each) of the texts."""
-    texts = [texts] if isinstance(texts, str) else texts
+    texts = fields.typed([texts] if isinstance(texts, str) else texts, tuple[str, ...], "texts")
     return self.unmask([self._text().encode_canvas(text) for text in texts], **options)
 
   def log_likelihood(
@@ -180,13 +185,26 @@ class LLaDA:
     """
     lists = isinstance(prompt, list) and isinstance(answer, list)
     many = lists and not any(isinstance(x, int | np.integer) for x in (*prompt, *answer))  # [] is a prompt of no ids
+    if many and len(prompt) != len(answer):
+      raise Mistake(f"log_likelihood: {len(prompt)} prompts and {len(answer)} answers")
     pairs = [
       (self._ids(p), self._ids(a)) for p, a in (zip(prompt, answer, strict=True) if many else [(prompt, answer)])
     ]
     if any(not a for _, a in pairs):
       raise Mistake("log_likelihood: an answer is empty")
+    for i, (p, a) in enumerate(pairs):
+      self._check_ids(p, f"prompts[{i}]", masks=not self.model.causal)
+      self._check_ids(a, f"answers[{i}]")
+      self._check_length(len(p) + len(a), f"pair {i}")
+    num_samples = fields.typed(num_samples, int, "num_samples")
+    guidance_scale = fields.typed(guidance_scale, float, "guidance_scale")
+    seed = fields.typed(seed, int, "seed")
+    fields.check_seed(seed, "seed")
     if num_samples < 1:
       raise Mistake(f"num_samples={num_samples}: must be at least 1")
+    if not 0 <= guidance_scale < math.inf or (self.model.causal and guidance_scale):
+      what = "a causal model has no use for it; leave it out" if self.model.causal else "must be at least 0, and finite"
+      raise Mistake(f"guidance_scale={guidance_scale}: {what}")
     if method not in ("monte_carlo", "chain_rule"):
       raise Mistake(f"method={method!r}: use monte_carlo or chain_rule")
     if self.model.causal:
@@ -224,7 +242,7 @@ class LLaDA:
     sample_B, samples_B = (np.resize([row[i] for row in rows], size).astype(np.int32) for i in (2, 3))
     with sharding.on_mesh_of(self.params):
       return np.asarray(_likelihood(
-        self.params, tokens_BL, scored_BL, segment_BL, sample_B, samples_B, seed, model=self.model,
+        self.params, tokens_BL, scored_BL, segment_BL, sample_B, samples_B, np.uint32(seed), model=self.model,
         mask_id=self.mask_id, eos_id=self.eos_id, guidance_scale=guidance_scale, method=method,
       ))  # fmt: skip
 
@@ -242,21 +260,63 @@ class LLaDA:
       ))  # fmt: skip
 
   def logits(self, tokens_BL, segment_BL=None) -> np.ndarray:
-    """Float32 logits [B, L, V] of a canvas of ids; `segment_BL` 0 = padding."""
-    segment = None if segment_BL is None else np.asarray(segment_BL, np.int32)
+    """Float32 logits [B, L, V] of canvases of ids of one length; `segment_BL` 0 = padding."""
+    rows = self._canvases(tokens_BL, "logits")
+    if len({*map(len, rows)}) > 1:
+      raise Mistake("logits: the canvases differ in length; pad them, and say where with segment_BL")
+    tokens, segment = np.array(rows, np.int32), None
+    if segment_BL is not None:
+      segment = np.asarray(segment_BL)
+      if segment.shape != tokens.shape or segment.dtype.kind not in "biu" or segment.min() < 0:
+        raise Mistake(
+          f"segment_BL: {segment.dtype} {segment.shape}: give numbers of segments {tokens.shape}, 0 = padding"
+        )
+      segment = segment.astype(np.int32)
     with sharding.on_mesh_of(self.params):
-      return np.asarray(_logits(self.params, np.asarray(tokens_BL, np.int32), segment, model=self.model))
+      return np.asarray(_logits(self.params, tokens, segment, model=self.model))
 
   def _prompts(self, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
-    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
-    rows = [self._ids(cast(Prompt, prompt)) for prompt in ([prompts] if one else prompts)]
+    rows = [self._ids(prompt, f"prompts[{i}]") for i, prompt in enumerate(_many(prompts, "prompts"))]
     if not rows:
       raise Mistake("there is nothing to sample: the list of prompts is empty")
+    for i, row in enumerate(rows):
+      self._check_ids(row, f"prompts[{i}]")
     return rows
+
+  def _canvases(self, canvases: Any, name: str) -> list[list[int]]:
+    rows = [_row(row, f"{name}[{i}]") for i, row in enumerate(_many(canvases, name))]
+    for i, row in enumerate(rows):
+      self._check_ids(row, f"{name}[{i}]", masks=True)
+    if not rows or [] in rows:
+      raise Mistake(f"{name}[{rows.index([])}] is empty" if rows else f"{name}: the canvases are empty")
+    self._check_length(max(map(len, rows)))
+    return rows
+
+  def _check_ids(self, ids: list[int], where: str, masks: bool = False) -> None:
+    """Raises Mistake for what is not in the vocabulary, and for [MASK] unless there may be `masks`."""
+    for i, x in enumerate(ids):
+      if x == self.mask_id and not masks:
+        raise Mistake(f"{where}[{i}]={x} is [MASK], which has no place here: unmask() is what fills a canvas in")
+      if x != self.mask_id and not 0 <= x < self.vocab_size:
+        raise Mistake(f"{where}[{i}]={x}: the ids of this model's vocabulary are 0 to {self.vocab_size - 1}")
+
+  def _check_length(self, length: int, what: str = "a canvas") -> None:
+    if length > self.model.max_length:
+      raise Mistake(f"{what} of {length} tokens is longer than model.max_length={self.model.max_length}")
+
+  def _settings(self, options: Mapping[str, Any], rows: int) -> SamplerConfig:
+    """The options of a call on so many rows."""
+    c = fields.parse(dict(options), SamplerConfig, "sample")
+    if isinstance(c.seed, tuple) and len(c.seed) != rows:
+      raise Mistake(f"sample.seed={list(c.seed)}: give one seed, or one for each of the {rows} rows")
+    if self.model.causal:
+      sampling.check_causal(c)
+    return c
 
   def _continue_or_fill(self, rows: list[list[int]], c: SamplerConfig, every: str | None) -> Iterator[Sampled]:
     longest, most, W = max(map(len, rows)), self.model.max_length, c.block_length
     first = bucket(longest)
+    self._check_length(longest + (c.gen_length or 0))
     if self.model.causal:
       return iter([self._continue(rows, c)])
     if c.gen_length is not None:
@@ -313,19 +373,25 @@ class LLaDA:
   def _advance(
     self, state: sampling.State, segment_BL: np.ndarray, first: int | None, c: SamplerConfig, every: str | None
   ) -> Iterator[sampling.State]:
-    """The state at the end, or after every block or step; one compiled program for all three."""
+    """The state at the end, or after every block or step; one compiled program for all three.
+
+    It ends after as many calls as there are blocks or steps, whatever the program leaves masked.
+    """
     padded = (segment_BL == 0).any() or c.gen_length is None
     never = np.int32(2**30)
     where = jax.tree.leaves(self.params)[0].sharding  # where the program leaves the canvas, too: it is compiled once
     where = NamedSharding(where.mesh, sharding.spec("")) if isinstance(where, NamedSharding) else where
     bare = jax.device_put(jax.device_get(state._replace(cache=None)), where)
     state = bare._replace(cache=jax.device_put(state.cache, jax.tree.map(lambda x: x.sharding, state.cache)))
-    while True:
+    seed_B, row_B = _noise(c.seed, len(segment_BL))
+    blocks = state.steps_BN.shape[1] - int(state.block)
+    places = blocks * min(c.block_length, segment_BL.shape[1])
+    for _ in range({"block": blocks, "step": places}.get(every or "", 1)):
       until_nfe = np.int32(state.canvas.nfe + 1) if every == "step" else never
       until_block = np.int32(state.block + 1) if every == "block" else never
       with sharding.on_mesh_of(self.params):
         state = _run(
-          self.params, state, segment_BL if padded else None, c.seed, until_nfe, until_block, model=self.model,
+          self.params, state, segment_BL if padded else None, seed_B, row_B, until_nfe, until_block, model=self.model,
           c=_fixed(c), mask_id=self.mask_id, ends=self.ends, vocab_size=self.vocab_size, first=first,
         )  # fmt: skip
       yield state
@@ -344,16 +410,16 @@ class LLaDA:
     return (self.eos_id,) if self.eot_id is None else (self.eos_id, self.eot_id)
 
   def _continue(self, ids: list[list[int]], c: SamplerConfig) -> Sampled:
-    if c.gen_length is None:
-      raise Mistake("sample.gen_length=None: a causal model stops at EOS by itself; give the longest answer to allow")
+    assert c.gen_length is not None
     prompt_length = bucket(max(map(len, ids)))
     length = prompt_length + c.gen_length
     canvases = [row + [self.eos_id] * c.gen_length for row in ids]
     tokens_BL, segment_BL = self._left_pad(canvases, length)
     with sharding.on_mesh_of(self.params):
       tokens_BL, confidence_BL, nfe = _autoregressive_sample(
-        self.params, tokens_BL, segment_BL, c.seed, model=self.model, temperature=c.temperature,
-        prompt_length=prompt_length, eos_id=self.eos_id, mask_id=self.mask_id, vocab_size=self.vocab_size,
+        self.params, tokens_BL, segment_BL, *_noise(c.seed, len(ids)), model=self.model, temperature=c.temperature,
+        logits_eos_inf=c.logits_eos_inf, prompt_length=prompt_length, eos_id=self.eos_id, mask_id=self.mask_id,
+        vocab_size=self.vocab_size,
       )  # fmt: skip
     unmasked_at_BL = np.broadcast_to(np.maximum(np.arange(length) - prompt_length + 1, 0), tokens_BL.shape)
     canvas = sampling.Canvas(tokens_BL, jnp.asarray(unmasked_at_BL), confidence_BL, nfe, nfe)
@@ -361,9 +427,6 @@ class LLaDA:
 
   def _left_pad(self, rows: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, segment) [B, length]: right ends line up; segment 0 = padding, 1 = the row."""
-    longest = max(map(len, rows))
-    if longest > self.model.max_length:
-      raise Mistake(f"a canvas of {longest} tokens is longer than model.max_length={self.model.max_length}")
     tokens = np.full((len(rows), length), self.eos_id, np.int32)
     segment = np.zeros((len(rows), length), np.int32)
     for i, row in enumerate(rows):
@@ -397,14 +460,28 @@ class LLaDA:
       raise Mistake("this model has no tokenizer: use unmask(), and lists of ids")
     return self.tokenizer
 
-  def _ids(self, prompt: Prompt) -> list[int]:
+  def _ids(self, prompt: Prompt, where: str = "ids") -> list[int]:
     if isinstance(prompt, str):
       return self._text().encode(prompt)
-    if len(prompt) and isinstance(prompt[0], Mapping):
+    if isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping):
       if self.tokenizer is not None and self.eot_id is None:
         raise Mistake("a conversation: this model's vocabulary has no chat tokens (<|eot_id|>); give it text")
       return self._text().chat(cast(Sequence[Mapping[str, str]], prompt))
-    return [int(i) for i in cast(Sequence[int], prompt)]
+    return _row(prompt, where)
+
+
+def _row(ids: Any, where: str) -> list[int]:
+  """A row of ids as plain numbers; they must be numbers, and whole."""
+  return list(fields.typed(list(ids) if isinstance(ids, Sequence) else ids, tuple[int, ...], where))
+
+
+def _many(given: Any, name: str) -> list[Any]:
+  """What a caller gives as one (a text, a row of ids, a conversation) or as a list of these, as a list."""
+  given = given.tolist() if hasattr(given, "tolist") else given
+  if not isinstance(given, Sequence):
+    raise Mistake(f"{name}={given!r}: give a list")
+  one = isinstance(given, str) or (len(given) > 0 and isinstance(given[0], Mapping | numbers.Number))
+  return [given] if one else list(given)
 
 
 def cut(text: str, until: Sequence[str]) -> str:
@@ -425,6 +502,7 @@ def load(path: str | Path, step: int | None = None, mesh: Mesh | None = None) ->
     Missing: there is no run, or no checkpoint.
     Mistake: the vocabulary and the checkpoint disagree, or nothing can be read, or the layout is not supported.
   """
+  step = fields.typed(step, int | None, "step")
   workdir = huggingface.find(path)
   if huggingface.is_published(workdir):
     published = huggingface.read(workdir)
@@ -499,8 +577,14 @@ def _allowed(rows: int, mask_id: int, vocab_size: int) -> jax.Array:
   return (id_V != mask_id) & (id_V < vocab_size)
 
 
-def _keys(seed: jax.Array, rows: int) -> jax.Array:
-  return jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(rows))
+def _noise(seed: int | tuple[int, ...], rows: int) -> tuple[np.ndarray, np.ndarray]:
+  """(seed_B, row_B), of which `_keys` makes the rows' keys: a row with a seed of its own is number 0 of it."""
+  numbers_B = np.arange(rows, dtype=np.int32) if isinstance(seed, int) else np.zeros(rows, np.int32)
+  return np.broadcast_to(np.array(seed, np.uint32), rows), numbers_B
+
+
+def _keys(seed_B: jax.Array, row_B: jax.Array) -> jax.Array:
+  return jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))(seed_B, row_B)
 
 
 _new_cache = jax.jit(MaskPredictorConfig.new_cache, static_argnums=(0, 1, 2))
@@ -520,7 +604,7 @@ def _laid_out(x: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnames=("model", "c", "mask_id", "ends", "vocab_size", "first"))
 def _run(
-  params, state, segment_BL, seed, until_nfe, until_block, *, model, c, mask_id, ends, vocab_size, first
+  params, state, segment_BL, seed_B, row_B, until_nfe, until_block, *, model, c, mask_id, ends, vocab_size, first
 ) -> sampling.State:
   """`segment_BL` None: no row is padded, attention needs no mask. gen_length None: nothing behind a block is seen.
 
@@ -562,10 +646,13 @@ def _run(
       logits = logits.at[..., ends[0]].set(-jnp.inf)
     return logits, cache
 
+  def alike(canvas_BL):  # every place of a row of [MASK]s sees the same, wherever it stands
+    return ((canvas_BL == mask_id) | (False if segment_BL is None else segment_BL == 0)).all(axis=1)
+
   state = sampling.run(
-    predict, state, _keys(seed, B), c, mask_id=mask_id, allowed_V=_allowed(model.V, mask_id, vocab_size),
+    predict, state, _keys(seed_B, row_B), c, mask_id=mask_id, allowed_V=_allowed(model.V, mask_id, vocab_size),
     late_V=jnp.isin(jnp.arange(model.V), jnp.array(ends)) if c.confidence_eos_eot_inf else None, ends=ends, first=first,
-    place_L=place_L, until_nfe=until_nfe, until_block=until_block,
+    place_L=place_L, alike=alike, until_nfe=until_nfe, until_block=until_block,
   )  # fmt: skip
   return _laid_out(state)
 
@@ -580,30 +667,37 @@ def lower_sampler(
   ends: tuple[int, ...],
 ) -> Any:  # fmt: skip
   """The program that `LLaDA.sample` runs on prompts of `first` tokens, lowered from shapes for `plan.py`."""
-  at = jax.tree.leaves(state)[0].sharding
-  segment = jax.ShapeDtypeStruct(state.canvas.tokens_BL.shape, jnp.int32, sharding=at)
+  tokens = state.canvas.tokens_BL
+  segment, noise = jax.ShapeDtypeStruct(tokens.shape, jnp.int32, sharding=tokens.sharding), _noise(0, tokens.shape[0])
+  if model.causal:
+    return _autoregressive_sample.lower(
+      params, tokens, segment, *noise, model=model, temperature=c.temperature, logits_eos_inf=c.logits_eos_inf,
+      prompt_length=first, eos_id=ends[0], mask_id=mask_id, vocab_size=model.V,
+    )  # fmt: skip
   return _run.lower(
-    params, state, segment, 0, 0, 0, model=model, c=_fixed(c), mask_id=mask_id, ends=ends, vocab_size=model.V,
+    params, state, segment, *noise, 0, 0, model=model, c=_fixed(c), mask_id=mask_id, ends=ends, vocab_size=model.V,
     first=first,
   )  # fmt: skip
 
 
 @functools.partial(
-  jax.jit, static_argnames=("model", "temperature", "prompt_length", "eos_id", "mask_id", "vocab_size")
+  jax.jit,
+  static_argnames=("model", "temperature", "logits_eos_inf", "prompt_length", "eos_id", "mask_id", "vocab_size"),
 )
 def _autoregressive_sample(
-  params, tokens_BL, segment_BL, seed, *, model, temperature, prompt_length, eos_id, mask_id, vocab_size
-):
+  params, tokens_BL, segment_BL, seed_B, row_B, *, model, temperature, logits_eos_inf, prompt_length, eos_id, mask_id,
+  vocab_size,
+):  # fmt: skip
   bound, (B, L) = model.bind(params), tokens_BL.shape
   position_BL = _positions(segment_BL)
-  allowed_V = _allowed(model.V, mask_id, vocab_size)
+  allowed_V = _allowed(model.V, mask_id, vocab_size) & ~(logits_eos_inf & (jnp.arange(model.V) == eos_id))
 
   def step(tokens_BW, cache, start):
     hidden_BWD, cache = bound.hidden(tokens_BW, segment_BL, position_BL, cache, start)
     return jnp.where(allowed_V[None, :], bound.logits(hidden_BWD[:, -1]), -jnp.inf), cache
 
   return _laid_out(autoregressive.sample(
-    step, model.new_cache(B, L), tokens_BL, segment_BL, _keys(seed, B),
+    step, model.new_cache(B, L), tokens_BL, segment_BL, _keys(seed_B, row_B),
     prompt_length=prompt_length, start_id=eos_id, eos_id=eos_id, temperature=temperature,
   ))  # fmt: skip
 

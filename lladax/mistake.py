@@ -12,5 +12,9 @@ class Missing(Mistake, FileNotFoundError):
   """What the user names is not there."""
 
 
+class Unknown(Mistake, TypeError):
+  """An option or a field that does not exist."""
+
+
 class Diverged(Mistake, FloatingPointError):
   """The loss or its gradient is not a number: the run's settings are to blame."""

@@ -9,12 +9,15 @@ again where it was left (`State`): that is streaming. Letters: `mask_predictor.p
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from lladax import fields
 from lladax.mistake import Mistake
 
 # (tokens_BL, start, W, cache) -> (float32 logits_BWV of the window at `start`, cache).
@@ -43,15 +46,21 @@ class SamplerConfig:
   early_stop: bool = False  # a block with an EOS ends its row: the rest becomes EOS, and costs nothing
   logits_eos_inf: bool = False  # EOS is never drawn
   confidence_eos_eot_inf: bool = False  # EOS and EoT wait until the last
-  seed: int = 0
+  seed: int | tuple[int, ...] = 0  # of all noise, 0 to 2^32 - 1; a row draws by (seed, its number), or has its own seed
 
   def __post_init__(self):
+    fields.check(self, "sample")
     for name in ("gen_length", "block_length", "steps"):
-      if getattr(self, name) is not None and getattr(self, name) < 1:
-        raise Mistake(f"sample.{name}={getattr(self, name)}: must be at least 1")
+      if getattr(self, name) is not None and not 1 <= getattr(self, name) < 2**31:
+        raise Mistake(f"sample.{name}={getattr(self, name)}: must be at least 1, and less than 2^31")
     for name in ("temperature", "guidance_scale"):
-      if getattr(self, name) < 0:
-        raise Mistake(f"sample.{name}={getattr(self, name)}: must not be negative")
+      if not 0 <= getattr(self, name) < math.inf:
+        raise Mistake(f"sample.{name}={getattr(self, name)}: must be at least 0, and finite")
+    for name in ("threshold", "factor"):
+      if getattr(self, name) is not None and math.isnan(getattr(self, name)):
+        raise Mistake(f"sample.{name}={getattr(self, name)}: must be a number")
+    for seed in self.seed if isinstance(self.seed, tuple) else (self.seed,):
+      fields.check_seed(seed, "sample.seed")
     for name, known in (("remasking", REMASKING), ("cache", (None, *CACHES))):
       if getattr(self, name) not in known:
         raise Mistake(f"sample.{name}={getattr(self, name)!r}: use one of {', '.join(map(str, known))}")
@@ -59,6 +68,26 @@ class SamplerConfig:
       raise Mistake("sample.threshold and sample.factor are both set: use one of them")
     if self.gen_length is None and self.logits_eos_inf:
       raise Mistake("sample.gen_length=None ends at EOS, and sample.logits_eos_inf forbids it: use one of them")
+
+
+def check_causal(c: SamplerConfig) -> None:
+  """Raises Mistake for what a causal model cannot do: it draws one token after another, each by a pass of its own.
+
+  Which candidates wait, and for which block, has no meaning there (`remasking`, `block_length`), nor has `early_stop`,
+  since a row always ends at its EOS.
+  """
+  if c.gen_length is None:
+    raise Mistake("sample.gen_length=None: a causal model stops at EOS by itself; give the longest answer to allow")
+  for name in ("threshold", "factor", "guidance_scale", "cache", "confidence_eos_eot_inf"):
+    if getattr(c, name) != getattr(SamplerConfig, name):
+      raise Mistake(f"sample.{name}={getattr(c, name)!r}: a causal model has no use for it; leave it out")
+  if c.steps < c.gen_length and c.steps != SamplerConfig.steps:
+    raise Mistake(f"sample.steps={c.steps}: a causal model makes a pass for each of gen_length={c.gen_length} tokens")
+
+
+def nth_seed(seed: int, n: int) -> int:
+  """A seed for call number n of several that share one: noise of its own, the same in every run; number 0 keeps it."""
+  return int(np.random.SeedSequence((seed, n)).generate_state(1)[0]) if n else seed
 
 
 class Canvas(NamedTuple):
@@ -98,18 +127,25 @@ def score(probability_W: jax.Array, logits_WV: jax.Array, key_W: jax.Array, rema
 
 
 def candidates(
-  logits_WV: jax.Array, key_W: jax.Array, c: SamplerConfig, *, allowed_V: jax.Array, late_V: jax.Array | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+  logits_WV: jax.Array, key_W: jax.Array, c: SamplerConfig, *, allowed_V: jax.Array, late_V: jax.Array | None,
+  alike: jax.Array | bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
   """A row's candidates [W], their probability [W] in the softmax of all logits without noise, as published, and score.
 
-  Candidates of `late_V` have probability 0 and the last score, at any temperature.
+  Candidates of `late_V` have probability 0 and the last score, at any temperature. Where all places are `alike` their
+  logits differ by rounding alone, which must not choose between them: the numbers of the last place are those of all.
   """
   token_W = draw(logits_WV, allowed_V, key_W, c.temperature)
   if late_V is not None:
     logits_WV = jnp.where(late_V[None, :], -jnp.inf, logits_WV)
-  chosen_W = jnp.take_along_axis(logits_WV, token_W[:, None], axis=-1)[:, 0]
-  probability_W = jnp.exp(chosen_W - jax.nn.logsumexp(logits_WV, axis=-1))
+  if not c.temperature:
+    token_W = jnp.where(alike, token_W[-1], token_W)
+  total_W = jax.nn.logsumexp(logits_WV, axis=-1)
+  log_p_W = jnp.take_along_axis(logits_WV, token_W[:, None], axis=-1)[:, 0] - total_W
+  probability_W = jnp.exp(jnp.where(alike, jnp.take(logits_WV[-1], token_W) - total_W[-1], log_p_W))
   score_W = score(probability_W, logits_WV, key_W, c.remasking)
+  if c.remasking in ("low_margin", "high_entropy"):
+    score_W = jnp.where(alike, score_W[-1], score_W)
   return token_W, probability_W, score_W if late_V is None else jnp.where(late_V[token_W], _LAST, score_W)
 
 
@@ -154,7 +190,7 @@ def start(tokens_BL: jax.Array, c: SamplerConfig, *, mask_id: int, first: int = 
   if (L - first) % W:
     raise Mistake(f"a canvas of {L - first} positions is not cut evenly into blocks of {W}")
   masks_BN = (tokens_BL[:, first:] == mask_id).reshape(B, -1, W).any(axis=-1)
-  order_BN = jnp.cumsum(masks_BN, axis=1) - 1  # the how-manieth of its row's blocks with a mask
+  order_BN = jnp.cumsum(masks_BN, axis=1) - 1  # number of a block among its row's with a mask
   used_B1 = jnp.maximum(masks_BN.sum(axis=1, keepdims=True), 1)
   shared_BN = jnp.maximum(c.steps // used_B1 + (order_BN < c.steps % used_B1), 1)
   canvas = Canvas(
@@ -180,6 +216,7 @@ def run(
   ends: tuple[int, ...] = (),
   first: int = 0,
   place_L: jax.Array | None = None,
+  alike: Callable[[jax.Array], jax.Array] | None = None,
   until_nfe: jax.Array | int = 2**30,
   until_block: jax.Array | int = 2**30,
 ) -> State:
@@ -197,6 +234,7 @@ def run(
     ends: ids that end a row, if `c.early_stop`; the rest of it is filled with the first.
     first: where the blocks begin (static).
     place_L: int32, what the noise calls each position; default: the distance from the right end.
+    alike: tokens_BL -> bool [B], the rows whose masked places the model cannot tell apart; those are filled in order.
     until_nfe: stop when so many forward passes have been spent in all.
     until_block: stop when so many blocks are filled.
 
@@ -222,8 +260,8 @@ def run(
     )
     logits_BWV, cache = predict(canvas.tokens_BL, at, W, cache)
     token_BW, probability_BW, score_BW = jax.vmap(
-      lambda x, key: candidates(x, key, c, allowed_V=allowed_V, late_V=late_V)
-    )(logits_BWV, key_BW)
+      lambda x, key, alike: candidates(x, key, c, allowed_V=allowed_V, late_V=late_V, alike=alike)
+    )(logits_BWV, key_BW, jnp.zeros(B, bool) if alike is None else alike(canvas.tokens_BL))
     steps_B = jnp.take(state.steps_BN, state.block, axis=1)
     quota_B = -(-masked_BW.sum(axis=1) // jnp.maximum(steps_B - state.step, 1))
     commit_BW = jax.vmap(lambda m, s, p, q: commit(m, s, p, q, c))(masked_BW, score_BW, probability_BW, quota_B)

@@ -38,6 +38,7 @@ from lladax import (
   evaluate,
   metrics,
   optimizer,
+  sampling,
   sharding,
   tokenizer,
   visualize,
@@ -516,12 +517,13 @@ def show_samples(config: Config, workdir: Path, prompts: list[str], html: str | 
     raise Mistake("--prompt is missing, and nothing came from standard input")
   llada = load(workdir, mesh=sharding.make_mesh(config.mesh))
   options, pages = dataclasses.asdict(config.sample), []
-  for prompt in prompts:
+  for n, prompt in enumerate(prompts):  # each is a batch of its own
+    options_here: dict[str, Any] = options | {"seed": sampling.nth_seed(options["seed"], n)}
     if "[MASK]" in prompt:
-      options_here = {name: value for name, value in options.items() if name != "block_length"}
+      del options_here["block_length"]
       out = llada.infill(prompt, **options_here)
     else:
-      out = llada.sample(prompt, **options)
+      out = llada.sample(prompt, **options_here)
     if not distributed.is_first():
       continue
     if sys.stdout.isatty():

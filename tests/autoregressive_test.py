@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -5,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lladax import autoregressive, tokenizer
-from lladax.llada import LLaDA
+from lladax import autoregressive, sampling, tokenizer
+from lladax.llada import LLaDA, lower_sampler
 from lladax.mask_predictor import MaskPredictorConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -112,6 +113,16 @@ def test_temperature_draws_by_the_seed(llada):
   assert np.mean(draw(seed=2).tokens[:, -8:] != first[:, -8:]) > 0.5
   padded = llada.sample(["a", PROMPTS[2]], gen_length=8, temperature=1.0, seed=1).tokens  # to another length
   np.testing.assert_array_equal(padded[0, -8:], first[0, -8:])
+
+
+def test_what_is_lowered_for_a_plan_is_what_samples(llada):
+  c = sampling.SamplerConfig(gen_length=8, block_length=8)
+  state = jax.eval_shape(lambda: sampling.start(jnp.zeros((2, 40), jnp.int32), c, mask_id=0, first=32))
+  params = jax.eval_shape(lambda: llada.params)
+  for causal, name in ((True, "_autoregressive_sample"), (False, "_run")):
+    model = dataclasses.replace(llada.model, causal=causal)
+    lowered = lower_sampler(model, params, state, c, first=32, mask_id=0, ends=(1,))
+    assert f"module @jit_{name} " in lowered.as_text()
 
 
 @pytest.mark.parametrize("ends, nfe", [((2, 0), 4), ((0, 0), 2), ((9, 1), 7)])

@@ -7,7 +7,7 @@ import sys
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "lladax"
 # A module may import only the modules before it.
-ORDER = """mistake tokenizer diffusion autoregressive attention sharding distributed optimizer metrics visualize
+ORDER = """mistake fields tokenizer diffusion autoregressive attention sharding distributed optimizer metrics visualize
 animation facts sandbox corpus records mask_predictor sampling data prepare checkpoint safetensors huggingface llada
 convert reversal config report harness evaluate train chat plan main __init__""".split()
 HEAVY = {"grain", "tensorflow_datasets", "apache_beam", "torch"}

@@ -10,6 +10,7 @@ import lladax
 from lladax import sharding, tokenizer
 from lladax.llada import LLaDA
 from lladax.mask_predictor import MaskPredictorConfig
+from lladax.mistake import Mistake
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -212,26 +213,134 @@ def test_log_likelihood_of_an_answer_to_nothing(llada):
     (lambda llada: llada.sample([]), "there is nothing to sample: the list of prompts is empty"),
     (lambda llada: llada.infill([]), "unmask: the canvases are empty"),
     (lambda llada: llada.unmask([]), "unmask: the canvases are empty"),
-    (lambda llada: llada.unmask([[]]), "unmask: the canvases are empty"),
+    (lambda llada: llada.unmask([[]]), r"unmask\[0\] is empty"),
+    (lambda llada: llada.unmask([[1], []]), r"unmask\[1\] is empty"),
+    (lambda llada: llada.infill(["[MASK]", ""]), r"unmask\[1\] is empty"),
     (lambda llada: llada.sample("a", gen_length=10, block_length=4), "sample.gen_length=10 is not a multiple of"),
     (lambda llada: llada.sample("a", gen_length=96), "a canvas of 97 tokens is longer than model.max_length=96"),
     (lambda llada: llada.unmask([[1] * 97]), "longer than model.max_length=96"),
     (lambda llada: llada.sample("a", steps=0), "sample.steps=0"),
     (lambda llada: llada.log_likelihood("a", ""), "log_likelihood: an answer is empty"),
     (lambda llada: llada.log_likelihood("a", "b", num_samples=0), "num_samples=0"),
-    (lambda llada: llada.log_likelihood(["a"], ["b", "c"]), "shorter|longer"),
+    (lambda llada: llada.log_likelihood(["a"], ["b", "c"]), "log_likelihood: 1 prompts and 2 answers"),
     (lambda llada: LLaDA(llada.model, {}, None, 1, 2, 3).sample("a"), "this model has no tokenizer"),
     (lambda llada: tiny(causal=True).unmask([[1]]), "a causal model cannot fill in the middle"),
+    # lengths
+    (lambda llada: llada.sample("a", gen_length=2**30, block_length=1), "a canvas of 1073741825 tokens is longer than"),
+    (lambda llada: llada.sample("a", gen_length=2**31), "sample.gen_length=2147483648: .* less than 2"),
+    (lambda llada: llada.sample([1] * 97, gen_length=None), "a canvas of 97 tokens is longer than"),
+    (lambda llada: tiny(causal=True).sample("a", gen_length=96), "a canvas of 97 tokens is longer than"),
+    (
+      lambda llada: llada.log_likelihood("a" * 90, "b" * 110),
+      "pair 0 of 200 tokens is longer than model.max_length=96",
+    ),
+    (lambda llada: llada.log_likelihood(["a", "b"], ["c", "d" * 96], num_samples=1), "pair 1 of 97 tokens"),
+    (lambda llada: llada.logits([[1] * 97]), "a canvas of 97 tokens is longer than model.max_length=96"),
+    (lambda llada: llada.logits([]), "logits: the canvases are empty"),
+    (lambda llada: llada.logits(np.zeros((2, 0), int)), r"logits\[0\] is empty"),
+    (lambda llada: llada.logits([[1, 2], [3]]), "logits: the canvases differ in length"),
+    (lambda llada: llada.logits([[1, 2]], [1, 1]), r"segment_BL: int64 \(2,\): give numbers of segments \(1, 2\)"),
+    (lambda llada: llada.logits([[1, 2]], [[0.5, 1]]), "segment_BL: float64"),
+    (lambda llada: llada.logits([[1, 2]], [[-1, 1]]), "segment_BL: int64"),
+    # ids
+    (lambda llada: llada.sample([[1], [2, 9999]]), r"prompts\[1\]\[1\]=9999: the ids of this model's .* 0 to 260"),
+    (lambda llada: llada.sample([2, -5]), r"prompts\[0\]\[1\]=-5: the ids"),
+    (lambda llada: llada.sample([261]), r"prompts\[0\]\[0\]=261: the ids"),  # a row of the embedding, but no token
+    (lambda llada: llada.sample([65, 2.0]), r"prompts\[0\]\[1\]=2.0: expected int, not float"),
+    (lambda llada: llada.sample([[True]]), r"prompts\[0\]\[0\]=True: expected int, not bool"),
+    (lambda llada: llada.sample([65, "a"]), r"prompts\[0\]\[1\]='a': expected int, not str"),
+    (lambda llada: llada.sample(["a", None]), r"prompts\[1\]=None: expected tuple, not NoneType"),
+    (lambda llada: llada.sample(7), "prompts=7: give a list"),
+    (lambda llada: llada.sample({"role": "user", "content": "a"}), "prompts={.*}: give a list"),
+    (lambda llada: llada.unmask([[1, 300]]), r"unmask\[0\]\[1\]=300: the ids"),
+    (lambda llada: llada.unmask(np.array([[0.5]])), r"unmask\[0\]\[0\]=0.5: expected int, not float"),
+    (lambda llada: llada.unmask("ab"), r"unmask\[0\]\[0\]='a': expected int, not str"),
+    (lambda llada: llada.infill([5]), r"texts\[0\]=5: expected str, not int"),
+    (lambda llada: llada.logits([[1, 9999]]), r"logits\[0\]\[1\]=9999: the ids"),
+    (lambda llada: llada.logits(np.ones((1, 2))), r"logits\[0\]\[0\]=1.0: expected int, not float"),
+    (lambda llada: llada.log_likelihood([1, -5], [2]), r"prompts\[0\]\[1\]=-5: the ids"),
+    (lambda llada: llada.log_likelihood(["a", [1]], ["b", [9999]]), r"answers\[1\]\[0\]=9999: the ids"),
+    (lambda llada: llada.log_likelihood([1], [2, 257]), r"answers\[0\]\[1\]=257 is \[MASK\]"),
+    (lambda llada: tiny(causal=True).log_likelihood([257], [2]), r"prompts\[0\]\[0\]=257 is \[MASK\]"),
+    (lambda llada: llada.log_likelihood([1], [2.5]), r"=2.5: expected int, not float"),
+    # options
+    (lambda llada: llada.sample("a", steps=2.5), "sample.steps=2.5: expected int, not float"),
+    (lambda llada: llada.sample("a", gen_length="8"), "sample.gen_length='8': expected int, not str"),
+    (lambda llada: llada.stream("a", temperature=True), "sample.temperature=True: expected float, not bool"),
+    (lambda llada: llada.unmask([1], early_stop="no"), "sample.early_stop='no': expected bool, not str"),
+    (lambda llada: llada.infill("a", seed=2**32), "sample.seed=4294967296: must be from 0 to 2"),
+    (lambda llada: llada.sample("a", seed=-1), "sample.seed=-1: must be from 0 to 2"),
+    (lambda llada: llada.sample("a", seed=[0, -1]), "sample.seed=-1: must be from 0 to 2"),
+    (
+      lambda llada: llada.sample("a", seed=[1, 2]),
+      r"sample.seed=\[1, 2\]: give one seed, or one for each of the 1 rows",
+    ),
+    (
+      lambda llada: llada.unmask([[1], [2]], seed=[1]),
+      r"sample.seed=\[1\]: give one seed, or one for each of the 2 rows",
+    ),
+    (
+      lambda llada: llada.sample("a", temperature=float("nan")),
+      "sample.temperature=nan: must be at least 0, and finite",
+    ),
+    (lambda llada: llada.sample("a", threshold=float("nan")), "sample.threshold=nan: must be a number"),
+    (lambda llada: llada.sample("a", until=None), "until=None: give a list of strings"),
+    (lambda llada: LLaDA(llada.model, {}, None, 1, 2, 3).sample([0], until=["x"]), "this model has no tokenizer"),
+    (lambda llada: llada.log_likelihood("a", "b", num_samples=2.5), "num_samples=2.5: expected int, not float"),
+    (lambda llada: llada.log_likelihood("a", "b", guidance_scale="1"), "guidance_scale='1': expected float, not str"),
+    (lambda llada: llada.log_likelihood("a", "b", guidance_scale=-1), "guidance_scale=-1.0: must be at least 0"),
+    (lambda llada: llada.log_likelihood("a", "b", seed=-1), "seed=-1: must be from 0 to 2"),
+    (lambda llada: lladax.load(GOLDEN, step="3"), "step='3': expected int, not str"),
   ],
 )
 def test_a_mistake_is_one_clear_line(llada, call, said):
-  with pytest.raises(ValueError, match=said) as error:
+  with pytest.raises(Mistake, match=said) as error:
     call(llada)
   assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"guidance_scale": 0.5}, {"threshold": 0.9}, {"factor": 1.0}, {"cache": "prefix"}, {"confidence_eos_eot_inf": True},
+    {"steps": 4}, {"gen_length": None},
+  ],
+  ids=str,
+)  # fmt: skip
+def test_a_causal_model_refuses_what_it_would_ignore(options):
+  causal = tiny(causal=True)
+  (name,) = options
+  with pytest.raises(Mistake, match=f"^sample.{name}={list(options.values())[0]!r}: a causal model "):
+    causal.sample("a", **({"gen_length": 8} | options))
+
+
+def test_a_causal_model_knows_no_guided_likelihood_and_draws_no_forbidden_eos():
+  causal = tiny(causal=True)
+  with pytest.raises(Mistake, match="^guidance_scale=0.5: a causal model has no use for it"):
+    causal.log_likelihood("ab", "cde", guidance_scale=0.5)
+  exact = causal.log_likelihood("ab", "cde")
+  assert causal.log_likelihood("ab", "cde", method="chain_rule") == exact
+  options = {"gen_length": 24, "temperature": 20.0}  # next to uniform
+  drawn, never = (causal.sample(["a"] * 16, logits_eos_inf=x, **options).tokens[:, -24:] for x in (False, True))
+  assert (drawn == causal.eos_id).any() and not (never == causal.eos_id).any()
+
+
+def test_numpy_is_taken_wherever_lists_and_numbers_are(llada):
+  options = {"gen_length": 8, "block_length": 4, "steps": 8, "temperature": 0.5, "seed": 2**31}
+  arrays = {name: np.asarray(value)[()] for name, value in options.items()}
+  plain = llada.sample([65, 66, 67], **options)
+  for prompt in ([[65, 66, 67]], np.array([65, 66, 67]), jnp.array([[65, 66, 67]]), "ABC", (65, 66, 67), range(65, 68)):
+    np.testing.assert_array_equal(llada.sample(prompt, **arrays).tokens, plain.tokens)
+  assert (llada.sample([65, 66, 67], **options | {"seed": 0}).tokens != plain.tokens).any()
+  canvas = [65, llada.mask_id, 67]
+  np.testing.assert_array_equal(llada.unmask(canvas).tokens, llada.unmask(np.array([canvas])).tokens)
+  np.testing.assert_array_equal(llada.logits(canvas), llada.logits([canvas], np.ones((1, 3), bool)))
+  one = llada.log_likelihood([65], [66, 67], num_samples=3, seed=2**32 - 1)
+  assert llada.log_likelihood([np.array([65])], [np.array([66, 67])], num_samples=np.int64(3), seed=2**32 - 1) == [one]
+
+
 def test_an_unknown_option_is_named(llada):
-  with pytest.raises(TypeError, match="lenght"):
+  with pytest.raises(TypeError, match="sample.lenght: there is no such field; did you mean sample.gen_length"):
     llada.sample("a", lenght=3)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lladax import llada as llada_module
-from lladax import sharding, tokenizer
+from lladax import sharding, tokenizer, train
 from lladax.llada import LLaDA, bucket
 from lladax.mask_predictor import MaskPredictorConfig
 
@@ -262,6 +262,57 @@ def test_bad_options(llada):
     llada.sample("a", gen_length=None, logits_eos_inf=True)
 
 
+def perturbed(llada, n):
+  """As if the same were computed in another order: every parameter off by about one rounding."""
+  rng = np.random.default_rng(n)
+  shake = lambda x: x * (1 + 1e-7 * rng.standard_normal(x.shape)).astype(np.float32)  # noqa: E731
+  return dataclasses.replace(llada, params=jax.tree.map(shake, llada.params))
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    {},
+    {"remasking": "high_entropy", "temperature": 0.5},
+    *(
+      pytest.param(options, marks=pytest.mark.slow)
+      for options in (
+        {"remasking": "low_margin"},
+        {"temperature": 0.5},
+        {"remasking": "random"},
+        {"guidance_scale": 0.7, "cache": "dual"},
+        {"gen_length": None, "cache": "prefix", "steps": 4},
+        {"confidence_eos_eot_inf": True, "factor": 1.0},
+      )
+    ),
+  ],
+  ids=str,
+)
+def test_an_empty_prompt_has_one_answer_however_it_is_rounded(options):
+  flat = make(eos_bias=1.0)
+  flat = dataclasses.replace(flat, params=flat.params | {"head": 0.1 * flat.params["head"]})  # far from certain
+  options = {"gen_length": 32, "block_length": 16, "steps": 8} | options
+  answers = set()
+  for n in range(10):
+    for prompts in ([[]], [[], PROMPTS[0]]):
+      out = perturbed(flat, n).sample(prompts, **options)
+      row = slice(out.padding[0], out.padding[0] + 16)
+      answers.add((*out.tokens[0, row].tolist(), *out.unmasked_at[0, row].tolist()))
+  assert len(answers) == 1
+  at = out.unmasked_at[0, row]
+  if options.get("remasking") != "random" and not options.get("temperature"):
+    first = np.flatnonzero(at == 1)
+    np.testing.assert_array_equal(first, np.arange(len(first)))  # which tie, and go by position
+
+
+def test_a_canvas_of_masks_is_filled_the_same_wherever_it_stands(llada):
+  m, canvases = llada.mask_id, [[llada.mask_id] * 12, [5, *[llada.mask_id] * 60]]
+  for n in range(3):
+    shaken = perturbed(llada, n)
+    alone, among = shaken.unmask([[m] * 12], steps=4, block_length=8), shaken.unmask(canvases, steps=4, block_length=8)
+    assert_same(alone, 0, among, 0)
+
+
 def test_an_empty_prompt_alone_answers_as_it_does_among_others():
   ending, options = make(eos_bias=8.0), {"gen_length": 64, "block_length": 16, "steps": 8, "temperature": 1.0}
   alone, among = ending.sample([[]], **options), ending.sample([[], PROMPTS[0]], **options)
@@ -290,7 +341,7 @@ def test_any_mesh_answers_alike(mesh, options):
   params = jax.device_put(llada.params, sharding.shardings(grid, llada.model.letters()))
   meshed = dataclasses.replace(llada, params=params)
   options = {"steps": 16, "gen_length": 16, "block_length": 8} | options
-  out, expected = (model.sample([*PROMPTS, [1]], **options) for model in (meshed, llada))
+  out, expected = (model.sample([*PROMPTS, []], **options) for model in (meshed, llada))
   for i in range(4):
     assert_same(out, i, expected, i)
   assert out.nfe == expected.nfe
@@ -307,3 +358,84 @@ def test_a_causal_model_on_a_mesh():
   params = jax.device_put(llada.params, sharding.shardings(grid, llada.model.letters()))
   out, expected = (model.sample(PROMPTS, gen_length=8) for model in (dataclasses.replace(llada, params=params), llada))
   np.testing.assert_array_equal(out.tokens, expected.tokens)
+
+
+def test_a_seed_is_told_from_its_number_in_the_batch_or_given_with_the_row():
+  seed_B, row_B = llada_module._noise(2**32 - 1, 3)
+  expected = [jax.random.fold_in(jax.random.key(2**32 - 1), row) for row in range(3)]
+  keys = llada_module._keys(seed_B, row_B)
+  np.testing.assert_array_equal(jax.random.key_data(keys), jax.random.key_data(jnp.stack(expected)))
+  own = llada_module._keys(*llada_module._noise((5, 2**31), 2))
+  expected = [jax.random.fold_in(jax.random.key(seed), 0) for seed in (5, 2**31)]
+  np.testing.assert_array_equal(jax.random.key_data(own), jax.random.key_data(jnp.stack(expected)))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_row_with_a_seed_of_its_own_has_the_same_noise_in_any_batch(causal):
+  llada, options = make(eos_bias=-9.0, causal=causal), {"gen_length": 16, "block_length": 8, "temperature": 2.0}
+  program = llada_module._autoregressive_sample if causal else llada_module._run
+  together = llada.sample([*PROMPTS, PROMPTS[1]], seed=[3, 4, 5, 6], **options)
+  compiled = program._cache_size()
+  assert_same(llada.sample([*PROMPTS, PROMPTS[1]], seed=3, **options), 0, together, 0)
+  other = llada.sample([PROMPTS[1], PROMPTS[2], *PROMPTS[:2]], seed=np.array([6, 5, 3, 4]), **options)
+  assert program._cache_size() == compiled
+  for i, j in ((0, 3), (1, 2), (2, 0), (3, 1)):
+    assert_same(other, i, together, j)
+  assert (together.tokens[1] != together.tokens[3]).any()  # asked twice, answered twice
+  assert_same(llada.sample(PROMPTS[1], seed=4, **options), 0, together, 1)
+  assert_same(llada.sample(PROMPTS[1:2], seed=[4], **options), 0, together, 1)
+  if not causal:
+    canvas = [[*PROMPTS[1], *[llada.mask_id] * 9]]
+    one, two = (llada.unmask(canvas * 2, seed=seed, temperature=2.0) for seed in ([8, 9], [9, 8]))
+    assert_same(one, 0, two, 1)
+    *_, last = llada.stream([*PROMPTS, PROMPTS[1]], seed=[3, 4, 5, 6], **options)
+    np.testing.assert_array_equal(last.tokens, together.tokens)
+
+
+def test_prompts_of_one_command_have_noise_of_their_own(tiny, tiny_workdir, capsys):
+  config = tiny({"sample.temperature": 2.0, "sample.gen_length": 8, "sample.block_length": 8, "sample.steps": 2})
+  said = []
+  for prompts in (["red"] * 3, ["red"] * 2, ["r[MASK][MASK][MASK]"] * 2):
+    train.show_samples(config, tiny_workdir, prompts, None)
+    said.append(capsys.readouterr().out.splitlines())
+  assert len(set(said[0])) == 3 and said[1] == said[0][:2] and len(set(said[2])) == 2
+
+
+def stalled(params, state, *args, **options):
+  """A program that gets nowhere."""
+  return state
+
+
+def blind(masked_W, *args):
+  """`commit` that commits nothing."""
+  return jnp.zeros_like(masked_W)
+
+
+@pytest.mark.parametrize("options", [{}, {"gen_length": None}, {"cache": "dual", "early_stop": True}], ids=str)
+@pytest.mark.parametrize("broken", ["program", "commit"])
+def test_masks_that_never_vanish_end_every_loop(monkeypatch, broken, options):
+  if broken == "program":
+    monkeypatch.setattr(llada_module, "_run", stalled)
+  else:
+    monkeypatch.setattr(llada_module.sampling, "commit", blind)
+  llada = make(max_length=72, N=1, F=15)  # which no other test compiles
+  options = {"gen_length": 16, "block_length": 8, "steps": 8} | options
+  places = options["gen_length"] or 2 * (72 - 2)  # a canvas that grows begins again with a larger one
+  for every, most in (("block", places // 8), ("step", places)):
+    seen = list(llada.stream([[5], [6, 7]], every=every, **options))
+    assert 1 <= len(seen) <= most and (seen[-1].unmasked_at == 0).all()
+  for until in ((), ["x"]):
+    assert llada.sample([[5], [6, 7]], until=until, **options).nfe <= places
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_mask_in_a_prompt_is_refused(causal):
+  llada = make(causal=causal)
+  prompts = [[5], [5, llada.mask_id, 7]]
+  said = rf"^prompts\[1\]\[1\]={llada.mask_id} is \[MASK\], which has no place here: unmask\(\) is what fills"
+  for options in ({}, {"until": ["x"]}, {"gen_length": None}):
+    with pytest.raises(ValueError, match=said):
+      llada.sample(prompts, **options)
+    if not causal and "until" not in options:
+      with pytest.raises(ValueError, match=said):
+        llada.stream(prompts, **options)

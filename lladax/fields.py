@@ -1,0 +1,82 @@
+"""Values from outside, held against the types that fields declare: one rule for configs, options and arguments."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any
+
+from lladax.mistake import Mistake, Unknown
+
+
+def parse(values: dict[str, Any], cls: Any, path: str) -> Any:
+  """A dataclass from nested plain values.
+
+  Raises:
+    Unknown: a field that does not exist (with the nearest name).
+    Mistake: a missing field, a wrong type.
+  """
+  if not isinstance(values, dict):
+    raise Mistake(f"{path}={_shown(values)}: expected a group of fields")
+  hints = typing.get_type_hints(cls)
+  for name in values:
+    if name not in hints:
+      near = difflib.get_close_matches(name, hints, 1, 0.0)
+      raise Unknown(f"{path}.{name}: there is no such field; did you mean {path}.{near[0]}?")
+  fields = {}
+  for field in dataclasses.fields(cls):
+    where, kind = f"{path}.{field.name}", hints[field.name]
+    if field.name not in values:
+      if field.default is dataclasses.MISSING:
+        raise Mistake(f"{where} is missing")
+    elif dataclasses.is_dataclass(kind):
+      fields[field.name] = parse(values[field.name], kind, where)
+    else:
+      fields[field.name] = typed(values[field.name], kind, where)
+  return cls(**fields)
+
+
+def check(group: Any, path: str) -> None:
+  """Types the fields of a frozen dataclass, from its `__post_init__`: for those that are made in Python, too."""
+  for name, kind in typing.get_type_hints(type(group)).items():
+    object.__setattr__(group, name, typed(getattr(group, name), kind, f"{path}.{name}"))
+
+
+def typed(value: Any, kind: Any, where: str) -> Any:
+  """The value, if it is of the type: a class, tuple[int, ...], or a union with None or with a tuple.
+
+  Lists and arrays are tuples, NumPy's scalars are numbers, and a whole number is a float; a bool is no number.
+
+  Raises:
+    Mistake: it is not; `where` is what it is called.
+  """
+  if hasattr(value, "tolist"):
+    value = value.tolist()
+  options = typing.get_args(kind)
+  if isinstance(kind, types.UnionType):
+    if value is None and type(None) in options:
+      return None
+    several = isinstance(value, list | tuple)
+    options = sorted(options, key=lambda k: (k is type(None), (typing.get_origin(k) is tuple) != several))
+    return typed(value, options[0], where)
+  origin = typing.get_origin(kind) or kind
+  if origin is tuple and isinstance(value, list | tuple):
+    kinds = options[:1] * len(value) if options[1:] == (...,) else options
+    if len(kinds) == len(value):
+      return tuple(typed(x, k, f"{where}[{i}]") for i, (x, k) in enumerate(zip(value, kinds, strict=True)))
+  if origin is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool):
+    raise Mistake(f"{where}={_shown(value)}: expected {origin.__name__}, not {type(value).__name__}")
+  return value
+
+
+def check_seed(seed: int, where: str) -> None:
+  """Raises Mistake for a seed of more than 32 bits: `jax.random.key` would take the lower ones alone."""
+  if not 0 <= seed < 2**32:
+    raise Mistake(f"{where}={seed}: must be from 0 to 2^32 - 1")
+
+
+def _shown(value: Any) -> str:
+  shown = repr(value)
+  return shown if len(shown) <= 200 else f"{shown[:200]}..."
