@@ -1,7 +1,8 @@
 """A conversation in the terminal, in which a reply appears in the order it is unmasked.
 
-The life of a message: a line of standard input -> the history -> `LLaDA.stream`, a canvas after every forward pass ->
-the part behind the prompt, up to the first token that ends it -> drawn -> the finished text joins the history.
+The life of a message: a line of standard input -> the history, of which as much is sent as fits the model ->
+`LLaDA.stream`, a canvas after every forward pass -> the part behind the prompt, up to the first token that ends it ->
+drawn -> the finished text joins the history.
 Where standard output is no terminal there is nothing to watch: it gets the replies alone, and all else goes to stderr.
 """
 
@@ -20,10 +21,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from lladax import sharding, visualize
+from lladax import sampling, sharding, visualize
 from lladax.config import Config
 from lladax.llada import LLaDA, Sampled, load
 from lladax.mistake import Mistake
+from lladax.sampling import SamplerConfig
 
 Messages = list[dict[str, str]]
 
@@ -47,7 +49,8 @@ def talk(llada: LLaDA, system: str = "", options: Mapping[str, Any] | None = Non
   Args:
     llada: the model, with a tokenizer.
     system: the system prompt; "" is none.
-    options: those of `SamplerConfig`; `early_stop` is on unless told otherwise.
+    options: those of `SamplerConfig`; `early_stop` is on unless told otherwise. Each reply has noise of its own, the
+      same whenever the same is asked from the start.
 
   Raises:
     Mistake: the model has no tokenizer; and, where standard output is no terminal, whatever else cannot be done.
@@ -57,7 +60,9 @@ def talk(llada: LLaDA, system: str = "", options: Mapping[str, Any] | None = Non
   console, notes = Console(highlight=False), Console(stderr=True, highlight=False, soft_wrap=True)
   watched = console.is_terminal
   start: Messages = [{"role": "system", "content": system}] if system else []
-  messages = list(start)
+  messages, asked_before, left_out = list(start), 0, 0
+  options = {"early_stop": True} | dict(options or {})
+  seed = options.pop("seed", SamplerConfig.seed)
   if watched:
     notes.print("/help lists the commands", style="dim")
   while True:
@@ -67,13 +72,18 @@ def talk(llada: LLaDA, system: str = "", options: Mapping[str, Any] | None = Non
         if line == "/quit":
           return messages
         if line == "/reset":
-          messages = list(start)
+          messages, left_out = list(start), 0
         notes.print(HELP if line == "/help" else "the conversation starts anew", style="dim")
       elif line.startswith("/"):
         notes.print(_save(line, messages), style="dim", markup=False)
       elif line:
         asked = [*messages, {"role": "user", "content": line}]
-        reply = _answer(llada, asked, {"early_stop": True} | dict(options or {}), console)
+        sent = _fitting(llada, asked, len(start), options)
+        if len(asked) - len(sent) > left_out:
+          left_out = len(asked) - len(sent)
+          notes.print(f"the model no longer sees the oldest {left_out} messages; /reset starts anew", style="dim")
+        asked_before += 1
+        reply = _answer(llada, sent, options | {"seed": sampling.nth_seed(seed, asked_before - 1)}, console)
         messages = [*asked, {"role": "assistant", "content": reply}]
     except EOFError:
       if watched:
@@ -114,6 +124,19 @@ def _save(line: str, messages: Messages) -> str:
   except OSError as error:
     raise Mistake(f"/save: {path} cannot be written: {error.strerror}") from None
   return f"{len(messages)} messages written to {path}"
+
+
+def _fitting(llada: LLaDA, messages: Messages, system: int, options: Mapping[str, Any]) -> Messages:
+  """The messages without the oldest turns, so that they and a reply fit the model; the first `system` always stay.
+
+  The last one stays, too: where it is too long by itself, the sampler says so.
+  """
+  assert llada.tokenizer is not None
+  c, kept = SamplerConfig(**options), list(messages)
+  room = llada.model.max_length - (c.gen_length or c.block_length)
+  while len(kept) > system + 1 and len(llada.tokenizer.chat(kept)) > room:
+    del kept[system : system + 2]  # what was asked, and its reply
+  return kept
 
 
 def _answer(llada: LLaDA, messages: Messages, options: dict[str, Any], console: Console) -> str:

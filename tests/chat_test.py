@@ -24,13 +24,18 @@ PROMPT, EOS, EOT, MASK, WIDTH = 5, 256, 257, 258, 24  # the fake's ids are bytes
 
 
 class Model:
-  causal = False
+  causal, max_length = False, 200
+
+
+class Template:
+  def chat(self, messages):
+    return [token for m in messages for token in m["content"].encode()]
 
 
 class Fake:
   """Replies by the book: "yes", or the last message backwards; unmasks from the right, two tokens a step."""
 
-  model, tokenizer, mask_id, eos_id, eot_id = Model(), object(), MASK, EOS, EOT
+  model, tokenizer, mask_id, eos_id, eot_id = Model(), Template(), MASK, EOS, EOT
 
   def __init__(self, reply=None):
     self.reply, self.asked, self.options = reply, [], []
@@ -87,9 +92,39 @@ def test_only_the_replies_go_to_a_pipe_and_the_history_is_sent(talk):
     ("user", "ab"), ("assistant", "ba"), ("user", "cd"), ("assistant", "dc")
   ]  # fmt: skip
   assert fake.asked == [messages[:1], messages[:3]]
+  assert [x.pop("seed") for x in fake.options][0] == 0
   assert fake.options == [{"steps": 8, "early_stop": True}] * 2
   talk(fake, "ab", options={"early_stop": False})
-  assert fake.options[-1] == {"early_stop": False}
+  assert fake.options[-1] == {"early_stop": False, "seed": 0}
+
+
+def test_every_reply_has_noise_of_its_own_and_the_same_when_all_is_asked_again(talk):
+  fake = Fake()
+  for _ in range(2):
+    talk(fake, "ab", "ab", "/reset", "ab", options={"seed": 7})
+  seeds = [x["seed"] for x in fake.options]
+  assert seeds[:3] == seeds[3:] and len(set(seeds)) == 3 and seeds[0] == 7
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize(
+  ("options", "room"), [({"gen_length": 150}, 50), ({"gen_length": None, "block_length": 160}, 40)]
+)
+def test_a_conversation_that_outgrows_the_model_loses_its_oldest_turns(talk, tmp_path, terminal, options, room):
+  fake, path, lines = Fake(), tmp_path / "talk.jsonl", [f"{i} and so on" for i in range(6)]  # 11 tokens each
+  messages, _, err = talk(fake, *lines, f"/save {path}", terminal=terminal, system="Be brief.", options=options)
+  assert [json.loads(line) for line in path.read_text("utf-8").splitlines()] == messages  # which is all of it
+  assert [m["content"] for m in messages[1::2]] == lines
+  for i, asked in enumerate(fake.asked):
+    begins = 1
+    while len(Template().chat([messages[0], *messages[begins : 2 * i + 2]])) > room:
+      begins += 2
+    assert asked == [messages[0], *messages[begins : 2 * i + 2]]
+    said = f"the model no longer sees the oldest {begins - 1} messages; /reset starts anew"
+    assert err.count(said) == (begins > 1)
+  assert begins > 5
+  _, _, err = talk(fake, *lines[:3], "/reset", *lines[:3], options={"gen_length": 160})
+  assert err.count("the oldest 2 messages") == 2 and fake.asked[-1][0]["content"] == lines[1]
 
 
 def test_reset_keeps_the_system_prompt_and_quit_leaves(talk):
@@ -220,3 +255,13 @@ def test_a_terminal_and_a_pipe_get_the_same_reply(tiny_workdir, talk):
   piped, _, _ = talk(llada, "red", options=options)
   watched, out, _ = talk(llada, "red", terminal=True, options=options)
   assert piped == watched and "forward passes" in out
+
+
+@pytest.mark.usefixtures("quick_compiles")
+def test_a_long_conversation_through_a_pipe_with_a_model(tiny_workdir, talk):
+  llada = lladax.load(tiny_workdir)
+  short = dataclasses.replace(llada, model=dataclasses.replace(llada.model, max_length=96))
+  messages, out, err = talk(short, *["red and"] * 4, options={"gen_length": 16, "block_length": 16, "steps": 2})
+  assert len(messages) == 8 and out.count("\n") >= 4 and "the oldest 2 messages" in err
+  with pytest.raises(Mistake, match="is longer than model.max_length=96"):
+    talk(short, "red " * 30, options={"gen_length": 16, "block_length": 16})
