@@ -18,10 +18,10 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from configs_test import NAMES
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from configs_test import NAMES
 from lladax import evaluate, llada, sampling, sharding, train
 from lladax.config import parse
 from lladax.sampling import SamplerConfig
