@@ -1,0 +1,263 @@
+"""Every command in README, launch/README and the benchmarks runs; those of large models and long runs as tiny ones.
+
+A command is found in its page (fenced, or between backticks) or in the head of its file, and meets the first rule that
+knows it: a command without a rule fails, and so does a rule without a command. They run in the order of the rules, in
+one folder that looks like a checkout: what one makes, a later one finds.
+"""
+
+import ast
+import json
+import lzma
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import conftest
+import numpy as np
+import pytest
+import tokenizers
+
+from lladax import convert, reading
+
+ROOT = pathlib.Path(__file__).parent.parent
+STARTS = re.compile(
+  r"(?:[A-Z_]+=\S+ )*(?:pip install|lladax --|python3? |pytest|benchmarks/\w+\.sh|launch/\w+\.sh|sbatch|gcloud|kubectl)"
+)
+
+
+def commands(text):
+  """The shell commands of a text, on one line each, without their comments."""
+  lines = text.replace("\\\n", " ").splitlines()
+  lines = [re.sub(r"\s+", " ", re.split(r"(?:^|\s)# ", line)[0]).strip() for line in lines]
+  return [line for line in lines if STARTS.match(line)]
+
+
+def documented():
+  """(page, command) of all pages and heads of files."""
+  found = []
+  for page in ("README.md", "launch/README.md"):
+    text = (ROOT / page).read_text("utf-8")
+    fenced = re.compile(r"^```bash[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+    found += [(page, x) for x in (*commands("\n".join(fenced.findall(text))), *commands("\n".join(inline)))]
+  for path in sorted((ROOT / "benchmarks").glob("*.py")):
+    found += [(f"benchmarks/{path.name}", x) for x in commands(ast.get_docstring(ast.parse(path.read_text())) or "")]
+  for path in sorted((ROOT / "benchmarks").glob("*.sh")):
+    head = "".join(line[1:] for line in path.read_text().splitlines(True) if line.startswith("#"))
+    found += [(f"benchmarks/{path.name}", x) for x in commands(head)]
+  return found
+
+
+# A model and a run of seconds. A `lladax` that is called, by a script too, gets INSIDE behind its flags.
+RUN = shlex.split(
+  "--config.steps=3 --config.data.batch_size=8 --config.micro_batches=1 --config.evaluate.num_samples=1"
+  " --config.evaluate.every=0 --config.log.tensorboard=False --config.tokenizer.vocab_size=400"
+  " --config.optimizer.schedule='((1, 0.001), (-1, 0.0))' --config.sample.gen_length=16"
+  " --config.sample.block_length=8 --config.sample.steps=4 --config.data.held_out=0.2"
+)
+TINY = RUN + [f"--config.model.{x}" for x in ("D=16", "N=2", "H=2", "G=2", "K=8", "F=32", "V=0", "remat=none")]
+TINY += ["--config.data.length=64"]
+CPU = shlex.split(
+  "--B 2 --L 16 --V 128 --D 16 --N 1 --H 2 --K 8 --F 32 --prompt 8 --gen 8 --block 4 --steps 4 --rounds 1 --rows 1"
+)
+ASKED = ["--config.evaluate.limit=1", "--config.evaluate.tasks=('lladax_arc_challenge', 'lladax_gsm8k')"]
+
+
+class Rule(NamedTuple):
+  """What becomes of the commands in which `pattern` is found."""
+
+  pattern: str
+  more: Sequence[str] = ()  # flags that stand behind it; a text: why it is not run
+  change: Mapping[str, str] = {}  # noqa: RUF012  text -> what stands there instead
+  makes: str = ""  # is there afterwards
+  inside: Sequence[str] = ()  # flags of every `lladax`
+  needs: str = ""  # a package, without which it is skipped
+
+
+RULES = [
+  Rule(r"^pip install -e \S+( && (\S*pip|pytest).*)?$|^python3 -m venv", "CI installs, in a fresh environment"),
+  Rule(r"^pip install torch==\S+$", "a benchmark's own package"),
+  Rule(r"^(gcloud|kubectl|sbatch|launch/tpu_vm\.sh)", "launch_test.py plays the cluster"),
+  Rule(r"^(lladax|python -m lladax.main)( --config=\.\.\. --workdir=\.\.\.)?$", "the name of a command"),
+  Rule(r"^python benchmarks/scaling.py$", "its fields stand in the command below it"),
+  Rule(r"\.\.\.|\[flags|^benchmarks/\w+\.sh.*FIELD=VALUE", "in full, and run, in README"),
+  Rule(r"^pytest", shlex.split("--collect-only -q -p no:cacheprovider -n 0")),
+  Rule(
+    r"--config=\S*quickstart(\.py)? --workdir=runs/quickstart$", RUN, {"pip install -e . && ": ""},
+    "runs/quickstart/samples.html",
+  ),
+  Rule(r"^lladax --workdir=runs/quickstart --mode=sample", makes="out.html"),
+  Rule(r"^lladax --workdir=runs/quickstart --mode=evaluate", makes="runs/quickstart/evaluation.html"),
+  Rule(r"--workdir=runs/mine ", TINY, makes="runs/mine/samples.html"),
+  Rule(r"--workdir=runs/poems ", TINY, makes="runs/poems/samples.html"),
+  Rule(r"--workdir=runs/base ", TINY, makes="runs/base/checkpoints/3"),
+  Rule(r"--workdir=runs/chat .*alpaca", TINY, makes="runs/chat/checkpoints/3"),
+  Rule(r"^lladax --workdir=runs/chat --mode=chat --system", ["< questions.txt"]),
+  Rule(r"--mode=chat < questions.txt > replies.txt", makes="replies.txt"),
+  Rule(r"--mode=import --source=downloads", makes="runs/imported/config.json"),
+  Rule(r"--mode=export", makes="downloads/exported/model.safetensors"),
+  Rule(r"--mode=import --source=hf://", makes="runs/llada_8b_base/config.json"),
+  Rule(r"llada_8b_sft.py:lora --workdir", [*RUN, "--config.data.length=64"], makes="runs/mine_lora/checkpoints/3"),
+  Rule(
+    r"--mode=prepare .*/data/records/web", (),
+    {"/data/": "data/", "--shards=1024": "--shards=2", "num_workers=8": "num_workers=2",
+     " -- ": " --config.data.length=64 --config.data.held_out=0.2 -- "},
+    "data/records/web/manifest.json",
+  ),
+  Rule(
+    r"--config.data.mixture=.*records/code", TINY, {"/data/records": "data/records", "/shared/": "shared/"},
+    "shared/runs/llada_8b/checkpoints/3",
+  ),
+  Rule(r"benchmarks/loader.py --config=CONFIG", TINY, {"CONFIG": "configs/quickstart.py"}),
+  Rule(r"--workdir=runs/stdlib ", [*TINY, "--config.mesh.fsdp=1"], makes="runs/stdlib/samples.html"),
+  Rule(r"--mode=plan", ["--config.model.N=1"], {"v5e:16x16": "v5e:4x4 --config.data.batch_size=64"}, needs="libtpu"),
+  Rule(r"launch/plans.py", ["llada_1b:v5e_4x4"], {"pip install -e '.[plan]' && ": ""}, needs="libtpu"),
+  Rule(
+    r"--mode=evaluate .*llada_base/gsm8k", [*ASKED, "--config.evaluate.data_dir=DIR", "--config.sample.gen_length=8"],
+    {"=runs/imported": "=runs/chat"}, "runs/chat/evaluation.html", needs="lm_eval",
+  ),
+  Rule(
+    r"python -m lladax.harness", (),
+    {"runs/imported,mc_num=128,gen_length=256": "runs/chat,mc_num=2,gen_length=8", "--limit 100": "--limit 1"},
+    needs="lm_eval",
+  ),
+  Rule(
+    r"gsm8k.sh OUT INSTRUCTIONS GSM8K_TRAIN BOOKS$", (),
+    {"OUT INST": "runs/gsm8k INST", "INSTRUCTIONS": "alpaca_data.json", "GSM8K_TRAIN": "DIR/math/gsm8k_train.jsonl",
+     "BOOKS": "DIR/en/books_children.jsonl"},
+    "runs/gsm8k/sft/checkpoints/3", TINY, "apache_beam",
+  ),
+  Rule(
+    r"harness.sh OUT DATA$", [*ASKED, "--config.sample.gen_length=8"], {"OUT DATA": "runs/harness DIR"},
+    "runs/harness/model/evaluation.html", TINY, "apache_beam",
+  ),
+  Rule(r"benchmarks/reversal.py$", TINY, makes="runs/reversal/reversal.md"),
+  Rule(
+    r"poems.sh OUT TANG_POEMS COUPLETS$", TINY,
+    {"OUT TANG_POEMS COUPLETS": "runs/couplets poems.jsonl.xz couplets.json"},
+    "runs/couplets/reversal.md",
+  ),
+  Rule(
+    r"scaling.py --config", [*RUN[1:], "--min_steps=2", "--max_epochs=999"],
+    {"32x2,64x2,96x3,128x4": "16x1,16x2", "5e11,1.5e12,5e12,1.5e13": "1e8,2e8"}, "runs/scaling/scaling.md",
+  ),
+  Rule(
+    r"frontier.py --path", ("--limit=2", "--batch_size=2", "--gen_length=8", "--blocks=8", "--steps=4",
+    "--thresholds=0.9", "--caches=none"),
+    {"=runs/poems/diffusion": "=runs/poems", "=runs/gsm8k": "=runs/poems --out=runs/frontier_gsm8k"},
+    "runs/frontier/frontier.md", needs="lm_eval",
+  ),
+  Rule(r"meshes.py$", ["--config.steps=2", *TINY[len(RUN):-1]]),
+  Rule(r"cpu.py", [*CPU, "--only=lladax"], {"pip install torch==2.13.0 && ": ""}),
+  Rule(r"torch_baseline.py", CPU[:12], needs="torch"),
+  Rule(r"launch/local.sh", [*TINY, "--config.data.held_out=0.2"], makes="runs/two/samples.html"),
+]  # fmt: skip
+
+
+def rule(command):
+  return next((x for x in RULES if re.search(x.pattern, command)), None)
+
+
+def test_every_command_has_a_rule_and_every_rule_a_command():
+  found = [command for _, command in documented()]
+  assert len(found) > 60  # they are found
+  assert not [command for command in found if not rule(command)]
+  assert not [x.pattern for x in RULES if x not in map(rule, found)]
+
+
+def test_what_is_changed_stands_in_a_command():
+  found = [(command, rule(command)) for _, command in documented()]
+  for x in RULES:
+    text = " ".join(command for command, y in found if y is x)
+    assert not [old for old in x.change if old not in text], x.pattern
+
+
+COMMANDS = sorted({(RULES.index(rule(x)), x) for _, x in documented() if rule(x) and not isinstance(rule(x).more, str)})
+# The flags of INSIDE, a line each, stand behind the others, and before what is Beam's.
+LLADAX = """mapfile -t inside <<<"$INSIDE"
+[[ -n "$INSIDE" ]] || inside=()
+flags=()
+while (($#)) && [[ "$1" != -- ]]; do flags+=("$1"); shift; done
+exec python -m lladax.main "${flags[@]}" "${inside[@]}" "$@"
+"""
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory, quickstart_workdir):
+  """A folder like a checkout, with the files that the pages speak of, and a `lladax` that knows it."""
+  folder = tmp_path_factory.mktemp("checkout")
+  for name in ("lladax", "configs", "benchmarks", "launch", "tests", "pyproject.toml"):
+    (folder / name).symlink_to(ROOT / name)
+  for name in ("bin", "data/records", "downloads", "runs", "shared", "texts"):
+    (folder / name).mkdir(parents=True)
+  for name, body in (("lladax", LLADAX), ("python", f'exec "{sys.executable}" "$@"')):
+    (folder / "bin" / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+    (folder / "bin" / name).chmod(0o755)
+
+  rng = np.random.default_rng(0)
+  texts = [" ".join(rng.choice("red green blue yellow sun moon sea hill".split(), 40)) + "." for _ in range(80)]
+  for i, text in enumerate(texts[:20]):
+    (folder / "texts" / f"{i}.txt").write_text(text)
+  (folder / "questions.txt").write_text("What is red?\n")
+  write(folder / "data" / "a.jsonl.zst", [{"text": text} for text in texts])
+  write(folder / "poems.jsonl.xz", [{"lines": [f"{x[:9]}，{x[9:18]}。"]} for x in texts] + [{"lines": ["春，夏。"]}])
+  talks = [{"instruction": x, "input": "", "output": y} for x, y in zip(texts, reversed(texts), strict=True)]
+  write(folder / "mine.jsonl", talks)
+  (folder / "alpaca_data.json").write_text(json.dumps(talks))
+  (folder / "couplets.json").write_text(json.dumps([{"first": "春", "second": "夏"}]))
+  write(folder / "DIR" / "en" / "books_children.jsonl", [{"text": text} for text in texts])
+  choice = [{"question": f"{i}?", "choices": ["a", "b", "cd"], "answer": i % 3} for i in range(6)]
+  sums = [{"question": f"{i} + 1?", "answer": f"so\n#### {i + 1}"} for i in range(20)]
+  for split in ("test", "train"):
+    write(folder / "DIR" / "eval" / f"arc_challenge_{split}.jsonl", choice)
+    write(folder / "DIR" / "math" / f"gsm8k_{split}.jsonl", sums)
+  write(folder / "DIR" / "eval" / "lambada_openai.jsonl", [{"context": "one two", "continuation": "three"}] * 2)
+  write(folder / "DIR" / "zh" / "poem_data.jsonl", [{"first": "ab", "second": "cd"}] * 3)
+
+  text = tokenizers.Tokenizer(tokenizers.models.BPE())
+  text.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  text.decoder = tokenizers.decoders.ByteLevel()
+  alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+  trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+  text.train_from_iterator(texts, trainer)
+  text.save(str(folder / "data" / "tokenizer.json"))
+
+  convert.to_published(quickstart_workdir, folder / "downloads" / "LLaDA-8B-Base")
+  repository = folder / "hub" / "models--GSAI-ML--LLaDA-8B-Base"  # as it lies in the hub's cache
+  (repository / "refs").mkdir(parents=True)
+  (repository / "refs" / "main").write_text("1" * 40)
+  (repository / "snapshots").mkdir()
+  (repository / "snapshots" / ("1" * 40)).symlink_to(folder / "downloads" / "LLaDA-8B-Base")
+  return folder
+
+
+def write(path, rows):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with {".xz": lzma.open, ".zst": reading.zstd.open}.get(path.suffix, open)(path, "wt", encoding="utf-8") as file:
+    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [command for _, command in COMMANDS])
+def test_it_runs(checkout, command):
+  x = rule(command)
+  if x.needs:
+    pytest.importorskip(x.needs)
+  for old, new in x.change.items():
+    command = command.replace(old, new)
+  command += "".join(f" {flag if flag.startswith('<') else shlex.quote(flag)}" for flag in x.more)
+  env = os.environ | {
+    "PATH": f"{checkout / 'bin'}{os.pathsep}{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    "PYTHONPATH": str(ROOT), "XLA_FLAGS": conftest.USER_XLA_FLAGS, "INSIDE": "\n".join(x.inside), "MPLBACKEND": "agg",
+    "HF_HUB_CACHE": str(checkout / "hub"), "HF_HUB_OFFLINE": "1", "LLADAX_EVAL_DATA": "",
+  }  # fmt: skip
+  run = subprocess.run(
+    ["bash", "-euo", "pipefail", "-c", command], cwd=checkout, env=env, timeout=900, capture_output=True, text=True
+  )
+  assert run.returncode == 0, f"{command}\n{run.stdout[-3000:]}\n{run.stderr[-6000:]}"
+  assert not x.makes or (checkout / x.makes).exists(), command
