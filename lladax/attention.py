@@ -3,7 +3,7 @@
   xla     plain einsums: every case, every device; the scores of all heads exist at once
   cudnn   NVIDIA's fused kernel: bfloat16, head widths up to 128. Padding at the right end goes by lengths; other
           segments (packed documents, padding at the left) as a bias of one row of scores for all heads
-  splash  the Pallas kernel for TPUs: lengths that are multiples of 128; segments are native
+  splash  the Pallas kernel for TPUs: lengths that are multiples of 128, any head width; segments are native
 
 Letters are those of `mask_predictor.py`. Softmax runs in float32 whatever the compute dtype.
 """
@@ -26,20 +26,19 @@ _NEVER = -1e30
 
 
 def choose(
-  kernel: str, *, W: int, L: int, K: int, dtype: jnp.dtype, causal: bool, segments: str, cached: bool = False,
-  platform: str, context: int = 1,
+  kernel: str, *, W: int, L: int, K: int, dtype: jnp.dtype, causal: bool, segments: str, platform: str,
+  context: int = 1,
 ) -> str:  # fmt: skip
   """The kernel that runs: the one asked for, or for "auto" the fastest that is exact for the input.
 
   Args:
     kernel: one of `KERNELS`.
     W: queries.
-    L: keys.
+    L: keys. More than W: a window over a cache, whose mask is its own; always "xla".
     K: head width.
     dtype: of the queries.
     causal: whether later keys are hidden.
     segments: "none"; "right", 1s and then padding; "any".
-    cached: a window over a cache; always "xla", since its mask is its own.
     platform: "cpu", "gpu" or "tpu".
     context: into how many parts the mesh slices the queries.
 
@@ -57,11 +56,13 @@ def choose(
       return f"it computes in bfloat16, not {dtype}"
     if name == "cudnn" and (K % 8 or K > 128):
       return f"model.K={K} is not a multiple of 8 up to 128"
+    if name == "cudnn" and segments == "any" and (W // context % 2 or L % 2):
+      return f"there are segments, and the length {L} on {context} devices is not even on each"
     if name == "splash" and (W // context % 128 or L % 128):
       return f"the length {L} on {context} devices is not a multiple of 128 on each"
     return None
 
-  if cached or kernel == "xla":
+  if W < L or kernel == "xla":
     return "xla"
   if kernel == "auto":
     if platform == "tpu":

@@ -303,7 +303,7 @@ class MaskPredictor(nnx.Module):
 
     Args:
       tokens_BW: int32 ids at canvas positions start .. start + W - 1.
-      segment_BL: int32 document of every canvas position, 0 = padding; None: one document, no padding.
+      segment_BL: int32 document of every canvas position, 0 = padding (B may be 1); None: one document, no padding.
       position_BL: int32 positions for RoPE (B may be 1); None: 0 .. L - 1.
       cache: keys and values of the canvas, L positions; the window's are replaced. None: W == L.
       start: where the window begins.
@@ -315,24 +315,26 @@ class MaskPredictor(nnx.Module):
       (hidden_BWD after the final norm, the cache or None).
     """
     c = self.c
-    W = tokens_BW.shape[1]
+    B, W = tokens_BW.shape
     L = W if cache is None else cache["k"].shape[2]
     if position_BL is None:
       position_BL = jnp.arange(L)[None]
     window = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=W, axis=1)
     position_BW = window(position_BL) if W < L else position_BL
     cos, sin = rotary(position_BW, c)
+    if segment_BL is not None:
+      segment_BL = jnp.broadcast_to(segment_BL, (B, L))  # kernels read a row each
     segments = "none" if segment_BL is None else "right" if right_padded else "any"
     kernel = attention.choose(
-      c.attention, W=W, L=L, K=c.K, dtype=c.compute_dtype, causal=c.causal, segments=segments,
-      cached=cache is not None, platform=sharding.platform(), context=sharding.axis_size("context"),
+      c.attention, W=W, L=L if reuse_L is None else L + W, K=c.K, dtype=c.compute_dtype, causal=c.causal,
+      segments=segments, platform=sharding.platform(), context=sharding.axis_size("context"),
     )  # fmt: skip
     allowed_BWL = None
     if segment_BL is not None or c.causal or reuse_L is not None:
-      if segment_BL is None:
-        segment_BL = jnp.ones((1, L), jnp.int32)
-      segment_BW = window(segment_BL) if W < L else segment_BL
-      allowed_BWL = attention.allowed(segment_BW, segment_BL, position_BW, position_BL, causal=c.causal)
+      # Made up for the table alone: a kernel that was chosen for no segments must not be handed any.
+      filled_BL = jnp.ones((1, L), jnp.int32) if segment_BL is None else segment_BL
+      filled_BW = window(filled_BL) if W < L else filled_BL
+      allowed_BWL = attention.allowed(filled_BW, filled_BL, position_BW, position_BL, causal=c.causal)
       if reuse_L is not None:  # the keys are those of the cache, then those of the window
         reuse_11L = reuse_L[None, None]
         fresh_BWW = jax.lax.dynamic_slice_in_dim(allowed_BWL & ~reuse_11L, start, W, axis=2)

@@ -1,5 +1,6 @@
 import contextlib
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,9 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from lladax import attention, sharding
+from lladax.mask_predictor import MaskPredictorConfig
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def random_qkv(W=3, L=5, H=4, G=2, K=6, dtype=np.float32):
@@ -59,64 +63,86 @@ def test_allowed_is_the_table_of_its_docstring(causal):
 SEGMENTS = {
   "none": None,
   "right": (np.arange(256) < [[256], [100], [3], [256]]).astype(np.int32),
+  "row": np.repeat([[1, 2]], 128, axis=1).astype(np.int32),
   "any": np.stack([np.sort(np.random.default_rng(i).integers(0, 3, 256)) for i in range(4)]).astype(np.int32),
 }
 
 
-def kernels(segments, G, causal, kernel):
-  """attend(q, k, v) with these segments by this kernel, as the mask predictor calls it."""
-  segment_BL = SEGMENTS[segments]
-  position_BL = np.arange(256)[None]
-  filled_BL = np.ones((1, 256), np.int32) if segment_BL is None else segment_BL
-  allowed_BWL = attention.allowed(filled_BL, filled_BL, position_BL, position_BL, causal=causal)
-  return functools.partial(
-    attention.attend, allowed_BWL=allowed_BWL, kernel=kernel, causal=causal, right_padded=segments == "right",
-    segment_BL=None if segment_BL is None else jnp.asarray(segment_BL), on_each_device=sharding.on_each_device,
-  )  # fmt: skip
+def hidden_of(segments, kernel, *, cached=False, B=4, L=256, **fields):
+  """(hidden(params), params) of a model of one layer, which asks for the kernel, over rows with these segments."""
+  c = MaskPredictorConfig(**({"D": 32, "N": 1, "H": 4, "F": 32, "V": 17, "attention": kernel} | fields))
+  tokens_BL = np.random.default_rng(0).integers(0, c.V, (B, L)).astype(np.int32)
+
+  def hidden(params):
+    cache = c.new_cache(B, L) if cached else None
+    return c.bind(params).hidden(tokens_BL, SEGMENTS[segments], cache=cache, right_padded=segments == "right")[0]
+
+  return hidden, jax.eval_shape(c.init, jax.random.key(0))
 
 
 @pytest.mark.parametrize(
-  ("segments", "G", "causal", "mesh"),
+  ("segments", "G", "causal", "cached", "mesh"),
   [
-    ("none", 2, False, None),
-    ("any", 1, False, None),
-    ("any", 4, True, None),
-    ("any", 2, False, {"data": 2, "tensor": 2, "context": 2}),
-    ("right", 4, True, {"data": 1, "fsdp": 4, "tensor": 2}),
+    ("none", 2, True, False, None),
+    ("none", 4, False, True, {"data": 2, "tensor": 2, "context": 2}),
+    ("any", 1, True, True, None),
+    ("any", 2, False, False, {"data": 2, "tensor": 2, "context": 2}),
+    ("right", 4, True, False, {"data": 1, "fsdp": 4, "tensor": 2}),
   ],
 )
-def test_splash_is_xla(monkeypatch, segments, G, causal, mesh):
-  """Forward and gradients, in Pallas's interpreter."""
-  monkeypatch.setattr(attention, "_splash", functools.partial(attention._splash, interpret=True))
+def test_a_model_with_splash_is_one_with_xla(monkeypatch, segments, G, causal, cached, mesh):
+  """Forward and gradients, in Pallas's interpreter, of what the mask predictor hands over: with a cache, too, if the
+  window is the canvas.
+  """
+  handed, interpreted = [], functools.partial(attention._splash, interpret=True)
+
+  def splash(*arrays, **options):
+    handed.append(len(arrays))
+    return interpreted(*arrays, **options)
+
+  monkeypatch.setattr(attention, "_splash", splash)
+  monkeypatch.setattr(sharding, "platform", lambda: "tpu")
   rng = np.random.default_rng(0)
-  shapes = [(4, 256, 4, 16), (4, 256, G, 16), (4, 256, G, 16), (4, 256, 4, 16)]
-  *qkv, weight = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+  weight = rng.standard_normal((4, 256, 32)).astype(np.float32)
   if segments != "none":  # the padding's own answers are nobody's business
-    weight = weight * (SEGMENTS[segments] > 0)[:, :, None, None]
+    weight = weight * (SEGMENTS[segments] > 0)[:, :, None]
 
   def answers(kernel):
-    attend = kernels(segments, G, causal, kernel)
-    return jax.jit(jax.value_and_grad(lambda *qkv: jnp.sum(weight * attend(*qkv)), argnums=(0, 1, 2)))(*qkv)
+    hidden, shapes = hidden_of(segments, kernel, cached=cached, G=G, K=16, causal=causal, dtype="float32")
+    params = jax.tree.map(lambda x: np.float32(0.3 * np.random.default_rng(0).standard_normal(x.shape)), shapes)
+    return jax.jit(jax.value_and_grad(lambda params: jnp.sum(weight * hidden(params))))(params)
 
   with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(**mesh))) if mesh else contextlib.nullcontext():
     found = answers("splash")
+  assert set(handed) == {3 if segments == "none" else 5}  # no segments came in: none arrive
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(answers("xla")), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("segments", ["none", "right", "any"])
 @pytest.mark.parametrize("G", [2, 4])
-def test_cudnn_is_asked_for_what_is_meant(monkeypatch, segments, G):
+def test_cudnn_is_asked_for_what_is_meant(monkeypatch, segments, G, causal):
   """Lowered for a GPU, not run: the fused kernels are called, and scores exist only as the bias of packed segments."""
   monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-  q, kv = jax.ShapeDtypeStruct((4, 256, 4, 64), jnp.bfloat16), jax.ShapeDtypeStruct((4, 256, G, 64), jnp.bfloat16)
-  attend = kernels(segments, G, False, "cudnn")
-  grad = jax.jit(jax.grad(lambda *qkv: attend(*qkv).astype(jnp.float32).sum(), argnums=(0, 1, 2)))
-  text = grad.trace(q, kv, kv).lower(lowering_platforms=("cuda",)).as_text()
+  monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+  hidden, params = hidden_of(segments, "cudnn", G=G, K=32, causal=causal, dtype="bfloat16")
+  grad = jax.jit(jax.grad(lambda params: hidden(params).astype(jnp.float32).sum()))
+  text = grad.trace(params).lower(lowering_platforms=("cuda",)).as_text()
   name = "fmhaScaleBiasSoftmax" if segments == "any" else "fmhaSoftmax"
-  assert f"__cudnn${name}" in text and f"__cudnn${name}Backward" in text
+  assert f"__cudnn${name}(" in text and f"__cudnn${name}Backward(" in text
+  told = {"none": "CAUSAL" if causal else "NO_MASK", "right": "PADDING_CAUSAL" if causal else "PADDING"}
+  assert set(re.findall(r"mask_type\\22: \\22(\w+)", text)) == {told.get(segments, "NO_MASK")}
   assert ("256x256" in text) == (segments == "any")
   assert "4x4x256x256" not in text
+
+
+@pytest.mark.parametrize(("kernel", "platform"), [("xla", "cpu"), ("splash", "tpu"), ("cudnn", "gpu")])
+def test_segments_may_be_one_row_for_all(monkeypatch, kernel, platform):
+  monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+  monkeypatch.setattr(sharding, "platform", lambda: platform)
+  hidden, params = hidden_of("row", kernel, G=2, K=32, dtype="bfloat16")
+  assert jax.eval_shape(hidden, params).shape == (4, 256, 32)
 
 
 CHOICE = {"W": 256, "L": 256, "K": 64, "dtype": jnp.bfloat16, "causal": False, "segments": "none"}
@@ -130,11 +156,14 @@ CHOICE = {"W": 256, "L": 256, "K": 64, "dtype": jnp.bfloat16, "causal": False, "
     ("tpu", {"segments": "any", "context": 2}, "splash"),
     ("tpu", {"L": 200, "W": 200}, "xla"),
     ("tpu", {"causal": True, "context": 2}, "xla"),
-    ("tpu", {"cached": True}, "xla"),
+    ("tpu", {"W": 128}, "xla"),  # a window over a cache
     ("gpu", {}, "cudnn"),
     ("gpu", {"segments": "right"}, "cudnn"),
     ("gpu", {"segments": "any"}, "xla"),
     ("gpu", {"segments": "any", "W": 4096, "L": 4096}, "cudnn"),
+    ("gpu", {"segments": "any", "W": 4095, "L": 4095}, "xla"),
+    ("gpu", {"segments": "right", "W": 4095, "L": 4095}, "cudnn"),
+    ("gpu", {"W": 128}, "xla"),
     ("gpu", {"dtype": jnp.float32}, "xla"),
     ("gpu", {"K": 256}, "xla"),
   ],
@@ -152,6 +181,7 @@ def test_the_fastest_exact_kernel_is_chosen(platform, changes, chosen):
     ("cudnn", "gpu", {"dtype": jnp.dtype("float32")}, "it computes in bfloat16, not float32"),
     ("cudnn", "gpu", {"K": 200}, "model.K=200 is not a multiple of 8 up to 128"),
     ("cudnn", "gpu", {"causal": True, "context": 4}, "it cannot be causal with mesh.context=4"),
+    ("cudnn", "gpu", {"segments": "any", "L": 255, "W": 255}, "there are segments, and the length 255 .* is not even"),
     ("splash", "tpu", {"L": 192, "W": 192}, "the length 192 on 1 devices is not a multiple of 128"),
   ],
 )

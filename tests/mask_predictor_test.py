@@ -94,10 +94,12 @@ def test_logits_equal_a_plain_numpy_model(c):
   np.testing.assert_allclose(logits(c, params, tokens_BL, segment_BL), expected_BLV, atol=2e-5)
 
 
-def test_without_segments_a_row_is_one_document():
-  params, tokens_BL = random_params(TINY), random_tokens(TINY, 2, 9)
-  expected_BLV = np.stack([reference(TINY, params, tokens_L, np.ones(9)) for tokens_L in tokens_BL])
-  np.testing.assert_allclose(logits(TINY, params, tokens_BL), expected_BLV, atol=2e-5)
+@pytest.mark.parametrize("causal", [False, True])
+def test_without_segments_a_row_is_one_document(causal):
+  c = dataclasses.replace(TINY, causal=causal)
+  params, tokens_BL = random_params(c), random_tokens(c, 2, 9)
+  expected_BLV = np.stack([reference(c, params, tokens_L, np.ones(9)) for tokens_L in tokens_BL])
+  np.testing.assert_allclose(logits(c, params, tokens_BL), expected_BLV, atol=2e-5)
 
 
 def test_every_parameter_has_the_shape_its_letters_say():
