@@ -16,6 +16,10 @@ from lladax.mistake import Mistake
 
 Nll = Callable[[jax.Array, jax.Array], jax.Array]
 
+# What is folded into a key, in an example's or a draw's place, for the shift that all of them have in common. (Example
+# 20,983 has the same key: harmless, and another number would change every loss.)
+_SHIFT = 0x51F7
+
 
 @dataclasses.dataclass(frozen=True)
 class NoiseConfig:
@@ -50,14 +54,19 @@ def draw_times(rng: jax.Array, index_B: jax.Array, times: str, batch_size: int) 
 
   Returns:
     (t_B, mirrored_B): where `mirrored` the time meant is 1 - t, or the count n + 1 - l(t).
+
+  Raises:
+    Mistake: an odd batch cannot be paired.
   """
   pairs = times == "antithetic"
+  if pairs and batch_size % 2:
+    raise Mistake(f"noise.times='antithetic' pairs neighbouring rows: a batch of {batch_size} must be even")
   draw_B = index_B // 2 if pairs else index_B
   t_B = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(rng, i)))(draw_B)
   if times != "uniform":
     strata = batch_size // 2 if pairs else batch_size
     # A shift common to the step makes every single time uniform, not just their union.
-    shift = jax.random.randint(jax.random.fold_in(rng, 0x51F7), (), 0, strata)
+    shift = jax.random.randint(jax.random.fold_in(rng, _SHIFT), (), 0, strata)
     t_B = jnp.minimum(((draw_B + shift) % strata + t_B) / strata, 1.0 - 2.0**-24)
   return t_B, (index_B % 2 == 1) & pairs
 
@@ -172,7 +181,7 @@ def log_likelihood(
   """
 
   def one(tokens_L, scored_L, row_key, sample, samples):
-    shift = jax.random.uniform(jax.random.fold_in(row_key, 0x51F7))
+    shift = jax.random.uniform(jax.random.fold_in(row_key, _SHIFT))
     key = jax.random.fold_in(row_key, sample)
     t = (sample + jax.random.uniform(jax.random.fold_in(key, 0))) / samples
     n = scored_L.sum()

@@ -202,6 +202,11 @@ def find_base(init_from: str) -> str:
   return str(checkpoint.folder(workdir) / (step or str(steps[-1])))
 
 
+# What is folded into the seed's key for the parameters, as a step's number is for its noise. (Step 4,631 has the same
+# key: harmless, and another number would change every run.)
+_PARAMETERS = 0x1217
+
+
 def program(config: Config, mesh: Mesh) -> tuple[optax.GradientTransformation, Callable[[], State], State, Any]:
   """(optimizer, how the state begins, where it lives, where the columns of a batch live)."""
   c = config.model
@@ -209,7 +214,7 @@ def program(config: Config, mesh: Mesh) -> tuple[optax.GradientTransformation, C
   tx = optimizer.create(config.optimizer, config.steps, letters)
 
   def init() -> State:
-    params, frozen = c.split(c.init(jax.random.fold_in(jax.random.key(config.seed), 0x1217)))
+    params, frozen = c.split(c.init(jax.random.fold_in(jax.random.key(config.seed), _PARAMETERS)))
     return State(jnp.int32(0), params, tx.init(params), jax.tree.map(lambda x: x.astype(c.compute_dtype), frozen))
 
   shapes = jax.eval_shape(init)

@@ -9,6 +9,7 @@ import pytest
 
 from lladax import diffusion
 from lladax.diffusion import NoiseConfig
+from lladax.mistake import Mistake
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -188,6 +189,11 @@ def test_noise_is_a_function_of_rng_and_index_alone(masking, times):
     np.testing.assert_array_equal(other, x[order])
   for changed in (run(tokens_BL, maskable_BL, index_B + 64), run(tokens_BL, maskable_BL, index_B, seed=1)):
     assert np.mean(changed[1] != whole[1]) > 0.1
+
+
+def test_an_odd_batch_has_no_antithetic_pairs():
+  with pytest.raises(Mistake, match="noise.times='antithetic' pairs neighbouring rows: a batch of 7 must be even"):
+    diffusion.draw_times(jax.random.key(0), jnp.arange(7), "antithetic", 7)
 
 
 @pytest.mark.parametrize("masking, times", [("independent", "uniform"), ("exact", "antithetic")])
