@@ -3,7 +3,7 @@
   xla     plain einsums: every case, every device; the scores of all heads exist at once
   cudnn   NVIDIA's fused kernel: bfloat16, head widths up to 128. Padding at the right end goes by lengths; other
           segments (packed documents, padding at the left) as a bias of one row of scores for all heads
-  splash  the Pallas kernel for TPUs: lengths that are multiples of 128; segments are native
+  splash  the Pallas kernel for TPUs: lengths that are multiples of 128, any head width; segments are native
 
 Letters are those of `mask_predictor.py`. Softmax runs in float32 whatever the compute dtype.
 """

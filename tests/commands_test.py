@@ -191,7 +191,7 @@ exec python -m lladax.main "${flags[@]}" "${inside[@]}" "$@"
 def checkout(tmp_path_factory, quickstart_workdir):
   """A folder like a checkout, with the files that the pages speak of, and a `lladax` that knows it."""
   folder = tmp_path_factory.mktemp("checkout")
-  for name in ("lladax", "configs", "benchmarks", "launch", "tests", "pyproject.toml"):
+  for name in ("README.md", "lladax", "configs", "benchmarks", "launch", "notebooks", "tests", "pyproject.toml"):
     (folder / name).symlink_to(ROOT / name)
   for name in ("bin", "data/records", "downloads", "runs", "shared", "texts"):
     (folder / name).mkdir(parents=True)

@@ -2,12 +2,12 @@
 
 Shapes alone: nothing is allocated, compiled or run, and layers are scanned, so models of 8B are as quick as small ones.
 What a program holds is read in its text, so that a kernel which was meant and quietly did not come is a failure. By
-default every config's step for accelerators, and CPUs where attention is packed and where it is not; slow are the rest.
+default every config's step for accelerators, and what samples and scores in all its forms there; slow are CPUs, where
+other tests run the same programs, and what differs in sizes alone.
 """
 
 import dataclasses
 import functools
-import importlib
 import inspect
 import itertools
 import os
@@ -18,11 +18,10 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from configs_test import NAMES
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from lladax import evaluate, llada, sampling, sharding, train
+from lladax import configs, evaluate, llada, sampling, sharding, train
 from lladax.config import parse
 from lladax.sampling import SamplerConfig
 
@@ -43,9 +42,7 @@ def cudnn(monkeypatch):
 
 @functools.cache
 def config_of(name, objective="diffusion"):
-  module, _, variant = name.partition(":")
-  values = importlib.import_module(f"configs.{module}").get_config(*filter(None, [variant])).to_dict()
-  config = parse(values | {"objective": objective})
+  config = parse(configs.load(name).to_dict() | {"objective": objective})
   model = dataclasses.replace(config.model, V=config.model.V or config.tokenizer.vocab_size)
   return dataclasses.replace(config, model=model)
 
@@ -77,13 +74,13 @@ def lower(platform, jitted, *args, **static):
 
 def kernels(text):
   """The fused kernels that a program calls: (forward, backward)."""
-  forward = {f"splash{found[1]}" for found in re.finditer(r"splash_mha_fwd(_segmented)?_(?:no_)?residuals", text)}
-  backward = {f"splash{found[1]}" for found in re.finditer(r"splash_mha_dq(_segmented)?_no_residuals", text)}
+  forward = {f"splash{told}" for told in re.findall(r'"splash_mha_fwd(_segmented)?_(?:no_)?residuals"', text)}
+  backward = {f"splash{told}" for told in re.findall(r'"splash_mha_dq(_segmented)?_no_residuals"', text)}
   for bias, behind, mask in re.findall(
     r"custom_call @__cudnn\$fmha(ScaleBias)?Softmax(Backward)?\(.*?mask_type\\22: \\22(\w+)", text
   ):
     (backward if behind else forward).add(f"cudnn {'BIAS' if bias else mask}")
-  return [{name.replace("None", "") for name in names} for names in (forward, backward)]
+  return [forward, backward]
 
 
 def meant(platform, segments, *, causal=False):
@@ -126,7 +123,7 @@ def lower_step(config, platform, mesh=None):
 
 
 def test_every_config_is_here():
-  assert sorted({name.partition(":")[0] for name in STEPS}) == NAMES
+  assert sorted({name.partition(":")[0] for name in STEPS}) == configs.names()
 
 
 def steps():
@@ -164,6 +161,11 @@ def test_the_step_on_eight_devices(monkeypatch, platform, objective, axes, fused
   assert kernels(text) == [expected, expected]
 
 
+def noise(B):
+  """(seed_B, row_B)."""
+  return array(B, dtype=jnp.uint32), array(B)
+
+
 def lower_sampler(model, c, platform, *, segments, first=512, L=1024, B=2):
   """The text of the program that fills canvases."""
   with on(platform):
@@ -172,8 +174,8 @@ def lower_sampler(model, c, platform, *, segments, first=512, L=1024, B=2):
       rows = B * (2 if c.guidance_scale else 1)
       state = state._replace(cache=shapes(jax.eval_shape(lambda: model.new_cache(rows, L))))
     return lower(
-      platform, llada._run, params_of(model), state, None if segments == "none" else array(B, L), 0, 0, 0, model=model,
-      c=llada._fixed(c), mask_id=0, ends=(1, 2), vocab_size=model.V, first=first,
+      platform, llada._run, params_of(model), state, None if segments == "none" else array(B, L), *noise(B), 0, 0,
+      model=model,      c=llada._fixed(c), mask_id=0, ends=(1, 2), vocab_size=model.V, first=first,
     )  # fmt: skip
 
 
@@ -202,7 +204,7 @@ def test_a_canvas_without_a_prompt_whose_window_is_all_of_it(platform):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("platform", DEVICES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", configs.names())
 def test_the_sampler_of_every_config(name, platform):
   config = config_of(name)
   length = config.sample.gen_length or config.sample.block_length
@@ -250,8 +252,8 @@ def test_the_causal_sampler(platform):
   model = config_of("llada_1b", "autoregressive").model
   with on(platform):
     text = lower(
-      platform, llada._autoregressive_sample, params_of(model), array(2, 1024), array(2, 1024), 0, model=model,
-      temperature=0.5, prompt_length=512, eos_id=1, mask_id=0, vocab_size=model.V,
+      platform, llada._autoregressive_sample, params_of(model), array(2, 1024), array(2, 1024), *noise(2), model=model,
+      temperature=0.5, logits_eos_inf=False, prompt_length=512, eos_id=1, mask_id=0, vocab_size=model.V,
     )  # fmt: skip
   assert kernels(text) == [set(), set()]
 
