@@ -23,7 +23,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from lladax import autoregressive, checkpoint, data, diffusion, distributed, metrics, reversal, sharding, visualize
+from lladax import (
+  autoregressive,
+  checkpoint,
+  data,
+  diffusion,
+  distributed,
+  metrics,
+  reversal,
+  sampling,
+  sharding,
+  visualize,
+)
 from lladax import report as reports
 from lladax.config import Config
 from lladax.llada import LLaDA, Sampled
@@ -249,11 +260,7 @@ def check_room(lengths: Mapping[str, int], c: SamplerConfig, model: MaskPredicto
     W, more = c.block_length, c.gen_length or c.block_length
     said = f" and sample.{'block_length' if c.gen_length is None else 'gen_length'}={more}"
     if model.causal:
-      for name in ("guidance_scale", "threshold", "factor", "cache"):
-        if value := getattr(c, name):
-          raise Mistake(f"sample.{name}={value!r} is for mask predictors: a causal model draws token after token")
-      if c.gen_length is None:
-        raise Mistake("sample.gen_length=None: a causal model stops at EOS by itself; give the longest answer to allow")
+      sampling.check_causal(c)
     elif more % min(W, more):
       raise Mistake(f"sample.gen_length={more} is not a multiple of sample.block_length={W}")
   for name, n in lengths.items():

@@ -71,7 +71,7 @@ def test_tokens_count_up_to_the_end_and_compilation_does_not(frontier, monkeypat
       frontier._count("/jax/core/compile/backend_compile_duration", 0.1)
     return out
 
-  text = types.SimpleNamespace(encode=list)
+  text = types.SimpleNamespace(encode=lambda text, begins: list(text))
   counted = frontier.Counted(types.SimpleNamespace(sample=sample, ends=(1,), name="x", tokenizer=text))
   assert counted.sample([[1], [2]], steps=3) is out and counted.name == "x"
   assert calls == [3, 3] and (counted.tokens, counted.nfe, counted.calls) == (3 + 3, 4, 1)

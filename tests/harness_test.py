@@ -295,7 +295,7 @@ def test_text_stands_where_it_stands(llada):
   assert spelled(lm._context(lm.apply_chat_template(begun, add_generation_prompt=False)))[-3:] == list("The")
   _, _, behind = lm._split("The <gap> of France", lm._plan({"infill": "<gap>", "max_gen_toks": 2}))
   assert spelled(behind) == [" of", " France"]
-  lm._fill = lambda rows, plan: [text.encode(" Paris", begins=False)] * len(rows)
+  lm._fill = lambda rows, plan, seeds: [text.encode(" Paris", begins=False)] * len(rows)
   assert lm.generate_until(requests("generate_until", ("The capital of France is", {"max_gen_toks": 2}))) == [" Paris"]
 
 

@@ -174,7 +174,7 @@ def test_load_of_what_is_not_there(tmp_path, workdir):
   ("flags", "message"),
   [
     (["--config.stpes=3"], "config.stpes: there is no such field; did you mean config.steps?"),
-    (["--config.steps=abc"], "--config.steps=abc: expected int"),
+    (["--config.steps=abc"], "flag --config.steps=abc: invalid literal for int"),
     (["--config=configs/nowhere.py", "--config.steps=2"], "--config=configs/nowhere.py: there is no such recipe"),
     (["--config.data.batch_size=12"], "data.batch_size.*=12 does not divide over .* 8 devices"),
     (["--config.data.corpus=files:/nowhere/*"], "data.corpus=files:/nowhere/.*: no file matches"),
