@@ -16,12 +16,15 @@ from absl import app, flags
 from lladax import config as configs
 from lladax import data, train
 from lladax import main as door
+from lladax.mistake import Mistake
 
 ROUNDS, LOADED, STEPS = 5, 200, 3
 MILLION = 1_000_000
 
 
 def main(_):
+  if flags.FLAGS.config is None:
+    raise Mistake("--config is missing: name a recipe or a file, as in --config=quickstart")
   config = configs.parse(flags.FLAGS.config.to_dict())
   with tempfile.TemporaryDirectory() as folder:
     run = train.prepare(config, Path(folder) / "run")
@@ -67,4 +70,4 @@ def main(_):
 
 if __name__ == "__main__":
   door.keep_freed_memory()
-  app.run(main)
+  app.run(lambda argv: door.guard(main, argv, "loader"), flags_parser=door.parse)

@@ -4,11 +4,11 @@
 >>> llada.sample(["GREEK SMALL LETTER"]).text
 """
 
-from lladax import distributed
+from lladax import configs, distributed
 from lladax.llada import LLaDA, load
 from lladax.mistake import Mistake
 from lladax.sampling import SamplerConfig
 
-__all__ = ["LLaDA", "Mistake", "SamplerConfig", "load"]
+__all__ = ["configs", "LLaDA", "Mistake", "SamplerConfig", "load"]
 
 distributed.hush_libtpu()

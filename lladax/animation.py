@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from lladax import visualize
+from lladax.mistake import Mistake
 
 
 def gif(
@@ -20,13 +21,13 @@ def gif(
     font: a family of equally wide characters that matplotlib finds: name one that has the script of the text.
 
   Raises:
-    ImportError: matplotlib, which brings Pillow and a font, is not installed.
+    Mistake: matplotlib, which brings Pillow and a font, is not installed.
   """
   try:
     from matplotlib import font_manager
     from PIL import Image, ImageDraw, ImageFont
   except ImportError:
-    raise ImportError("a GIF is drawn by Pillow in a font of matplotlib: pip install matplotlib") from None
+    raise Mistake("a GIF is drawn by Pillow in a font of matplotlib: pip install 'lladax[figures]'") from None
   from rich.cells import cell_len
 
   # Where the final text stands: (step, column, row, cells, character), later steps first.

@@ -43,7 +43,7 @@ try:
   from lm_eval.models.utils import normalize_gen_kwargs
   from tqdm import tqdm
 except ModuleNotFoundError as error:
-  raise ModuleNotFoundError(f"{error}: the harness is an extra, pip install 'lladax[eval]'") from error
+  raise Mistake(f"the lm-evaluation-harness is an extra ({error}): pip install 'lladax[eval]'") from error
 
 TASKS = Path(__file__).parent / "tasks"
 DATA = "LLADAX_EVAL_DATA"  # the environment variable that names the folder of local benchmarks

@@ -143,7 +143,7 @@ def find(source: str | Path) -> Path:
   advice = [instead or "there is no such folder"]
   siblings = [x.name for x in folder.parent.iterdir() if x.is_dir()] if os.path.isdir(folder.parent) else []
   if near := difflib.get_close_matches(folder.name, siblings, 1):
-    advice.append(f"did you mean {folder.parent / near[0]}?")
+    raise Missing(f"{source}: {advice[0]}; did you mean {folder.parent / near[0]}?")
   if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
     advice.append(f"a repository on the Hugging Face hub is written hf://{name}")
   raise Missing(f"{source}: {'; '.join(advice)}")

@@ -7,6 +7,7 @@ import difflib
 import importlib.util
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -86,11 +87,13 @@ def main(argv: list[str]) -> int:
   distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if mode == "export":
     convert.to_published(workdir, target, _DTYPE.value)
+    print(f"lladax: {workdir} is written to {target}", file=sys.stderr)
     return 0
   if mode == "import":
     values = (given or configs.load("base")).to_dict()
     config.parse(values)
     convert.from_published(_SOURCE.value or "", workdir, values)
+    print(f"lladax: {_SOURCE.value} is read into {workdir}", file=sys.stderr)
     return 0
   if given is not None:
     c = config.parse(given.to_dict())
@@ -165,6 +168,10 @@ _FIELD = re.compile(r"--?(?:no)?config\.([\w.]+)")
 
 
 def _parse(argv: list[str]) -> list[str]:
+  if {"-h", "-help", "--help"} & set(argv):
+    ours = flags.FLAGS.module_help(flags.FLAGS.find_module_defining_flag("config")).partition(":\n")[2]
+    print(f"{__doc__}\n\n{ours}\nEvery field: configs/base.py, as in --config.steps=200.")
+    raise SystemExit(0)
   at = argv.index("--") if "--" in argv else len(argv)
   flags.FLAGS.set_gnu_getopt(True)  # a value may stand behind a space
   overrides = flags.FlagValues()

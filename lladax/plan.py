@@ -8,6 +8,7 @@ collectives -> bytes per device, and, with the FLOPs by formula and a stated uti
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import json
 import logging
 import math
@@ -103,6 +104,8 @@ def devices(topology: str, slices: int = 1) -> list[jax.Device]:
   """
   if not re.fullmatch(r"\w+:\d+(x\d+)+", topology) or slices < 1:
     raise Mistake(f"--topology={topology} --slices={slices}: name them as in --topology=v5p:4x4x4 --slices=2")
+  if importlib.util.find_spec("libtpu") is None:
+    raise Mistake("--mode=plan compiles with libtpu, and needs no TPU: pip install 'lladax[plan]'")
   # A libtpu that shall only compile asks nobody who it is, and runs beside others.
   known = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
            "TPU_WORKER_ID": "0", "TPU_ACCELERATOR_TYPE": "v5litepod-1"}  # fmt: skip
@@ -115,8 +118,6 @@ def devices(topology: str, slices: int = 1) -> list[jax.Device]:
     options["chips_per_host_bounds"] = (1, 1, 1)
   try:
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
-  except ImportError as error:
-    raise Mistake(f"--mode=plan needs libtpu ({error}): pip install 'lladax[plan]'") from error
   except Exception as error:  # the runtime has its own kinds; all mean the same here
     raise Mistake(f"--topology={topology} --slices={slices}: {str(error).splitlines()[0][:300]}") from error
 
@@ -331,6 +332,7 @@ def nearest(plan: Plan) -> Iterator[tuple[str, Plan]]:
 def run(config: Config, topology: str, slices: int, *, utilisation: float, as_json: bool) -> int:
   """Prints the plan, to stdout; returns 0 where it fits, 1 where it does not."""
   console = Console(stderr=True, highlight=False, soft_wrap=True)
+  devices(topology, slices)  # says what is wrong with them
   console.print(f"compiling the train step and the sampler for {slices} x {topology}: minutes for a large model")
   plan = make(config, topology, slices, utilisation=utilisation)
   report = plan.to_dict()

@@ -562,6 +562,11 @@ class _Interrupt:
 def evaluate_last(config: Config, workdir: Path) -> dict[str, float]:
   """Evaluates the workdir's last checkpoint as at the end of training, and adds a line to evaluations.jsonl."""
   checkpoint.check_workdir(workdir, evaluate.FILES)
+  if not (config.data.held_out or config.evaluate.tasks or config.evaluate.canvases):
+    raise Mistake(
+      "there is nothing to evaluate: data.held_out=0.0, evaluate.tasks=(), evaluate.canvases=(): give one of them, as"
+      " in --config.data.held_out=0.05"
+    )
   evaluate.check_tasks(config)
   model, text = _saved_model(workdir)
   if text is None:

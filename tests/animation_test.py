@@ -38,6 +38,6 @@ def test_of_given_text_is_one_frame(tmp_path):
 
 def test_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "matplotlib", None)
-  with pytest.raises(ImportError, match="^a GIF .*: pip install matplotlib$"):
+  with pytest.raises(ValueError, match=r"^a GIF .*: pip install 'lladax\[figures\]'$"):
     animation.gif([CANVAS], tmp_path / "out.gif")
   assert not list(tmp_path.iterdir())

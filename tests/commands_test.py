@@ -56,7 +56,7 @@ def documented():
 # A model and a run of seconds. A `lladax` that is called, by a script too, gets INSIDE behind its flags.
 RUN = shlex.split(
   "--config.steps=3 --config.data.batch_size=8 --config.micro_batches=1 --config.evaluate.num_samples=1"
-  " --config.evaluate.every=0 --config.log.tensorboard=False --config.tokenizer.vocab_size=400"
+  " --config.evaluate.every=0 --config.log.tensorboard=False --config.tokenizer.vocab_size=280"
   " --config.optimizer.schedule='((1, 0.001), (-1, 0.0))' --config.sample.gen_length=16"
   " --config.sample.block_length=8 --config.sample.steps=4 --config.data.held_out=0.2"
 )
@@ -206,7 +206,7 @@ def checkout(tmp_path_factory, quickstart_workdir):
   (folder / "questions.txt").write_text("What is red?\n")
   write(folder / "data" / "a.jsonl.zst", [{"text": text} for text in texts])
   write(folder / "poems.jsonl.xz", [{"lines": [f"{x[:9]}，{x[9:18]}。"]} for x in texts] + [{"lines": ["春，夏。"]}])
-  talks = [{"instruction": x, "input": "", "output": y} for x, y in zip(texts, reversed(texts), strict=True)]
+  talks = [{"instruction": x[:16], "input": "", "output": x[16:24]} for x in texts]
   write(folder / "mine.jsonl", talks)
   (folder / "alpaca_data.json").write_text(json.dumps(talks))
   (folder / "couplets.json").write_text(json.dumps([{"first": "春", "second": "夏"}]))

@@ -188,3 +188,8 @@ def test_evaluating_and_sampling_are_tried_before_the_parameters_are_read(tiny, 
   ):
     with pytest.raises(Mistake, match=message):
       train.show_samples(tiny(config), tiny_workdir, [prompt], html and str(html))
+
+
+def test_nothing_to_evaluate_is_said(tiny, tiny_workdir):
+  with pytest.raises(ValueError, match="^there is nothing to evaluate: data.held_out=0.0, evaluate.tasks"):
+    train.evaluate_last(tiny({"data.held_out": 0.0}), tiny_workdir)

@@ -467,7 +467,7 @@ def test_a_path_that_is_not_there(tmp_path, monkeypatch, tiny_workdir):
   shutil.copytree(tiny_workdir, tmp_path / "runs" / "quickstart")
   hint = "a repository on the Hugging Face hub is written hf://"
   for path, said in (
-    ("runs/quickstat", f"there is no such folder; did you mean runs/quickstart?; {hint}runs/quickstat"),
+    ("runs/quickstat", "there is no such folder; did you mean runs/quickstart?"),
     ("runs/quickstat/", "there is no such folder; did you mean runs/quickstart?"),
     ("GSAI-ML/LLaDA-8B-Base", f"there is no such folder; {hint}GSAI-ML/LLaDA-8B-Base"),
     ("nowhere", "there is no such folder"),

@@ -402,3 +402,12 @@ def test_what_goes_wrong_in_a_config_of_the_user_s_is_a_crash_of_its_own(tmp_pat
   with flagsaver.flagsaver(), pytest.raises(SystemExit) as stop:
     main.parse(["lladax", f"--config={tmp_path / 'own.py'}"])
   assert stop.value.code == 70 and 'own.py", line 2' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_is_of_our_own_options(flag, capsys):
+  with pytest.raises(SystemExit) as stop:
+    main.parse(["lladax", "--mode=train", flag])
+  told = capsys.readouterr().out
+  assert stop.value.code == 0 and "--config=quickstart" in told and "--workdir" in told and "--[no]json" in told
+  assert "logtostderr" not in told  # absl's
