@@ -11,7 +11,7 @@ import functools
 import json
 import lzma
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -235,9 +235,19 @@ def check(config: Config, text: Tokenizer) -> None:
     ids = text.chat([_says(x)]) if talks else text.encode_canvas(x) if fills else text.encode(_before_masks(x))
     lengths[f"evaluate.canvases[{i}]"] = len(ids) + 2 * fills  # an EOS at each end
   check_room(lengths, config.sample, config.model, fills=fills)
+  others = []
   for name in config.evaluate.tasks:
     if questions := _questions(name):
       reversal.check(name, questions, text, config.model)
+    else:
+      others.append(name)
+  if others:
+    from lladax import harness
+
+    c = config.evaluate
+    llada = LLaDA(config.model, {}, text, text.mask_id, text.eos_id, text.vocab_size, text.eot_id)  # asked nothing yet
+    for part, options in _with_options(others, config):
+      harness.check(part, data_dir=c.data_dir, allow_code=c.allow_code, llada=llada, **options)
   if config.data.held_out:
     data.held_out(config.data, text)
 
@@ -287,17 +297,25 @@ def _by_harness(
 
   c, alone = config.evaluate, jax.process_count() == 1  # several processes would not agree on what is in the cache
   path = workdir / "evaluation"
-  presets = [name for name in names if name in harness.PRESETS]
   found, told = {}, {}
+  for part, options in _with_options(names, config):
+    found |= harness.evaluate(
+      llada, part, data_dir=c.data_dir, limit=c.limit or None, batch_size=c.batch_size, allow_code=c.allow_code,
+      use_cache=workdir / "harness" if alone else None, output=path, **options,
+    )  # fmt: skip
+    if distributed.is_first():
+      told |= json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))["told"]
+  return found, told
+
+
+def _with_options(names: Sequence[str], config: Config) -> Iterator[tuple[list[str], dict[str, Any]]]:
+  """Presets, and the other tasks, each with how the sampler is set for them."""
+  from lladax import harness
+
+  presets = [name for name in names if name in harness.PRESETS]
   for part, options in ((presets, {}), ([name for name in names if name not in presets], _chosen(config))):
     if part:
-      found |= harness.evaluate(
-        llada, part, data_dir=c.data_dir, limit=c.limit or None, batch_size=c.batch_size, allow_code=c.allow_code,
-        use_cache=workdir / "harness" if alone else None, output=path, **options,
-      )  # fmt: skip
-      if distributed.is_first():
-        told |= json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))["told"]
-  return found, told
+      yield part, options
 
 
 def _chosen(config: Config) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from lladax import corpus, distributed, report, sharding
+from lladax import corpus, distributed, report, sampling, sharding
 from lladax import llada as lladas
 from lladax.answers import Answers
 from lladax.llada import LLaDA
@@ -368,7 +368,11 @@ class Harness(LM):
     block = min(sampler.get("block_length", length), length)
     length = -(-length // block) * block
     sampler |= {"gen_length": length, "block_length": block, "steps": sampler.get("steps", length)}
-    SamplerConfig(**sampler)  # says what is wrong now
+    c = SamplerConfig(**sampler)  # says what is wrong now
+    if self.llada.model.causal:
+      sampling.check_causal(c)
+      if asked.get("infill") is not None:
+        raise Mistake(f"infill={asked['infill']!r}: a causal model cannot fill in the middle of a text")
     self._cut([], length)
     return _Plan(sampler, sampler.pop("seed"), most, asked["until"], asked.get("infill"))
 
@@ -377,6 +381,8 @@ class Harness(LM):
     masks = [self.llada.mask_id] * plan.sampler["gen_length"]
     if plan.infill is None:
       return self._cut(self._context(context), len(masks)), masks, []
+    if context.startswith(_CHAT):
+      raise Mistake(f"infill={plan.infill!r}: a conversation has no gap to fill in; leave out the chat template")
     before, mark, behind = context.rpartition(plan.infill)
     if not mark:
       raise Mistake(f"infill={plan.infill!r}: the context does not hold this mark")
@@ -568,10 +574,7 @@ def evaluate(
     _check_folder(Path(output).parent, "output")
   models: dict[str, Any] = {}
   for name, (plan, _, loaded) in checked.items():  # what one of them cannot be asked is said before the first question
-    parts = loaded["tasks"].values()
-    # A likelihood that is no choice between answers is asked for with "is it the greedy one?".
-    defaults: dict[str, Any] = {"greedy": True} if any(task.OUTPUT_TYPE == "loglikelihood" for task in parts) else {}
-    models[name] = Harness(llada=llada, batch_size=batch_size, **(defaults | dict(plan.options) | options))
+    models[name] = _model(llada, plan, loaded, options, batch_size)
     _check_parts(name, loaded, models[name]._plan)
   results: dict[str, dict[str, float]] = {}
   told: dict[str, list[dict[str, Any]]] = {}
@@ -602,9 +605,12 @@ def evaluate(
 
 
 def check(
-  names: str | Sequence[str], *, data_dir: str = "", allow_code: bool = False
+  names: str | Sequence[str], *, data_dir: str = "", allow_code: bool = False, llada: LLaDA | None = None, **options
 ) -> dict[str, tuple[Preset, str, Any]]:
-  """Name -> (preset, task, the task with its questions); raises what `evaluate` raises of names and data."""
+  """Name -> (preset, task, the task with its questions); raises what `evaluate` raises of names and data.
+
+  With a model, which needs no parameters yet, also what it cannot be asked, with the options of `evaluate`.
+  """
   names = [names] if isinstance(names, str) else list(names)
   plans = {name: preset(name) if "/" in name else Preset(name) for name in names}
   if not plans:
@@ -613,9 +619,17 @@ def check(
   if not allow_code:
     _check_code(manager, tasks)
   found = {name: (plans[name], task, _load(manager, name, [task])) for name, task in tasks.items()}
-  for name, (_, _, loaded) in found.items():
-    _check_parts(name, loaded)
+  for name, (plan, _, loaded) in found.items():
+    _check_parts(name, loaded, understood if llada is None else _model(llada, plan, loaded, options)._plan)
   return found
+
+
+def _model(llada: LLaDA, plan: Preset, loaded: Any, options: Mapping[str, Any], batch_size: int = 1) -> Harness:
+  """A model as a preset's task asks it."""
+  parts = loaded["tasks"].values()
+  # A likelihood that is no choice between answers is asked for with "is it the greedy one?".
+  defaults: dict[str, Any] = {"greedy": True} if any(task.OUTPUT_TYPE == "loglikelihood" for task in parts) else {}
+  return Harness(llada=llada, batch_size=batch_size, **(defaults | dict(plan.options) | dict(options)))
 
 
 def _check_code(manager: Any, tasks: Mapping[str, str]) -> None:

@@ -300,6 +300,8 @@ def _refusal(config: dict[str, Any], folder: Path) -> str | None:
   names = [x for x in (kind, *(classes if isinstance(classes, list) else [classes])) if isinstance(x, str)]
   experts = next((x for x in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(x)), None)
   why = next((why for part, why in _OTHERS if any(part in x.lower() for x in names)), None)
+  if isinstance(config.get("model"), dict):
+    return "it is a workdir of lladax, and no published folder: --mode=export makes one of it"
   if not names:
     return "config.json is neither a workdir's nor a published model's: there is no model_type in it"
   if experts and not why:

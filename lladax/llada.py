@@ -150,6 +150,8 @@ class LLaDA:
         a published folder's own template knows them.
       **options: those of `SamplerConfig`.
     """
+    if not isinstance(messages, Sequence) or not messages or not all(isinstance(x, Mapping) for x in messages):
+      raise Mistake(f"chat: {messages!r:.80} is no conversation: give a list of messages with role and content")
     options.setdefault("early_stop", True)
     return self.sample([messages], **options)
 
@@ -271,7 +273,10 @@ class LLaDA:
       raise Mistake("logits: the canvases differ in length; pad them, and say where with segment_BL")
     tokens, segment = np.array(rows, np.int32), None
     if segment_BL is not None:
-      segment = np.asarray(segment_BL)
+      try:
+        segment = np.asarray(segment_BL)
+      except ValueError:  # of rows of several lengths
+        raise Mistake(f"segment_BL: give one array of shape {tokens.shape}") from None
       if segment.shape != tokens.shape or segment.dtype.kind not in "biu" or segment.min() < 0:
         raise Mistake(
           f"segment_BL: {segment.dtype} {segment.shape}: give numbers of segments {tokens.shape}, 0 = padding"
@@ -477,14 +482,15 @@ class LLaDA:
 
 def _row(ids: Any, where: str) -> list[int]:
   """A row of ids as plain numbers; they must be numbers, and whole."""
-  return list(fields.typed(list(ids) if isinstance(ids, Sequence) else ids, tuple[int, ...], where))
+  plain = isinstance(ids, Sequence) and not isinstance(ids, bytes)
+  return list(fields.typed(list(ids) if plain else ids, tuple[int, ...], where))
 
 
 def _many(given: Any, name: str) -> list[Any]:
   """What a caller gives as one (a text, a row of ids, a conversation) or as a list of these, as a list."""
   given = given.tolist() if hasattr(given, "tolist") else given
-  if not isinstance(given, Sequence):
-    raise Mistake(f"{name}={given!r}: give a list")
+  if not isinstance(given, Sequence) or isinstance(given, bytes):
+    raise Mistake(f"{name}={given!r:.80}: give a text, or a list")
   one = isinstance(given, str) or (len(given) > 0 and isinstance(given[0], Mapping | numbers.Number))
   return [given] if one else list(given)
 
@@ -509,10 +515,15 @@ def load(path: str | Path, step: int | None = None, mesh: Mesh | None = None) ->
     Mistake: the vocabulary and the checkpoint disagree, or nothing can be read, or the layout is not supported.
   """
   step = fields.typed(step, int | None, "step")
+  if not isinstance(path, str | os.PathLike):
+    raise Mistake(f"path={path!r}: give a folder, or hf://OWNER/NAME")
   given = Path(os.path.expanduser(path))
   folder = given.parent if given.name.isdecimal() else given
   if folder.name == "checkpoints" and not (given / "config.json").exists():
-    path, step = folder.parent, step if folder == given else int(given.name)
+    named = None if folder == given else int(given.name)
+    if None not in (named, step) and named != step:
+      raise Mistake(f"step={step}: {path} is the checkpoint of step {named}; say one of them")
+    path, step = folder.parent, step if named is None else named
   workdir = huggingface.find(path)
   if huggingface.is_published(workdir):
     published = huggingface.read(workdir)

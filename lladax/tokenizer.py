@@ -256,6 +256,8 @@ class Tokenizer:
 
   def message(self, message: Mapping[str, Any]) -> list[Any]:
     """Ids of one message of a conversation in LLaDA's template, up to its EoT."""
+    if not isinstance(message, Mapping):
+      raise Mistake(f"a message is {message!r:.80}: give an object with role and content")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES or not isinstance(content, str):
       raise Mistake(f"a message of role {role!r}: use {', '.join(ROLES)}, and a text as content")

@@ -242,9 +242,6 @@ def _base(config: Config, saved: dict[str, Any] | None, workdir: Path) -> str:
   raise Missing(f"{workdir} {why} {base}, which is not there: say as init_from where that checkpoint is now")
 
 
-_PARAMETERS = 0x1217  # what is folded into the seed's key for the parameters; for a step it is the step's number
-
-
 def program(config: Config, mesh: Mesh) -> tuple[optax.GradientTransformation, Callable[[], State], State, Any]:
   """(optimizer, how the state begins, where it lives, where the columns of a batch live)."""
   c = config.model
@@ -559,6 +556,16 @@ class _Interrupt:
       signal.signal(number, handler)
 
 
+def _of_model(config: Config, model: MaskPredictorConfig, workdir: Path) -> Config:
+  """The config with the model that was trained; Mistake if it is one for another objective."""
+  if (config.objective == "autoregressive") != model.causal:
+    was = "autoregressive" if model.causal else "diffusion"
+    raise Mistake(
+      f"objective={config.objective}: {workdir} was trained with {was}; leave --config out, or say so there"
+    )
+  return dataclasses.replace(config, model=model)
+
+
 def evaluate_last(config: Config, workdir: Path) -> dict[str, float]:
   """Evaluates the workdir's last checkpoint as at the end of training, and adds a line to evaluations.jsonl."""
   checkpoint.check_workdir(workdir, evaluate.FILES)
@@ -571,10 +578,10 @@ def evaluate_last(config: Config, workdir: Path) -> dict[str, float]:
   model, text = _saved_model(workdir)
   if text is None:
     raise Mistake(f"--workdir={workdir}: this model has no tokenizer to read the held-out text and the tasks with")
-  config = dataclasses.replace(config, model=model)
+  config = _of_model(config, model, workdir)
   evaluate.check(config, text)
   llada = load(workdir, mesh=sharding.make_mesh(config.mesh))
-  config = dataclasses.replace(config, model=llada.model)
+  config = _of_model(config, llada.model, workdir)
   bounds = evaluate.bound(llada, config) if config.data.held_out else {}
   return evaluate.report(llada, config, bounds, workdir, _console())
 
@@ -596,6 +603,7 @@ def show_samples(config: Config, workdir: Path, prompts: list[str], html: str | 
   model, text = _saved_model(workdir)
   if text is None:
     raise Mistake(f"--workdir={workdir}: this model has no tokenizer to read a prompt with")
+  config = _of_model(config, model, workdir)
   for prompt in prompts:
     fills = "[MASK]" in prompt
     ids = text.encode_canvas(prompt) if fills else text.encode(prompt)

@@ -110,7 +110,8 @@ RULES = [
     "data/records/web/manifest.json",
   ),
   Rule(
-    r"--config.data.mixture=.*records/code", TINY, {"/data/records": "data/records", "/shared/": "shared/"},
+    r"--config.data.mixture=.*records/code", TINY, 
+    {"/data/records/code": "data/records/web", "/data/records/web": "data/records/web", "/shared/": "shared/"},
     "shared/runs/llada_8b/checkpoints/3",
   ),
   Rule(r"benchmarks/loader.py --config=CONFIG", TINY, {"CONFIG": "configs/quickstart.py"}),

@@ -193,3 +193,21 @@ def test_evaluating_and_sampling_are_tried_before_the_parameters_are_read(tiny, 
 def test_nothing_to_evaluate_is_said(tiny, tiny_workdir):
   with pytest.raises(ValueError, match="^there is nothing to evaluate: data.held_out=0.0, evaluate.tasks"):
     train.evaluate_last(tiny({"data.held_out": 0.0}), tiny_workdir)
+
+
+@pytest.mark.parametrize("mode", [train.evaluate_last, lambda c, workdir: train.show_samples(c, workdir, ["a"], None)])
+def test_the_objective_is_that_of_the_model(tiny, tiny_workdir, mode):
+  with pytest.raises(ValueError, match="^objective=autoregressive: .* was trained with diffusion: set that, or leave"):
+    mode(tiny(CAUSAL), tiny_workdir)
+
+
+def test_a_task_that_does_not_fit_the_model_is_said_before_the_first_step(tiny, tmp_path):
+  pytest.importorskip("lm_eval")
+  for split in ("test", "train"):
+    (tmp_path / "math").mkdir(exist_ok=True)
+    row = json.dumps({"question": "1 + 1?", "answer": "so\n#### 2"}) + "\n"
+    (tmp_path / "math" / f"gsm8k_{split}.jsonl").write_text(row * 6)
+  fields = {"evaluate.tasks": ("lladax_gsm8k",), "evaluate.data_dir": str(tmp_path), "model.max_length": 96}
+  with pytest.raises(ValueError, match="^lladax_gsm8k: 256 tokens to score or to generate leave no room in model.max"):
+    train.prepare(tiny(fields), tmp_path / "run")
+  assert not (tmp_path / "run" / "config.json").exists()

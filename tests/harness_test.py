@@ -818,3 +818,17 @@ def test_the_command_line_and_a_mesh(tiny_workdir, data_dir, tmp_path):
     lladax.load(tiny_workdir), "lladax_arc_challenge", data_dir=str(data_dir), limit=2, num_samples=2
   )
   assert found["acc,none"] == plain["lladax_arc_challenge"]["acc"]
+
+
+def test_a_conversation_has_no_gap(llada):
+  lm = harness.Harness(llada=llada)
+  context = lm.apply_chat_template([{"role": "user", "content": "a <gap> b"}])
+  with pytest.raises(Mistake, match="question 10: infill='<gap>': a conversation has no gap to fill in; leave out"):
+    lm.generate_until(requests("generate_until", (context, {"max_gen_toks": 4, "infill": "<gap>"})))
+
+
+@pytest.mark.parametrize("asked", [{"guidance_scale": 1.0}, {"cache": "dual"}, {"infill": "<gap>"}])
+def test_what_a_causal_model_cannot_do_is_refused_before_the_first_pass(asked):
+  lm = harness.Harness(llada=tiny(causal=True))
+  with pytest.raises(Mistake, match="task task, question 10: .*a causal model"):
+    lm.generate_until(requests("generate_until", ("a <gap> b", {"max_gen_toks": 4} | asked)))

@@ -361,3 +361,18 @@ def test_a_notebook_draws_the_unmasking(llada):
   assert out._repr_html_() == out.html() != out.html("a title")
   assert [len(unmasking.pieces) for unmasking in out.unmaskings()] == [6, 6]  # no padding
   assert out.unmaskings()[1].pieces[:2] == ("c", "d")
+
+
+def test_what_is_no_text_and_no_conversation_is_refused(llada, tiny_workdir):
+  for wrong in ("hi", [], [{"role": "user", "content": "x"}, "y"]):
+    with pytest.raises(ValueError, match="^chat: .* is no conversation: give a list of messages"):
+      llada.chat(wrong)
+  for wrong in (b"abc", [b"abc"]):
+    with pytest.raises(ValueError, match=r"^prompts(\[0\])?=b'abc': "):
+      llada.sample(wrong)
+  with pytest.raises(ValueError, match=r"^segment_BL: give one array of shape \(1, 2\)"):
+    llada.logits([[5, 6]], [[0], [1, 2]])
+  with pytest.raises(ValueError, match="^path=5: give a folder"):
+    lladax.load(5)
+  with pytest.raises(ValueError, match="^step=6: .* is the checkpoint of step 20; say one of them$"):
+    lladax.load(tiny_workdir / "checkpoints" / "20", step=6)
