@@ -560,9 +560,7 @@ def _of_model(config: Config, model: MaskPredictorConfig, workdir: Path) -> Conf
   """The config with the model that was trained; Mistake if it is one for another objective."""
   if (config.objective == "autoregressive") != model.causal:
     was = "autoregressive" if model.causal else "diffusion"
-    raise Mistake(
-      f"objective={config.objective}: {workdir} was trained with {was}; leave --config out, or say so there"
-    )
+    raise Mistake(f"objective={config.objective}: {workdir} was trained with {was}: set that, or leave --config out")
   return dataclasses.replace(config, model=model)
 
 
