@@ -3,7 +3,7 @@
 From the root of the checkout, with `pip install -e '.[plan]'`:
 
 python launch/plans.py                   # all rows: about a quarter of an hour on two cores
-python launch/plans.py llada_1b:v5e_4x4  # some
+python launch/plans.py llada_1b:v5e_4x4  # some; fields behind them, --config.model.N=1, are of each
 """
 
 import json
@@ -13,6 +13,7 @@ import sys
 ROWS = [
   "llada_8b:v5p_4x4x4", "llada_8b:v6e_16x16", "llada_8b:v5p_4x4x4_x2", "llada_1b:v5p_1x1x1", "llada_1b:v5e_4x4"
 ]  # fmt: skip
+FIELDS = [x for x in sys.argv[1:] if x.startswith("--")]
 
 
 def row(name: str) -> str:
@@ -21,7 +22,7 @@ def row(name: str) -> str:
   kind, shape, *slices = settings.split("_")
   command = [
     sys.executable, "-m", "lladax.main", "--mode=plan", "--json", f"--config=configs/{config}.py:{settings}",
-    f"--topology={kind}:{shape}", f"--slices={slices[0][1:] if slices else 1}",
+    f"--topology={kind}:{shape}", f"--slices={slices[0][1:] if slices else 1}", *FIELDS,
   ]  # fmt: skip
   plan = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
   set_, train, sample = plan["settings"], plan["train"], plan["sample"]
@@ -40,5 +41,5 @@ if __name__ == "__main__":
   head = "config, chips, micro-batches, remat, state GiB, step GiB a device, sampler GiB, collectives of a step GiB"
   head = [*head.split(", "), "s a step", "days", "chip-hours", "s to compile"]
   print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
-  for name in sys.argv[1:] or ROWS:
+  for name in [x for x in sys.argv[1:] if x not in FIELDS] or ROWS:
     print(row(name), flush=True)

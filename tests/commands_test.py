@@ -62,6 +62,8 @@ RUN = shlex.split(
 )
 TINY = RUN + [f"--config.model.{x}" for x in ("D=16", "N=2", "H=2", "G=2", "K=8", "F=32", "V=0", "remat=none")]
 TINY += ["--config.data.length=64"]
+PLAN = [f"--config.model.{x}" for x in ("D=128", "N=2", "H=2", "G=2", "K=64", "F=256", "V=1024")]
+PLAN += ["--config.data.length=256", "--config.sample.gen_length=32", "--config.sample.block_length=32"]
 CPU = shlex.split(
   "--B 2 --L 16 --V 128 --D 16 --N 1 --H 2 --K 8 --F 32 --prompt 8 --gen 8 --block 4 --steps 4 --rounds 1 --rows 1"
 )
@@ -116,8 +118,8 @@ RULES = [
   ),
   Rule(r"benchmarks/loader.py --config=CONFIG", TINY, {"CONFIG": "configs/quickstart.py"}),
   Rule(r"--workdir=runs/stdlib ", [*TINY, "--config.mesh.fsdp=1"], makes="runs/stdlib/samples.html"),
-  Rule(r"--mode=plan", ["--config.model.N=1"], {"v5e:16x16": "v5e:4x4 --config.data.batch_size=64"}, needs="libtpu"),
-  Rule(r"launch/plans.py", ["llada_1b:v5e_4x4"], {"pip install -e '.[plan]' && ": ""}, needs="libtpu"),
+  Rule(r"--mode=plan", PLAN, {"v5e:16x16": "v5e:4x4 --config.data.batch_size=64"}, needs="libtpu"),
+  Rule(r"launch/plans.py", ["llada_1b:v5e_4x4", *PLAN], {"pip install -e '.[plan]' && ": ""}, needs="libtpu"),
   Rule(
     r"--mode=evaluate .*llada_base/gsm8k", [*ASKED, "--config.evaluate.data_dir=DIR", "--config.sample.gen_length=8"],
     {"=runs/imported": "=runs/chat"}, "runs/chat/evaluation.html", needs="lm_eval",
