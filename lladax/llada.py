@@ -490,7 +490,7 @@ def _many(given: Any, name: str) -> list[Any]:
   """What a caller gives as one (a text, a row of ids, a conversation) or as a list of these, as a list."""
   given = given.tolist() if hasattr(given, "tolist") else given
   if not isinstance(given, Sequence) or isinstance(given, bytes):
-    raise Mistake(f"{name}={given!r:.80}: give a text, or a list")
+    raise Mistake(f"{name}={given!r:.80}: give a list")
   one = isinstance(given, str) or (len(given) > 0 and isinstance(given[0], Mapping | numbers.Number))
   return [given] if one else list(given)
 
