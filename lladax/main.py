@@ -184,9 +184,14 @@ def _parse(argv: list[str]) -> list[str]:
       for name in fields:
         if name not in known:
           raise Mistake(f"config.{name}: there is no such field; did you mean config.{_nearest(name, known, 0.0)}?")
+      last: dict[str, int] = {}
       for i, word in enumerate(words):  # the library takes a field of any type for a switch
-        if (x := _FIELD.fullmatch(word)) and known[x[1]] is object and words[i + 1 :]:
+        if (x := _FIELD.fullmatch(word)) and known[x[1]] in (object, tuple) and words[i + 1 :]:
           words[i : i + 2] = [f"{word}={words[i + 1]}"]
+        if (x := _FIELD.match(word)) and known[x[1]] is tuple:
+          last[x[1]] = i
+      # ... and adds up the tuples of a field that is given twice.
+      words = [word for i, word in enumerate(words) if not (x := _FIELD.match(word)) or last.get(x[1], i) == i]
       config_flags.DEFINE_config_dict("config", config, flag_values=overrides, sys_argv=words)
     overrides.set_gnu_getopt(True)
     words = overrides(words)

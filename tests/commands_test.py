@@ -58,7 +58,7 @@ RUN = shlex.split(
   "--config.steps=3 --config.data.batch_size=8 --config.micro_batches=1 --config.evaluate.num_samples=1"
   " --config.evaluate.every=0 --config.log.tensorboard=False --config.tokenizer.vocab_size=280"
   " --config.optimizer.schedule='((1, 0.001), (-1, 0.0))' --config.sample.gen_length=16"
-  " --config.sample.block_length=8 --config.sample.steps=4 --config.data.held_out=0.2"
+  " --config.sample.block_length=8 --config.sample.steps=16 --config.data.held_out=0.2"
 )
 TINY = RUN + [f"--config.model.{x}" for x in ("D=16", "N=2", "H=2", "G=2", "K=8", "F=32", "V=0", "remat=none")]
 TINY += ["--config.data.length=64"]
@@ -215,7 +215,7 @@ def checkout(tmp_path_factory, quickstart_workdir):
   (folder / "couplets.json").write_text(json.dumps([{"first": "春", "second": "夏"}]))
   write(folder / "DIR" / "en" / "books_children.jsonl", [{"text": text} for text in texts])
   choice = [{"question": f"{i}?", "choices": ["a", "b", "cd"], "answer": i % 3} for i in range(6)]
-  sums = [{"question": f"{i} + 1?", "answer": f"so\n#### {i + 1}"} for i in range(20)]
+  sums = [{"question": f"{i} + 1?", "answer": f"so\n#### {i + 1}"} for i in range(200)]
   for split in ("test", "train"):
     write(folder / "DIR" / "eval" / f"arc_challenge_{split}.jsonl", choice)
     write(folder / "DIR" / "math" / f"gsm8k_{split}.jsonl", sums)

@@ -322,6 +322,9 @@ def test_a_field_that_may_be_none_is_switched_off(name, tmp_path, tiny_values, t
     ("sample.threshold 0.5", 0.5),
     ("evaluate.tasks=reversal", ("reversal",)),
     ("evaluate.tasks=('reversal','poems:x')", ("reversal", "poems:x")),
+    ("evaluate.tasks ('reversal',)", ("reversal",)),
+    ("evaluate.tasks=reversal --config.evaluate.tasks=poems:x", ("poems:x",)),  # the last one counts
+    ("evaluate.tasks=reversal --config.evaluate.tasks ('poems:x','y')", ("poems:x", "y")),
     ("sample.seed -1", -1),
     ("tokenizer.mask=--x", "--x"),
   ],
