@@ -145,10 +145,7 @@ RULES = [
     {"OUT TANG_POEMS COUPLETS": "runs/couplets poems.jsonl.xz couplets.json"},
     "runs/couplets/reversal.md",
   ),
-  Rule(
-    r"scaling.py --config", [*RUN[1:], "--min_steps=2", "--max_epochs=999"],
-    {"32x2,64x2,96x3,128x4": "16x1,16x2", "5e11,1.5e12,5e12,1.5e13": "1e8,2e8"}, "runs/scaling/scaling.md",
-  ),
+  Rule(r"scaling.py --config", "scaling_test.py runs a study"),
   Rule(
     r"frontier.py --path", ("--limit=2", "--batch_size=2", "--gen_length=8", "--blocks=8", "--steps=4",
     "--thresholds=0.9", "--caches=none"),
@@ -158,7 +155,7 @@ RULES = [
   Rule(r"meshes.py$", ["--config.steps=2", *TINY[len(RUN):-1]]),
   Rule(r"cpu.py", [*CPU, "--only=lladax"], {"pip install torch==2.13.0 && ": ""}),
   Rule(r"torch_baseline.py", CPU[:12], needs="torch"),
-  Rule(r"launch/local.sh", [*TINY, "--config.data.held_out=0.2"], makes="runs/two/samples.html"),
+  Rule(r"launch/local.sh", "launch_test.py trains with it"),
 ]  # fmt: skip
 
 
@@ -208,7 +205,10 @@ def checkout(tmp_path_factory, quickstart_workdir):
     (folder / "texts" / f"{i}.txt").write_text(text)
   (folder / "questions.txt").write_text("What is red?\n")
   write(folder / "data" / "a.jsonl.zst", [{"text": text} for text in texts])
-  write(folder / "poems.jsonl.xz", [{"lines": [f"{x[:9]}，{x[9:18]}。"]} for x in texts] + [{"lines": ["春，夏。"]}])
+  write(
+    folder / "poems.jsonl.xz",
+    [{"lines": [f"{x[:9]}，{x[9:18]}。"]} for x in texts] + [{"lines": ["春，夏。", *texts[:3]]}],
+  )
   talks = [{"instruction": x[:16], "input": "", "output": x[16:24]} for x in texts]
   write(folder / "mine.jsonl", talks)
   (folder / "alpaca_data.json").write_text(json.dumps(talks))
