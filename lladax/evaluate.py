@@ -205,25 +205,27 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
   }
 
 
-def check_tasks(config: Config) -> None:
-  """Raises Mistake or Missing if one of `evaluate.tasks` cannot be asked, before long work."""
+def check_tasks(config: Config) -> dict[str, Any]:
+  """lm-eval's among `evaluate.tasks`, read; Mistake or Missing if one of all cannot be asked, before long work."""
   others = [name for name in config.evaluate.tasks if _questions(name) is None]
-  if others:
-    from lladax import harness  # an extra, and slow to import
+  if not others:
+    return {}
+  from lladax import harness  # an extra, and slow to import
 
-    harness.check(others, data_dir=config.evaluate.data_dir, allow_code=config.evaluate.allow_code)
+  return harness.check(others, data_dir=config.evaluate.data_dir, allow_code=config.evaluate.allow_code)
 
 
 # What an evaluation writes into a workdir.
 FILES = ("evaluations.jsonl", "evaluation.json", "evaluation.html", "samples.html")
 
 
-def check(config: Config, text: Tokenizer) -> None:
+def check(config: Config, text: Tokenizer, others: Mapping[str, Any]) -> None:
   """Tries what only the end of a run would read, before its first step; the corpora, if they are not yet read.
 
   Args:
     config: of the run, with the model as it will be.
     text: its tokenizer.
+    others: what `check_tasks` returned.
 
   Raises:
     Mistake: canvases or questions of `evaluate.tasks` that do not fit the model, or contradict the sampler's settings;
@@ -235,19 +237,15 @@ def check(config: Config, text: Tokenizer) -> None:
     ids = text.chat([_says(x)]) if talks else text.encode_canvas(x) if fills else text.encode(_before_masks(x))
     lengths[f"evaluate.canvases[{i}]"] = len(ids) + 2 * fills  # an EOS at each end
   check_room(lengths, config.sample, config.model, fills=fills)
-  others = []
   for name in config.evaluate.tasks:
     if questions := _questions(name):
       reversal.check(name, questions, text, config.model)
-    else:
-      others.append(name)
   if others:
     from lladax import harness
 
-    c = config.evaluate
     llada = LLaDA(config.model, {}, text, text.mask_id, text.eos_id, text.vocab_size, text.eot_id)  # asked nothing yet
-    for part, options in _with_options(others, config):
-      harness.check(part, data_dir=c.data_dir, allow_code=c.allow_code, llada=llada, **options)
+    for part, options in _with_options(list(others), config):
+      harness.models(llada, {name: others[name] for name in part}, options)
   if config.data.held_out:
     data.held_out(config.data, text)
 

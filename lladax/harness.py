@@ -572,14 +572,11 @@ def evaluate(
     raise Mistake(f"use_cache={str(use_cache)!r}: processes of one job would read different caches; leave it out")
   if output:
     _check_folder(Path(output).parent, "output")
-  models: dict[str, Any] = {}
-  for name, (plan, _, loaded) in checked.items():  # what one of them cannot be asked is said before the first question
-    models[name] = _model(llada, plan, loaded, options, batch_size)
-    _check_parts(name, loaded, models[name]._plan)
+  asked = models(llada, checked, options, batch_size)  # what one of them cannot is said before the first question
   results: dict[str, dict[str, float]] = {}
   told: dict[str, list[dict[str, Any]]] = {}
   for name, (plan, group, loaded) in checked.items():
-    talks, lm = plan.chat if chat is None else chat, models[name]
+    talks, lm = plan.chat if chat is None else chat, asked[name]
     with _quiet():
       for task in loaded["tasks"].values():
         shots = plan.num_fewshot if num_fewshot is None else num_fewshot
@@ -605,12 +602,9 @@ def evaluate(
 
 
 def check(
-  names: str | Sequence[str], *, data_dir: str = "", allow_code: bool = False, llada: LLaDA | None = None, **options
+  names: str | Sequence[str], *, data_dir: str = "", allow_code: bool = False
 ) -> dict[str, tuple[Preset, str, Any]]:
-  """Name -> (preset, task, the task with its questions); raises what `evaluate` raises of names and data.
-
-  With a model, which needs no parameters yet, also what it cannot be asked, with the options of `evaluate`.
-  """
+  """Name -> (preset, task, the task with its questions); raises what `evaluate` raises of names and data."""
   names = [names] if isinstance(names, str) else list(names)
   plans = {name: preset(name) if "/" in name else Preset(name) for name in names}
   if not plans:
@@ -619,17 +613,26 @@ def check(
   if not allow_code:
     _check_code(manager, tasks)
   found = {name: (plans[name], task, _load(manager, name, [task])) for name, task in tasks.items()}
-  for name, (plan, _, loaded) in found.items():
-    _check_parts(name, loaded, understood if llada is None else _model(llada, plan, loaded, options)._plan)
+  for name, (_, _, loaded) in found.items():
+    _check_parts(name, loaded)
   return found
 
 
-def _model(llada: LLaDA, plan: Preset, loaded: Any, options: Mapping[str, Any], batch_size: int = 1) -> Harness:
-  """A model as a preset's task asks it."""
-  parts = loaded["tasks"].values()
-  # A likelihood that is no choice between answers is asked for with "is it the greedy one?".
-  defaults: dict[str, Any] = {"greedy": True} if any(task.OUTPUT_TYPE == "loglikelihood" for task in parts) else {}
-  return Harness(llada=llada, batch_size=batch_size, **(defaults | dict(plan.options) | dict(options)))
+def models(
+  llada: LLaDA, checked: Mapping[str, tuple[Preset, str, Any]], options: Mapping[str, Any], batch_size: int = 1
+) -> dict[str, Any]:
+  """Name -> the model as the task asks it, of what `check` returned; raises what `evaluate` raises of model and task.
+
+  The model needs no parameters yet.
+  """
+  found = {}
+  for name, (plan, _, loaded) in checked.items():
+    parts = loaded["tasks"].values()
+    # A likelihood that is no choice between answers is asked for with "is it the greedy one?".
+    defaults: dict[str, Any] = {"greedy": True} if any(task.OUTPUT_TYPE == "loglikelihood" for task in parts) else {}
+    found[name] = Harness(llada=llada, batch_size=batch_size, **(defaults | dict(plan.options) | dict(options)))
+    _check_parts(name, loaded, found[name]._plan)
+  return found
 
 
 def _check_code(manager: Any, tasks: Mapping[str, str]) -> None:

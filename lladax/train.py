@@ -147,7 +147,7 @@ def prepare(config: Config, workdir: Path) -> Run:
   saved_config = workdir / "config.json"
   saved = checkpoint.config(workdir) if saved_config.exists() else None
   console = _console()
-  evaluate.check_tasks(config)
+  others = evaluate.check_tasks(config)
   base = _base(config, saved, workdir) if config.init_from else ""
   if base:
     begun = saved or checkpoint.config(Path(base).parent.parent)
@@ -176,7 +176,7 @@ def prepare(config: Config, workdir: Path) -> Run:
     check_saved(saved | moved, plain, workdir)
   if config.evaluate.every and not config.data.held_out:
     raise Mistake(f"evaluate.every={config.evaluate.every}: data.held_out=0.0 leaves no text to evaluate on")
-  evaluate.check(config, text)
+  evaluate.check(config, text, others)
   sources = data.sources(config.data, text, config.seed)
   for name, source in zip(config.data.corpora, sources, strict=True):
     console.print(f"{name}: {source.about}", markup=False)
@@ -572,14 +572,14 @@ def evaluate_last(config: Config, workdir: Path) -> dict[str, float]:
       "there is nothing to evaluate: data.held_out=0.0, evaluate.tasks=(), evaluate.canvases=(): give one of them, as"
       " in --config.data.held_out=0.05"
     )
-  evaluate.check_tasks(config)
+  others = evaluate.check_tasks(config)
   model, text = _saved_model(workdir)
   if text is None:
     raise Mistake(f"--workdir={workdir}: this model has no tokenizer to read the held-out text and the tasks with")
   config = _of_model(config, model, workdir)
-  evaluate.check(config, text)
+  evaluate.check(config, text, others)
   llada = load(workdir, mesh=sharding.make_mesh(config.mesh))
-  config = _of_model(config, llada.model, workdir)
+  config = dataclasses.replace(config, model=llada.model)  # adapters are merged
   bounds = evaluate.bound(llada, config) if config.data.held_out else {}
   return evaluate.report(llada, config, bounds, workdir, _console())
 

@@ -170,7 +170,7 @@ def test_numbers_of_an_evaluation_are_not_negative(tiny, name):
 def test_a_canvas_has_a_length_of_its_own(tiny):
   config = tiny({"evaluate.canvases": ("red [MASK]",), "sample.gen_length": None})
   text = tokenizer.create(config.tokenizer)
-  evaluate.check(config, text)
+  evaluate.check(config, text, {})
   assert text.mask_id not in evaluate.samples(random_model(config, text), config).tokens
 
 
