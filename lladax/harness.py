@@ -26,6 +26,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import jax
 import numpy as np
@@ -781,6 +782,7 @@ _HELP = """lladax adds to the command line of lm-eval below:
 
 def main(argv: list[str]) -> None:
   """The harness's command line with `--model lladax` as the default, and `--data_dir DIR` and `--allow_code`."""
+  from lm_eval import tasks
   from lm_eval._cli import HarnessCLI
   from lm_eval.api import model
   from lm_eval.utils import setup_logging
@@ -794,23 +796,32 @@ def main(argv: list[str]) -> None:
   if own.data_dir is not None:
     if not Path(own.data_dir).expanduser().is_dir():
       raise Missing(f"--data_dir {own.data_dir}: there is no such folder; give that of the local benchmarks")
-    os.environ[DATA] = own.data_dir
   if given and given[0] not in ("run", "ls", "validate"):
     given.insert(0, "run")
-  sys.argv[1:] = given + ["--confirm_run_unsafe_code"] * own.allow_code
-  setup_logging()
-  args = HarnessCLI().parse_args()
-  if given:
-    args.include_path = args.include_path or str(TASKS)
-  if args.command == "run":
-    _check_run(args)
-    model.CachingLM = _kept
-  with _quiet():
+  given += ["--confirm_run_unsafe_code"] * own.allow_code
+  environment = {} if own.data_dir is None else {DATA: own.data_dir}
+  with contextlib.ExitStack() as for_this_run:  # the harness is afterwards as it was
+    put = for_this_run.enter_context
+    put(mock.patch.object(sys, "argv", [argv[0], *given]))
+    put(mock.patch.dict(os.environ, environment))
+    put(_quiet())
+    setup_logging()
+    args = HarnessCLI().parse_args()
+    if given:
+      args.include_path = args.include_path or str(TASKS)
+    if args.command == "run":
+      manager = _check_run(args)
+      put(mock.patch.object(tasks, "TaskManager", lambda **_: manager))
+      put(mock.patch.object(model, "CachingLM", _kept))
     args.func(args)
 
 
-def _check_run(args: argparse.Namespace) -> None:
-  """Says what is wrong with a run before there is a model; the tasks that it has loaded are those that the run asks."""
+def _check_run(args: argparse.Namespace) -> Any:
+  """Says what is wrong with a run before there is a model.
+
+  Returns:
+    The task manager for the run: what it gives are the tasks that have been loaded here, read once.
+  """
   import lm_eval.models  # noqa: F401  fills the registry
   from lm_eval import tasks
   from lm_eval.api.registry import MODEL_REGISTRY
@@ -853,11 +864,12 @@ def _check_run(args: argparse.Namespace) -> None:
       raise _unknown(manager, name)
   if not c.confirm_run_unsafe_code:
     _check_code(manager, {name: name for name in manager.match_tasks(names)})
-  tasks.TaskManager = lambda **_: manager  # its thousands of files are read once
-  c.process_tasks(c.metadata)  # reads task files that are named by their paths
+  with mock.patch.object(tasks, "TaskManager", lambda **_: manager):  # its thousands of files are read once
+    c.process_tasks(c.metadata)  # reads task files that are named by their paths
   loaded = _load(manager, "--tasks", list(c.tasks))
   _check_parts("", loaded, understood, c.gen_kwargs)
   manager.load = lambda task_list: loaded
+  return manager
 
 
 def _kept(lm: Any, path: str) -> Any:

@@ -660,8 +660,9 @@ def command(monkeypatch, capsys):
   import lm_eval.utils
   from lm_eval.api import model
 
-  for module, name in ((lm_eval.tasks, "TaskManager"), (model, "CachingLM"), (sys, "argv")):
-    monkeypatch.setattr(module, name, getattr(module, name))  # what the command puts there goes again
+  def state():
+    return lm_eval.tasks.TaskManager, model.CachingLM, sys.argv, dict(os.environ)
+
   monkeypatch.setattr(lm_eval.utils, "setup_logging", lambda: None)
   monkeypatch.setattr(distributed.logging, "basicConfig", lambda **_: None)
   monkeypatch.setattr(distributed.logging, "raiseExceptions", False)  # of handlers that other tests have left behind
@@ -669,7 +670,9 @@ def command(monkeypatch, capsys):
 
   def run(flags):
     capsys.readouterr()
+    before = state()
     code = distributed.guard(harness.main, ["lladax.harness", *flags.split()], "lladax.harness")
+    assert state() == before, "what one command asked another task of this process would get"
     return code, capsys.readouterr().err
 
   return run
