@@ -23,8 +23,8 @@ import numpy as np
 import lladax
 from lladax import harness
 from lladax import main as door
+from lladax.drawing.report import metrics
 from lladax.mistake import Mistake
-from lladax.report import metrics
 
 COLOURS = {None: "#0072b2", "prefix": "#009e73", "dual": "#d55e00"}  # of the caches; told apart by everybody
 SAME = ("path", "task", "data_dir", "limit", "batch_size", "gen_length", "metric")  # in every run that is continued

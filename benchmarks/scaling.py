@@ -36,8 +36,9 @@ import numpy as np
 from absl import app, flags
 
 from lladax import config as configs
-from lladax import data, distributed, metrics, sharding, tokenizer, train
+from lladax import data, metrics, tokenizer, train
 from lladax import main as door
+from lladax.devices import distributed, sharding
 from lladax.mistake import Missing, Mistake
 
 flags.DEFINE_list("sizes", None, "Sizes, width x layers each: 64x2,96x3,128x4.")

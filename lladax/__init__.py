@@ -4,7 +4,8 @@
 >>> llada.sample(["GREEK SMALL LETTER"]).text
 """
 
-from lladax import configs, distributed
+from lladax import configs
+from lladax.devices import distributed
 from lladax.llada import LLaDA, load
 from lladax.mistake import Mistake
 from lladax.sampling import SamplerConfig

@@ -21,8 +21,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from lladax import sampling, sharding, visualize
+from lladax import sampling
 from lladax.config import Config
+from lladax.devices import sharding
+from lladax.drawing import unmasking
 from lladax.llada import LLaDA, Sampled, load
 from lladax.mistake import Mistake
 from lladax.sampling import SamplerConfig
@@ -148,7 +150,7 @@ def _answer(llada: LLaDA, messages: Messages, options: dict[str, Any], console: 
   began, text, out = time.monotonic(), Text(), None
   with Live(console=console, auto_refresh=False, transient=True) as live:
     for out in llada.stream(messages, every="step", **options):
-      text = visualize.frame(_reply(llada, out), out.nfe, options.get("steps"))
+      text = unmasking.frame(_reply(llada, out), out.nfe, options.get("steps"))
       live.update(_window(text, console), refresh=True)
   assert out is not None
   console.print(text)
@@ -156,7 +158,7 @@ def _answer(llada: LLaDA, messages: Messages, options: dict[str, Any], console: 
   return out.text[0].strip()
 
 
-def _reply(llada: LLaDA, out: Sampled) -> visualize.Unmasking:
+def _reply(llada: LLaDA, out: Sampled) -> unmasking.Unmasking:
   """What the canvas holds behind the prompt, up to the first token that ends a reply."""
   whole, tokens = out.unmaskings()[0], out.tokens[0, out.padding[0] :]
   first = int(np.argmax(whole.unmasked_at > 0))
@@ -170,7 +172,7 @@ def _reply(llada: LLaDA, out: Sampled) -> visualize.Unmasking:
       if re.fullmatch("(⟨[0-9A-F]{2}⟩)+", run):
         with contextlib.suppress(UnicodeDecodeError):
           drawn[-n:] = [(bytes.fromhex(re.sub("[⟨⟩]", "", run)).decode(), max(step for _, step in drawn[-n:]))]
-  return visualize.Unmasking(
+  return unmasking.Unmasking(
     tuple(text for text, _ in drawn), np.array([step for _, step in drawn], int), np.ones(len(drawn))
   )
 
@@ -180,6 +182,6 @@ def _window(text: Text, console: Console) -> Text:
   lines, height = text.wrap(console, console.width), console.height - 2
   if len(lines) <= height:
     return text
-  unmasked = [i for i, line in enumerate(lines) if set(line.plain) - {visualize.MASKED}]
+  unmasked = [i for i, line in enumerate(lines) if set(line.plain) - {unmasking.MASKED}]
   end = max(height, unmasked[-1] + 1 if unmasked else 0)
   return Text("\n").join(lines[end - height : end])

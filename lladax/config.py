@@ -9,7 +9,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from lladax import checkpoint, data, diffusion, fields, optimizer, sampling, sharding, tokenizer
+from lladax import checkpoint, data, diffusion, fields, optimizer, sampling, tokenizer
+from lladax.devices import sharding
 from lladax.mask_predictor import MaskPredictorConfig
 from lladax.mistake import Mistake
 from lladax.sampling import SamplerConfig

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from lladax import checkpoint, huggingface, llada, safetensors, sharding
+from lladax import checkpoint, huggingface, llada, safetensors
 from lladax import tokenizer as tokenizers
+from lladax.devices import sharding
 from lladax.mask_predictor import MaskPredictorConfig
 from lladax.mistake import Mistake
 

@@ -23,20 +23,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from lladax import (
-  autoregressive,
-  checkpoint,
-  data,
-  diffusion,
-  distributed,
-  metrics,
-  reversal,
-  sampling,
-  sharding,
-  visualize,
-)
-from lladax import report as reports
+from lladax import autoregressive, checkpoint, data, diffusion, metrics, reversal, sampling
 from lladax.config import Config
+from lladax.devices import distributed, sharding
+from lladax.drawing import report as reports
 from lladax.llada import LLaDA, Sampled
 from lladax.mask_predictor import MaskPredictorConfig
 from lladax.mistake import Mistake
@@ -367,7 +357,7 @@ def report(llada: LLaDA, config: Config, bounds: dict[str, float], workdir: Path
     console.print(f"the same as a page, with the loss: {workdir / 'evaluation.html'}", markup=False)
   if filled := samples(llada, config):
     for unmasking in filled.unmaskings():
-      console.print(visualize.terminal(unmasking, frames=4))
+      console.print(unmasking.terminal(unmasking, frames=4))
     page = filled.html(f"{workdir.name}, step {step}")
     (workdir / "samples.html").write_text(page, encoding="utf-8", errors="backslashreplace")
     console.print(f"the same as a page: {workdir / 'samples.html'}", markup=False)

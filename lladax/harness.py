@@ -31,9 +31,11 @@ from unittest import mock
 import jax
 import numpy as np
 
-from lladax import corpus, distributed, report, sampling, sharding
+from lladax import corpus, sampling
 from lladax import llada as lladas
 from lladax.answers import Answers
+from lladax.devices import distributed, sharding
+from lladax.drawing import report
 from lladax.llada import LLaDA
 from lladax.mistake import Missing, Mistake
 from lladax.sampling import SamplerConfig

@@ -20,8 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from lladax import animation, autoregressive, checkpoint, diffusion, fields, huggingface, sampling, sharding, visualize
+from lladax import autoregressive, checkpoint, diffusion, fields, huggingface, sampling
 from lladax import tokenizer as tokenizers
+from lladax.devices import sharding
+from lladax.drawing import animation, unmasking
 from lladax.mask_predictor import MaskPredictorConfig, Params
 from lladax.mistake import Missing, Mistake
 from lladax.sampling import SamplerConfig
@@ -58,22 +60,22 @@ class Sampled:
   piece: Callable[[int], str] = dataclasses.field(repr=False)  # id -> text of one token
   mask_id: int  # what masked positions hold in a canvas that `LLaDA.stream` has not finished
 
-  def unmaskings(self) -> list[visualize.Unmasking]:
+  def unmaskings(self) -> list[unmasking.Unmasking]:
     """The rows without their padding, ready to be drawn."""
     unmasked_at = np.where(self.tokens == self.mask_id, self.nfe + 1, self.unmasked_at)  # not yet
     rows = zip(self.tokens, unmasked_at, self.confidence, self.padding, strict=True)
     return [
-      visualize.Unmasking(tuple(self.piece(int(i)) for i in tokens[n:]), at[n:], confidence[n:])
+      unmasking.Unmasking(tuple(self.piece(int(i)) for i in tokens[n:]), at[n:], confidence[n:])
       for tokens, at, confidence, n in rows
     ]
 
-  def html(self, title: str = "") -> visualize.Html:
+  def html(self, title: str = "") -> unmasking.Html:
     """A self-contained page with a slider over the steps."""
-    return visualize.html(self.unmaskings(), title)
+    return unmasking.html(self.unmaskings(), title)
 
-  def heat_map(self, title: str = "") -> visualize.Html:
+  def heat_map(self, title: str = "") -> unmasking.Html:
     """A self-contained page of order against position: how often a position was unmasked at a step, over all rows."""
-    return visualize.heat_map(self.unmaskings(), title)
+    return unmasking.heat_map(self.unmaskings(), title)
 
   def gif(self, path: str | Path, **options) -> None:
     """Writes the unmasking as an animation (needs matplotlib); options are those of `animation.gif`."""

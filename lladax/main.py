@@ -15,8 +15,9 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from lladax import configs, distributed
-from lladax.distributed import guard
+from lladax import configs
+from lladax.devices import distributed
+from lladax.devices.distributed import guard
 from lladax.mistake import Missing, Mistake
 
 # `parse` puts the config itself, with the fields that the command line sets, in the place of its name.
@@ -82,7 +83,7 @@ def main(argv: list[str]) -> int:
       raise Mistake(f"--html={page} is a folder: name the file of the page")
 
   from lladax import chat, config, convert, train  # the slow imports come after the quick checks
-  from lladax.sharding import MeshConfig
+  from lladax.devices.sharding import MeshConfig
 
   distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if mode == "export":

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from lladax import attention, sharding
+from lladax import attention
+from lladax.devices import sharding
 from lladax.mistake import Mistake
 
 Params = dict[str, Any]

@@ -34,16 +34,15 @@ from lladax import (
   checkpoint,
   data,
   diffusion,
-  distributed,
   evaluate,
   metrics,
   optimizer,
   sampling,
-  sharding,
   tokenizer,
-  visualize,
 )
 from lladax.config import Config, check_saved
+from lladax.devices import distributed, sharding
+from lladax.drawing import unmasking
 from lladax.llada import LLaDA, check_vocabulary, load
 from lladax.mask_predictor import MaskPredictorConfig
 from lladax.mistake import Diverged, Missing, Mistake
@@ -618,9 +617,9 @@ def show_samples(config: Config, workdir: Path, prompts: list[str], html: str | 
     if not distributed.is_first():
       continue
     if sys.stdout.isatty():
-      Console(highlight=False, soft_wrap=True).print(visualize.terminal(out.unmaskings()[0]))
+      Console(highlight=False, soft_wrap=True).print(unmasking.terminal(out.unmaskings()[0]))
     else:
       print(out.text[0])
     pages += out.unmaskings()
   if html and distributed.is_first():
-    Path(html).write_text(visualize.html(pages, f"{workdir.name}"), encoding="utf-8", errors="backslashreplace")
+    Path(html).write_text(unmasking.html(pages, f"{workdir.name}"), encoding="utf-8", errors="backslashreplace")

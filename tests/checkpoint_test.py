@@ -11,8 +11,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lladax import checkpoint, sharding
+from lladax import checkpoint
 from lladax.checkpoint import Checkpoints, Corrupt
+from lladax.devices import sharding
 from lladax.mistake import Mistake
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import lladax
-from lladax import checkpoint, convert, data, diffusion, evaluate, sharding, train
+from lladax import checkpoint, convert, data, diffusion, evaluate, train
 from lladax.data import DataConfig
+from lladax.devices import sharding
 from lladax.mask_predictor import MaskPredictorConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

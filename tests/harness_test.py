@@ -32,7 +32,8 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.model import CachingLM  # noqa: E402
 
 from lladax import config as configs  # noqa: E402
-from lladax import distributed, evaluate, harness, metrics  # noqa: E402
+from lladax import evaluate, harness, metrics
+from lladax.devices import distributed  # noqa: E402
 
 pytestmark = [
   pytest.mark.usefixtures("quick_compiles"),

@@ -21,8 +21,9 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from lladax import configs, evaluate, llada, sampling, sharding, train
+from lladax import configs, evaluate, llada, sampling, train
 from lladax.config import parse
+from lladax.devices import sharding
 from lladax.sampling import SamplerConfig
 
 DEVICES = {

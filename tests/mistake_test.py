@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from lladax import distributed
+from lladax.devices import distributed
 from lladax.mistake import Diverged, Missing, Mistake
 
 

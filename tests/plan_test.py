@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from lladax import plan, sharding
+from lladax import plan
+from lladax.devices import sharding
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 import lladax
-from lladax import checkpoint, convert, data, distributed, evaluate, metrics, sharding, train
+from lladax import checkpoint, convert, data, evaluate, metrics, train
 from lladax import config as configs
+from lladax.devices import distributed, sharding
 from lladax.mistake import Mistake
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

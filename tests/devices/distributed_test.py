@@ -13,7 +13,8 @@ import time
 import numpy as np
 import pytest
 
-from lladax import distributed, train
+from lladax import train
+from lladax.devices import distributed
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -145,7 +146,7 @@ def test_the_watchdog_lets_a_process_end():
 def test_python_is_not_told_that_libtpu_has_no_tpu():
   """As a notebook starts: nothing chooses the platform."""
   pytest.importorskip("libtpu")
-  golden = pathlib.Path(__file__).parent / "golden/llada-tiny"
+  golden = pathlib.Path(__file__).parents[1] / "golden/llada-tiny"
   code = f"import lladax; print(lladax.load({str(golden)!r}).mask_id)"
   env = {name: x for name, x in os.environ.items() if not name.startswith(("TPU_", "JAX_PLATFORMS", "JAX_PLATFORM_"))}
   done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lladax import llada, visualize
+from lladax import llada
+from lladax.drawing import unmasking
 
 PIECES = ("Q:", " two\n", "plus", " <script>", "", "\n", " four", " &", " end")
 UNMASKED_AT = np.array([0, 0, 3, 1, 5, 2, 5, 0, 4])
 
 
 def _unmasking(pieces=PIECES, unmasked_at=UNMASKED_AT, title="a <b> title"):
-  return visualize.Unmasking(pieces, unmasked_at, np.full(len(pieces), 0.5), title)
+  return unmasking.Unmasking(pieces, unmasked_at, np.full(len(pieces), 0.5), title)
 
 
 class _Tokens(html.parser.HTMLParser):
@@ -50,12 +51,12 @@ def _styles(text):
 @pytest.mark.parametrize("step", range(6))
 def test_frame_shows_exactly_what_is_unmasked(step):
   expected = [p if s <= step else "░" for p, s in zip(PIECES, UNMASKED_AT, strict=True)]
-  assert visualize.frame(_unmasking(), step).plain == "".join(expected)
+  assert unmasking.frame(_unmasking(), step).plain == "".join(expected)
 
 
 @pytest.mark.parametrize("step", range(6))
 def test_frame_colours_unmasked_tokens_and_nothing_else(step):
-  text = visualize.frame(_unmasking(), step)
+  text = unmasking.frame(_unmasking(), step)
   styles, colours, at = _styles(text), set(), 0
   for piece, s in zip(PIECES, UNMASKED_AT, strict=True):
     drawn = piece if s <= step else "░"
@@ -72,7 +73,7 @@ def test_frame_colours_unmasked_tokens_and_nothing_else(step):
 
 
 def test_ramp_is_ordered_and_readable_on_black_and_on_white():
-  colours = visualize.step_colours(64)[1:]
+  colours = unmasking.step_colours(64)[1:]
   srgb = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in colours])
   linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
   luminance = linear @ [0.2126, 0.7152, 0.0722]
@@ -83,7 +84,7 @@ def test_ramp_is_ordered_and_readable_on_black_and_on_white():
 
 @pytest.mark.parametrize("frames", [1, 3, 4, 50])
 def test_terminal_ends_with_the_text_and_spreads_its_frames(frames):
-  plain = visualize.terminal(_unmasking(), frames=frames).plain
+  plain = unmasking.terminal(_unmasking(), frames=frames).plain
   assert plain.endswith("\n" + "".join(PIECES))
   steps = [int(k) for k in re.findall(r"── step (\d+) of 5", plain)]
   assert len(steps) == min(frames, 5) and steps[-1] == 5
@@ -93,19 +94,19 @@ def test_terminal_ends_with_the_text_and_spreads_its_frames(frames):
 def test_terminal_without_colour_is_plain_text():
   console = Console(width=80, color_system=None)
   with console.capture() as capture:
-    console.print(visualize.terminal(_unmasking(("a", " b", "\n", "c"), np.array([0, 2, 1, 4]))))
+    console.print(unmasking.terminal(_unmasking(("a", " b", "\n", "c"), np.array([0, 2, 1, 4]))))
   printed = capture.get()
   assert "\x1b" not in printed
   assert [printed.count(f"\n{f}\n") for f in ("a░\n░", "a b\n░", "a b\nc")] == [1, 2, 1]
 
 
 def test_samples_cannot_drive_the_terminal():
-  text = visualize.terminal(_unmasking(("a\x1b[2J", "\x9b", "\r"), np.array([0, 1, 2]), "\x07"))
+  text = unmasking.terminal(_unmasking(("a\x1b[2J", "\x9b", "\r"), np.array([0, 1, 2]), "\x07"))
   assert not set(text.plain) & set("\x1b\x9b\r\x07")
 
 
 def test_html_escapes_and_keeps_every_piece():
-  page = visualize.html([_unmasking()], title="<script>")
+  page = unmasking.html([_unmasking()], title="<script>")
   parsed = _Tokens(page)
   assert [t for _, _, t in parsed.tokens] == list(PIECES)
   assert page.count("<script>") == 1  # ours
@@ -113,7 +114,7 @@ def test_html_escapes_and_keeps_every_piece():
 
 
 def test_html_colours_and_masks_only_what_was_not_given():
-  tokens = _Tokens(visualize.html([_unmasking()])).tokens
+  tokens = _Tokens(unmasking.html([_unmasking()])).tokens
   for (tag, attributes, _), s in zip(tokens, UNMASKED_AT, strict=True):
     if s == 0:
       assert tag == "b" and "style" not in attributes and "data-s" not in attributes
@@ -123,13 +124,13 @@ def test_html_colours_and_masks_only_what_was_not_given():
 
 
 def test_html_without_javascript_shows_the_finished_text():
-  tags = _Tokens(visualize.html([_unmasking()])).tags
+  tags = _Tokens(unmasking.html([_unmasking()])).tags
   assert not any("m" in a.get("class", "").split() for _, a in tags)
   assert any(a.get("class") == "play" and "hidden" in a for _, a in tags)
 
 
 def test_fragments_share_a_page():
-  page = _unmasking()._repr_html_() + visualize.html([_unmasking(), _unmasking()]) + visualize.heat_map([_unmasking()])
+  page = _unmasking()._repr_html_() + unmasking.html([_unmasking(), _unmasking()]) + unmasking.heat_map([_unmasking()])
   tags = _Tokens(page).tags
   assert not any({"id", "name", "for"} & a.keys() for t, a in tags if t != "meta")
   assert not any({"src", "href"} & a.keys() for _, a in tags)
@@ -145,8 +146,8 @@ def test_a_canvas_with_nothing_to_unmask_and_an_empty_one():
   for pieces in [("all", " given"), ()]:
     unmasking = _unmasking(pieces, np.zeros(len(pieces), int))
     assert unmasking.steps == 0
-    assert visualize.terminal(unmasking).plain.endswith("\n" + "".join(pieces))
-    assert [t for _, _, t in _Tokens(visualize.html([unmasking])).tokens] == list(pieces)
+    assert unmasking.terminal(unmasking).plain.endswith("\n" + "".join(pieces))
+    assert [t for _, _, t in _Tokens(unmasking.html([unmasking])).tokens] == list(pieces)
 
 
 def _cells(page):
@@ -158,7 +159,7 @@ def _cells(page):
 
 
 def test_heat_map_of_one_canvas_has_a_cell_for_every_token():
-  cells = _cells(visualize.heat_map([_unmasking()]))
+  cells = _cells(unmasking.heat_map([_unmasking()]))
   assert sorted(int(a["x"]) for a, _ in cells) == list(range(len(PIECES)))
   for attributes, told in cells:
     s = UNMASKED_AT[int(attributes["x"])]
@@ -174,7 +175,7 @@ def test_heat_map_of_many_counts_every_token_once_and_lines_up_right_ends():
   rng = np.random.default_rng(0)
   lengths = rng.integers(150, 300, 20)
   unmaskings = [_unmasking(("a",) * n, rng.permutation(n) + 1) for n in lengths]
-  page = visualize.heat_map(unmaskings, "a <b>")
+  page = unmasking.heat_map(unmaskings, "a <b>")
   cells = _cells(page)
   assert sum(int(re.search(r"(\d+) of", told)[1]) for _, told in cells) == lengths.sum()
   assert "position 3" not in page.replace("positions", "")  # a cell holds several
@@ -188,15 +189,15 @@ def test_heat_map_of_many_counts_every_token_once_and_lines_up_right_ends():
 
 
 def test_heat_map_of_given_text_and_of_nothing():
-  assert {a["class"] for a, _ in _cells(visualize.heat_map([_unmasking(unmasked_at=0 * UNMASKED_AT)]))} == {"given"}
+  assert {a["class"] for a, _ in _cells(unmasking.heat_map([_unmasking(unmasked_at=0 * UNMASKED_AT)]))} == {"given"}
   for nothing in ([], [_unmasking((), np.zeros(0, int))]):
     with pytest.raises(ValueError, match="no canvas with a token"):
-      visualize.heat_map(nothing)
+      unmasking.heat_map(nothing)
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 7, 8, 64, 1024, 4096])
 def test_ticks_are_few_and_within(n):
-  ticks = visualize._ticks(n)
+  ticks = unmasking._ticks(n)
   assert len(ticks) <= 8 and all(min(1, n) <= t <= n for t in ticks)
 
 
@@ -218,19 +219,19 @@ def test_what_was_sampled_draws_itself_in_every_way(tmp_path):
 @pytest.mark.parametrize("unmasked_at", [[0, 1], [[0], [1], [2]], [0, 1, -1], [0.0, 1.0, 2.0]])
 def test_bad_unmasked_at_raises(unmasked_at):
   with pytest.raises(ValueError, match="unmasked_at"):
-    visualize.Unmasking(("a", "b", "c"), np.array(unmasked_at), np.ones(3))
+    unmasking.Unmasking(("a", "b", "c"), np.array(unmasked_at), np.ones(3))
 
 
 def test_other_bad_input_raises():
   with pytest.raises(ValueError, match="confidence"):
-    visualize.Unmasking(("a",), np.zeros(1, int), np.ones(2))
+    unmasking.Unmasking(("a",), np.zeros(1, int), np.ones(2))
   with pytest.raises(ValueError, match="frames"):
-    visualize.terminal(_unmasking(), frames=0)
+    unmasking.terminal(_unmasking(), frames=0)
 
 
 def test_ten_thousand_tokens_are_all_drawn():
   order = np.random.default_rng(0).permutation(10_000) + 1
   unmasking = _unmasking((" token",) * 10_000, order)
-  assert visualize.html([unmasking]).count(" token<") == 10_000
-  assert visualize.terminal(unmasking, frames=1).plain.count(" token") == 10_000
-  visualize.heat_map([unmasking])
+  assert unmasking.html([unmasking]).count(" token<") == 10_000
+  assert unmasking.terminal(unmasking, frames=1).plain.count(" token") == 10_000
+  unmasking.heat_map([unmasking])

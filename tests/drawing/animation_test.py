@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from lladax import animation
-from lladax.visualize import Unmasking
+from lladax.drawing import animation
+from lladax.drawing.unmasking import Unmasking
 
 CANVAS = Unmasking(
   ("Q:", " two\n", "plus", " <script>", "", "\n", " four", " &", " end"),

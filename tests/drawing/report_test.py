@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from lladax import report
-from lladax.report import Report
+from lladax.drawing import report
+from lladax.drawing.report import Report
 
 ANSWERS = [{"question": f"{i} < {i + 1}?", "answer": "yes", "guess": ["yes", "<b>no"][i % 2], "hit": i % 2 == 0}
            for i in range(4)]  # fmt: skip

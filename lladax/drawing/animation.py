@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from lladax import visualize
+from lladax.drawing import unmasking
 from lladax.mistake import Mistake
 
 
 def gif(
-  unmaskings: Sequence[visualize.Unmasking], path: str | Path, columns: int = 80, font: str = "DejaVu Sans Mono"
+  unmaskings: Sequence[unmasking.Unmasking], path: str | Path, columns: int = 80, font: str = "DejaVu Sans Mono"
 ) -> None:
   """Draws the canvases one above the other, in lines of `columns` characters, up to 100 moments of their unmasking.
 
@@ -35,7 +35,7 @@ def gif(
   for u in unmaskings:
     row, column = row + 1, 1
     for piece, s in zip(u.pieces, u.unmasked_at.tolist(), strict=True):
-      for character in piece.translate(visualize.CONTROLS).expandtabs(2):
+      for character in piece.translate(unmasking.CONTROLS).expandtabs(2):
         cells = max(1, cell_len(character))
         if column + cells > columns + 1:
           row, column = row + 1, 1
@@ -46,7 +46,7 @@ def gif(
   face = ImageFont.truetype(font_manager.findfont(font), 16)
   W, H, end = round(face.getlength("0")), 24, max([30, *(x + cells for _, x, _, cells, _ in placed)]) + 1
   image = Image.new("RGB", (end * W, (row + 2) * H), "#ffffff")
-  draw, colours, frames = ImageDraw.Draw(image, "RGBA"), visualize.step_colours(steps), []
+  draw, colours, frames = ImageDraw.Draw(image, "RGBA"), unmasking.step_colours(steps), []
 
   def box(x: int, y: float, cells: int, colour: str, top: int = 0) -> None:
     draw.rectangle((x * W, y * H + top, (x + cells) * W - 1, y * H + 20), colour)

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lladax import checkpoint, sharding, train
+from lladax import checkpoint, train
 from lladax.config import parse
 from lladax.configs import llada_8b
+from lladax.devices import sharding
+from lladax.devices.sharding import MeshConfig
 from lladax.mask_predictor import Block
-from lladax.sharding import MeshConfig
 
 
 @pytest.mark.parametrize(
