@@ -14,8 +14,8 @@ import jax
 from absl import app, flags
 
 from lladax import config as configs
-from lladax import data, train
 from lladax import main as door
+from lladax import train
 from lladax.mistake import Mistake
 
 ROUNDS, LOADED, STEPS = 5, 200, 3
@@ -32,7 +32,7 @@ def main(_):
   tokens = config.data.batch_size * config.data.length
 
   def batches(start):
-    return data.batches(
+    return batches.of_steps(
       run.sources, config.data, eos_id=run.text.eos_id, seed=0, steps=2 * MILLION, start=start, stop=2 * MILLION
     )
 

@@ -9,7 +9,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from lladax import checkpoint, data, diffusion, fields, optimizer, sampling, tokenizer
+from lladax import checkpoint, diffusion, fields, optimizer, sampling
+from lladax.data import batches, tokenizer, windows
 from lladax.devices import sharding
 from lladax.mask_predictor import MaskPredictorConfig
 from lladax.mistake import Mistake
@@ -81,7 +82,7 @@ class Config:
   micro_batches: int
   model: MaskPredictorConfig
   tokenizer: tokenizer.TokenizerConfig
-  data: data.DataConfig
+  data: windows.DataConfig
   noise: diffusion.NoiseConfig
   optimizer: optimizer.OptimizerConfig
   mesh: sharding.MeshConfig
@@ -117,7 +118,7 @@ class Config:
     if self.model.lora_rank and not self.init_from:
       raise Mistake(f"model.lora_rank={self.model.lora_rank}: adapters need a model to adapt; name it as init_from")
     optimizer.schedule(self.optimizer, self.steps)
-    data.Mixture(self.data, seed=self.seed, steps=self.steps)
+    batches.Mixture(self.data, seed=self.seed, steps=self.steps)
 
   @property
   def masks_attention(self) -> bool:

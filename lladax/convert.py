@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from lladax import checkpoint, huggingface, llada, safetensors
-from lladax import tokenizer as tokenizers
+from lladax.data import tokenizer as tokenizers
 from lladax.devices import sharding
 from lladax.mask_predictor import MaskPredictorConfig
 from lladax.mistake import Mistake

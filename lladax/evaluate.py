@@ -23,15 +23,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from lladax import autoregressive, checkpoint, data, diffusion, metrics, reversal, sampling
+from lladax import autoregressive, checkpoint, diffusion, metrics, reversal, sampling
 from lladax.config import Config
+from lladax.data import batches, held_out
+from lladax.data.tokenizer import Tokenizer
 from lladax.devices import distributed, sharding
 from lladax.drawing import report as reports
 from lladax.llada import LLaDA, Sampled
 from lladax.mask_predictor import MaskPredictorConfig
 from lladax.mistake import Mistake
 from lladax.sampling import SamplerConfig
-from lladax.tokenizer import Tokenizer
 
 
 def _nobody(doing: str) -> None:
@@ -60,7 +61,7 @@ def bound(
     counts of the training tokens) and `xz_bits_per_byte`.
   """
   assert llada.tokenizer is not None
-  found = data.held_out(config.data, llada.tokenizer)
+  found = held_out.rows(config.data, llada.tokenizer)
   if found is None:
     raise Mistake("data.held_out=0.0: there is no held-out text to evaluate on")
   keep = np.arange(found.num_rows)
@@ -80,7 +81,7 @@ def bound(
     "nats_per_token": nats / tokens,
   }
   if len(keep) == found.num_rows and found.raw:
-    train_T = data.train_stream(config.data, llada.tokenizer)
+    train_T = batches.train_stream(config.data, llada.tokenizer)
     metrics |= yardsticks(train_T, tokens_RL[scored_RL], found.raw, llada.vocab_size, beat)
   return metrics
 
@@ -237,7 +238,7 @@ def check(config: Config, text: Tokenizer, others: Mapping[str, Any]) -> None:
     for part, options in _with_options(list(others), config):
       harness.models(llada, {name: others[name] for name in part}, options)
   if config.data.held_out:
-    data.held_out(config.data, text)
+    held_out.rows(config.data, text)
 
 
 def check_room(lengths: Mapping[str, int], c: SamplerConfig, model: MaskPredictorConfig, *, fills: bool) -> None:

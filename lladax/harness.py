@@ -31,9 +31,10 @@ from unittest import mock
 import jax
 import numpy as np
 
-from lladax import corpus, sampling
 from lladax import llada as lladas
+from lladax import sampling
 from lladax.answers import Answers
+from lladax.data import corpus
 from lladax.devices import distributed, sharding
 from lladax.drawing import report
 from lladax.llada import LLaDA

@@ -25,8 +25,8 @@ import tokenizers as hf_tokenizers
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lladax import checkpoint, safetensors
-from lladax import template as templates
-from lladax import tokenizer as tokenizers
+from lladax.data import template as templates
+from lladax.data import tokenizer as tokenizers
 from lladax.mask_predictor import MaskPredictorConfig, Params
 from lladax.mistake import Missing, Mistake
 from lladax.safetensors import named, read_json, shown

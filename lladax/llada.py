@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from lladax import autoregressive, checkpoint, diffusion, fields, huggingface, sampling
-from lladax import tokenizer as tokenizers
+from lladax.data import tokenizer as tokenizers
 from lladax.devices import sharding
 from lladax.drawing import animation, unmasking
 from lladax.mask_predictor import MaskPredictorConfig, Params

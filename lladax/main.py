@@ -114,7 +114,8 @@ def main(argv: list[str]) -> int:
 
 
 def _prepare(given: ConfigDict, beam_options: list[str]) -> int:
-  from lladax import config, prepare
+  from lladax import config
+  from lladax.data import prepare
 
   c = config.parse(given.to_dict())
   prepare.run(c.data, c.tokenizer, str(_TARGET.value), _SHARDS.value, beam_options)

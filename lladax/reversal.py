@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from lladax import facts
+from lladax.data import facts
+from lladax.data.tokenizer import Tokenizer
 from lladax.llada import LLaDA
 from lladax.mask_predictor import MaskPredictorConfig
 from lladax.mistake import Missing, Mistake
-from lladax.tokenizer import Tokenizer
 
 # How LLaDA-8B-Instruct is asked: the published lengths.
 _REPLY = {"gen_length": 28, "block_length": 28, "steps": 28, "logits_eos_inf": True}

@@ -28,19 +28,9 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from lladax import (
-  attention,
-  autoregressive,
-  checkpoint,
-  data,
-  diffusion,
-  evaluate,
-  metrics,
-  optimizer,
-  sampling,
-  tokenizer,
-)
+from lladax import attention, autoregressive, checkpoint, diffusion, evaluate, metrics, optimizer, sampling
 from lladax.config import Config, check_saved
+from lladax.data import batches, tokenizer, windows
 from lladax.devices import distributed, sharding
 from lladax.drawing import unmasking
 from lladax.llada import LLaDA, check_vocabulary, load
@@ -116,7 +106,7 @@ class Run(NamedTuple):
   init: Callable[[], State]
   shardings: State
   batch_sharding: dict[str, Any]
-  sources: list[data.Source]
+  sources: list[windows.Source]
   base: str  # the checkpoint that the run begins from; "": random parameters
 
 
@@ -157,9 +147,9 @@ def prepare(config: Config, workdir: Path) -> Run:
   if saved or base:
     text = tokenizer.load((workdir if saved else Path(base).parent.parent) / "tokenizer")
   else:
-    text = data.prepared_tokenizer(config.data)
+    text = batches.prepared_tokenizer(config.data)
     if text is None:
-      text = tokenizer.create(config.tokenizer, data.texts(config.data)[0])
+      text = tokenizer.create(config.tokenizer, batches.texts(config.data)[0])
     else:
       console.print("the tokenizer is that of the records")
   model = dataclasses.replace(config.model, V=config.model.V or text.rows)
@@ -176,7 +166,7 @@ def prepare(config: Config, workdir: Path) -> Run:
   if config.evaluate.every and not config.data.held_out:
     raise Mistake(f"evaluate.every={config.evaluate.every}: data.held_out=0.0 leaves no text to evaluate on")
   evaluate.check(config, text, others)
-  sources = data.sources(config.data, text, config.seed)
+  sources = batches.sources(config.data, text, config.seed)
   for name, source in zip(config.data.corpora, sources, strict=True):
     console.print(f"{name}: {source.about}", markup=False)
   digest = "".join(source.digest for source in sources)
@@ -369,14 +359,14 @@ def _train(run: Run, console: Console, began: float) -> dict[str, float]:
 
 def _loop(run: Run, state: State, jitted: Any, start: int, console: Console, stop: "_Interrupt") -> State:
   config, workdir = run.config, run.workdir
-  batches = data.batches(
+  found = batches.of_steps(
     run.sources, config.data, eos_id=run.text.eos_id, seed=config.seed, steps=config.steps, start=start,
     stop=config.steps, rows_R=sharding.local_rows(run.batch_sharding["index"], (config.data.batch_size,)),
   )  # fmt: skip
   put = functools.partial(_put, run.batch_sharding, config.data.batch_size)
   watchdog = distributed.Watchdog(config.log.hang_seconds)
   watchdog.beat("reading the first batch")
-  batch = put(next(batches))
+  batch = put(next(found))
   watchdog.beat("compiling the step")
   compiled = jitted.lower(state, batch).compile()
   flops = describe(run, state, compiled, console)
@@ -418,7 +408,7 @@ def _loop(run: Run, state: State, jitted: Any, start: int, console: Console, sto
       with jax.transfer_guard("disallow"):
         state, scalars = compiled(state, batch)
       if step < config.steps:
-        batch = put(next(batches))
+        batch = put(next(found))
       if waiting:
         write(*waiting)
       waiting = (step, scalars)
@@ -508,7 +498,7 @@ def _llada(run: Run, state: State) -> LLaDA:
   return LLaDA(c, params, text, text.mask_id, text.eos_id, text.vocab_size, text.eot_id, text.ends)
 
 
-def _put(at: dict[str, Any], batch_size: int, batch: data.Batch) -> dict[str, jax.Array]:
+def _put(at: dict[str, Any], batch_size: int, batch: windows.Batch) -> dict[str, jax.Array]:
   """This process's rows -> global arrays."""
   rows = sharding.local_rows(at["index"], (batch_size,))
 

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lladax import autoregressive, sampling, tokenizer
+from lladax import autoregressive, sampling
+from lladax.data import tokenizer
 from lladax.llada import LLaDA, lower_sampler
 from lladax.mask_predictor import MaskPredictorConfig
 

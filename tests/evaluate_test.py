@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lladax import data, evaluate, tokenizer, train
+from lladax import evaluate, train
+from lladax.data import batches, held_out, tokenizer, windows
 from lladax.llada import LLaDA
 from lladax.mistake import Mistake
 
@@ -39,7 +40,7 @@ def random_model(config, text, scale=0.3):
 @pytest.mark.parametrize("rows", [0, 3])
 def test_uniform_predictions_cost_log2_of_the_vocabulary(tiny, rows):
   config, text = tiny({"data.length": 8}), Words()
-  train, held_out = data.texts(config.data)
+  train, held_out = batches.texts(config.data)
   metrics = evaluate.bound(random_model(config, text, scale=0.0), config, rows=rows)
   tokens = sum(len(document.split()) + 1 for document in held_out)
   raw = "\n".join([*held_out, ""]).encode()
@@ -69,8 +70,8 @@ def test_the_baseline_is_exact(tiny):
   config = tiny({"objective": "autoregressive", "data.segments": True, "evaluate.batch_size": 7})
   text = tokenizer.create(config.tokenizer)
   llada = random_model(config, text)
-  stream_T = data.stream(data.texts(config.data)[1], text)
-  tokens_RL, segment_RL = data.held_out_rows(stream_T, config.data, text.eos_id)
+  stream_T = windows.stream(batches.texts(config.data)[1], text)
+  tokens_RL, segment_RL = held_out.held_out_rows(stream_T, config.data, text.eos_id)
   assert len(tokens_RL) % 7  # the last batch is not full
   starts = np.diff(segment_RL, axis=1, prepend=-1) != 0
   input_RL = np.where(starts, text.eos_id, np.roll(tokens_RL, 1, axis=1))

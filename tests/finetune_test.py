@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import lladax
-from lladax import checkpoint, convert, data, diffusion, evaluate, train
-from lladax.data import DataConfig
+from lladax import checkpoint, convert, diffusion, evaluate, train
+from lladax.data import dialogues, held_out
+from lladax.data.windows import DataConfig
 from lladax.devices import sharding
 from lladax.mask_predictor import MaskPredictorConfig
 
@@ -166,7 +167,7 @@ def test_held_out_replies_under_uniform_predictions(tiny, sft, tiny_workdir):
   config, llada = tiny(sft), lladax.load(tiny_workdir)
   zeros = jax.tree.map(jnp.zeros_like, llada.params)
   found = evaluate.bound(lladax.LLaDA(**(vars(llada) | {"params": zeros})), config)
-  found_rows = data.held_out(config.data, llada.tokenizer)
+  found_rows = held_out.rows(config.data, llada.tokenizer)
   per_token = math.log(llada.model.V)
   assert found["nats_per_token"] == pytest.approx(per_token, rel=1e-5)
   per_byte = per_token / math.log(2) * found_rows.num_tokens / found_rows.num_bytes
@@ -215,7 +216,7 @@ def test_a_packed_batch_has_the_loss_and_gradient_of_its_dialogues_alone():
     chats.append([{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=True)])
   unpacked_c = DataConfig(format="chat", length=40, eos_padding="none")
   packed_c = DataConfig(format="chat", length=40, eos_padding="none", packing=True)
-  alone, packed = (data.Dialogues(chats, Template(), c, seed=0) for c in (unpacked_c, packed_c))
+  alone, packed = (dialogues.Dialogues(chats, Template(), c, seed=0) for c in (unpacked_c, packed_c))
   batch = batch_of(packed, packed_c, range(len(packed)))
   assert len(packed) < len(alone) / 2
 

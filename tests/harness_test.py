@@ -20,9 +20,9 @@ from rich.console import Console
 from text_in_place_test import make, prepend
 
 import lladax
-from lladax import tokenizer
 from lladax.config import parse
 from lladax.configs import base
+from lladax.data import tokenizer
 from lladax.llada import LLaDA
 from lladax.mask_predictor import MaskPredictorConfig
 from lladax.mistake import Mistake

@@ -19,7 +19,8 @@ import tokenizers
 from template_test import CHATML, folder_of
 
 import lladax
-from lladax import checkpoint, convert, huggingface, tokenizer, train
+from lladax import checkpoint, convert, huggingface, train
+from lladax.data import tokenizer
 from lladax.devices import sharding
 from lladax.mistake import Mistake
 

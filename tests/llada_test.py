@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import lladax
-from lladax import tokenizer
+from lladax.data import tokenizer
 from lladax.devices import sharding
 from lladax.llada import LLaDA
 from lladax.mask_predictor import MaskPredictorConfig

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lladax import evaluate, facts, reversal, tokenizer
+from lladax import evaluate, reversal
+from lladax.data import facts, tokenizer
+from lladax.data.tokenizer import TokenizerConfig
 from lladax.llada import LLaDA
-from lladax.tokenizer import TokenizerConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("quick_compiles")

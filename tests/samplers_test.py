@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lladax import llada as llada_module
-from lladax import tokenizer, train
+from lladax import train
+from lladax.data import tokenizer
 from lladax.devices import sharding
 from lladax.llada import LLaDA, bucket
 from lladax.mask_predictor import MaskPredictorConfig

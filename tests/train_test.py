@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 import lladax
-from lladax import checkpoint, convert, data, evaluate, metrics, train
+from lladax import checkpoint, convert, evaluate, metrics, train
 from lladax import config as configs
+from lladax.data import batches
 from lladax.devices import distributed, sharding
 from lladax.mistake import Mistake
 
@@ -62,15 +63,15 @@ def assert_close(workdir, other):
 
 def at_batch(monkeypatch, step, act):
   """Calls `act(batch)` on the batch of this step (None: of every step) as it comes out of the data."""
-  real = data.batches
+  real = batches.of_steps
 
-  def batches(*args, **options):
+  def of_steps(*args, **options):
     for n, batch in enumerate(real(*args, **options), start=options["start"] + 1):
       if step in (n, None):
         act(batch)
       yield batch
 
-  monkeypatch.setattr(data, "batches", batches)
+  monkeypatch.setattr(batches, "of_steps", of_steps)
 
 
 class Crash(Exception):
@@ -103,10 +104,10 @@ def test_the_loss_goes_down(tiny_workdir):
 
 def test_the_baseline_trains_on_the_same_batches(tiny, tmp_path, monkeypatch):
   seen = {"diffusion": [], "autoregressive": []}
-  for objective, batches in seen.items():
+  for objective, rows in seen.items():
     with monkeypatch.context() as patch:
       at_batch(patch, 12, crash)
-      at_batch(patch, None, batches.append)
+      at_batch(patch, None, rows.append)
       with pytest.raises(Crash):
         train.train(tiny({"objective": objective}), tmp_path / objective)
   assert len(seen["diffusion"]) >= 11

@@ -21,10 +21,10 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from lladax import contamination, facts, reading
+from lladax.data import contamination, facts, reading
+from lladax.data.reading import Tally
+from lladax.data.tokenizer import ROLES
 from lladax.mistake import Mistake
-from lladax.reading import Tally
-from lladax.tokenizer import ROLES
 
 # {"role": "user", "content": "Hi"}, oldest first; with "weight": 0 where a reply is not to be learnt.
 Messages = list[dict[str, Any]]

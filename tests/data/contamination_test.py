@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from lladax import contamination
+from lladax.data import contamination
 
 WORDS = [f"w{i}" for i in range(100)]
 SENTENCE = "北国风光千里冰封万里雪飘望长城内外惟余莽莽大河上下顿失滔滔山舞银蛇原驰蜡象欲与天公试比高须晴日看红装素裹"

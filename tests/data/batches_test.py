@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from lladax import data, tokenizer
-from lladax.data import DataConfig
+from lladax.data import batches, dialogues, held_out, tokenizer, windows
+from lladax.data.windows import DataConfig
 
 EOS = 0
 SMALL = DataConfig(length=4, batch_size=3)
@@ -18,17 +18,17 @@ def numbered(total):
 
 
 def draw(sources, c, *, start=0, stop=8, seed=0, rows=None, steps=1000):
-  return list(data.batches(sources, c, eos_id=EOS, seed=seed, steps=steps, start=start, stop=stop, rows_R=rows))
+  return list(batches.of_steps(sources, c, eos_id=EOS, seed=seed, steps=steps, start=start, stop=stop, rows_R=rows))
 
 
-def batches(stream_T, c=SMALL, *, seed=0, **options):
-  return draw([data.Windows(stream_T, c, eos_id=EOS, seed=seed)], c, seed=seed, **options)
+def made(stream_T, c=SMALL, *, seed=0, **options):
+  return draw([windows.Windows(stream_T, c, eos_id=EOS, seed=seed)], c, seed=seed, **options)
 
 
 def epoch(stream_T, number, c=SMALL):
   """Rows of one epoch, in order."""
   count = -(-len(stream_T) // c.length)
-  found = batches(stream_T, c, stop=-(-(number + 1) * count // c.batch_size))
+  found = made(stream_T, c, stop=-(-(number + 1) * count // c.batch_size))
   rows = np.concatenate([batch["tokens"] for batch in found])
   return rows[number * count : (number + 1) * count]
 
@@ -42,7 +42,7 @@ def assert_same(a, b):
 @pytest.mark.parametrize("random_lengths", [0.0, 0.5, 1.0])
 def test_columns(random_lengths):
   c = DataConfig(length=8, batch_size=4, random_lengths=random_lengths)
-  for step, batch in enumerate(batches(numbered(100), c)):
+  for step, batch in enumerate(made(numbered(100), c)):
     described = {name: (x.dtype.name, x.shape) for name, x in batch.items()}
     row = (4, 8)
     assert described == {
@@ -57,7 +57,7 @@ def test_columns(random_lengths):
 def test_random_lengths_cut_the_right_end():
   whole = DataConfig(length=8, batch_size=64)
   cut = dataclasses.replace(whole, random_lengths=0.5)
-  for a, b in zip(batches(numbered(999), whole), batches(numbered(999), cut), strict=True):
+  for a, b in zip(made(numbered(999), whole), made(numbered(999), cut), strict=True):
     kept = b["segment"] > 0
     assert (np.diff(kept.astype(int), axis=1) <= 0).all() and kept[:, 0].all()
     np.testing.assert_array_equal(b["tokens"], np.where(kept, a["tokens"], EOS))
@@ -67,9 +67,9 @@ def test_random_lengths_cut_the_right_end():
 def test_segments_number_the_documents_of_a_row():
   stream_T = np.array([5, 6, EOS, 7, EOS, 8, 9, 9], np.int32)
   starts = np.array([0, 6])
-  _, together_RL = data.windows(stream_T, starts, DataConfig(length=8), EOS)
+  _, together_RL = windows.cut(stream_T, starts, DataConfig(length=8), EOS)
   assert (together_RL == 1).all()
-  tokens_RL, apart_RL = data.windows(stream_T, starts, DataConfig(length=8, segments=True), EOS)
+  tokens_RL, apart_RL = windows.cut(stream_T, starts, DataConfig(length=8, segments=True), EOS)
   np.testing.assert_array_equal(tokens_RL, [[5, 6, EOS, 7, EOS, 8, 9, 9], [9, 9, 5, 6, EOS, 7, EOS, 8]])
   np.testing.assert_array_equal(apart_RL, [[1, 1, 1, 2, 2, 3, 3, 3], [1, 1, 1, 1, 1, 2, 2, 3]])
 
@@ -81,7 +81,7 @@ def test_a_document_ends_with_eos():
     def encode(self, text):
       return [ord(letter) for letter in text]
 
-  np.testing.assert_array_equal(data.stream(["ab", "c"], Letters()), [97, 98, EOS, 99, EOS])
+  np.testing.assert_array_equal(windows.stream(["ab", "c"], Letters()), [97, 98, EOS, 99, EOS])
 
 
 @pytest.mark.parametrize("total", [40, 37])
@@ -103,36 +103,36 @@ def test_every_epoch_has_another_order_and_another_cut():
   for a, b in itertools.combinations(starts, 2):
     assert (a // 4 != b // 4).mean() > 0.9
   assert len({int(start[0]) % 4 for start in starts}) > 1
-  other_seed = np.concatenate([batch["tokens"] for batch in batches(numbered(400), seed=1)])
+  other_seed = np.concatenate([batch["tokens"] for batch in made(numbered(400), seed=1)])
   assert (other_seed != epochs[0][: len(other_seed)]).mean() > 0.9
 
 
 def test_the_batch_of_a_step_does_not_depend_on_the_start():
   c = dataclasses.replace(SMALL, random_lengths=0.5, segments=True)
-  unbroken = batches(numbered(37), c)
+  unbroken = made(numbered(37), c)
   for start in (1, 5, 7):
-    for a, b in zip(unbroken[start:], batches(numbered(37), c, start=start), strict=True):
+    for a, b in zip(unbroken[start:], made(numbered(37), c, start=start), strict=True):
       assert_same(a, b)
 
 
 def test_the_rows_of_the_processes_are_the_batch():
   c = DataConfig(length=4, batch_size=6, random_lengths=0.5)
-  whole = batches(numbered(37), c)
+  whole = made(numbered(37), c)
   parts = [np.array([0, 3, 4]), np.array([1, 2, 5])]
   for rows in parts:
-    for a, b in zip(whole, batches(numbered(37), c, rows=rows), strict=True):
+    for a, b in zip(whole, made(numbered(37), c, rows=rows), strict=True):
       assert_same({name: x[rows] for name, x in a.items()}, b)
 
 
 def test_a_corpus_shorter_than_a_row():
   with pytest.raises(ValueError, match="data.length=4 is longer than the corpus: .* has 3 tokens"):
-    batches(numbered(3))
-  assert batches(numbered(4))  # a stream of one row is enough
+    made(numbered(3))
+  assert made(numbered(4))  # a stream of one row is enough
 
 
 @pytest.mark.parametrize("total", [8, 9, 3])
 def test_held_out_rows_are_the_stream_once_and_in_order(total):
-  tokens_RL, segment_RL = data.held_out_rows(numbered(total), SMALL, EOS)
+  tokens_RL, segment_RL = held_out.held_out_rows(numbered(total), SMALL, EOS)
   np.testing.assert_array_equal(tokens_RL[segment_RL > 0], numbered(total))
   assert tokens_RL.shape == segment_RL.shape == (-(-total // 4), 4)
   assert (tokens_RL[segment_RL == 0] == EOS).all()
@@ -170,8 +170,8 @@ def talk(*texts):
 CHAT = DataConfig(format="chat", length=16, batch_size=2)
 
 
-def dialogues(conversations, c=CHAT, **options):
-  return data.Dialogues(conversations, Letters(), c, seed=0, **options)
+def rows_of(conversations, c=CHAT, **options):
+  return dialogues.Dialogues(conversations, Letters(), c, seed=0, **options)
 
 
 class Foreign(Letters):
@@ -190,7 +190,7 @@ class Foreign(Letters):
 def test_a_foreign_template_renders_each_prompt_whole():
   for length, wanted, cut in ((16, ["4ab15|cd10", "4ab14e15|f10"], ""), (6, ["15|cd10", "e15|f10"], "; 2 prompts cut")):
     c = dataclasses.replace(CHAT, length=length)
-    source = data.Dialogues([talk("ab", "cd", "e", "f")], Foreign(), c, seed=0, every_turn=True)
+    source = dialogues.Dialogues([talk("ab", "cd", "e", "f")], Foreign(), c, seed=0, every_turn=True)
     assert ["|".join(map(spelled, source.ids(turn))) for (turn,) in source._turns] == wanted
     assert source.num_tokens == 7 and cut in source.about
 
@@ -204,8 +204,10 @@ def test_lladas_template_makes_the_ids_it_always_made():
   talks = [talk("ab", "cd"), talk("  a\n", "b ", "c", "d\n\ne")]
   text = tokenizer.create(tokenizer.TokenizerConfig(kind="bytes"))
   assert text.fingerprint == "e585558d5efe7680"
-  assert data.Dialogues(talks, text, dataclasses.replace(CHAT, length=64), seed=0).digest[:16] == "161c0e67ba891502"
-  assert data.stream(texts, text).sum() == 55344
+  assert (
+    dialogues.Dialogues(talks, text, dataclasses.replace(CHAT, length=64), seed=0).digest[:16] == "161c0e67ba891502"
+  )
+  assert windows.stream(texts, text).sum() == 55344
 
 
 def spelled(ids):
@@ -214,7 +216,7 @@ def spelled(ids):
 
 @pytest.mark.parametrize(("eos_padding", "end"), [("none", len("24ab15cd10")), ("batch", 12), ("row", 16)])
 def test_a_reply_is_scored_and_its_prompt_is_not(eos_padding, end):
-  source = dialogues([talk("ab", "cd")], dataclasses.replace(CHAT, eos_padding=eos_padding))
+  source = rows_of([talk("ab", "cd")], dataclasses.replace(CHAT, eos_padding=eos_padding))
   tokens_L, segment_L, weight_L = source.row(0, 0, 12)
   assert spelled(tokens_L) == "24ab15cd10000000"
   np.testing.assert_array_equal(segment_L, np.arange(16) < end)
@@ -225,7 +227,7 @@ def test_a_reply_is_scored_and_its_prompt_is_not(eos_padding, end):
 
 def test_a_reply_is_filled_up_to_the_longest_row_of_the_batch():
   c = dataclasses.replace(CHAT, batch_size=3)
-  source = dialogues([talk("a", "b"), talk("aa", "b"), talk("aaaa", "bb")], c)
+  source = rows_of([talk("a", "b"), talk("aa", "b"), talk("aaaa", "bb")], c)
   for batch in draw([source], c):
     described = {name: (x.dtype.name, x.shape) for name, x in batch.items()}
     assert described == {name: ("int32" if name != "weight" else "float32", (3, 16)) for name in batch} | {
@@ -242,14 +244,14 @@ def test_a_reply_is_filled_up_to_the_longest_row_of_the_batch():
 
 
 def test_one_reply_of_a_dialogue_is_drawn_at_random():
-  source = dialogues([talk("a", "b", "c", "d", "e", "f")], dataclasses.replace(CHAT, length=32, eos_padding="none"))
+  source = rows_of([talk("a", "b", "c", "d", "e", "f")], dataclasses.replace(CHAT, length=32, eos_padding="none"))
   seen = [spelled(source.row(0, epoch, 0)[0]).rstrip("0") for epoch in range(300)]
   possible = ["24a15b1", "24a15b14c15d1", "24a15b14c15d14e15f1"]
   for text in possible:
     assert 70 < seen.count(text) < 130, text
   assert set(seen) == set(possible)
   assert seen == [spelled(source.row(0, epoch, 0)[0]).rstrip("0") for epoch in range(300)]
-  every = dialogues([talk("a", "b", "c", "d")], dataclasses.replace(CHAT, eos_padding="none"), every_turn=True)
+  every = rows_of([talk("a", "b", "c", "d")], dataclasses.replace(CHAT, eos_padding="none"), every_turn=True)
   assert [spelled(every.row(i, 0, 0)[0]).rstrip("0") for i in range(len(every))] == possible[:2]
   assert (every.num_bytes, every.num_tokens) == (4, 6)
 
@@ -257,14 +259,14 @@ def test_one_reply_of_a_dialogue_is_drawn_at_random():
 def test_a_reply_of_weight_0_is_in_the_prompt_and_never_drawn():
   conversation = talk("a", "b", "c", "d", "e", "f")
   conversation[1]["weight"] = conversation[5]["weight"] = 0
-  source = dialogues([conversation], dataclasses.replace(CHAT, length=32, eos_padding="none"))
+  source = rows_of([conversation], dataclasses.replace(CHAT, length=32, eos_padding="none"))
   rows = [source.row(0, epoch, 0) for epoch in range(50)]
   assert {spelled(tokens_L).rstrip("0") for tokens_L, *_ in rows} == {"24a15b14c15d1"}
   assert {spelled(tokens_L[weight_L > 0]) for tokens_L, _, weight_L in rows} == {"d10"}
 
 
 def test_a_long_prompt_loses_its_left_and_a_long_reply_is_left_out():
-  source = dialogues([talk("abcdefghijkl", "mn"), talk("a", "b" * 14), talk("a", "b" * 13)])
+  source = rows_of([talk("abcdefghijkl", "mn"), talk("a", "b" * 14), talk("a", "b" * 13)])
   assert len(source) == 2
   tokens_L, _, weight_L = source.row(0, 0, 0)
   assert spelled(tokens_L) == "cdefghijkl15mn10"[-16:]
@@ -272,13 +274,13 @@ def test_a_long_prompt_loses_its_left_and_a_long_reply_is_left_out():
   assert spelled(source.row(1, 0, 0)[0]) == "5" + 13 * "b" + "10"
   assert "2 prompts cut at the left to data.length=16; 1 replies left out" in source.about
   with pytest.raises(ValueError, match="data.length=16: no reply of 1 conversations fits"):
-    dialogues([talk("a", "b" * 14)])
+    rows_of([talk("a", "b" * 14)])
 
 
 def test_packing_is_a_partition_into_few_rows():
   rng = np.random.default_rng(0)
   lengths = rng.integers(1, 33, 500).tolist()
-  rows = data.pack(lengths, 64)
+  rows = dialogues.pack(lengths, 64)
   assert sorted(itertools.chain.from_iterable(rows)) == list(range(500))
   sizes = [sum(lengths[i] for i in row) for row in rows]
   assert max(sizes) <= 64
@@ -289,7 +291,7 @@ def test_a_packed_batch_counts_every_reply_the_same():
   rng = np.random.default_rng(0)
   conversations = [talk("q" * int(rng.integers(1, 9)), "r" * int(rng.integers(1, 9))) for _ in range(50)]
   c = DataConfig(format="chat", length=64, batch_size=3, eos_padding="none", packing=True)
-  source = dialogues(conversations, c)
+  source = rows_of(conversations, c)
   assert len(source) < 50 / 2
   for batch in draw([source], c):
     replies = [
@@ -308,18 +310,18 @@ def test_a_file_that_was_edited_is_read_anew_and_one_that_is_gone_is_kept(tmp_pa
   test.write_text("one two three four five six seven eight")
   for content in ("first", "other"):  # as long as before
     path.write_text(content)
-    assert data.texts(c) == ([content], [])
-    np.testing.assert_array_equal(data.sources(c, text, 0)[0].stream_T, [*map(ord, content), EOS])
+    assert batches.texts(c) == ([content], [])
+    np.testing.assert_array_equal(batches.sources(c, text, 0)[0].stream_T, [*map(ord, content), EOS])
   path.unlink()
-  assert data.texts(c) == (["other"], [])
-  assert len(data.sources(c, text, 0)[0].stream_T) == 6
+  assert batches.texts(c) == (["other"], [])
+  assert len(batches.sources(c, text, 0)[0].stream_T) == 6
   path.write_text("x one two three four five six seven eight")
   with pytest.raises(ValueError, match="every document was left out"):
-    data.texts(c)
+    batches.texts(c)
   test.write_text("one two three four five six seven NINE")
-  assert len(data.texts(c)[0]) == 1
+  assert len(batches.texts(c)[0]) == 1
   test.unlink()
-  assert len(data.texts(c)[0]) == 1
+  assert len(batches.texts(c)[0]) == 1
 
 
 def test_what_was_read_and_left_out_is_said(tmp_path):
@@ -327,7 +329,7 @@ def test_what_was_read_and_left_out_is_said(tmp_path):
   (tmp_path / "b.txt").write_text("plain")
   (tmp_path / "test.json").write_text('["one two three four five six seven eight", "A"]')
   c = DataConfig(corpus=f"files:{tmp_path}/a.jsonl,{tmp_path}/b.txt", length=4, held_out=0.0, bad_lines="skip")
-  about = data.sources(dataclasses.replace(c, exclude=f"{tmp_path}/test.json"), Letters(), 0)[0].about
+  about = batches.sources(dataclasses.replace(c, exclude=f"{tmp_path}/test.json"), Letters(), 0)[0].about
   assert about.startswith("2 documents (12 bytes, 14 tokens); 1 bad lines left out; 1 left out: they hold a text of")
   assert "; files: 1 .jsonl, 1 .txt; looked for: 1 texts; 1 shorter than 8 words or 31 characters are not used" in about
 
@@ -360,7 +362,7 @@ MIXED = DataConfig(length=4, batch_size=10, mixture=(("a", 0.5), ("b", 0.3), ("c
 def mixed(c=MIXED, **options):
   """Batches of a mixture of streams whose tokens tell the source and the place."""
   streams = [numbered(400) + 1000 * i for i in range(3)]
-  sources = [data.Windows(stream_T, c, eos_id=EOS, seed=0) for stream_T in streams]
+  sources = [windows.Windows(stream_T, c, eos_id=EOS, seed=0) for stream_T in streams]
   return draw(sources, c, **options)
 
 
@@ -402,11 +404,11 @@ def test_stages_change_the_weights_and_lose_no_row():
 
 def test_a_weight_too_small_to_be_kept_is_refused():
   with pytest.raises(ValueError, match="data.mixture: the weight 0.0001 of 'b' is less than 1 in 1000 rows"):
-    data.Mixture(DataConfig(mixture=(("a", 1.0), ("b", 0.0001))), seed=0, steps=10)
+    batches.Mixture(DataConfig(mixture=(("a", 1.0), ("b", 0.0001))), seed=0, steps=10)
 
 
 def test_the_millionth_step_reads_its_own_rows_alone():
-  class Counted(data.Windows):
+  class Counted(windows.Windows):
     read = 0
 
     def row(self, *args):

@@ -21,7 +21,8 @@ import grain
 import numpy as np
 from google.protobuf import descriptor_pb2, message_factory
 
-from lladax import tokenizer as tokenizers
+from lladax.data import tokenizer as tokenizers
+from lladax.data.windows import DataConfig, Row
 from lladax.mistake import Missing, Mistake
 
 NAME = "records"
@@ -121,3 +122,39 @@ def open_folder(path: str | Path) -> Folder:
       raise Mistake(f"data.corpus=records:{path} is not finished: run --mode=prepare with --target={path} again")
     raise Missing(f"data.corpus=records:{path}: there are no records; make them with --mode=prepare")
   return Folder(folder, json.loads((folder / MANIFEST).read_text()))
+
+
+class Records:
+  """Prepared records; the number of tokens of a shard's last one may be less than `length`."""
+
+  def __init__(self, name: str, c: DataConfig, split: str = "train"):
+    self._folder, self._c = open_folder(name.removeprefix("records:")), c
+    manifest = self._folder.manifest
+    if manifest["length"] != c.length:
+      raise Mistake(f"data.length={c.length}: data.corpus={name!r} was prepared with data.length={manifest['length']}")
+    counts = manifest["splits"][split]
+    if not counts["records"]:
+      raise Mistake(f"data.corpus={name!r} holds no {split} records: prepare it with another data.held_out")
+    self._source = self._folder.source(split)
+    self.tokenizer = self._folder.tokenizer
+    self.num_bytes = counts["bytes"] + counts["documents"]  # a separator each, as in the held-out text of files
+    self.num_tokens = counts["tokens"]
+    self.about = "{documents:,} documents ({bytes:,} bytes, {tokens:,} tokens) as {records:,} records".format(**counts)
+
+  @property
+  def digest(self) -> str:
+    """Of the manifest."""
+    return self._folder.digest
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def shape(self, row: int, epoch: int) -> tuple[int, int]:
+    """As `Source.shape`."""
+    return 1, self._c.length
+
+  def row(self, row: int, epoch: int, end: int) -> Row:
+    """As `Source.row`."""
+    tokens_L, segment_L = decode(self._source[row])
+    kept_L = segment_L > 0
+    return tokens_L, segment_L if self._c.segments else kept_L.astype(np.int32), kept_L / kept_L.sum()

@@ -17,7 +17,7 @@ import pytest
 from backports import zstd
 from hypothesis import strategies
 
-from lladax import corpus, reading
+from lladax.data import corpus, reading
 
 GOOD = ["erste Zeile: äöü", "第二\u2028句 😀 \x85\x1c", "third\nline"]
 PACK = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": zstd.compress}

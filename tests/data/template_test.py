@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from text_in_place_test import byte_level, metaspace, prepend  # vocabularies of several kinds
 from tokenizers import normalizers
 
-from lladax import template, tokenizer
+from lladax.data import template, tokenizer
 from lladax.mistake import Mistake
 
 # The shapes that published templates have, each with the control tokens of its vocabulary.
@@ -324,7 +324,7 @@ def test_the_template_is_saved_and_fingerprinted(folders, tmp_path):
 
 
 def test_jinja_is_read_by_those_who_need_it():
-  code = "import sys; from lladax import tokenizer, template; print('jinja2' in sys.modules, template.SEAM)"
+  code = "import sys; from lladax.data import tokenizer, template; print('jinja2' in sys.modules, template.SEAM)"
   assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout.startswith(b"False")
 
 

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 from backports import zstd
 
-from lladax import corpus
+from lladax.data import corpus
 
 TEXTS = ["first\nline two", "zweite Zeile: äöü", "第三\u2028句 😀"]
 

@@ -32,11 +32,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from lladax import corpus, reading, records
-from lladax import tokenizer as tokenizers
-from lladax.data import DataConfig, texts
+from lladax.data import corpus, reading, records
+from lladax.data import tokenizer as tokenizers
+from lladax.data.batches import texts
+from lladax.data.tokenizer import Tokenizer, TokenizerConfig
+from lladax.data.windows import DataConfig
 from lladax.mistake import Mistake
-from lladax.tokenizer import Tokenizer, TokenizerConfig
 
 _BATCH_BYTES = 4_000_000  # of documents that travel together
 _COUNTS = ("documents", "bytes", "tokens", "records", "padding", "duplicates")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from lladax import tokenizer
+from lladax.data import tokenizer
 from lladax.mistake import Mistake
 
 TEXTS = [

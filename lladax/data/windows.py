@@ -1,0 +1,176 @@
+"""Rows: their shape (`DataConfig`), what a source of them is, and windows of a stream of documents as rows."""
+
+import array
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from lladax.data.tokenizer import Tokenizer
+from lladax.mistake import Mistake
+
+Batch = dict[str, np.ndarray]
+Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens [L], segment [L], weight [L]: 1 / its length in a response
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where text comes from, and the shape of a batch."""
+
+  corpus: str = "unicode"  # or "stdlib", "facts", "files:GLOB_OR_FOLDER[,...]", "tfds:NAME[:SPLIT]", "records:FOLDER"
+  mixture: tuple[tuple[str, float], ...] = ()  # (corpus, weight), ...: several, in place of `corpus`
+  # (length, weights), ...: other weights in each stage; lengths as in optimizer.schedule; (): those of the mixture
+  stages: tuple[tuple[float, tuple[float, ...]], ...] = ()
+  format: str = "text"  # "text": every token is learnt | "chat": replies to prompts, fine-tuning
+  text_field: str = "text"  # of records, in text
+  prompt_field: str = ""  # of records, in chat, with response_field; "": known names
+  response_field: str = ""
+  bad_lines: str = "stop"  # "stop" at a line that cannot be used | "skip" and count it
+  exclude: str = ""  # FILE or FILE:FIELD,... of a test; a document that holds one of its texts is left out
+  held_out: float = 0.05  # fraction of the documents kept for evaluation; of records: as prepared
+  length: int = 64  # tokens of a row
+  batch_size: int = 64  # rows of an update, over all devices and micro-batches
+  segments: bool = False  # True: documents of a row do not see each other; False: concatenated, as published
+  random_lengths: float = 0.0  # fraction of rows cut to a random length; LLaDA: 0.01
+  # A reply is filled up with EOS, which count: to the batch's longest row, as published ("batch"), to the row's end
+  # ("row"); or it ends with one EOS ("none", as iLLaDA).
+  eos_padding: str = "batch"
+  packing: bool = False  # several conversations in a row, which do not see each other
+
+  def __post_init__(self):
+    for name in ("length", "batch_size"):
+      if getattr(self, name) < 1:
+        raise Mistake(f"data.{name}={getattr(self, name)}: must be at least 1")
+    for name, known in (("format", ("text", "chat")), ("bad_lines", ("stop", "skip")),
+                        ("eos_padding", ("batch", "row", "none"))):  # fmt: skip
+      if getattr(self, name) not in known:
+        raise Mistake(f"data.{name}={getattr(self, name)!r}: use {', '.join(known)}")
+    if not 0.0 <= self.random_lengths <= 1.0:
+      raise Mistake(f"data.random_lengths={self.random_lengths}: must lie in [0, 1]")
+    if self.exclude and any(map(is_records, self.corpora)):
+      raise Mistake(f"data.exclude={self.exclude!r}: records hold what was prepared: give it to --mode=prepare")
+    if bool(self.prompt_field) != bool(self.response_field):
+      raise Mistake(f"data.prompt_field={self.prompt_field!r}, response_field={self.response_field!r}: name both")
+    if self.format == "chat":
+      for name in ("segments", "random_lengths"):
+        if getattr(self, name):
+          raise Mistake(f"data.{name}={getattr(self, name)} is for data.format=text")
+      if self.packing and self.eos_padding != "none":
+        raise Mistake(f"data.packing=True leaves no room for EOS: data.eos_padding={self.eos_padding!r} must be none")
+      for name in self.corpora:
+        if name.startswith("records:"):
+          raise Mistake(f"data.corpus={name!r} holds text: data.format=chat reads conversations from files")
+    elif self.packing:
+      raise Mistake("data.packing=True is for data.format=chat: text fills its rows")
+    self._check_weights()
+
+  def _check_weights(self):
+    if not all(self.corpora):
+      raise Mistake(f"data.mixture={self.mixture}: a corpus has no name" if self.mixture else "data.corpus is empty")
+    weights = [("mixture", tuple(weight for _, weight in self.mixture))] if self.mixture else []
+    weights += [("stages", stage) for _, stage in self.stages]
+    if self.stages and not self.mixture:
+      raise Mistake("data.stages is for a mixture: give data.mixture=((corpus, weight), ...)")
+    for name, values in weights:
+      if len(values) != len(self.mixture) or min(values) < 0 or not sum(values) > 0:
+        raise Mistake(f"data.{name}: the weights {values} must be {len(self.mixture)}, none negative, not all 0")
+
+  @property
+  def corpora(self) -> list[str]:
+    """The corpora of the mixture, or the only one."""
+    return [name for name, _ in self.mixture] or [self.corpus]
+
+  @property
+  def separates(self) -> bool:
+    """Whether a row holds several segments, and not one and padding to its right."""
+    return self.segments or self.packing
+
+  @property
+  def pads(self) -> bool:
+    """Whether rows may end in padding."""
+    return self.random_lengths > 0 or self.format == "chat" or any(map(is_records, self.corpora))
+
+
+def is_records(name: str) -> bool:
+  """Whether a corpus is a folder of prepared records."""
+  return name.startswith("records:")
+
+
+class Source(Protocol):
+  """Rows, numbered; what a row holds may differ from epoch to epoch."""
+
+  about: str  # one line for the console
+
+  @property
+  def digest(self) -> str:
+    """Of the tokens."""
+    ...
+
+  def __len__(self) -> int: ...
+
+  def shape(self, row: int, epoch: int) -> tuple[int, int]:
+    """(responses, tokens) of a row, without reading it."""
+    ...
+
+  def row(self, row: int, epoch: int, end: int) -> Row:
+    """The row; `end`: where the batch's longest row ends."""
+    ...
+
+
+class Windows:
+  """Windows of a circular stream of documents, cut at another offset in every epoch."""
+
+  def __init__(self, stream_T: np.ndarray, c: DataConfig, *, eos_id: int, seed: int, about: str = ""):
+    self.stream_T, self.about = stream_T, about
+    self._c, self._eos_id, self._seed = c, eos_id, seed
+    if len(stream_T) < c.length:
+      raise Mistake(
+        f"data.length={c.length} is longer than the corpus: data.corpus={c.corpus!r} has {len(stream_T)} tokens;"
+        " use a smaller length"
+      )
+
+  @property
+  def digest(self) -> str:
+    """Of the ids."""
+    return hashlib.blake2b(self.stream_T.tobytes()).hexdigest()
+
+  def __len__(self) -> int:
+    return -(-len(self.stream_T) // self._c.length)
+
+  def shape(self, row: int, epoch: int) -> tuple[int, int]:
+    """As `Source.shape`."""
+    return 1, self._c.length
+
+  def row(self, row: int, epoch: int, end: int) -> Row:
+    """As `Source.row`."""
+    L = self._c.length
+    start = row * L + stable_hash(self._seed, epoch) % L
+    tokens_RL, segment_RL = cut(self.stream_T, np.array([start]), self._c, self._eos_id)
+    return tokens_RL[0], segment_RL[0], np.full(L, 1.0 / L)
+
+
+def stream(documents: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
+  """All documents as one array of ids, each followed by EOS."""
+  ids = array.array("i")  # a list would take nine times the memory
+  for text in documents:
+    ids.extend(tokenizer.encode(text))
+    ids.append(tokenizer.eos_id)
+  return np.asarray(ids, np.int32)
+
+
+def cut(stream_T: np.ndarray, starts: np.ndarray, c: DataConfig, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
+  """Windows of a circular stream: tokens and segment [len(starts), L]."""
+  at = starts[:, None] + np.arange(c.length)[None, :]
+  tokens = stream_T[at % len(stream_T)]
+  segment = np.ones_like(tokens)
+  if c.segments:
+    segment[:, 1:] += np.cumsum(tokens[:, :-1] == eos_id, axis=1, dtype=np.int32)
+  return tokens, segment
+
+
+def stable_hash(*numbers: int) -> int:
+  """The same number on every machine and in every process."""
+  numbers = tuple(map(int, numbers))  # NumPy's are spelled otherwise
+  return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=6).digest(), "little")
