@@ -112,7 +112,7 @@ def lladax_sample(a: dict, options: dict) -> Callable[[], object]:
   import numpy as np
 
   from lladax import LLaDA
-  from lladax.mask_predictor import MaskPredictorConfig
+  from lladax.model.mask_predictor import MaskPredictorConfig
 
   model = MaskPredictorConfig(**{name: a[name] for name in SIZES}, G=a["H"])
   mask_id = a["V"] - 1

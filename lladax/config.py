@@ -12,8 +12,8 @@ from typing import Any
 from lladax import checkpoint, diffusion, fields, optimizer, sampling
 from lladax.data import batches, tokenizer, windows
 from lladax.devices import sharding
-from lladax.mask_predictor import MaskPredictorConfig
 from lladax.mistake import Mistake
+from lladax.model.mask_predictor import MaskPredictorConfig
 from lladax.sampling import SamplerConfig
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from lladax import checkpoint, huggingface, llada, safetensors
 from lladax.data import tokenizer as tokenizers
 from lladax.devices import sharding
-from lladax.mask_predictor import MaskPredictorConfig
 from lladax.mistake import Mistake
+from lladax.model.mask_predictor import MaskPredictorConfig
 
 
 def from_published(source: str | Path, workdir: Path, values: dict[str, Any]) -> None:

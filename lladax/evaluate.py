@@ -30,8 +30,8 @@ from lladax.data.tokenizer import Tokenizer
 from lladax.devices import distributed, sharding
 from lladax.drawing import report as reports
 from lladax.llada import LLaDA, Sampled
-from lladax.mask_predictor import MaskPredictorConfig
 from lladax.mistake import Mistake
+from lladax.model.mask_predictor import MaskPredictorConfig
 from lladax.sampling import SamplerConfig
 
 

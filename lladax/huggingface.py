@@ -27,8 +27,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lladax import checkpoint, safetensors
 from lladax.data import template as templates
 from lladax.data import tokenizer as tokenizers
-from lladax.mask_predictor import MaskPredictorConfig, Params
 from lladax.mistake import Missing, Mistake
+from lladax.model.mask_predictor import MaskPredictorConfig, Params
 from lladax.safetensors import named, read_json, shown
 
 _ROWS = 8192  # of the vocabulary that are moved at once

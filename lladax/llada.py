@@ -24,8 +24,8 @@ from lladax import autoregressive, checkpoint, diffusion, fields, huggingface, s
 from lladax.data import tokenizer as tokenizers
 from lladax.devices import sharding
 from lladax.drawing import animation, unmasking
-from lladax.mask_predictor import MaskPredictorConfig, Params
 from lladax.mistake import Missing, Mistake
+from lladax.model.mask_predictor import MaskPredictorConfig, Params
 from lladax.sampling import SamplerConfig
 
 # A prompt: text, ids, or the messages of a conversation, which the chat template makes into ids.

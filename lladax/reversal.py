@@ -17,8 +17,8 @@ import numpy as np
 from lladax.data import facts
 from lladax.data.tokenizer import Tokenizer
 from lladax.llada import LLaDA
-from lladax.mask_predictor import MaskPredictorConfig
 from lladax.mistake import Missing, Mistake
+from lladax.model.mask_predictor import MaskPredictorConfig
 
 # How LLaDA-8B-Instruct is asked: the published lengths.
 _REPLY = {"gen_length": 28, "block_length": 28, "steps": 28, "logits_eos_inf": True}

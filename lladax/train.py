@@ -28,14 +28,15 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from lladax import attention, autoregressive, checkpoint, diffusion, evaluate, metrics, optimizer, sampling
+from lladax import autoregressive, checkpoint, diffusion, evaluate, metrics, optimizer, sampling
 from lladax.config import Config, check_saved
 from lladax.data import batches, tokenizer, windows
 from lladax.devices import distributed, sharding
 from lladax.drawing import unmasking
 from lladax.llada import LLaDA, check_vocabulary, load
-from lladax.mask_predictor import MaskPredictorConfig
 from lladax.mistake import Diverged, Missing, Mistake
+from lladax.model import attention
+from lladax.model.mask_predictor import MaskPredictorConfig
 
 
 class State(NamedTuple):

@@ -14,7 +14,7 @@ from lladax import checkpoint, convert, diffusion, evaluate, train
 from lladax.data import dialogues, held_out
 from lladax.data.windows import DataConfig
 from lladax.devices import sharding
-from lladax.mask_predictor import MaskPredictorConfig
+from lladax.model.mask_predictor import MaskPredictorConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -24,8 +24,8 @@ from lladax.config import parse
 from lladax.configs import base
 from lladax.data import tokenizer
 from lladax.llada import LLaDA
-from lladax.mask_predictor import MaskPredictorConfig
 from lladax.mistake import Mistake
+from lladax.model.mask_predictor import MaskPredictorConfig
 
 pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402

@@ -10,8 +10,8 @@ import lladax
 from lladax.data import tokenizer
 from lladax.devices import sharding
 from lladax.llada import LLaDA
-from lladax.mask_predictor import MaskPredictorConfig
 from lladax.mistake import Mistake
+from lladax.model.mask_predictor import MaskPredictorConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -12,7 +12,7 @@ from lladax import train
 from lladax.data import tokenizer
 from lladax.devices import sharding
 from lladax.llada import LLaDA, bucket
-from lladax.mask_predictor import MaskPredictorConfig
+from lladax.model.mask_predictor import MaskPredictorConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lladax import sampling
-from lladax.mask_predictor import MaskPredictorConfig
+from lladax.model.mask_predictor import MaskPredictorConfig
 from lladax.sampling import REMASKING, SamplerConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

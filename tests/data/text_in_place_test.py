@@ -14,7 +14,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from lladax import sampling
 from lladax.data import tokenizer
 from lladax.llada import LLaDA
-from lladax.mask_predictor import MaskPredictorConfig
+from lladax.model.mask_predictor import MaskPredictorConfig
 
 TEXTS = ["The capital of France is Paris. the king of France, and the cat sat on the mat\n\n  The end.\t秦川"] * 9
 SPECIAL = ["<s>", "</s>", "<|mdm_mask|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]

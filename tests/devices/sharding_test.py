@@ -14,7 +14,7 @@ from lladax.config import parse
 from lladax.configs import llada_8b
 from lladax.devices import sharding
 from lladax.devices.sharding import MeshConfig
-from lladax.mask_predictor import Block
+from lladax.model.mask_predictor import Block
 
 
 @pytest.mark.parametrize(

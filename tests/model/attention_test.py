@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from lladax import attention
 from lladax.devices import sharding
-from lladax.mask_predictor import MaskPredictorConfig
+from lladax.model import attention
+from lladax.model.mask_predictor import MaskPredictorConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

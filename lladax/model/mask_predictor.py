@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from lladax import attention
 from lladax.devices import sharding
 from lladax.mistake import Mistake
+from lladax.model import attention
 
 Params = dict[str, Any]
 Cache = dict[str, jax.Array]  # {"k": k_NBLGK, "v": v_NBLGK}

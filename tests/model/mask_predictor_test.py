@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lladax.mask_predictor import Block, MaskPredictorConfig
+from lladax.model.mask_predictor import Block, MaskPredictorConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
