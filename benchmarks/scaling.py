@@ -37,10 +37,11 @@ from absl import app, flags
 
 from lladax import config as configs
 from lladax import main as door
-from lladax import metrics, train
+from lladax import train
 from lladax.data import batches, tokenizer
 from lladax.devices import distributed, sharding
 from lladax.mistake import Missing, Mistake
+from lladax.storage import metrics
 
 flags.DEFINE_list("sizes", None, "Sizes, width x layers each: 64x2,96x3,128x4.")
 flags.DEFINE_list("budgets", None, "Training FLOPs of a run: 1e12,3e12,1e13.")

@@ -9,12 +9,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from lladax import checkpoint, diffusion, fields, optimizer, sampling
+from lladax import diffusion, fields, optimizer, sampling
 from lladax.data import batches, tokenizer, windows
 from lladax.devices import sharding
 from lladax.mistake import Mistake
 from lladax.model.mask_predictor import MaskPredictorConfig
 from lladax.sampling import SamplerConfig
+from lladax.storage import checkpoint
 
 
 @dataclasses.dataclass(frozen=True)

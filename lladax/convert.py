@@ -11,11 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from lladax import checkpoint, huggingface, llada, safetensors
+from lladax import llada
 from lladax.data import tokenizer as tokenizers
 from lladax.devices import sharding
 from lladax.mistake import Mistake
 from lladax.model.mask_predictor import MaskPredictorConfig
+from lladax.storage import checkpoint, published, safetensors
 
 
 def from_published(source: str | Path, workdir: Path, values: dict[str, Any]) -> None:
@@ -33,10 +34,10 @@ def from_published(source: str | Path, workdir: Path, values: dict[str, Any]) ->
   if workdir.is_dir() and any(workdir.iterdir()):
     raise Mistake(f"--workdir={workdir} is not empty: an import needs a new workdir")
   checkpoint.check_workdir(workdir, ["config.json"], ["checkpoints", "tokenizer", "published"])
-  published = huggingface.read(huggingface.find(source))
+  published = published.read(published.find(source))
   text = published.identity["tokenizer"]
   for path in published.folder.iterdir():
-    if path.is_file() and path.suffix in huggingface.KEPT and path.name != safetensors.INDEX:
+    if path.is_file() and path.suffix in published.KEPT and path.name != safetensors.INDEX:
       (workdir / "published").mkdir(parents=True, exist_ok=True)
       shutil.copyfile(path, workdir / "published" / path.name)
   if text:
@@ -52,10 +53,10 @@ def from_published(source: str | Path, workdir: Path, values: dict[str, Any]) ->
   if (c.fsdp, c.tensor) != (1, 1):  # copies of the parameters would help nobody here
     mesh = sharding.make_mesh(c)
     at, step_at = sharding.shardings(mesh, published.model.letters()), sharding.shardings(mesh, "")
-  params = huggingface.load_params(published, at)
+  params = published.load_params(published, at)
   saver.save(0, {"step": jax.device_put(np.int32(0), step_at), "params": params})
   saver.close()
-  shape = {name: getattr(published.model, name) for name, *_ in (*huggingface.FIELDS, "K")}
+  shape = {name: getattr(published.model, name) for name, *_ in (*published.FIELDS, "K")}
   values = values | {"objective": "diffusion", "model": values["model"] | shape}
   values |= {"tokenizer_fingerprint": text.fingerprint if text else ""}
   (workdir / "config.json").write_text(json.dumps(values, indent=2) + "\n")  # the last: now it is a workdir
@@ -71,7 +72,7 @@ def to_published(workdir: Path, target: Path, dtype: str | None = None) -> None:
   if target.is_dir() and any(target.iterdir()):
     raise Mistake(f"--target={target} is not empty: an export needs a new folder")
   model = MaskPredictorConfig(**checkpoint.config(workdir)["model"])
-  huggingface.check_exportable(model)
+  published.check_exportable(model)
   found = llada.load(workdir)  # adapters are merged
   model, params = found.model, found.params
   target.mkdir(parents=True, exist_ok=True)
@@ -81,7 +82,7 @@ def to_published(workdir: Path, target: Path, dtype: str | None = None) -> None:
   else:
     text = tokenizers.load(workdir / "tokenizer")
     text.save(target)
-    config = huggingface.new_config(model, text) | {"dtype": str(params["embedding"].dtype)}
+    config = published.new_config(model, text) | {"dtype": str(params["embedding"].dtype)}
   if dtype:
     config[next((name for name in ("torch_dtype", "dtype") if name in config), "dtype")] = dtype
-  huggingface.export(params, model, target, config, dtype=dtype)
+  published.export(params, model, target, config, dtype=dtype)

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from lladax import autoregressive, checkpoint, diffusion, metrics, reversal, sampling
+from lladax import autoregressive, diffusion, reversal, sampling
 from lladax.config import Config
 from lladax.data import batches, held_out
 from lladax.data.tokenizer import Tokenizer
@@ -33,6 +33,7 @@ from lladax.llada import LLaDA, Sampled
 from lladax.mistake import Mistake
 from lladax.model.mask_predictor import MaskPredictorConfig
 from lladax.sampling import SamplerConfig
+from lladax.storage import checkpoint, metrics
 
 
 def _nobody(doing: str) -> None:

@@ -20,13 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from lladax import autoregressive, checkpoint, diffusion, fields, huggingface, sampling
+from lladax import autoregressive, diffusion, fields, sampling
 from lladax.data import tokenizer as tokenizers
 from lladax.devices import sharding
 from lladax.drawing import animation, unmasking
 from lladax.mistake import Missing, Mistake
 from lladax.model.mask_predictor import MaskPredictorConfig, Params
 from lladax.sampling import SamplerConfig
+from lladax.storage import checkpoint, published
 
 # A prompt: text, ids, or the messages of a conversation, which the chat template makes into ids.
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -526,11 +527,11 @@ def load(path: str | Path, step: int | None = None, mesh: Mesh | None = None) ->
     if None not in (named, step) and named != step:
       raise Mistake(f"step={step}: {path} is the checkpoint of step {named}; say one of them")
     path, step = folder.parent, step if named is None else named
-  workdir = huggingface.find(path)
-  if huggingface.is_published(workdir):
-    published = huggingface.read(workdir)
+  workdir = published.find(path)
+  if published.is_published(workdir):
+    published = published.read(workdir)
     at = None if mesh is None else sharding.shardings(mesh, published.model.letters())
-    return LLaDA(published.model, huggingface.load_params(published, at), **published.identity)
+    return LLaDA(published.model, published.load_params(published, at), **published.identity)
   saved = checkpoint.config(workdir)
   model = MaskPredictorConfig(**saved["model"])
   imported = (workdir / "published").is_dir()
@@ -538,7 +539,7 @@ def load(path: str | Path, step: int | None = None, mesh: Mesh | None = None) ->
   if saved["tokenizer_fingerprint"] or not imported:
     text = tokenizers.load(workdir / "tokenizer")
   if imported:
-    identity = huggingface.identity(workdir / "published", model, text)
+    identity = published.identity(workdir / "published", model, text)
   else:
     assert text is not None
     check_vocabulary(model, text)

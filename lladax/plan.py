@@ -27,10 +27,11 @@ from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 from rich.table import Table
 
-from lladax import llada, metrics, sampling, train
+from lladax import llada, sampling, train
 from lladax.config import Config
 from lladax.devices import sharding
 from lladax.mistake import Mistake
+from lladax.storage import metrics
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 

@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from lladax import autoregressive, checkpoint, diffusion, evaluate, metrics, optimizer, sampling
+from lladax import autoregressive, diffusion, evaluate, optimizer, sampling
 from lladax.config import Config, check_saved
 from lladax.data import batches, tokenizer, windows
 from lladax.devices import distributed, sharding
@@ -37,6 +37,7 @@ from lladax.llada import LLaDA, check_vocabulary, load
 from lladax.mistake import Diverged, Missing, Mistake
 from lladax.model import attention
 from lladax.model.mask_predictor import MaskPredictorConfig
+from lladax.storage import checkpoint, metrics
 
 
 class State(NamedTuple):

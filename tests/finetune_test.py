@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 import lladax
-from lladax import checkpoint, convert, diffusion, evaluate, train
+from lladax import convert, diffusion, evaluate, train
 from lladax.data import dialogues, held_out
 from lladax.data.windows import DataConfig
 from lladax.devices import sharding
 from lladax.model.mask_predictor import MaskPredictorConfig
+from lladax.storage import checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -32,8 +32,9 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.model import CachingLM  # noqa: E402
 
 from lladax import config as configs  # noqa: E402
-from lladax import evaluate, harness, metrics
+from lladax import evaluate, harness
 from lladax.devices import distributed  # noqa: E402
+from lladax.storage import metrics
 
 pytestmark = [
   pytest.mark.usefixtures("quick_compiles"),

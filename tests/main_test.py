@@ -14,7 +14,8 @@ from absl import flags
 from absl.testing import flagsaver
 
 import lladax
-from lladax import checkpoint, config, main, train
+from lladax import config, main, train
+from lladax.storage import checkpoint
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 import lladax
-from lladax import checkpoint, convert, evaluate, metrics, train
 from lladax import config as configs
+from lladax import convert, evaluate, train
 from lladax.data import batches
 from lladax.devices import distributed, sharding
 from lladax.mistake import Mistake
+from lladax.storage import checkpoint, metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

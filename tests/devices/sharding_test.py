@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lladax import checkpoint, train
+from lladax import train
 from lladax.config import parse
 from lladax.configs import llada_8b
 from lladax.devices import sharding
 from lladax.devices.sharding import MeshConfig
 from lladax.model.mask_predictor import Block
+from lladax.storage import checkpoint
 
 
 @pytest.mark.parametrize(

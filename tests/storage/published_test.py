@@ -19,14 +19,15 @@ import tokenizers
 from template_test import CHATML, folder_of
 
 import lladax
-from lladax import checkpoint, convert, huggingface, train
+from lladax import convert, train
 from lladax.data import tokenizer
 from lladax.devices import sharding
 from lladax.mistake import Mistake
+from lladax.storage import checkpoint, published
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "llada-tiny"
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -113,7 +114,7 @@ def command(*flags):
 
 def complaint(folder):
   with pytest.raises(ValueError) as error:
-    huggingface.read(folder)
+    published.read(folder)
   assert "\n" not in str(error.value)
   return str(error.value)
 
@@ -121,19 +122,19 @@ def complaint(folder):
 @pytest.mark.parametrize("dtype", [np.dtype("float32"), BF16, np.dtype("float16")], ids=str)
 @pytest.mark.parametrize("config", [LLADA, GQA_TIED, ILLADA], ids=["llada", "gqa-tied", "illada"])
 def test_round_trip_is_the_identity(tmp_path, config, dtype, monkeypatch):
-  monkeypatch.setattr(huggingface, "_ROWS", 100)  # the vocabulary in three unequal slabs
+  monkeypatch.setattr(published, "_ROWS", 100)  # the vocabulary in three unequal slabs
   source = publish(tmp_path / "source", config, dtype)
-  published = huggingface.read(source)
-  params = huggingface.load_params(published)
+  published = published.read(source)
+  params = published.load_params(published)
   assert {x.dtype for x in jax.tree.leaves(params)} == {dtype}
   assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(
     lambda x: x.shape, jax.eval_shape(published.model.init, jax.random.key(0))
   )
-  wide = huggingface.load_params(published, dtype=jnp.float32)  # as training wants them
+  wide = published.load_params(published, dtype=jnp.float32)  # as training wants them
   assert {x.dtype for x in jax.tree.leaves(wide)} == {np.dtype("float32")}
   for i, tree in enumerate((params, wide)):
     target = tmp_path / f"target{i}"
-    huggingface.export(tree, published.model, target, config, dtype=dtype, max_shard_bytes=50_000)
+    published.export(tree, published.model, target, config, dtype=dtype, max_shard_bytes=50_000)
     assert tensors(target) == tensors(source) and json.loads((target / "config.json").read_text()) == config
     files = sorted(path.name for path in target.glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
@@ -148,18 +149,16 @@ def test_golden_checkpoint_and_its_round_trip(tmp_path):
     np.testing.assert_allclose(llada.logits(answers["x_masked"]), answers["logits"], atol=1e-4)
   assert (llada.tokenizer, llada.mask_id, llada.eos_id, llada.vocab_size) == (None, 503, 500, 504)
   config = json.loads((GOLDEN / "config.json").read_text())
-  huggingface.export(llada.params, llada.model, tmp_path, config)
+  published.export(llada.params, llada.model, tmp_path, config)
   assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]  # one file, no index
   assert tensors(tmp_path) == tensors(GOLDEN)
 
 
 def test_bfloat16_parameters_compute_as_their_float32_copies(tmp_path):
-  published = huggingface.read(publish(tmp_path / "source", ILLADA))
+  published = published.read(publish(tmp_path / "source", ILLADA))
   tokens_BL = np.random.default_rng(0).integers(0, 256, (2, 16))
   logits = [
-    lladax.LLaDA(published.model, huggingface.load_params(published, dtype=dtype), **published.identity).logits(
-      tokens_BL
-    )
+    lladax.LLaDA(published.model, published.load_params(published, dtype=dtype), **published.identity).logits(tokens_BL)
     for dtype in (None, jnp.float32)
   ]
   np.testing.assert_allclose(*logits, atol=1e-5)
@@ -168,7 +167,7 @@ def test_bfloat16_parameters_compute_as_their_float32_copies(tmp_path):
 def test_layers_and_heads_are_where_they_belong(tmp_path):
   """GQA: group g of layer i is rows g K .. (g + 1) K of the file's tensor, transposed."""
   source = publish(tmp_path / "source", ILLADA, np.dtype("float32"), files=1)
-  params = huggingface.load_params(huggingface.read(source))
+  params = published.load_params(published.read(source))
   loaded = safetensors.numpy.load_file(source / "model.safetensors")
   k = loaded["model.layers.2.self_attn.k_proj.weight"]
   np.testing.assert_array_equal(params["blocks"]["k"][2, :, 1], k[8:16].T)
@@ -179,10 +178,10 @@ def test_layers_and_heads_are_where_they_belong(tmp_path):
 
 @pytest.mark.parametrize("config", [LLADA, ILLADA], ids=["llada", "illada"])
 def test_sharded_load_is_the_plain_one_and_sharded(tmp_path, config):
-  published = huggingface.read(publish(tmp_path / "source", config))
+  published = published.read(publish(tmp_path / "source", config))
   mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4, tensor=2))
   at = sharding.shardings(mesh, published.model.letters())
-  plain, sharded = huggingface.load_params(published), huggingface.load_params(published, at)
+  plain, sharded = published.load_params(published), published.load_params(published, at)
   jax.tree.map(np.testing.assert_array_equal, sharded, plain)
   assert jax.tree.map(lambda x: x.sharding, sharded) == at
   for name, x in checkpoint.flat(sharded):
@@ -261,7 +260,7 @@ def test_a_wrong_config(tmp_path, changes, said):
   config = {name: value for name, value in (LLADA | changes).items() if value is not None}
   (source / "config.json").write_text(json.dumps(config))
   with pytest.raises(ValueError, match=said):
-    huggingface.read(source)
+    published.read(source)
 
 
 FULL = {"rope_type": "default", "rope_theta": 5e5}
@@ -289,9 +288,9 @@ def test_a_config_that_says_the_same(tmp_path, changes):
   if changes.get("rope_theta", 0) is None:
     del config["rope_theta"]
   (source / "config.json").write_text(json.dumps(config))
-  published = huggingface.read(source)
-  assert published.model == huggingface.read(publish(tmp_path / "plain", LLADA)).model
-  huggingface.export(huggingface.load_params(published), published.model, tmp_path / "target", config)
+  published = published.read(source)
+  assert published.model == published.read(publish(tmp_path / "plain", LLADA)).model
+  published.export(published.load_params(published), published.model, tmp_path / "target", config)
   assert json.loads((tmp_path / "target" / "config.json").read_text()) == config
 
 
@@ -326,8 +325,8 @@ def test_other_models_are_refused_by_their_names(tmp_path, config, said):
 
 
 def test_a_llama_with_a_mask_token_is_read(tmp_path):
-  published = huggingface.read(publish(tmp_path / "source", LLAMA))
-  assert published.model == huggingface.read(publish(tmp_path / "illada", ILLADA)).model
+  published = published.read(publish(tmp_path / "source", LLAMA))
+  assert published.model == published.read(publish(tmp_path / "illada", ILLADA)).model
 
 
 def test_a_llama_whose_vocabulary_names_a_mask_is_read(tmp_path):
@@ -361,7 +360,7 @@ def test_broken_files(tmp_path):
   assert "expected a JSON object" in complaint(source) and len(complaint(source)) < 400
   (source / "config.json").unlink()
   with pytest.raises(FileNotFoundError, match="there is no config.json in it"):
-    huggingface.read(source)
+    published.read(source)
 
 
 def test_a_list_of_problems_is_cut(tmp_path):
@@ -434,13 +433,13 @@ POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\ns
 def test_what_stands_in_for_a_file_is_named(tmp_path, name):
   source = publish(tmp_path / "source", LLADA)
   (source / name).write_text(POINTER)
-  for read in (huggingface.read, lladax.load):
+  for read in (published.read, lladax.load):
     with pytest.raises(Mistake, match=f"{name} is a git-lfs pointer, not the file itself: run `git lfs pull`") as error:
       read(source)
     assert len(str(error.value)) < 400
   (source / name).unlink()
   (source / name).symlink_to("../../blobs/0123")
-  for read in (huggingface.read, lladax.load):
+  for read in (published.read, lladax.load):
     with pytest.raises(Mistake, match=f"{name} is a link to ../../blobs/0123, which is not there") as error:
       read(source)
     assert len(str(error.value)) < 400
@@ -452,14 +451,14 @@ def test_a_repository_in_the_hub_s_cache(tmp_path):
   with pytest.raises(FileNotFoundError, match="is a repository in the hub's cache: and there is no snapshot in it"):
     lladax.load(root)
   shutil.copytree(GOLDEN, root / "snapshots" / "abc")
-  assert huggingface.find(root) == root / "snapshots" / "abc"  # the only one
+  assert published.find(root) == root / "snapshots" / "abc"  # the only one
   assert lladax.load(root).mask_id == 503
   shutil.copytree(GOLDEN, root / "snapshots" / "def")
   with pytest.raises(FileNotFoundError, match="name one of its snapshots: abc; def$"):
-    huggingface.find(root)
+    published.find(root)
   (root / "refs").mkdir()
   (root / "refs" / "main").write_text("def")
-  assert huggingface.find(root) == root / "snapshots" / "def"
+  assert published.find(root) == root / "snapshots" / "def"
 
 
 def test_a_path_that_is_not_there(tmp_path, monkeypatch, tiny_workdir):
@@ -495,7 +494,7 @@ def test_a_tied_head_may_be_spelled_out_if_it_is_the_embedding(tmp_path):
   embedding = np.random.default_rng(1).standard_normal((256, 64)).astype(BF16)
   both = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding}
   source = publish(tmp_path / "equal", ILLADA, **both)
-  assert "head" not in huggingface.load_params(huggingface.read(source))
+  assert "head" not in published.load_params(published.read(source))
   source = publish(tmp_path / "other", ILLADA, **both | {"lm_head.weight": embedding + embedding})
   assert "lm_head.weight is not the embedding, and the two are tied" in complaint(source)
 
@@ -707,13 +706,13 @@ def test_fine_tuning_can_start_from_an_import(tmp_path):
   values = {"model": {"remat": "dots"}, "tokenizer": {}}
   convert.from_published(source, workdir, values)
   assert json.loads((workdir / "config.json").read_text())["model"]["remat"] == "dots"
-  published = huggingface.read(source)
+  published = published.read(source)
   mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=-1))
   at = sharding.shardings(mesh, published.model.letters())
   wanted = jax.eval_shape(published.model.init, jax.random.key(0))
   wanted = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), wanted, at)
   params = checkpoint.restore(workdir, 0, {"params": wanted})["params"]
-  jax.tree.map(np.testing.assert_array_equal, params, huggingface.load_params(published, dtype=jnp.float32))
+  jax.tree.map(np.testing.assert_array_equal, params, published.load_params(published, dtype=jnp.float32))
   assert jax.tree.map(lambda x: (x.dtype, x.sharding), params) == jax.tree.map(lambda x: (jnp.dtype("float32"), x), at)
   llada = lladax.load(workdir)  # ids only
   assert llada.tokenizer is None and llada.mask_id == 249 and llada.unmask([[1, 249]]).tokens.shape == (1, 32)
@@ -744,7 +743,7 @@ def test_what_the_published_layout_cannot_say(tiny_workdir, tmp_path):
   config = json.loads((GOLDEN / "config.json").read_text())
   for change, said in (({"causal": True}, "model.causal=True"), ({"K": 8}, "model.H=4 times model.K=8")):
     with pytest.raises(ValueError, match=said):
-      huggingface.export(llada.params, dataclasses.replace(llada.model, **change), tmp_path, config)
+      published.export(llada.params, dataclasses.replace(llada.model, **change), tmp_path, config)
 
 
 MEASURE = """

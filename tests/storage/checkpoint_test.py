@@ -11,10 +11,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lladax import checkpoint
-from lladax.checkpoint import Checkpoints, Corrupt
 from lladax.devices import sharding
 from lladax.mistake import Mistake
+from lladax.storage import checkpoint
+from lladax.storage.checkpoint import Checkpoints, Corrupt
 
 
 def tree(step):

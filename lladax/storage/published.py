@@ -24,12 +24,12 @@ import numpy as np
 import tokenizers as hf_tokenizers
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lladax import checkpoint, safetensors
 from lladax.data import template as templates
 from lladax.data import tokenizer as tokenizers
 from lladax.mistake import Missing, Mistake
 from lladax.model.mask_predictor import MaskPredictorConfig, Params
-from lladax.safetensors import named, read_json, shown
+from lladax.storage import checkpoint, safetensors
+from lladax.storage.safetensors import named, read_json, shown
 
 _ROWS = 8192  # of the vocabulary that are moved at once
 KEPT = (".json", ".jinja", ".model", ".py", ".txt")  # of a published folder, beside its tensors

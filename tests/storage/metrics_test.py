@@ -3,8 +3,8 @@ import json
 import jax
 import pytest
 
-from lladax import metrics
-from lladax.metrics import Writer
+from lladax.storage import metrics
+from lladax.storage.metrics import Writer
 
 
 def lines(workdir):
