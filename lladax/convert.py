@@ -34,9 +34,9 @@ def from_published(source: str | Path, workdir: Path, values: dict[str, Any]) ->
   if workdir.is_dir() and any(workdir.iterdir()):
     raise Mistake(f"--workdir={workdir} is not empty: an import needs a new workdir")
   checkpoint.check_workdir(workdir, ["config.json"], ["checkpoints", "tokenizer", "published"])
-  published = published.read(published.find(source))
-  text = published.identity["tokenizer"]
-  for path in published.folder.iterdir():
+  theirs = published.read(published.find(source))
+  text = theirs.identity["tokenizer"]
+  for path in theirs.folder.iterdir():
     if path.is_file() and path.suffix in published.KEPT and path.name != safetensors.INDEX:
       (workdir / "published").mkdir(parents=True, exist_ok=True)
       shutil.copyfile(path, workdir / "published" / path.name)
@@ -52,11 +52,11 @@ def from_published(source: str | Path, workdir: Path, values: dict[str, Any]) ->
   at, step_at = None, None
   if (c.fsdp, c.tensor) != (1, 1):  # copies of the parameters would help nobody here
     mesh = sharding.make_mesh(c)
-    at, step_at = sharding.shardings(mesh, published.model.letters()), sharding.shardings(mesh, "")
-  params = published.load_params(published, at)
+    at, step_at = sharding.shardings(mesh, theirs.model.letters()), sharding.shardings(mesh, "")
+  params = published.load_params(theirs, at)
   saver.save(0, {"step": jax.device_put(np.int32(0), step_at), "params": params})
   saver.close()
-  shape = {name: getattr(published.model, name) for name, *_ in (*published.FIELDS, "K")}
+  shape = {name: getattr(theirs.model, name) for name, *_ in (*published.FIELDS, "K")}
   values = values | {"objective": "diffusion", "model": values["model"] | shape}
   values |= {"tokenizer_fingerprint": text.fingerprint if text else ""}
   (workdir / "config.json").write_text(json.dumps(values, indent=2) + "\n")  # the last: now it is a workdir

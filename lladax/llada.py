@@ -529,9 +529,9 @@ def load(path: str | Path, step: int | None = None, mesh: Mesh | None = None) ->
     path, step = folder.parent, step if named is None else named
   workdir = published.find(path)
   if published.is_published(workdir):
-    published = published.read(workdir)
-    at = None if mesh is None else sharding.shardings(mesh, published.model.letters())
-    return LLaDA(published.model, published.load_params(published, at), **published.identity)
+    theirs = published.read(workdir)
+    at = None if mesh is None else sharding.shardings(mesh, theirs.model.letters())
+    return LLaDA(theirs.model, published.load_params(theirs, at), **theirs.identity)
   saved = checkpoint.config(workdir)
   model = MaskPredictorConfig(**saved["model"])
   imported = (workdir / "published").is_dir()

@@ -126,7 +126,7 @@ def test_flags_that_do_not_belong_together(arguments, message):
 
 def test_the_watchdog_ends_a_process_that_hangs():
   code = (
-    "import time; from lladax.distributed import Watchdog; w = Watchdog(0.5)\n"
+    "import time; from lladax.devices.distributed import Watchdog; w = Watchdog(0.5)\n"
     "for i in range(5): w.beat(f'step {i}'); time.sleep(0.2)\n"
     "def stuck(): time.sleep(60)\n"
     "stuck()"

@@ -124,17 +124,17 @@ def complaint(folder):
 def test_round_trip_is_the_identity(tmp_path, config, dtype, monkeypatch):
   monkeypatch.setattr(published, "_ROWS", 100)  # the vocabulary in three unequal slabs
   source = publish(tmp_path / "source", config, dtype)
-  published = published.read(source)
-  params = published.load_params(published)
+  theirs = published.read(source)
+  params = published.load_params(theirs)
   assert {x.dtype for x in jax.tree.leaves(params)} == {dtype}
   assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(
-    lambda x: x.shape, jax.eval_shape(published.model.init, jax.random.key(0))
+    lambda x: x.shape, jax.eval_shape(theirs.model.init, jax.random.key(0))
   )
-  wide = published.load_params(published, dtype=jnp.float32)  # as training wants them
+  wide = published.load_params(theirs, dtype=jnp.float32)  # as training wants them
   assert {x.dtype for x in jax.tree.leaves(wide)} == {np.dtype("float32")}
   for i, tree in enumerate((params, wide)):
     target = tmp_path / f"target{i}"
-    published.export(tree, published.model, target, config, dtype=dtype, max_shard_bytes=50_000)
+    published.export(tree, theirs.model, target, config, dtype=dtype, max_shard_bytes=50_000)
     assert tensors(target) == tensors(source) and json.loads((target / "config.json").read_text()) == config
     files = sorted(path.name for path in target.glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
@@ -155,10 +155,10 @@ def test_golden_checkpoint_and_its_round_trip(tmp_path):
 
 
 def test_bfloat16_parameters_compute_as_their_float32_copies(tmp_path):
-  published = published.read(publish(tmp_path / "source", ILLADA))
+  theirs = published.read(publish(tmp_path / "source", ILLADA))
   tokens_BL = np.random.default_rng(0).integers(0, 256, (2, 16))
   logits = [
-    lladax.LLaDA(published.model, published.load_params(published, dtype=dtype), **published.identity).logits(tokens_BL)
+    lladax.LLaDA(theirs.model, published.load_params(theirs, dtype=dtype), **theirs.identity).logits(tokens_BL)
     for dtype in (None, jnp.float32)
   ]
   np.testing.assert_allclose(*logits, atol=1e-5)
@@ -178,10 +178,10 @@ def test_layers_and_heads_are_where_they_belong(tmp_path):
 
 @pytest.mark.parametrize("config", [LLADA, ILLADA], ids=["llada", "illada"])
 def test_sharded_load_is_the_plain_one_and_sharded(tmp_path, config):
-  published = published.read(publish(tmp_path / "source", config))
+  theirs = published.read(publish(tmp_path / "source", config))
   mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4, tensor=2))
-  at = sharding.shardings(mesh, published.model.letters())
-  plain, sharded = published.load_params(published), published.load_params(published, at)
+  at = sharding.shardings(mesh, theirs.model.letters())
+  plain, sharded = published.load_params(theirs), published.load_params(theirs, at)
   jax.tree.map(np.testing.assert_array_equal, sharded, plain)
   assert jax.tree.map(lambda x: x.sharding, sharded) == at
   for name, x in checkpoint.flat(sharded):
@@ -288,9 +288,9 @@ def test_a_config_that_says_the_same(tmp_path, changes):
   if changes.get("rope_theta", 0) is None:
     del config["rope_theta"]
   (source / "config.json").write_text(json.dumps(config))
-  published = published.read(source)
-  assert published.model == published.read(publish(tmp_path / "plain", LLADA)).model
-  published.export(published.load_params(published), published.model, tmp_path / "target", config)
+  theirs = published.read(source)
+  assert theirs.model == published.read(publish(tmp_path / "plain", LLADA)).model
+  published.export(published.load_params(theirs), theirs.model, tmp_path / "target", config)
   assert json.loads((tmp_path / "target" / "config.json").read_text()) == config
 
 
@@ -325,8 +325,8 @@ def test_other_models_are_refused_by_their_names(tmp_path, config, said):
 
 
 def test_a_llama_with_a_mask_token_is_read(tmp_path):
-  published = published.read(publish(tmp_path / "source", LLAMA))
-  assert published.model == published.read(publish(tmp_path / "illada", ILLADA)).model
+  theirs = published.read(publish(tmp_path / "source", LLAMA))
+  assert theirs.model == published.read(publish(tmp_path / "illada", ILLADA)).model
 
 
 def test_a_llama_whose_vocabulary_names_a_mask_is_read(tmp_path):
@@ -706,13 +706,13 @@ def test_fine_tuning_can_start_from_an_import(tmp_path):
   values = {"model": {"remat": "dots"}, "tokenizer": {}}
   convert.from_published(source, workdir, values)
   assert json.loads((workdir / "config.json").read_text())["model"]["remat"] == "dots"
-  published = published.read(source)
+  theirs = published.read(source)
   mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=-1))
-  at = sharding.shardings(mesh, published.model.letters())
-  wanted = jax.eval_shape(published.model.init, jax.random.key(0))
+  at = sharding.shardings(mesh, theirs.model.letters())
+  wanted = jax.eval_shape(theirs.model.init, jax.random.key(0))
   wanted = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), wanted, at)
   params = checkpoint.restore(workdir, 0, {"params": wanted})["params"]
-  jax.tree.map(np.testing.assert_array_equal, params, published.load_params(published, dtype=jnp.float32))
+  jax.tree.map(np.testing.assert_array_equal, params, published.load_params(theirs, dtype=jnp.float32))
   assert jax.tree.map(lambda x: (x.dtype, x.sharding), params) == jax.tree.map(lambda x: (jnp.dtype("float32"), x), at)
   llada = lladax.load(workdir)  # ids only
   assert llada.tokenizer is None and llada.mask_id == 249 and llada.unmask([[1, 249]]).tokens.shape == (1, 32)
@@ -772,7 +772,7 @@ def test_rows_are_read_alone(tmp_path):
   header = json.dumps({"a": {"dtype": "BF16", "shape": shape, "data_offsets": [0, 2**30]}}).encode()
   path.write_bytes(len(header).to_bytes(8, "little") + header)
   os.truncate(path, path.stat().st_size + 2**30)
-  imports = "from lladax import safetensors; from pathlib import Path"
+  imports = "from lladax.storage import safetensors; from pathlib import Path"
   tensor = f"safetensors.headers(Path({str(tmp_path)!r}), [])['a']"
   assert peak(f"{imports}; x = {tensor}.rows(1000, 1024); assert x.shape == (1024, 8192)", 2**30) < 0.1
 
@@ -794,8 +794,8 @@ def test_memory_while_importing(tmp_path, shape):
   size = 2 * sum(int(np.prod(x)) for x in shapes(config).values())
   assert peak(f"llada = lladax.load({str(source)!r})", size) < 1.3
   if shape == "1B":
-    imports = "from lladax import convert, huggingface; from pathlib import Path"
-    wide = f"huggingface.load_params(huggingface.read(Path({str(source)!r})), dtype='float32')"
+    imports = "from lladax import convert; from lladax.storage import published; from pathlib import Path"
+    wide = f"published.load_params(published.read(Path({str(source)!r})), dtype='float32')"
     assert peak(f"{imports}; params = {wide}", 2 * size) < 1.3
     values, workdir = {"model": {}, "tokenizer": {}}, str(tmp_path / "workdir")
     assert peak(f"{imports}; convert.from_published({str(source)!r}, Path({workdir!r}), {values!r})", size) < 1.3
