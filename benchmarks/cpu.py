@@ -76,8 +76,9 @@ def lladax_train(a: dict, exact: bool) -> Callable[[], object]:
   import jax
   import jax.numpy as jnp
 
-  from lladax import config, optimizer, train
+  from lladax import config, optimizer
   from lladax.configs import base
+  from lladax.training import step
 
   values = base.get_config()
   values.model.update({name: a[name] for name in SIZES}, G=a["H"])
@@ -87,7 +88,7 @@ def lladax_train(a: dict, exact: bool) -> Callable[[], object]:
   c = config.parse(values.to_dict())
   tx = optimizer.create(c.optimizer, c.steps, c.model.letters())
   params = c.model.init(jax.random.key(0))
-  state = train.State(jnp.int32(0), params, tx.init(params))
+  state = step.State(jnp.int32(0), params, tx.init(params))
   tokens_BL = jax.random.randint(jax.random.key(1), (a["B"], a["L"]), 0, a["V"] - 1)
   batch = {
     "tokens": tokens_BL,
@@ -95,7 +96,7 @@ def lladax_train(a: dict, exact: bool) -> Callable[[], object]:
     "segment": jnp.ones_like(tokens_BL),
     "index": jnp.arange(a["B"]),
   }
-  step = functools.partial(train.train_step, config=c, tx=tx, mask_id=a["V"] - 1, eos_id=0)
+  step = functools.partial(step.train_step, config=c, tx=tx, mask_id=a["V"] - 1, eos_id=0)
   jitted = jax.jit(step, donate_argnums=0)
 
   def call():

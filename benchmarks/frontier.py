@@ -3,7 +3,7 @@
   python benchmarks/frontier.py --path=runs/gsm8k --task=lladax_gsm8k --data_dir=DIR --limit=64 \
     --gen_length=128 --blocks=16,32,128 --steps=128,64,32 --thresholds=0.9,0.7 --caches=none,prefix,dual
 
-The task is one of the harness's, or of lladax/tasks, that generates text (pip install -e '.[eval]'). Every setting
+The task is one of the harness's, or of evaluation/tasks, that generates text (pip install -e '.[eval]'). Every setting
 answers the same questions. A batch that compiled a program is timed again; tokens are counted up to the end of an
 answer. Writes OUT/frontier.json, frontier.md, frontier.png and frontier.svg, anew after each setting; settings that
 are in frontier.json already are not run again.
@@ -21,9 +21,9 @@ import jax
 import numpy as np
 
 import lladax
-from lladax import harness
 from lladax import main as door
 from lladax.drawing.report import metrics
+from lladax.evaluation import harness
 from lladax.mistake import Mistake
 
 COLOURS = {None: "#0072b2", "prefix": "#009e73", "dual": "#d55e00"}  # of the caches; told apart by everybody
@@ -161,7 +161,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   texts = {
     "path": (None, "a workdir, or a published checkpoint"),
-    "task": (None, "of lm-eval or lladax/tasks, one that generates"),
+    "task": (None, "of lm-eval or evaluation/tasks, one that generates"),
     "data_dir": ("", "the folder of local benchmarks, for lladax_..."),
     "out": ("runs/frontier", "the folder of the results (runs/frontier)"),
     "metric": ("", "of the task (its first)"),

@@ -5,7 +5,7 @@
 #   benchmarks/harness.sh OUT DATA [--config.FIELD=VALUE ...]
 #
 # OUT is a folder for the runs; DATA a folder of JSON lines, plain or .xz: en/books_children (text), math/gsm8k_train
-# (question, answer), and the benchmarks that lladax/tasks name. Fields after them are of the evaluation. The table is
+# (question, answer), and the benchmarks that evaluation/tasks name. Fields after them are of the evaluation. The table is
 # in OUT/model/evaluation.html.
 set -euo pipefail
 out=${1:?a folder for the runs} data=${2:?the folder of the benchmarks}

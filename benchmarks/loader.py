@@ -15,8 +15,8 @@ from absl import app, flags
 
 from lladax import config as configs
 from lladax import main as door
-from lladax import train
 from lladax.mistake import Mistake
+from lladax.training import setup, step
 
 ROUNDS, LOADED, STEPS = 5, 200, 3
 MILLION = 1_000_000
@@ -27,7 +27,7 @@ def main(_):
     raise Mistake("--config is missing: name a recipe or a file, as in --config=quickstart")
   config = configs.parse(flags.FLAGS.config.to_dict())
   with tempfile.TemporaryDirectory() as folder:
-    run = train.prepare(config, Path(folder) / "run")
+    run = setup.prepare(config, Path(folder) / "run")
   config = run.config
   tokens = config.data.batch_size * config.data.length
 
@@ -43,11 +43,11 @@ def main(_):
     first[start] = time.perf_counter() - began
 
   with jax.set_mesh(run.mesh):
-    state = train.begin(run)
+    state = setup.begin(run)
     batch = jax.device_put(next(batches(0)), run.batch_sharding)
-    step = train.jit_step(config, run.tx, run.shardings, mask_id=run.text.mask_id, eos_id=run.text.eos_id)
-    step = step.lower(state, batch).compile()
-    state, _ = jax.block_until_ready(step(state, batch))
+    compiled = step.jit_step(config, run.tx, run.shardings, mask_id=run.text.mask_id, eos_id=run.text.eos_id)
+    compiled = compiled.lower(state, batch).compile()
+    state, _ = jax.block_until_ready(compiled(state, batch))
     loader, trainer = [], []
     for _ in range(ROUNDS):
       found, began = batches(0), time.perf_counter()
@@ -57,7 +57,7 @@ def main(_):
       del found
       began = time.perf_counter()
       for _ in range(STEPS):
-        state, _ = step(state, batch)
+        state, _ = compiled(state, batch)
       jax.block_until_ready(state)
       trainer.append(STEPS * tokens / (time.perf_counter() - began))
   ratio = statistics.median(a / b for a, b in zip(loader, trainer, strict=True))

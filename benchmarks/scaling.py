@@ -37,11 +37,11 @@ from absl import app, flags
 
 from lladax import config as configs
 from lladax import main as door
-from lladax import train
 from lladax.data import batches, tokenizer
 from lladax.devices import distributed, sharding
 from lladax.mistake import Missing, Mistake
 from lladax.storage import metrics
+from lladax.training import loop, step
 
 flags.DEFINE_list("sizes", None, "Sizes, width x layers each: 64x2,96x3,128x4.")
 flags.DEFINE_list("budgets", None, "Training FLOPs of a run: 1e12,3e12,1e13.")
@@ -120,14 +120,14 @@ def plan(
     for size in grid:
       c = sized(base, size)
       tokens = c.data.batch_size * c.data.length  # of a step
-      steps = round(budget / (train.flops_per_token(c) * tokens))
+      steps = round(budget / (step.flops_per_token(c) * tokens))
       name = f"{size[0]}x{size[1]}_{short(budget)}"
       if steps < min_steps or steps * tokens > max_epochs * corpus_tokens:
         unfit.append(f"{name}: {steps:,} steps, {steps * tokens / corpus_tokens:.2g} times the text")
         continue
       for objective in FAMILIES:
         own = dataclasses.replace(c, objective=objective, steps=steps)
-        runs.append(Planned(f"{objective}_{name}", own, train.flops_per_token(own) * tokens * steps))
+        runs.append(Planned(f"{objective}_{name}", own, step.flops_per_token(own) * tokens * steps))
     if len(runs) == before:
       raise Mistake(
         f"--budgets: no size suits {short(budget)} FLOPs, with --min_steps={min_steps} and --max_epochs={max_epochs:g}"
@@ -191,7 +191,7 @@ def study(
   base, corpus_tokens = begin(base, workdir)
   runs, left_out = plan(base, sizes, budgets, corpus_tokens, min_steps=min_steps, max_epochs=max_epochs)
   for name, c, _ in runs:
-    train.check_mesh(c, sharding.make_mesh(c.mesh))
+    step.check_mesh(c, sharding.make_mesh(c.mesh))
     path = workdir / name / "config.json"
     if path.exists() and (steps := json.loads(path.read_text())["steps"]) != c.steps:
       raise Mistake(f"{path.parent} holds a run of {steps} steps, not {c.steps}: use another workdir")
@@ -207,7 +207,7 @@ def study(
     often = f"{tokens / corpus_tokens:.2f} times the text"
     say(f"run {len(runs) - len(todo) + i + 1} of {len(runs)}: {name}, {c.steps:,} steps, {often}{left}")
     began = time.monotonic()
-    train.train(c, workdir / name)
+    loop.train(c, workdir / name)
     jax.clear_caches()  # the programs of one size are of no use to the next
     seen.append((flops, time.monotonic() - began))
 
@@ -239,7 +239,7 @@ def read(workdir: Path) -> list[dict[str, Any]]:
       rows.append({
         "family": objective, "size": size, "budget": float(budget), "steps": c.steps, "tokens": tokens,
         "params": c.model.num_params(embedding=False) + c.model.V * c.model.D,  # N of the formula
-        "flops": train.flops_per_token(c) * tokens, "epochs": tokens / corpus_tokens,
+        "flops": step.flops_per_token(c) * tokens, "epochs": tokens / corpus_tokens,
         "loss": results["nats_per_token"], "loss_stderr": results["bits_per_byte_stderr"] * per_bit,
         "bits_per_byte": results["bits_per_byte"], "bits_per_byte_stderr": results["bits_per_byte_stderr"],
       })  # fmt: skip

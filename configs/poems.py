@@ -6,7 +6,7 @@
 
 Poems as JSON lines with `lines`, a couplet each; LLaDA's 469 couplets (poem_data.json of its repository) are the test.
 With --config.data.exclude=poem_data.json:first,second no poem that holds a line of them is learnt: held out, not
-learnt by heart. The fields are named, as a line is shorter than what counts without (see lladax/contamination.py).
+learnt by heart. The fields are named, as a line is shorter than what counts without (see data/contamination.py).
 The line is filled into its place in the couplet, or continued by the causal baseline; a model that was trained on
 conversations is asked in one, in the published words, by "poems_chat:poem_data.json". Of the 469 couplets 123 stand in
 57,083 poems of the Tang exactly, with punctuation. The whole recipe has not been run; `benchmarks/poems.sh` runs one of

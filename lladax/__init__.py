@@ -6,7 +6,8 @@
 
 from lladax import configs
 from lladax.devices import distributed
-from lladax.llada import LLaDA, load
+from lladax.inference.llada import LLaDA
+from lladax.inference.load import load
 from lladax.mistake import Mistake
 from lladax.sampling import SamplerConfig
 

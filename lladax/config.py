@@ -60,7 +60,7 @@ class EvaluateConfig:
   num_samples: int = 16  # masks drawn per row of held-out text (exact counts, stratified)
   rows: int = 0  # held-out rows used while training; 0: all. The last evaluation always takes all
   batch_size: int = 64  # rows of a forward pass
-  tasks: tuple[str, ...] = ()  # "reversal", "poems:FILE", "poems_chat:FILE", or names that harness.py knows
+  tasks: tuple[str, ...] = ()  # "reversal", "poems:FILE", "poems_chat:FILE", or names that the harness knows
   data_dir: str = ""  # of local benchmarks
   limit: int = 0  # questions of a task; 0: all
   allow_code: bool = False  # generated code may be run, in a sandbox

@@ -82,8 +82,11 @@ def main(argv: list[str]) -> int:
     if page.is_dir():
       raise Mistake(f"--html={page} is a folder: name the file of the page")
 
-  from lladax import chat, config, convert, train  # the slow imports come after the quick checks
+  from lladax import config  # the slow imports come after the quick checks
   from lladax.devices.sharding import MeshConfig
+  from lladax.evaluation import evaluate
+  from lladax.inference import chat, convert, show
+  from lladax.training import loop
 
   distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if mode == "export":
@@ -101,15 +104,15 @@ def main(argv: list[str]) -> int:
   else:
     c = dataclasses.replace(config.load(workdir), mesh=MeshConfig())  # of the devices here, not there
   if mode == "train":
-    train.train(c, workdir)
+    loop.train(c, workdir)
   elif mode == "evaluate":
-    train.evaluate_last(c, workdir)
+    evaluate.evaluate_last(c, workdir)
   elif mode == "chat":
     chat.run(c, workdir, _SYSTEM.value)
   else:
     if page:
       page.parent.mkdir(parents=True, exist_ok=True)
-    train.show_samples(c, workdir, _PROMPT.value, page and str(page))
+    show.show_samples(c, workdir, _PROMPT.value, page and str(page))
   return 0
 
 
@@ -126,7 +129,8 @@ def _plan(given: ConfigDict) -> int:
   import jax
 
   jax.config.update("jax_platforms", "cpu")  # the devices of a plan are not here, and those that are stay free
-  from lladax import config, plan
+  from lladax import config
+  from lladax.training import plan
 
   c = config.parse(given.to_dict())
   return plan.run(c, _TOPOLOGY.value, _SLICES.value, utilisation=_UTILISATION.value, as_json=_JSON.value)

@@ -8,7 +8,7 @@ import pytest
 
 from lladax import autoregressive, sampling
 from lladax.data import tokenizer
-from lladax.llada import LLaDA, lower_sampler
+from lladax.inference.llada import LLaDA, lower_sampler
 from lladax.model.mask_predictor import MaskPredictorConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

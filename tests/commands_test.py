@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from lladax import convert
 from lladax.data import reading
+from lladax.inference import convert
 
 ROOT = pathlib.Path(__file__).parent.parent
 STARTS = re.compile(

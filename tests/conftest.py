@@ -132,9 +132,9 @@ def tiny_flags(tiny_values):
 @pytest.fixture(scope="session")
 def tiny_workdir(tiny, tmp_path_factory):
   """The workdir of an unbroken tiny run. To be copied, not changed."""
-  from lladax import train
+  from lladax.training import loop
 
   workdir = tmp_path_factory.mktemp("tiny") / "unbroken"
   with _quick_compiles():
-    train.train(tiny(), workdir)
+    loop.train(tiny(), workdir)
   return workdir

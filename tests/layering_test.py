@@ -6,21 +6,43 @@ import subprocess
 import sys
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "lladax"
-# A module may import only the modules before it.
-ORDER = """mistake fields configs template tokenizer diffusion autoregressive attention sharding distributed optimizer
-metrics visualize animation facts sandbox reading contamination corpus records mask_predictor sampling data prepare
-checkpoint safetensors huggingface llada convert reversal config report answers harness evaluate train chat plan main
-__init__""".split()
+# A module imports only modules before it, of its own room or another. A name without a room is a door.
+ORDER = [
+  f"{room}.{name}" if room else name
+  for room, names in (
+    ("", "mistake fields configs diffusion autoregressive optimizer sampling"),
+    ("drawing", "unmasking animation report"),
+    ("devices", "sharding distributed"),
+    (
+      "data",
+      """template tokenizer facts reading contamination corpus windows records dialogues batches held_out
+    prepare""",
+    ),
+    ("model", "attention mask_predictor"),
+    ("storage", "metrics checkpoint safetensors published"),
+    ("", "config"),
+    ("inference", "llada load convert show chat"),
+    ("evaluation", "reversal sandbox tasks.local answers presets adapter harness evaluate"),
+    ("training", "step setup loop plan"),
+    ("", "harness main __init__"),
+  )
+  for name in names.split()
+]
 HEAVY = {"grain", "tensorflow_datasets", "apache_beam", "torch"}
 
 
 def files():
   """Module -> its file; the recipes of configs/ are one with the module that finds them."""
-  return {file.stem: file for file in PACKAGE.glob("*.py")} | {"configs": PACKAGE / "configs/__init__.py"}
+  found = {}
+  for file in PACKAGE.rglob("*.py"):
+    *rooms, name = file.relative_to(PACKAGE).with_suffix("").parts
+    found[".".join(rooms if name == "__init__" and rooms else [*rooms, name])] = file
+  return found
 
 
 def imports(file):
   """The lladax modules that a file imports, anywhere in it; the package itself is `__init__`."""
+  known = files()
   for node in ast.walk(ast.parse(file.read_text("utf-8"))):
     if isinstance(node, ast.Import):
       paths = [alias.name for alias in node.names]
@@ -31,15 +53,25 @@ def imports(file):
       continue
     for package, *rest in (path.split(".") for path in paths):
       if package == "lladax":
-        yield rest[0] if rest and rest[0] in files() else "__init__"
+        parts = (".".join(rest[:n]) for n in range(len(rest), 0, -1))
+        yield next((part for part in parts if part in known), "__init__")
 
 
 def test_every_module_imports_only_modules_before_it():
   modules = {module: set(imports(file)) for module, file in files().items()}
   modules["configs"] |= {x for file in (PACKAGE.parent / "configs").glob("*.py") for x in imports(file)} - {"configs"}
-  assert modules.keys() <= set(ORDER), "a new module needs its place in ORDER"
+  assert modules.keys() == set(ORDER), "every module has its place in ORDER, and every place a module"
   rank = {module: i for i, module in enumerate(ORDER)}
   assert not [f"{a} imports {b}" for a in modules for b in modules[a] if rank[b] >= rank[a]]
+
+
+def test_a_file_is_tested_in_the_room_that_it_stands_in():
+  tests, rooms = pathlib.Path(__file__).parent, {}
+  for module in files():
+    *room, name = module.split(".")
+    rooms.setdefault(f"{name}_test.py", []).append("/".join(room) or ".")
+  for path in tests.rglob("*_test.py"):
+    assert str(path.relative_to(tests).parent) in rooms.get(path.name, [str(path.relative_to(tests).parent)]), path
 
 
 def test_importing_lladax_does_not_load_the_data_libraries():

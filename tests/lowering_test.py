@@ -21,10 +21,13 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from lladax import configs, evaluate, llada, sampling, train
+from lladax import configs, sampling
 from lladax.config import parse
 from lladax.devices import sharding
+from lladax.evaluation import evaluate
+from lladax.inference import llada
 from lladax.sampling import SamplerConfig
+from lladax.training import step
 
 DEVICES = {
   "cpu": AbstractDevice("cpu", None, "cpu"),
@@ -113,14 +116,14 @@ STEPS = {
 
 def lower_step(config, platform, mesh=None):
   """The text of the real step; with a mesh, sliced over it."""
-  tx, init, at, columns_at = train.program(config, mesh or sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1]))
+  tx, init, at, columns_at = step.program(config, mesh or sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1]))
   B, L = config.data.batch_size, config.data.length
   columns = {"tokens": array(B, L), "weight": array(B, L, dtype=jnp.float32), "segment": array(B, L), "index": array(B)}
   state = shapes(jax.eval_shape(init), at if mesh else None)
   columns = shapes(columns, columns_at if mesh else None)
   if mesh is None:
-    at = train.State(*[state.step.sharding] * len(at))
-  return lower(platform, train.jit_step(config, tx, at, mask_id=0, eos_id=1), state, columns)
+    at = step.State(*[state.step.sharding] * len(at))
+  return lower(platform, step.jit_step(config, tx, at, mask_id=0, eos_id=1), state, columns)
 
 
 def test_every_config_is_here():

@@ -14,8 +14,10 @@ from absl import flags
 from absl.testing import flagsaver
 
 import lladax
-from lladax import config, main, train
+from lladax import config, main
+from lladax.inference import show
 from lladax.storage import checkpoint
+from lladax.training import setup
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -136,7 +138,7 @@ def test_bad_input_stops_before_any_long_work(tiny, tmp_path, changes, message):
   (tmp_path / "empty.txt").touch()
   changes = {name: x.format(tmp=tmp_path) if isinstance(x, str) else x for name, x in changes.items()}
   with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-    train.prepare(tiny(changes), tmp_path / "run")
+    setup.prepare(tiny(changes), tmp_path / "run")
   assert "\n" not in str(error.value)
   assert not (tmp_path / "run").exists()
 
@@ -146,7 +148,7 @@ def test_a_tokenizer_that_is_not_the_checkpoint_s(tiny, workdir):
   with pytest.raises(ValueError, match="tokenizer holds another tokenizer than the one this model was trained with"):
     lladax.load(workdir)
   with pytest.raises(ValueError, match="another config .tokenizer_fingerprint: "):
-    train.prepare(tiny(), workdir)
+    setup.prepare(tiny(), workdir)
 
 
 def test_a_vocabulary_that_is_not_the_checkpoint_s(workdir):
@@ -252,7 +254,7 @@ def test_sample_reads_standard_input(workdir):
 def test_sample_without_any_prompt(workdir, monkeypatch):
   monkeypatch.setattr(sys, "stdin", io.StringIO())
   with pytest.raises(ValueError, match="--prompt is missing, and nothing came from standard input"):
-    train.show_samples(config.load(workdir), workdir, [], None)
+    show.show_samples(config.load(workdir), workdir, [], None)
 
 
 # The command line itself: parsed and refused within this process.

@@ -38,8 +38,10 @@ def test_the_first_commands_are_the_promised_ones():
 
 
 def test_the_table_of_files_is_the_folder():
-  named = re.findall(r"^\|\s*\[?`(?:lladax/)?(\w+\.py)`[^|]*\|\s*\w", README, re.MULTILINE)
-  assert sorted(named) == sorted(file.name for file in (ROOT / "lladax").glob("*.py"))
+  named = re.findall(r"^\|\s*\[?`([\w/]+\.py)`[^|]*\|\s*\w", README, re.MULTILINE)
+  package = ROOT / "lladax"
+  files = {str(file.relative_to(package)) for file in package.rglob("*.py")}
+  assert named == sorted(set(named), key=named.index) and set(named) | {"configs/__init__.py"} == files
 
 
 def test_commands_name_configs_and_flags_that_exist(monkeypatch):

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from rich.console import Console
 
 from lladax.mistake import Mistake
 
@@ -156,3 +157,8 @@ class Watchdog:
           file=sys.stderr, flush=True)  # fmt: skip
     faulthandler.dump_traceback(all_threads=True)
     os._exit(HUNG)
+
+
+def console() -> Console:
+  """Progress and tables of the first process go to stderr; stdout is for text that was asked for."""
+  return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False, quiet=not is_first())

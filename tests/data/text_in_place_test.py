@@ -13,7 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from lladax import sampling
 from lladax.data import tokenizer
-from lladax.llada import LLaDA
+from lladax.inference.llada import LLaDA
 from lladax.model.mask_predictor import MaskPredictorConfig
 
 TEXTS = ["The capital of France is Paris. the king of France, and the cat sat on the mat\n\n  The end.\t秦川"] * 9

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lladax import train
 from lladax.config import parse
 from lladax.configs import llada_8b
 from lladax.devices import sharding
 from lladax.devices.sharding import MeshConfig
 from lladax.model.mask_predictor import Block
 from lladax.storage import checkpoint
+from lladax.training import setup, step
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_the_8b_run_starts_on_eight_nodes_of_eight_gpus():
     values = llada_8b.get_config()
     values.mesh.slices = slices
     config = parse(values.to_dict())
-    train.check_mesh(config, sharding.make_mesh(config.mesh, nodes(8)))
+    step.check_mesh(config, sharding.make_mesh(config.mesh, nodes(8)))
 
 
 @pytest.mark.parametrize("n", [1, 2, 8])
@@ -169,10 +169,10 @@ def test_a_batch_that_the_devices_cannot_divide(batch_size, use):
 
 
 def test_the_moments_lie_where_their_parameters_lie(tiny, tmp_path):
-  run = train.prepare(tiny({"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2}), tmp_path / "run")
+  run = setup.prepare(tiny({"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2}), tmp_path / "run")
   init = jax.jit(run.init, out_shardings=run.shardings).lower()
   state = init.compile({"xla_backend_optimization_level": 0})()
-  tree = train.to_tree(state)
+  tree = step.to_tree(state)
   params, mu, nu = (
     {path: x.sharding.shard_shape(x.shape) for path, x in checkpoint.flat(tree[name])}
     for name in ("params", "mu", "nu")
@@ -233,7 +233,7 @@ def step_collectives(tiny, mesh):
   changes = {"model.N": 12, "model.D": 32, "model.F": 64, "model.V": 384, "model.head_chunk": 8, "model.remat": "full"}
   config = tiny(changes | {f"mesh.{axis}": size for axis, size in mesh.items()})
   grid = sharding.make_mesh(config.mesh)
-  tx, init, at, batch_at = train.program(config, grid)
+  tx, init, at, batch_at = step.program(config, grid)
   dtypes = {"tokens": "int32", "weight": "float32", "segment": "int32", "index": "int32"}
   with jax.set_mesh(grid):
     state = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), jax.eval_shape(init), at)
@@ -241,7 +241,7 @@ def step_collectives(tiny, mesh):
       name: jax.ShapeDtypeStruct((32,) if name == "index" else (32, 16), dtype, sharding=batch_at[name])
       for name, dtype in dtypes.items()
     }
-    hlo = train.jit_step(config, tx, at, mask_id=3, eos_id=2).lower(state, batch).compile().as_text()
+    hlo = step.jit_step(config, tx, at, mask_id=3, eos_id=2).lower(state, batch).compile().as_text()
   found = []
   for line in hlo.replace("/*index=5*/", "").splitlines():
     if match := COLLECTIVE.search(line):

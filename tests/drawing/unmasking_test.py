@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lladax import llada
 from lladax.drawing import unmasking
+from lladax.inference import llada
 
 PIECES = ("Q:", " two\n", "plus", " <script>", "", "\n", " four", " &", " end")
 UNMASKED_AT = np.array([0, 0, 3, 1, 5, 2, 5, 0, 4])

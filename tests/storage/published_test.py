@@ -19,11 +19,12 @@ import tokenizers
 from template_test import CHATML, folder_of
 
 import lladax
-from lladax import convert, train
 from lladax.data import tokenizer
 from lladax.devices import sharding
+from lladax.inference import convert
 from lladax.mistake import Mistake
 from lladax.storage import checkpoint, published
+from lladax.training import loop, setup
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -617,7 +618,7 @@ def test_fine_tuning_speaks_the_bases_template(with_a_template, tiny, tmp_path):
   (tmp_path / "talks.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
   fields = {"init_from": str(tmp_path / "base"), "data.corpus": f"files:{tmp_path / 'talks.jsonl'}",
             "data.format": "chat", "data.length": 96}  # fmt: skip
-  run = train.prepare(tiny(fields), tmp_path / "run")
+  run = setup.prepare(tiny(fields), tmp_path / "run")
   text, rows = tokenizer.load(tmp_path / "run" / "tokenizer"), run.sources[0]
   assert text.fingerprint == run.text.fingerprint == json.loads((tmp_path / "run" / "config.json").read_text())[
     "tokenizer_fingerprint"
@@ -626,7 +627,7 @@ def test_fine_tuning_speaks_the_bases_template(with_a_template, tiny, tmp_path):
   assert prompt.tolist() == text.chat(TALK) and reply.tolist()[-2:] == [text.eot_id, text.eos_id]
   assert text.decode(reply, behind=prompt).startswith("Paris ")
   with jax.set_mesh(run.mesh):
-    found = train._llada(run, train.begin(run))
+    found = loop._llada(run, setup.begin(run))
   assert found.ends == lladax.load(source).ends and found.eot_id == text.eot_id
 
 

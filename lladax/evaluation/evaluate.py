@@ -1,0 +1,407 @@
+"""Evaluations: functions (llada, config) -> {metric: value}. `config` is the whole run's.
+
+bound    the held-out text (or replies) in bits per byte, beside a unigram model of the same tokens and `xz -9`
+samples  the config's canvases, filled
+task     the reversal test, on facts or on couplets
+tasks    what else `evaluate.tasks` names goes to the lm-evaluation-harness
+"""
+
+import dataclasses
+import functools
+import json
+import lzma
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from lladax import autoregressive, diffusion
+from lladax.config import Config
+from lladax.data import batches, held_out
+from lladax.data.tokenizer import Tokenizer
+from lladax.devices import distributed, sharding
+from lladax.drawing import report as reports
+from lladax.drawing import unmasking
+from lladax.evaluation import reversal
+from lladax.inference import load, show
+from lladax.inference.llada import LLaDA, Sampled
+from lladax.mistake import Mistake
+from lladax.storage import checkpoint, metrics
+
+
+def _nobody(doing: str) -> None:
+  del doing
+
+
+def bound(
+  llada: LLaDA, config: Config, *, rows: int = 0, seed: int = 0, beat: Callable[[str], None] = _nobody
+) -> dict[str, float]:
+  """Bits per byte of the held-out documents: an upper bound for the mask predictor, exact for the baseline.
+
+  The held-out documents, each followed by one separator (EOS for the model, a newline for the byte count and for
+  xz), are cut into rows as for training, and every token is scored once. Of conversations every reply is scored, up to
+  its EOS, given its prompt.
+
+  Args:
+    llada: the model.
+    config: of the run.
+    rows: use so many rows only (evenly spread), and leave out the yardsticks; 0: all.
+    seed: of the masks.
+    beat: called with what comes next, before every batch and whatever else may take long; for a watchdog.
+
+  Returns:
+    `bits_per_byte`, `perplexity` (of a token), their standard errors over rows (`bits_per_byte_stderr`,
+    `perplexity_stderr`), `nats_per_token`; over all rows of text that is at hand also `unigram_bits_per_byte` (add-one
+    counts of the training tokens) and `xz_bits_per_byte`.
+  """
+  assert llada.tokenizer is not None
+  found = held_out.rows(config.data, llada.tokenizer)
+  if found is None:
+    raise Mistake("data.held_out=0.0: there is no held-out text to evaluate on")
+  keep = np.arange(found.num_rows)
+  if rows and rows < len(keep):
+    keep = np.linspace(0, len(keep) - 1, rows).round().astype(int)
+  tokens_RL, segment_RL, scored_RL = found.take(keep)
+  nats_R = _nats(llada, config, tokens_RL, segment_RL, scored_RL, seed, beat)
+  tokens = int(scored_RL.sum())
+  nats, error = float(nats_R.sum()), float(nats_R.std(ddof=1) * math.sqrt(len(keep))) if len(keep) > 1 else 0.0
+  per_byte = found.num_tokens / found.num_bytes / tokens / math.log(2)  # nats of these rows -> bits per byte
+  perplexity = math.exp(min(nats / tokens, 700.0))  # of a broken model, too
+  metrics = {
+    "bits_per_byte": nats * per_byte,
+    "bits_per_byte_stderr": error * per_byte,
+    "perplexity": perplexity,
+    "perplexity_stderr": perplexity * error / tokens,
+    "nats_per_token": nats / tokens,
+  }
+  if len(keep) == found.num_rows and found.raw:
+    train_T = batches.train_stream(config.data, llada.tokenizer)
+    metrics |= yardsticks(train_T, tokens_RL[scored_RL], found.raw, llada.vocab_size, beat)
+  return metrics
+
+
+def yardsticks(
+  train_T: np.ndarray, held_out_T: np.ndarray, raw: bytes, vocab_size: int, beat: Callable[[str], None] = _nobody
+) -> dict[str, float]:
+  """Bits per byte of `raw` under a unigram model of its tokens (add-one), and under `xz -9`."""
+  beat("counting tokens")
+  count_V = np.bincount(train_T, minlength=vocab_size) + 1.0
+  bits = -np.log2(count_V / count_V.sum())[held_out_T].sum()
+  xz, size, part = lzma.LZMACompressor(preset=9), 0, 2**22
+  for first in range(0, len(raw), part):
+    beat(f"compressing the held-out text, byte {first} of {len(raw)}")
+    size += len(xz.compress(raw[first : first + part]))
+  size += len(xz.flush())
+  return {"unigram_bits_per_byte": float(bits / len(raw)), "xz_bits_per_byte": 8.0 * size / len(raw)}
+
+
+def samples(llada: LLaDA, config: Config) -> Sampled | None:
+  """The config's canvases filled, each between two EOS, as documents stand in the training text; None without any.
+
+  The canvases are filled with the sampler's settings, in one block. A causal model continues what stands before the
+  first [MASK]. After training on conversations (data.format=chat) the canvases are what the user says.
+  """
+  canvases = config.evaluate.canvases
+  if not canvases or llada.tokenizer is None:
+    return None
+  options = dataclasses.asdict(config.sample)
+  if config.data.format == "chat":
+    options["early_stop"] = True
+    return llada.sample([[_says(text)] for text in canvases], **options)
+  if llada.model.causal:
+    return llada.sample([_before_masks(text) for text in canvases], **options)
+  del options["block_length"], options["gen_length"]  # a canvas has a length of its own
+  rows = [[llada.eos_id, *llada.tokenizer.encode_canvas(text), llada.eos_id] for text in canvases]
+  return llada.unmask(rows, **options)
+
+
+def _says(text: str) -> dict[str, str]:
+  return {"role": "user", "content": text}
+
+
+def _before_masks(text: str) -> str:
+  return text.partition("[MASK]")[0]
+
+
+def _nats(
+  llada: LLaDA, config: Config, tokens_RL: np.ndarray, segment_RL: np.ndarray, scored_RL: np.ndarray, seed: int,
+  beat: Callable[[str], None],
+) -> np.ndarray:  # fmt: skip
+  """Minus the log-likelihood (bound) of what is scored of every row, given the rest."""
+  R, size = len(tokens_RL), min(config.evaluate.batch_size, len(tokens_RL))
+  draws = 1 if llada.model.causal else config.evaluate.num_samples
+  total_R = np.zeros(R)
+  for first in range(0, R, size):
+    beat(f"scoring held-out row {first} of {R}")
+    at = np.minimum(np.arange(first, first + size), R - 1)  # the last rows again, to fill the batch
+    with sharding.on_mesh_of(llada.params):
+      nats = [
+        _score(
+          llada.params, tokens_RL[at], segment_RL[at], scored_RL[at], at, seed, draw, model=llada.model,
+          mask_id=llada.mask_id, eos_id=llada.eos_id, num_samples=draws, right_padded=not config.data.segments,
+        )
+        for draw in range(draws)
+      ]  # fmt: skip
+    n = min(size, R - first)
+    total_R[first : first + n] = np.mean(jax.device_get(nats), axis=0)[:n]
+  return total_R
+
+
+@functools.partial(jax.jit, static_argnames=("model", "mask_id", "eos_id", "num_samples", "right_padded"))
+def _score(
+  params, tokens_BL, segment_BL, scored_BL, row_B, seed, draw, *, model, mask_id, eos_id, num_samples, right_padded
+):
+  """Minus the log-likelihood of what is scored of rows, by draw number `draw`; [B]."""
+  bound_model = model.bind(params)
+
+  def nll(input_BL, target_BL):
+    return bound_model.nll(input_BL, target_BL, segment_BL, right_padded=right_padded)
+
+  if model.causal:
+    nats_B = -autoregressive.log_likelihood(nll, tokens_BL, scored_BL, segment_BL, start_id=eos_id)
+    return sharding.constrain(nats_B, ".")
+  key_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(row_B)
+  draw_B, draws_B = jnp.broadcast_to(draw, row_B.shape), jnp.full(row_B.shape, num_samples)
+  nats_B = -diffusion.log_likelihood(nll, tokens_BL, scored_BL, key_B, draw_B, draws_B, mask_id=mask_id)
+  return sharding.constrain(nats_B, ".")
+
+
+def task(llada: LLaDA, config: Config, name: str) -> tuple[dict[str, float], list[dict[str, Any]]]:
+  """(metrics, what was asked and answered) of a reversal test.
+
+  On facts, "reversal"; on couplets, "poems:FILE"; on couplets in a conversation, "poems_chat:FILE".
+
+  Raises:
+    Mistake, Missing: there is no such task, or its file is not there.
+  """
+  questions = _questions(name)
+  if questions is None:
+    raise Mistake(f"evaluate.tasks: {name!r} is no reversal test: use reversal, poems:FILE, or poems_chat:FILE")
+  return reversal.run(llada, questions, config.evaluate.batch_size)
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+  """Tasks without their files, unless two would be the same: poems:data/couplets.json -> poems (or poems:couplets)."""
+  parts = [name.partition(":") for name in names]
+  kinds = [kind for kind, _, _ in parts]
+  return {
+    "".join(part): f"{part[0]}:{Path(part[2]).name.partition('.')[0]}" if kinds.count(part[0]) > 1 else part[0]
+    for part in parts
+  }
+
+
+def check_tasks(config: Config) -> dict[str, Any]:
+  """lm-eval's among `evaluate.tasks`, read; Mistake or Missing if one of all cannot be asked, before long work."""
+  others = [name for name in config.evaluate.tasks if _questions(name) is None]
+  if not others:
+    return {}
+  from lladax.evaluation import (
+    harness,  # an extra, and slow to import
+  )
+
+  return harness.check(others, data_dir=config.evaluate.data_dir, allow_code=config.evaluate.allow_code)
+
+
+# What an evaluation writes into a workdir.
+FILES = ("evaluations.jsonl", "evaluation.json", "evaluation.html", "samples.html")
+
+
+def check(config: Config, text: Tokenizer, others: Mapping[str, Any]) -> None:
+  """Tries what only the end of a run would read, before its first step; the corpora, if they are not yet read.
+
+  Args:
+    config: of the run, with the model as it will be.
+    text: its tokenizer.
+    others: what `check_tasks` returned.
+
+  Raises:
+    Mistake: canvases or questions of `evaluate.tasks` that do not fit the model, or contradict the sampler's settings;
+      nothing in the held-out part that fits a row.
+  """
+  talks, fills = config.data.format == "chat", config.data.format != "chat" and not config.model.causal
+  lengths = {}
+  for i, x in enumerate(config.evaluate.canvases):
+    ids = text.chat([_says(x)]) if talks else text.encode_canvas(x) if fills else text.encode(_before_masks(x))
+    lengths[f"evaluate.canvases[{i}]"] = len(ids) + 2 * fills  # an EOS at each end
+  show.check_room(lengths, config.sample, config.model, fills=fills)
+  for name in config.evaluate.tasks:
+    if questions := _questions(name):
+      reversal.check(name, questions, text, config.model)
+  if others:
+    from lladax.evaluation import harness
+
+    llada = LLaDA(config.model, {}, text, text.mask_id, text.eos_id, text.vocab_size, text.eot_id)  # asked nothing yet
+    for part, options in _with_options(list(others), config):
+      harness.models(llada, {name: others[name] for name in part}, options)
+  if config.data.held_out:
+    held_out.rows(config.data, text)
+
+
+def _questions(name: str) -> list[reversal.Question] | None:
+  """What a task asks; None: the harness knows."""
+  kind, _, path = name.partition(":")
+  if kind in ("poems", "poems_chat") and path:
+    return reversal.of_couplets(path, talks=kind == "poems_chat")
+  return reversal.of_facts() if name == "reversal" else None
+
+
+def _by_harness(
+  llada: LLaDA, config: Config, names: list[str], workdir: Path
+) -> tuple[dict[str, dict[str, float]], dict[str, list[dict[str, Any]]]]:
+  """(metrics, some answers) of lm-eval's tasks. The report holds them from the first task on.
+
+  Presets are as published; other tasks take the fields of `config.sample` that are not the defaults.
+  """
+  from lladax.evaluation import harness
+
+  c, alone = config.evaluate, jax.process_count() == 1  # several processes would not agree on what is in the cache
+  path = workdir / "evaluation"
+  found, told = {}, {}
+  for part, options in _with_options(names, config):
+    found |= harness.evaluate(
+      llada, part, data_dir=c.data_dir, limit=c.limit or None, batch_size=c.batch_size, allow_code=c.allow_code,
+      use_cache=workdir / "harness" if alone else None, output=path, **options,
+    )  # fmt: skip
+    if distributed.is_first():
+      told |= json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))["told"]
+  return found, told
+
+
+def _with_options(names: Sequence[str], config: Config) -> Iterator[tuple[list[str], dict[str, Any]]]:
+  """Presets, and the other tasks, each with how the sampler is set for them."""
+  from lladax.evaluation import presets
+
+  presets = [name for name in names if name in presets.PRESETS]
+  for part, options in ((presets, {}), ([name for name in names if name not in presets], _chosen(config))):
+    if part:
+      yield part, options
+
+
+def _chosen(config: Config) -> dict[str, Any]:
+  """The fields of the sampler that are not the defaults."""
+  fields = dataclasses.fields(config.sample)
+  return {x.name: value for x in fields if (value := getattr(config.sample, x.name)) != x.default}
+
+
+def report(llada: LLaDA, config: Config, bounds: dict[str, float], workdir: Path, console: Console) -> dict[str, float]:
+  """Runs the tasks and fills the canvases; shows everything, and writes it.
+
+  Args:
+    llada: the model.
+    config: of the run.
+    bounds: what `bound` found, or {}.
+    workdir: gets a line in evaluations.jsonl, evaluation.json, evaluation.html and samples.html.
+    console: for the tables.
+
+  Returns:
+    `bounds`, and "TASK METRIC" -> value of all tasks.
+  """
+  own = [name for name in config.evaluate.tasks if _questions(name) is not None]
+  others = [name for name in config.evaluate.tasks if name not in own]
+  found, told = {}, {}
+  if others:
+    found, told = _by_harness(llada, config, others, workdir)
+  for name in own:
+    found[name], told[name] = task(llada, config, name)
+  short = short_names(list(found))
+  results = bounds | {f"{short[name]} {x}": value for name, values in found.items() for x, value in values.items()}
+  if not distributed.is_first():
+    samples(llada, config)
+    return results
+  _show(llada, config, bounds, found, told, console)
+  step = (checkpoint.steps(workdir) or [0])[-1]
+  if results:
+    metrics.append(workdir / "evaluations.jsonl", {"step": step} | results)
+    shown = {name: _some(answers) for name, answers in told.items()}
+    about = {"model": f"{llada.model.num_params():,} parameters, {config.objective}", "step": f"{step:,}",
+             "data": ", ".join(config.data.corpora), "device": jax.devices()[0].device_kind,
+             "versions": f"lladax {_version()}, jax {jax.__version__}"}  # fmt: skip
+    if others:
+      limit = f"{config.evaluate.limit} questions of each" if config.evaluate.limit else "all questions"
+      about |= {
+        "tasks": limit,
+        "sampler": ", ".join(f"{x}={value}" for x, value in _chosen(config).items()) or "default",
+      }
+    title, held_out = f"{workdir.name}, step {step:,}", "replies" if config.data.format == "chat" else "text"
+    losses = metrics.losses(workdir)
+    reports.write(reports.Report(title, about, found, shown, bounds, held_out, losses), workdir / "evaluation")
+    console.print(f"the same as a page, with the loss: {workdir / 'evaluation.html'}", markup=False)
+  if filled := samples(llada, config):
+    for row in filled.unmaskings():
+      console.print(unmasking.terminal(row, frames=4))
+    page = filled.html(f"{workdir.name}, step {step}")
+    (workdir / "samples.html").write_text(page, encoding="utf-8", errors="backslashreplace")
+    console.print(f"the same as a page: {workdir / 'samples.html'}", markup=False)
+  return results
+
+
+def _version() -> str:
+  try:
+    return metadata.version("lladax")
+  except metadata.PackageNotFoundError:  # run from a checkout
+    return "(not installed)"
+
+
+def _some(told: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """As many answers as a page shows, of every direction of the reversal test."""
+  directions = list(dict.fromkeys(x.get("direction") for x in told))
+  each = -(-reports.SHOWN // len(directions)) if directions else 0
+  return [x for d in directions for x in [y for y in told if y.get("direction") == d][:each]]
+
+
+def _show(
+  llada: LLaDA, config: Config, bounds: dict[str, float], found: dict[str, dict[str, float]],
+  told: dict[str, list[dict[str, Any]]], console: Console,
+) -> None:  # fmt: skip
+  """Tables: tasks, and the bound beside its yardsticks."""
+  if found:
+    own = {name: {x["direction"]: x for x in reversed(told.get(name, ())) if "direction" in x} for name in found}
+    titles = ["task", "metric", "value", *["for instance"] * any(own.values())]
+    table = Table(*(Column(title, overflow="fold") for title in titles))
+    for name, values in found.items():
+      for metric, value in reports.metrics(values).items():
+        x = own[name].get(metric)
+        example = [escape(f"{x['question']} → {x['guess']} ({x['answer']})")] if x else []
+        table.add_row(escape(name), metric, f"[bold]{reports.number(metric, value, values)}[/]", *example)
+    console.print(table)
+  if bounds:
+    columns = "held-out replies" if config.data.format == "chat" else "held-out text", "bits per byte", "perplexity"
+    table = Table(*columns)
+    name = "exact" if llada.model.causal else "bound"
+    bits, perplexity = (
+      f"[bold]{bounds[x]:.{places}f}[/] ± {bounds[f'{x}_stderr']:.{places}f}"
+      for x, places in (("bits_per_byte", 3), ("perplexity", 2))
+    )
+    table.add_row(f"lladax ({name})", bits, perplexity)
+    for name, label in reports.YARDSTICKS.items():
+      if name in bounds:
+        table.add_row(label, f"{bounds[name]:.3f}")
+    console.print(table)
+
+
+def evaluate_last(config: Config, workdir: Path) -> dict[str, float]:
+  """Evaluates the workdir's last checkpoint as at the end of training, and adds a line to evaluations.jsonl."""
+  checkpoint.check_workdir(workdir, FILES)
+  if not (config.data.held_out or config.evaluate.tasks or config.evaluate.canvases):
+    raise Mistake(
+      "there is nothing to evaluate: data.held_out=0.0, evaluate.tasks=(), evaluate.canvases=(): give one of them, as"
+      " in --config.data.held_out=0.05"
+    )
+  others = check_tasks(config)
+  model, text = load.saved_model(workdir)
+  if text is None:
+    raise Mistake(f"--workdir={workdir}: this model has no tokenizer to read the held-out text and the tasks with")
+  config = show.of_model(config, model, workdir)
+  check(config, text, others)
+  llada = load.load(workdir, mesh=sharding.make_mesh(config.mesh))
+  config = dataclasses.replace(config, model=llada.model)  # adapters are merged
+  bounds = bound(llada, config) if config.data.held_out else {}
+  return report(llada, config, bounds, workdir, distributed.console())

@@ -1,0 +1,88 @@
+"""Published checkpoints and workdirs: one made from the other.
+
+WORKDIR/published/ keeps the files that came with the tensors (config.json, the tokenizer's), for the way back.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lladax.data import tokenizer as tokenizers
+from lladax.devices import sharding
+from lladax.inference import load
+from lladax.mistake import Mistake
+from lladax.model.mask_predictor import MaskPredictorConfig
+from lladax.storage import checkpoint, published, safetensors
+
+
+def from_published(source: str | Path, workdir: Path, values: dict[str, Any]) -> None:
+  """Makes a published folder, or one of the hub, into a workdir with the checkpoint of step 0, in the files' dtypes.
+
+  Args:
+    source: folder, or hf://OWNER/NAME[@REVISION].
+    workdir: new, or empty.
+    values: a run's config as plain values; its model, and its tokenizer if there is one, become the source's. A mesh
+      that slices parameters is used.
+
+  Raises:
+    Missing, Mistake: as `huggingface.find` and `read`; the workdir is in use.
+  """
+  if workdir.is_dir() and any(workdir.iterdir()):
+    raise Mistake(f"--workdir={workdir} is not empty: an import needs a new workdir")
+  checkpoint.check_workdir(workdir, ["config.json"], ["checkpoints", "tokenizer", "published"])
+  theirs = published.read(published.find(source))
+  text = theirs.identity["tokenizer"]
+  for path in theirs.folder.iterdir():
+    if path.is_file() and path.suffix in published.KEPT and path.name != safetensors.INDEX:
+      (workdir / "published").mkdir(parents=True, exist_ok=True)
+      shutil.copyfile(path, workdir / "published" / path.name)
+  if text:
+    text.save(workdir / "tokenizer")
+    settings = json.loads((workdir / "tokenizer" / tokenizers.SETTINGS).read_text())
+    files = [path for path in (workdir / "tokenizer").iterdir() if path.name != tokenizers.SETTINGS]
+    special = {name: settings["names"][name] for name in ("eos", "mask", "pad")}
+    special |= {"kind": settings["kind"], "path": "".join(map(str, files))}
+    values = values | {"tokenizer": values["tokenizer"] | special}
+  saver = checkpoint.Checkpoints(workdir)
+  c = sharding.MeshConfig(**values.get("mesh", {}))
+  at, step_at = None, None
+  if (c.fsdp, c.tensor) != (1, 1):  # copies of the parameters would help nobody here
+    mesh = sharding.make_mesh(c)
+    at, step_at = sharding.shardings(mesh, theirs.model.letters()), sharding.shardings(mesh, "")
+  params = published.load_params(theirs, at)
+  saver.save(0, {"step": jax.device_put(np.int32(0), step_at), "params": params})
+  saver.close()
+  shape = {name: getattr(theirs.model, name) for name, *_ in (*published.FIELDS, "K")}
+  values = values | {"objective": "diffusion", "model": values["model"] | shape}
+  values |= {"tokenizer_fingerprint": text.fingerprint if text else ""}
+  (workdir / "config.json").write_text(json.dumps(values, indent=2) + "\n")  # the last: now it is a workdir
+
+
+def to_published(workdir: Path, target: Path, dtype: str | None = None) -> None:
+  """Writes a workdir's last checkpoint in the published layout, with the files that were imported beside it.
+
+  Raises:
+    Missing: there is no checkpoint.
+    Mistake: as `huggingface.export`; no checkpoint can be read.
+  """
+  if target.is_dir() and any(target.iterdir()):
+    raise Mistake(f"--target={target} is not empty: an export needs a new folder")
+  model = MaskPredictorConfig(**checkpoint.config(workdir)["model"])
+  published.check_exportable(model)
+  found = load.load(workdir)  # adapters are merged
+  model, params = found.model, found.params
+  target.mkdir(parents=True, exist_ok=True)
+  if (workdir / "published").is_dir():
+    shutil.copytree(workdir / "published", target, dirs_exist_ok=True)
+    config = json.loads((target / "config.json").read_text("utf-8"))
+  else:
+    text = tokenizers.load(workdir / "tokenizer")
+    text.save(target)
+    config = published.new_config(model, text) | {"dtype": str(params["embedding"].dtype)}
+  if dtype:
+    config[next((name for name in ("torch_dtype", "dtype") if name in config), "dtype")] = dtype
+  published.export(params, model, target, config, dtype=dtype)

@@ -1,0 +1,182 @@
+"""Everything that the loop needs, checked and at hand before any long work."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from lladax.config import Config, check_saved
+from lladax.data import batches, tokenizer, windows
+from lladax.devices import distributed, sharding
+from lladax.evaluation import evaluate
+from lladax.inference.load import check_vocabulary, load
+from lladax.mistake import Missing, Mistake
+from lladax.storage import checkpoint
+from lladax.training.step import State, check_mesh, from_tree, program, to_tree
+
+
+class Run(NamedTuple):
+  """Everything that the loop needs, checked and at hand before any long work."""
+
+  config: Config
+  workdir: Path
+  text: tokenizer.Tokenizer
+  mesh: Mesh
+  tx: optax.GradientTransformation
+  init: Callable[[], State]
+  shardings: State
+  batch_sharding: dict[str, Any]
+  sources: list[windows.Source]
+  base: str  # the checkpoint that the run begins from; "": random parameters
+
+
+def prepare(config: Config, workdir: Path) -> Run:
+  """Checks everything there is to check, makes or loads the tokenizer, and writes the config beside it."""
+  log, names = config.log, ("config.json", "metrics.jsonl", *evaluate.FILES)
+  folders = ["checkpoints", "tokenizer", *["tensorboard"] * log.tensorboard, *["profile"] * (log.profile_last > 0)]
+  checkpoint.check_workdir(workdir, names, folders)
+  if (log.profile_first or log.profile_last) and not log.profile_first < log.profile_last:
+    raise Mistake(f"log.profile_first={log.profile_first}, log.profile_last={log.profile_last}: no step lies between")
+  mesh = sharding.make_mesh(config.mesh)
+  check_mesh(config, mesh)
+  saved_config = workdir / "config.json"
+  saved = checkpoint.config(workdir) if saved_config.exists() else None
+  console = distributed.console()
+  others = evaluate.check_tasks(config)
+  base = _base(config, saved, workdir) if config.init_from else ""
+  if base:
+    begun = saved or checkpoint.config(Path(base).parent.parent)
+    shape = {name: begun["model"][name] for name in _SHAPE}
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **shape))
+    console.print(f"parameters, their shape and the tokenizer are those of {base}", markup=False)
+  console.print(f"reading {', '.join(config.data.corpora)}", markup=False)
+  if saved or base:
+    text = tokenizer.load((workdir if saved else Path(base).parent.parent) / "tokenizer")
+  else:
+    text = batches.prepared_tokenizer(config.data)
+    if text is None:
+      text = tokenizer.create(config.tokenizer, batches.texts(config.data)[0])
+    else:
+      console.print("the tokenizer is that of the records")
+  model = dataclasses.replace(config.model, V=config.model.V or text.rows)
+  check_vocabulary(model, text)
+  config = dataclasses.replace(config, model=model)
+  check_mesh(config, mesh)
+  extra = {"tokenizer_fingerprint": text.fingerprint, "base": base}
+  if base:
+    extra["base_fingerprint"] = (saved or {}).get("base_fingerprint") or checkpoint.fingerprint(Path(base))
+  plain = json.loads(json.dumps(dataclasses.asdict(config) | extra))
+  if saved:
+    moved = {name: plain[name] for name in ("init_from", "base", "base_fingerprint")} if base else {}
+    check_saved(saved | moved, plain, workdir)
+  if config.evaluate.every and not config.data.held_out:
+    raise Mistake(f"evaluate.every={config.evaluate.every}: data.held_out=0.0 leaves no text to evaluate on")
+  evaluate.check(config, text, others)
+  sources = batches.sources(config.data, text, config.seed)
+  for name, source in zip(config.data.corpora, sources, strict=True):
+    console.print(f"{name}: {source.about}", markup=False)
+  digest = "".join(source.digest for source in sources)
+  distributed.agree(config=json.dumps(plain), data=digest, workdir=str(workdir), jax=jax.__version__)
+  if distributed.is_first():
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not saved:
+      text.save(workdir / "tokenizer")
+      published = Path(base).parent.parent / "published"
+      if base and published.is_dir():  # for the way back
+        shutil.copytree(published, workdir / "published", dirs_exist_ok=True)
+    new_config = saved_config.with_suffix(".new")
+    new_config.write_text(json.dumps(plain, indent=2) + "\n")
+    new_config.replace(saved_config)  # at once: a run may be killed here
+  return Run(config, workdir, text, mesh, *program(config, mesh), sources, base)
+
+
+_SHAPE = ("D", "N", "H", "G", "K", "F", "V", "tied", "rope_theta", "norm_eps", "max_length")
+
+
+def find_base(init_from: str) -> str:
+  """The checkpoint that a run begins from: `init_from` itself, or the last one of that workdir.
+
+  Raises:
+    Missing: there is none.
+  """
+  path = Path(init_from).expanduser().absolute()
+  step = path.name if path.name.isdecimal() and path.parent.name == "checkpoints" else ""
+  workdir = path.parent.parent if step else path
+  steps = checkpoint.steps(workdir)
+  if not (workdir / "config.json").is_file() or not steps or (step and int(step) not in steps):
+    there = f"there are the steps {steps}" if steps else "there is no checkpoint"
+    raise Missing(f"init_from={init_from}: {there}; name a workdir that was trained, or made by --mode=import")
+  if not (workdir / "tokenizer").is_dir():
+    raise Missing(f"init_from={init_from}: there is no tokenizer in it to read text with")
+  return str(checkpoint.folder(workdir) / (step or str(steps[-1])))
+
+
+def _base(config: Config, saved: dict[str, Any] | None, workdir: Path) -> str:
+  """The checkpoint that a run begins from; of a run that goes on where it was, or is now by what `init_from` says.
+
+  Raises:
+    Missing: it is needed, for adapters or since there is no checkpoint yet, and is not there.
+    Mistake: `init_from` names another checkpoint than the one that the run began from.
+  """
+  if not saved or not saved.get("base"):
+    return find_base(config.init_from)
+  base, mark = Path(saved["base"]), saved.get("base_fingerprint", "")
+  same = config.init_from == saved["init_from"]
+  given = Path(config.init_from).expanduser().absolute()
+  for path in [base] * same + [given, checkpoint.folder(given) / base.name]:
+    found = checkpoint.fingerprint(path)
+    if found and found == (mark or (found if same and path == base else "")):  # older runs hold no mark
+      return str(path)
+  if not same:
+    find_base(config.init_from)
+    raise Mistake(f"init_from={config.init_from}: {workdir} began from another checkpoint, {base}")
+  if checkpoint.steps(workdir) and not config.model.lora_rank:
+    return str(base)  # the workdir holds everything
+  why = "trains adapters of" if config.model.lora_rank else "has no checkpoint yet, and begins from"
+  raise Missing(f"{workdir} {why} {base}, which is not there: say as init_from where that checkpoint is now")
+
+
+def begin(run: Run) -> State:
+  """The state of step 0: random parameters, or those of `run.base`; of adapters the second factor is 0."""
+  # Random draws compile slowly on a CPU, and run once: a fifth of the time without optimisation.
+  quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+  if not run.base:
+    return jax.jit(run.init, out_shardings=run.shardings, compiler_options=quick)()
+  at, frozen = run.shardings, {}
+  if run.config.model.lora_rank:
+    frozen = _frozen_base(run)
+    params = jax.jit(lambda: run.init().params, out_shardings=at.params, compiler_options=quick)()
+  else:
+    params = _cast(load(run.base, mesh=run.mesh).params, jnp.float32, at.params)
+  opt_state = jax.jit(run.tx.init, out_shardings=at.opt_state)(params)
+  return State(jax.device_put(jnp.int32(0), at.step), params, opt_state, frozen)
+
+
+def _frozen_base(run: Run) -> Any:
+  """What the adapters adapt."""
+  return _cast(load(run.base, mesh=run.mesh).params, run.config.model.compute_dtype, run.shardings.frozen)
+
+
+def _cast(params: Any, dtype: Any, at: Any) -> Any:
+  return jax.jit(lambda x: jax.tree.map(lambda x: x.astype(dtype), x), out_shardings=at)(params)
+
+
+def restore(run: Run) -> State | None:
+  """The state of the last checkpoint, read to where it lives: nothing is drawn, and of a base only what is frozen read.
+
+  None where there is no checkpoint.
+  """
+  shapes = jax.tree.map(
+    lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), jax.eval_shape(run.init), run.shardings
+  )
+  found = checkpoint.restore_latest(run.workdir, to_tree(shapes, copy=False))
+  if found is None:
+    return None
+  return from_tree(found[1], shapes)._replace(frozen=_frozen_base(run) if run.config.model.lora_rank else {})

@@ -1,0 +1,151 @@
+"""The step: what a batch does to the state, where the state lives, and what it costs."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from lladax import autoregressive, diffusion, optimizer
+from lladax.config import Config
+from lladax.devices import sharding
+from lladax.model import attention
+from lladax.storage import metrics
+
+
+class State(NamedTuple):
+  """What a step updates, and what it does not. `params` and Adam's moments are float32."""
+
+  step: jax.Array
+  params: Any  # what is trained
+  opt_state: Any
+  frozen: Any = {}  # the other parameters, where adapters are trained; in the compute dtype
+
+
+def train_step(
+  state: State,
+  batch: dict[str, jax.Array],
+  *,
+  config: Config,
+  tx: optax.GradientTransformation,
+  mask_id: int,
+  eos_id: int,
+) -> tuple[State, dict[str, jax.Array]]:
+  """One update. Noise is drawn here, on the device, from (seed, step, example index)."""
+  rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
+  B, L = config.data.batch_size, config.data.length
+
+  def loss_fn(params, batch):
+    segment_BL = batch["segment"] if config.masks_attention else None
+    model = config.model.bind(config.model.join(params, state.frozen))
+    nll = functools.partial(model.nll, segment_BL=segment_BL, right_padded=not config.data.separates)
+    if config.objective == "autoregressive":
+      return autoregressive.loss(nll, batch, start_id=eos_id)
+    nll = functools.partial(nll, per_pair=config.noise.targets_per_pair(L))
+    return diffusion.loss(nll, batch, rng, mask_id=mask_id, noise=config.noise, batch_size=B)
+
+  letters, _ = config.model.split(config.model.letters())
+
+  def gradient(batch):
+    batch = {name: sharding.constrain(x, "BL"[: x.ndim]) for name, x in batch.items()}
+    (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+    return jax.tree.map(sharding.constrain, grads, letters), loss, aux
+
+  M = config.micro_batches
+  if M == 1:
+    grads, loss, means = gradient(batch)
+  else:  # weights are normalised over the whole batch: the parts simply add up
+    parts = {
+      name: sharding.constrain(x.reshape(M, B // M, *x.shape[1:]), ".BL"[: x.ndim + 1]) for name, x in batch.items()
+    }
+    shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (grads, loss, means), _ = jax.lax.scan(
+      lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None), zeros, parts
+    )
+
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  scalars = {"loss": loss} | {name: total / jnp.maximum(count, 1) for name, (total, count) in means.items()}
+  scalars |= {"grad_norm": optax.tree.norm(grads)}
+  return State(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.frozen), scalars
+
+
+def check_mesh(config: Config, mesh: Mesh) -> None:
+  """Raises Mistake if the batch or the model cannot be shared out over the mesh, or the kernel is not for it."""
+  part, field = config.data.batch_size // config.micro_batches, "data.batch_size / micro_batches"
+  # The two rows of an antithetic pair live on one device.
+  sharding.check_batch(mesh, part, field, multiple=2 if config.noise.times == "antithetic" else 1)
+  sizes = {letter: getattr(config.model, letter) for letter in "DHGFV" if getattr(config.model, letter)}
+  sharding.check_divides(mesh, sizes, config.data.length)
+  c, L = config.model, config.data.length
+  attention.choose(
+    c.attention, W=L, L=L, K=c.K, dtype=c.compute_dtype, causal=c.causal, platform=mesh.devices.flat[0].platform,
+    segments="any" if config.data.separates else "right", context=mesh.shape["context"],
+  )  # fmt: skip
+
+
+_PARAMETERS = 0x1217  # folded into the seed that they are drawn from: the noise of a step has the step folded in
+
+
+def program(config: Config, mesh: Mesh) -> tuple[optax.GradientTransformation, Callable[[], State], State, Any]:
+  """(optimizer, how the state begins, where it lives, where the columns of a batch live)."""
+  c = config.model
+  letters, frozen_letters = c.split(c.letters())
+  tx = optimizer.create(config.optimizer, config.steps, letters)
+
+  def init() -> State:
+    params, frozen = c.split(c.init(jax.random.fold_in(jax.random.key(config.seed), _PARAMETERS)))
+    return State(jnp.int32(0), params, tx.init(params), jax.tree.map(lambda x: x.astype(c.compute_dtype), frozen))
+
+  shapes = jax.eval_shape(init)
+  everywhere = sharding.shardings(mesh, "")
+  params_at = sharding.shardings(mesh, letters)
+  opt_at = jax.tree.map(lambda _: everywhere, shapes.opt_state)
+  opt_at = optax.tree_utils.tree_set(opt_at, mu=params_at, nu=params_at)
+  columns = {"tokens": "BL", "weight": "BL", "segment": "BL", "index": "B"}
+  at = State(everywhere, params_at, opt_at, sharding.shardings(mesh, frozen_letters))
+  return tx, init, at, sharding.shardings(mesh, columns)
+
+
+def jit_step(config: Config, tx: optax.GradientTransformation, at: State, *, mask_id: int, eos_id: int) -> Any:
+  """`train_step`, jitted: the state is donated, and stays where it lives."""
+  step = functools.partial(train_step, config=config, tx=tx, mask_id=mask_id, eos_id=eos_id)
+  return jax.jit(step, donate_argnums=0, out_shardings=(at, at.step))
+
+
+def flops_per_token(config: Config) -> float:
+  """Model FLOPs of a training step per token, `metrics.flops_per_token` of the config's model."""
+  c = config.model
+  return metrics.flops_per_token(matmuls(config), c.N, c.H * c.K, config.data.length, frozen_matmuls(config))
+
+
+def matmuls(config: Config) -> int:
+  """Parameters in matmuls: all but the embedding, where that is not the head."""
+  c = config.model
+  return c.num_params() - (0 if c.tied else c.V * c.D)
+
+
+def frozen_matmuls(config: Config) -> int:
+  """Parameters in matmuls that have no gradient."""
+  c = config.model
+  return matmuls(dataclasses.replace(config, model=dataclasses.replace(c, lora_rank=0))) if c.lora_rank else 0
+
+
+def to_tree(state: State, *, copy: bool = True) -> dict[str, Any]:
+  """The state as the plain dict that is saved."""
+  mu, nu = (optax.tree_utils.tree_get(state.opt_state, name) for name in ("mu", "nu"))
+  tree = {"step": state.step, "params": state.params, "mu": mu, "nu": nu}
+  # On a CPU an array on the host is the array on the device: the next step would overwrite it under the writer.
+  return jax.tree.map(jnp.copy, tree) if copy and jax.default_backend() == "cpu" else tree
+
+
+def from_tree(tree: dict[str, Any], like: State) -> State:
+  """The state that was saved, of arrays or shapes `like` it; what is frozen is never saved."""
+  opt_state = optax.tree_utils.tree_set(like.opt_state, mu=tree["mu"], nu=tree["nu"], count=tree["step"])
+  # The optimizer's counters and the step must be arrays of their own: the whole state is donated.
+  opt_state = jax.tree.map(lambda x: jnp.copy(x) if x is tree["step"] else x, opt_state)
+  return State(tree["step"], tree["params"], opt_state, like.frozen)

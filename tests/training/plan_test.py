@@ -1,0 +1,176 @@
+"""Plans for TPUs that are not here: libtpu compiles, nothing runs."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lladax.devices import sharding
+from lladax.training import plan
+
+
+@pytest.fixture
+def libtpu():
+  pytest.importorskip("libtpu")
+
+
+HLO = """\
+HloModule jit_step, is_scheduled=true
+
+%condition.1 (p: (s32[], f32[8])) -> pred[] {
+  %constant.5 = s32[]{:T(128)} constant(12)
+  ROOT %less = pred[] compare(%i, %constant.5), direction=LT
+}
+
+%fused.start (p: bf16[4,8]) -> bf16[8,8] {
+  %all-gather.1 = bf16[8,8]{1,0} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+%fused.done (p: bf16[4,8]) -> bf16[8,8] {
+  %all-gather.2 = bf16[8,8]{1,0} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+%all-reduce-scatter.1 (p: f32[8,8]) -> f32[4,8] {
+  %all-reduce.3 = f32[8,8]{1,0} all-reduce(%p), channel_id=8, to_apply=%add
+}
+
+%body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %a = bf16[8,8] fusion(%x), kind=kCustom, calls=%fused.start
+  %b = bf16[8,8] fusion(%x), kind=kCustom, calls=%fused.done
+  %c = f32[4,8] fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %loop = (s32[], f32[8]) while(%init), condition=%condition.1, body=%body.1
+  %sum = (f32[], /*index=1*/f32[16]{0}) all-reduce(%u, %v), channel_id=1, to_apply=%add
+  %moved = (bf16[2,3]{1,0}, bf16[2,3]{1,0}, u32[], u32[]) collective-permute-start(%w), channel_id=2
+  %end = bf16[2,3]{1,0} collective-permute-done(%moved)
+}
+"""
+
+
+def test_collectives_of_a_program():
+  assert plan.collectives(HLO) == {
+    "all-gather": (12, 12 * 8 * 8 * 2),
+    "reduce-scatter": (12, 12 * 8 * 8 * 4),
+    "all-reduce": (1, 4 + 16 * 4),
+    "collective-permute": (1, 2 * 3 * 2),
+  }
+  assert plan.collectives("") == {}
+
+
+@pytest.mark.usefixtures("libtpu")
+@pytest.mark.parametrize(
+  ("topology", "slices", "message"),
+  [
+    ("v5p", 1, "--topology=v5p --slices=1: name them as in"),
+    ("v5p:4x4x4", 0, "--slices=0: name them as in"),
+    ("v99:2x2", 1, "--topology=v99:2x2 --slices=1: "),
+  ],
+)
+def test_a_topology_that_does_not_exist(topology, slices, message):
+  with pytest.raises(ValueError, match=message) as error:
+    plan.devices(topology, slices)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("libtpu")
+@pytest.mark.parametrize(
+  ("topology", "slices", "count", "gib"),
+  [("v4:2x2x2", 1, 8, 30.75), ("v5e:4x4", 1, 16, 15.75), ("v5p:1x1x1", 1, 1, 95.74), ("v5p:4x4x4", 2, 128, 95.74),
+   ("v6e:16x16", 1, 256, 31.25), ("tpu7x:2x2x1", 1, 8, 94.75)],
+)  # fmt: skip
+def test_devices_and_what_they_hold(topology, slices, count, gib):
+  devices = plan.devices(topology, slices)
+  assert len(devices) == count and devices[0].platform == "tpu"
+  assert sharding.make_mesh(sharding.MeshConfig(slices=slices), devices).devices.size == count
+  assert plan.limit(devices[0]) == pytest.approx(gib * 2**30, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def small(tiny):
+  """A config whose kernels are those of a large one: splash attention, chunks, pairs, a mesh."""
+  return tiny(
+    {"model.D": 256, "model.F": 256, "model.K": 128, "model.V": 512, "model.max_length": 4096, "data.length": 256,
+     "data.batch_size": 16, "model.head_chunk": 128, "mesh.data": 1, "mesh.fsdp": -1, "sample.gen_length": 128,
+     "sample.cache": "dual"}
+  )  # fmt: skip
+
+
+@pytest.mark.usefixtures("libtpu")
+def test_a_plan_of_the_real_programs(small):
+  found = plan.make(small, "v5e:2x2")
+  assert found.fits and (found.chips, found.devices) == (4, 4)
+  state = 4 * 3 * small.model.num_params()
+  assert state / 4 <= found.train.arguments <= state / 4 + 2**20  # parameters and moments, sliced
+  assert found.train.temporaries > 0 and found.train.total <= found.limit
+  gathers, size = found.train.collectives["all-gather"]
+  once = 2 * small.model.num_params()  # in bfloat16; the backward pass may gather the layers again
+  assert gathers > small.model.N and 0.99 * once <= size <= 2.5 * once
+  assert found.sample is not None and 0 < found.sample.arguments < found.train.arguments
+  c = small.model
+  flops = 6 * (c.num_params() - c.V * c.D) + 12 * c.N * c.H * c.K * 256
+  assert found.flops_per_step == flops * 16 * 256
+  assert found.seconds_per_step == pytest.approx(found.flops_per_step / (4 * 197e12 * 0.4))
+  report = json.loads(json.dumps(found.to_dict()))
+  assert report["fits"] and report["chip_hours"] == pytest.approx(found.seconds_per_step * small.steps / 900)
+
+
+@pytest.mark.slow
+def test_a_plan_of_adapters(small):
+  """What is frozen lies there in bfloat16, without moments."""
+  c = dataclasses.replace(small.model, lora_rank=4)
+  found = plan.make(dataclasses.replace(small, model=c, init_from="base"), "v5e:2x2", sampler=False)
+  adapters = c.num_params() - small.model.num_params()
+  state = 2 * small.model.num_params() + 4 * 3 * adapters
+  assert state / 4 <= found.train.arguments <= state / 4 + 2**20
+  assert found.flops_per_step < plan.make(small, "v5e:2x2", sampler=False).flops_per_step
+
+
+@pytest.mark.usefixtures("libtpu")
+def test_what_a_plan_needs(small):
+  with pytest.raises(ValueError, match="model.V=0: a plan needs the rows of the embedding"):
+    plan.make(dataclasses.replace(small, model=dataclasses.replace(small.model, V=0)), "v5e:2x2")
+  with pytest.raises(ValueError, match="= 256 devices: use 256"):
+    plan.make(small, "v6e:16x16")
+
+
+@pytest.mark.usefixtures("libtpu")
+@pytest.mark.slow
+def test_what_does_not_fit_and_the_nearest_that_does(tmp_path):
+  """As a user asks: exit code 1, the compiler's words, and a change that was compiled."""
+  flags = {"D": 256, "F": 1024, "N": 8, "H": 2, "G": 2, "K": 128, "V": 32768, "head_chunk": 1024, "remat": "none"}
+  command = [
+    sys.executable,
+    "-m",
+    "lladax.main",
+    "--mode=plan",
+    "--config=configs/base.py",
+    "--topology=v5e:1x1",
+    "--json",
+  ]
+  command += [f"--config.model.{name}={value}" for name, value in flags.items()]
+  command += ["--config.data.length=4096", "--config.data.batch_size=64", "--config.sample.gen_length=128"]
+  result = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=900)
+  assert result.returncode == 1, result.stderr
+  report = json.loads(result.stdout)
+  assert not report["fits"] and "exceeds" in report["train"]["refusal"]
+  nearest = report["nearest"]
+  assert nearest["fits"] and nearest["train"]["total"] <= nearest["limit"]
+  assert "remat=full" in nearest["change"]
+
+
+@pytest.mark.usefixtures("libtpu")
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "topology"), [("llada_1b", "v5e_4x4"), ("llada_8b", "v5p_4x4x4")])
+def test_a_published_config_fits(config, topology):
+  kind, shape = topology.split("_")
+  command = [sys.executable, "-m", "lladax.main", "--mode=plan", f"--config=configs/{config}.py:{topology}"]
+  result = subprocess.run(
+    [*command, f"--topology={kind}:{shape}", "--json"], capture_output=True, text=True, timeout=1500
+  )
+  assert result.returncode == 0, result.stderr
+  assert json.loads(result.stdout)["fits"]
