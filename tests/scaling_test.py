@@ -250,6 +250,7 @@ def test_a_study_goes_on_where_it_stopped(scaling, base, tmp_path, monkeypatch, 
   check_study(scaling, base, tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 def test_one_tokenizer_is_trained_for_all_runs(scaling, base, tmp_path, monkeypatch):
   seen = pretend(monkeypatch)
   changes = {"kind": "sentencepiece", "vocab_size": 300}

@@ -84,6 +84,7 @@ def test_tasks_of_one_kind_are_told_apart_by_their_files():
   assert list(evaluate.short_names(["poems:a/x.json", "poems:y.json"]).values()) == ["poems:x", "poems:y"]
 
 
+@pytest.mark.slow
 def test_both_families_side_by_side(tiny_flags, tmp_path):
   couplets = tmp_path / "couplets.json"
   couplets.write_text(json.dumps([{"first": "red and", "second": "red 1"}, {"first": "blue", "second": "blue 2"}]))

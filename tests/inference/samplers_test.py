@@ -166,6 +166,7 @@ def test_stop_strings_are_a_list(llada, until):
     llada.sample(PROMPTS, until=until)
 
 
+@pytest.mark.slow
 def test_variable_length_is_one_block_after_another(ending):
   """The reference here appends a block of masks, fills it with `unmask`, and looks for EOS."""
   W, steps = 4, 3
@@ -330,7 +331,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
   ("mesh", "options"),
   [
-    ({"data": 2, "tensor": 2, "context": 2}, {}),
+    pytest.param({"data": 2, "tensor": 2, "context": 2}, {}, marks=SLOW),
     pytest.param({"data": 1, "fsdp": 4, "tensor": 2}, {}, marks=SLOW),
     pytest.param({"data": 2, "tensor": 2, "context": 2}, {"cache": "dual", "guidance_scale": 0.7}, marks=SLOW),
     pytest.param({"data": 1, "fsdp": 4, "tensor": 2}, {"cache": "prefix", "temperature": 0.8}, marks=SLOW),

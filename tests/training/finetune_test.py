@@ -141,6 +141,7 @@ def test_another_base_is_refused_on_the_way(tiny, sft, adapted, tiny_workdir, tm
     setup.prepare(tiny(sft | LORA | {"init_from": str(tiny_workdir / "checkpoints/15")}), workdir)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_its_base(tiny, sft, tiny_workdir, tmp_path, monkeypatch):
   """The workdir holds everything, of adapters all but what they adapt; where that is now is said by init_from."""
   monkeypatch.setattr(evaluate, "bound", lambda *_: {})

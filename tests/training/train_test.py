@@ -151,7 +151,8 @@ def test_every_mesh_is_the_same(tiny, tiny_workdir, tmp_path, monkeypatch, devic
   assert_close(tmp_path, tiny_workdir)
 
 
-@pytest.mark.parametrize("objective", ["diffusion", pytest.param("autoregressive", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["diffusion", "autoregressive"])
 def test_every_mesh_is_the_same_with_segments_chunks_pairs_and_micro_batches(tiny, tmp_path, monkeypatch, objective):
   changes = {
     "objective": objective, "data.segments": True, "data.random_lengths": 0.3, "noise.masking": "exact",
