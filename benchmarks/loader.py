@@ -31,7 +31,7 @@ def main(_):
   config = run.config
   tokens = config.data.batch_size * config.data.length
 
-  def batches(start):
+  def read(start):
     return batches.of_steps(
       run.sources, config.data, eos_id=run.text.eos_id, seed=0, steps=2 * MILLION, start=start, stop=2 * MILLION
     )
@@ -39,18 +39,18 @@ def main(_):
   first = {}
   for start in (0, MILLION):
     began = time.perf_counter()
-    next(batches(start))
+    next(read(start))
     first[start] = time.perf_counter() - began
 
   with jax.set_mesh(run.mesh):
     state = setup.begin(run)
-    batch = jax.device_put(next(batches(0)), run.batch_sharding)
+    batch = jax.device_put(next(read(0)), run.batch_sharding)
     compiled = step.jit_step(config, run.tx, run.shardings, mask_id=run.text.mask_id, eos_id=run.text.eos_id)
     compiled = compiled.lower(state, batch).compile()
     state, _ = jax.block_until_ready(compiled(state, batch))
     loader, trainer = [], []
     for _ in range(ROUNDS):
-      found, began = batches(0), time.perf_counter()
+      found, began = read(0), time.perf_counter()
       for _ in range(LOADED):
         next(found)
       loader.append(LOADED * tokens / (time.perf_counter() - began))

@@ -18,7 +18,7 @@ from lladax import config as configs
 from lladax import main as door
 from lladax.evaluation import evaluate
 from lladax.mistake import Mistake
-from lladax.training import loop
+from lladax.training import trainer
 
 FAMILIES = {"diffusion": "mask predictor", "autoregressive": "causal baseline"}
 COLOURS = {"diffusion": "#0072b2", "autoregressive": "#d55e00"}  # told apart by everybody
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
   found, told = {}, {}
   for family in FAMILIES:
     config = configs.parse(flags.FLAGS.config.to_dict() | {"objective": family})
-    loop.train(config, workdir / family)
+    trainer.train(config, workdir / family)
     llada = lladax.load(workdir / family)
     found[family], told[family] = {}, []
     for task, name in evaluate.short_names(config.evaluate.tasks).items():

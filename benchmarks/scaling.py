@@ -41,7 +41,7 @@ from lladax.data import batches, tokenizer
 from lladax.devices import distributed, sharding
 from lladax.mistake import Missing, Mistake
 from lladax.storage import metrics
-from lladax.training import loop, step
+from lladax.training import step, trainer
 
 flags.DEFINE_list("sizes", None, "Sizes, width x layers each: 64x2,96x3,128x4.")
 flags.DEFINE_list("budgets", None, "Training FLOPs of a run: 1e12,3e12,1e13.")
@@ -207,7 +207,7 @@ def study(
     often = f"{tokens / corpus_tokens:.2f} times the text"
     say(f"run {len(runs) - len(todo) + i + 1} of {len(runs)}: {name}, {c.steps:,} steps, {often}{left}")
     began = time.monotonic()
-    loop.train(c, workdir / name)
+    trainer.train(c, workdir / name)
     jax.clear_caches()  # the programs of one size are of no use to the next
     seen.append((flops, time.monotonic() - began))
 

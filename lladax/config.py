@@ -6,10 +6,13 @@ field or a wrong type is an error.
 
 import dataclasses
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
-from lladax import diffusion, fields, optimizer, sampling
+from ml_collections import ConfigDict
+
+from lladax import configs, diffusion, fields, optimizer, sampling
 from lladax.data import batches, tokenizer, windows
 from lladax.devices import sharding
 from lladax.mistake import Mistake
@@ -134,6 +137,19 @@ def parse(values: dict[str, Any]) -> Config:
     Mistake: an unknown field (with the nearest name), a missing field, a wrong type.
   """
   return fields.parse(values, Config, "config")
+
+
+def given(config: Any) -> Config:
+  """The Config that a recipe's name, the path of a file, a ConfigDict, or a Config itself stands for.
+
+  Raises:
+    Mistake, Missing: as `configs.load` and `parse`; it is something else.
+  """
+  if isinstance(config, str | os.PathLike):
+    config = configs.load(os.fspath(config))
+  if not isinstance(config, Config | ConfigDict):
+    raise Mistake(f"config={config!r:.80}: give a recipe's name, the path of a file, a ConfigDict or a Config")
+  return config if isinstance(config, Config) else parse(config.to_dict())
 
 
 def load(workdir: Path) -> Config:

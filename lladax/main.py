@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
   from lladax.devices.sharding import MeshConfig
   from lladax.evaluation import evaluate
   from lladax.inference import chat, convert, show
-  from lladax.training import loop
+  from lladax.training import trainer
 
   distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if mode == "export":
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> int:
   else:
     c = dataclasses.replace(config.load(workdir), mesh=MeshConfig())  # of the devices here, not there
   if mode == "train":
-    loop.train(c, workdir)
+    trainer.train(c, workdir)
   elif mode == "evaluate":
     evaluate.evaluate_last(c, workdir)
   elif mode == "chat":

@@ -132,9 +132,9 @@ def tiny_flags(tiny_values):
 @pytest.fixture(scope="session")
 def tiny_workdir(tiny, tmp_path_factory):
   """The workdir of an unbroken tiny run. To be copied, not changed."""
-  from lladax.training import loop
+  from lladax.training import trainer
 
   workdir = tmp_path_factory.mktemp("tiny") / "unbroken"
   with _quick_compiles():
-    loop.train(tiny(), workdir)
+    trainer.train(tiny(), workdir)
   return workdir

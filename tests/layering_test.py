@@ -23,7 +23,7 @@ ORDER = [
     ("", "config"),
     ("inference", "llada load convert show chat"),
     ("evaluation", "reversal sandbox tasks.local answers presets adapter harness evaluate"),
-    ("training", "step setup loop plan"),
+    ("training", "step setup loop trainer plan"),
     ("", "harness main __init__"),
   )
   for name in names.split()

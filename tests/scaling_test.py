@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from lladax.training import loop
+from lladax.training import trainer
 
 ROOT = pathlib.Path(__file__).parent.parent
 BUDGETS = [1e12, 3e12, 1e13, 3e13, 1e14]
@@ -159,7 +159,7 @@ def test_runs_too_short_or_too_long_are_left_out(scaling, base):
   ],
 )
 def test_bad_input_is_refused_before_any_training(scaling, base, tmp_path, monkeypatch, sizes, budgets, says):
-  monkeypatch.setattr(loop, "train", None)
+  monkeypatch.setattr(trainer, "train", None)
   with pytest.raises(ValueError, match=says) as error:
     scaling.study(base, tmp_path, sizes, budgets)
   assert "\n" not in str(error.value)
@@ -206,7 +206,7 @@ def pretend(monkeypatch):
     results = {"bits_per_byte": loss / 2, "bits_per_byte_stderr": 0.01, "nats_per_token": loss}
     (workdir / "evaluations.jsonl").write_text(json.dumps({"step": config.steps} | results) + "\n")
 
-  monkeypatch.setattr(loop, "train", train_)
+  monkeypatch.setattr(trainer, "train", train_)
   return seen
 
 
@@ -223,7 +223,7 @@ def check_study(scaling, base, workdir, monkeypatch):
   for a, b in zip(numbers["runs"][::2], numbers["runs"][1::2], strict=True):
     assert (a["family"], b["family"]) == ("autoregressive", "diffusion")
     assert all(a[name] == b[name] for name in ("size", "budget", "steps", "tokens", "params", "flops", "epochs"))
-  monkeypatch.setattr(loop, "train", None)
+  monkeypatch.setattr(trainer, "train", None)
   scaling.study(base, workdir, SIZES, FLOPS, **LIMITS)
   assert scaling.report(workdir) == page
   with pytest.raises(ValueError, match="seed"):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from lladax.devices import distributed
-from lladax.training import loop
+from lladax.training import trainer
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -81,7 +81,7 @@ def test_a_signal_to_one_ends_both_and_one_process_goes_on(tiny, tiny_flags, tin
   assert [code for code, _ in ends] == [128 + signal.SIGTERM] * 2, ends
   (saved,) = (int(folder.name) for folder in (tmp_path / "checkpoints").iterdir())
   assert saved == len(losses(tmp_path))
-  loop.train(tiny({"steps": saved + 3, "checkpoint.every": 100000}), tmp_path)  # 1 process, 8 devices
+  trainer.train(tiny({"steps": saved + 3, "checkpoint.every": 100000}), tmp_path)  # 1 process, 8 devices
   found = losses(tmp_path)
   assert len(found) == saved + 3
   n = min(20, len(found))  # the unbroken run's losses, as far as it went
@@ -97,7 +97,7 @@ def test_a_process_that_hangs_ends_the_job(tiny_flags, tmp_path):
   error = processes[0].communicate(timeout=120)[1]
   assert processes[0].returncode == distributed.HUNG
   assert "process 0 of 2: step " in error and "took more than 30 seconds" in error
-  assert "loop.py" in error and "in _loop" in error  # the stack
+  assert "loop.py" in error and "in run" in error  # the stack
   processes[1].kill()
   processes[1].communicate(timeout=60)
 

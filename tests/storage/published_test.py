@@ -24,7 +24,7 @@ from lladax.devices import sharding
 from lladax.inference import convert
 from lladax.mistake import Mistake
 from lladax.storage import checkpoint, published
-from lladax.training import loop, setup
+from lladax.training import setup, trainer
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -627,7 +627,7 @@ def test_fine_tuning_speaks_the_bases_template(with_a_template, tiny, tmp_path):
   assert prompt.tolist() == text.chat(TALK) and reply.tolist()[-2:] == [text.eot_id, text.eos_id]
   assert text.decode(reply, behind=prompt).startswith("Paris ")
   with jax.set_mesh(run.mesh):
-    found = loop._llada(run, setup.begin(run))
+    found = trainer._llada(run, setup.begin(run))
   assert found.ends == lladax.load(source).ends and found.eot_id == text.eot_id
 
 

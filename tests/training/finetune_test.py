@@ -18,7 +18,7 @@ from lladax.evaluation import evaluate
 from lladax.inference import convert
 from lladax.model.mask_predictor import MaskPredictorConfig
 from lladax.storage import checkpoint
-from lladax.training import loop, setup
+from lladax.training import setup, trainer
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -61,7 +61,7 @@ def test_a_run_begins_from_the_base(tiny, tiny_workdir, sft, lora, tmp_path):
   with jax.set_mesh(run.mesh):
     state = setup.begin(run)
   base = flat(lladax.load(tiny_workdir).params)
-  found = flat(loop._llada(run, state).params)
+  found = flat(trainer._llada(run, state).params)
   assert {name: found[name].tobytes() for name in base} == {name: x.tobytes() for name, x in base.items()}
   saved = json.loads((tmp_path / "config.json").read_text())
   assert saved["model"]["D"] == 16 and saved["base"] == str(tiny_workdir / "checkpoints/20")
@@ -72,7 +72,7 @@ def test_a_run_begins_from_the_base(tiny, tiny_workdir, sft, lora, tmp_path):
 def adapted(tiny, sft, tmp_path_factory):
   """The workdir of an unbroken run of adapters."""
   workdir = tmp_path_factory.mktemp("adapted") / "run"
-  loop.train(tiny(sft | LORA | {"steps": 40}), workdir)
+  trainer.train(tiny(sft | LORA | {"steps": 40}), workdir)
   return workdir
 
 
@@ -98,9 +98,9 @@ def test_adapters_are_merged_on_export(adapted, tmp_path):
 
 @pytest.mark.parametrize("lora", [pytest.param({}, marks=pytest.mark.slow), LORA], ids=["all", "adapters"])
 def test_a_run_goes_on_bitwise(tiny, sft, lora, tmp_path):
-  loop.train(tiny(sft | lora), tmp_path / "unbroken")
-  loop.train(tiny(sft | lora | {"steps": 3}), tmp_path / "stopped")
-  loop.train(tiny(sft | lora), tmp_path / "stopped")
+  trainer.train(tiny(sft | lora), tmp_path / "unbroken")
+  trainer.train(tiny(sft | lora | {"steps": 3}), tmp_path / "stopped")
+  trainer.train(tiny(sft | lora), tmp_path / "stopped")
   assert losses(tmp_path / "stopped") == losses(tmp_path / "unbroken")
   a, b = (flat(lladax.load(tmp_path / name).params) for name in ("stopped", "unbroken"))
   assert {name: x.tobytes() for name, x in a.items()} == {name: x.tobytes() for name, x in b.items()}
@@ -110,8 +110,8 @@ def test_a_run_goes_on_bitwise(tiny, sft, lora, tmp_path):
 def test_every_mesh_is_the_same(tiny, sft, lora, tmp_path, monkeypatch):
   monkeypatch.setattr(evaluate, "bound", lambda *_: {})
   fields = sft | lora | {"steps": 3, "checkpoint.every": 3, "data.packing": True, "data.eos_padding": "none"}
-  loop.train(tiny(fields), tmp_path / "data")
-  loop.train(tiny(fields | {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2}), tmp_path / "sliced")
+  trainer.train(tiny(fields), tmp_path / "data")
+  trainer.train(tiny(fields | {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2}), tmp_path / "sliced")
   np.testing.assert_allclose(losses(tmp_path / "sliced"), losses(tmp_path / "data"), rtol=2e-6)
   mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4, tensor=2))
   here, there = (flat(lladax.load(tmp_path / "sliced", mesh=at).params) for at in (None, mesh))
@@ -147,22 +147,22 @@ def test_a_run_goes_on_without_its_base(tiny, sft, tiny_workdir, tmp_path, monke
   monkeypatch.setattr(evaluate, "bound", lambda *_: {})
   base, moved = shutil.copytree(tiny_workdir, tmp_path / "base"), tmp_path / "moved"
   fields = sft | {"init_from": str(base), "steps": 3}
-  loop.train(tiny(fields), tmp_path / "all")
-  loop.train(tiny(fields | LORA), tmp_path / "adapters")
+  trainer.train(tiny(fields), tmp_path / "all")
+  trainer.train(tiny(fields | LORA), tmp_path / "adapters")
   setup.prepare(tiny(fields), tmp_path / "new")
   before = flat(lladax.load(tmp_path / "adapters").params)
   base.rename(moved)
 
-  loop.train(tiny(fields | {"steps": 4}), tmp_path / "all")
+  trainer.train(tiny(fields | {"steps": 4}), tmp_path / "all")
   assert len(losses(tmp_path / "all")) == 4
   with pytest.raises(FileNotFoundError, match="adapters trains adapters of .*base/checkpoints/20, which is not there"):
-    loop.train(tiny(fields | LORA), tmp_path / "adapters")
+    trainer.train(tiny(fields | LORA), tmp_path / "adapters")
   with pytest.raises(FileNotFoundError, match="new has no checkpoint yet, and begins from .*/20, .*: say as init_from"):
-    loop.train(tiny(fields), tmp_path / "new")
+    trainer.train(tiny(fields), tmp_path / "new")
   with pytest.raises(FileNotFoundError, match="holds adapters of .*/20, which is not there: .* init_from"):
     lladax.load(tmp_path / "adapters")
   for name in (moved, moved / "checkpoints/20"):  # at its end already: it is only evaluated
-    loop.train(tiny(fields | LORA | {"init_from": str(name)}), tmp_path / "adapters")
+    trainer.train(tiny(fields | LORA | {"init_from": str(name)}), tmp_path / "adapters")
   after = flat(lladax.load(tmp_path / "adapters").params)
   assert {x: v.tobytes() for x, v in before.items()} == {x: v.tobytes() for x, v in after.items()}
 

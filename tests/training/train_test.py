@@ -22,7 +22,7 @@ from lladax.evaluation import evaluate
 from lladax.inference import convert
 from lladax.mistake import Mistake
 from lladax.storage import checkpoint, metrics
-from lladax.training import loop, setup
+from lladax.training import loop, setup, trainer
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -112,7 +112,7 @@ def test_the_baseline_trains_on_the_same_batches(tiny, tmp_path, monkeypatch):
       at_batch(patch, 12, crash)
       at_batch(patch, None, rows.append)
       with pytest.raises(Crash):
-        loop.train(tiny({"objective": objective}), tmp_path / objective)
+        trainer.train(tiny({"objective": objective}), tmp_path / objective)
   assert len(seen["diffusion"]) >= 11
   for a, b in zip(*seen.values(), strict=True):
     assert a.keys() == b.keys()
@@ -124,7 +124,7 @@ def test_the_baseline_trains_on_the_same_batches(tiny, tmp_path, monkeypatch):
 
 def test_micro_batches_change_nothing(tiny, tiny_workdir, tmp_path, monkeypatch):
   monkeypatch.setattr(evaluate, "bound", lambda *_: {})
-  loop.train(tiny({"micro_batches": 4}), tmp_path)
+  trainer.train(tiny({"micro_batches": 4}), tmp_path)
   assert_close(tmp_path, tiny_workdir)
 
 
@@ -147,7 +147,7 @@ def on(monkeypatch, devices):
 )
 def test_every_mesh_is_the_same(tiny, tiny_workdir, tmp_path, monkeypatch, devices, mesh):
   on(monkeypatch, devices)
-  loop.train(tiny({f"mesh.{axis}": size for axis, size in mesh.items()}), tmp_path)
+  trainer.train(tiny({f"mesh.{axis}": size for axis, size in mesh.items()}), tmp_path)
   assert_close(tmp_path, tiny_workdir)
 
 
@@ -162,7 +162,7 @@ def test_every_mesh_is_the_same_with_segments_chunks_pairs_and_micro_batches(tin
   for name, devices, more in (("one", 1, {}), ("eight", 8, parts)):
     with monkeypatch.context() as patch:
       on(patch, devices)
-      loop.train(tiny(changes | more), tmp_path / name)
+      trainer.train(tiny(changes | more), tmp_path / name)
   assert_close(tmp_path / "eight", tmp_path / "one")
 
 
@@ -177,7 +177,7 @@ def test_a_run_goes_on_on_another_mesh(tiny, tiny_workdir, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
       on(patch, devices)
       changes = {f"mesh.{axis}": size for axis, size in mesh.items()}
-      loop.train(tiny(changes | {"steps": steps}), tmp_path)
+      trainer.train(tiny(changes | {"steps": steps}), tmp_path)
   assert_close(tmp_path, tiny_workdir)
 
 
@@ -195,12 +195,12 @@ def test_a_run_that_was_stopped_goes_on_bitwise(tiny, tiny_workdir, tmp_path, mo
   with monkeypatch.context() as patch:
     at_batch(patch, step, act)
     with pytest.raises((Crash, SystemExit)) as stopped:
-      loop.train(tiny(), tmp_path)
+      trainer.train(tiny(), tmp_path)
   if act is terminate:
     assert stopped.value.code == 128 + signal.SIGTERM
   assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
   assert checkpoint.steps(tmp_path) == saved
-  loop.train(tiny(), tmp_path)
+  trainer.train(tiny(), tmp_path)
   assert_bitwise_equal(tmp_path, tiny_workdir)
 
 
@@ -211,27 +211,27 @@ def test_a_run_that_goes_on_holds_its_state_once(tiny, tiny_workdir, tmp_path, m
     gc.collect()
     return sum(x.nbytes for x in jax.live_arrays())
 
-  before, seen, read, real = held(), [], checkpoint.restore, loop._loop
+  before, seen, read, real = held(), [], checkpoint.restore, loop.run
 
   def restore(*args):
     seen.append(held() - before)
     return read(*args)
 
-  def go_on(run, state, *args):
+  def go_on(work, state, *args):
     seen.extend([held() - before, sum(x.nbytes for x in jax.tree.leaves(state))])
-    return real(run, state, *args)
+    return real(work, state, *args)
 
   monkeypatch.setattr(checkpoint, "restore", restore)
-  monkeypatch.setattr(loop, "_loop", go_on)
+  monkeypatch.setattr(loop, "run", go_on)
   monkeypatch.setattr(evaluate, "bound", lambda *_: {})
-  loop.train(tiny({"steps": 21}), workdir)
+  trainer.train(tiny({"steps": 21}), workdir)
   reading, going, state = seen
   assert state > 200_000 and reading < 0.1 * state and going < 1.1 * state
 
 
 def test_a_finished_run_is_only_evaluated_again(tiny, tiny_workdir, tmp_path):
   workdir = shutil.copytree(tiny_workdir, tmp_path / "run")
-  loop.train(tiny(), workdir)
+  trainer.train(tiny(), workdir)
   assert_bitwise_equal(workdir, tiny_workdir)
   first, again = (json.loads(line) for line in (workdir / "evaluations.jsonl").read_text().splitlines())
   assert first == again
@@ -244,7 +244,7 @@ def test_what_is_not_a_number_stops_the_run_and_is_not_saved(tiny, tmp_path, mon
 
   at_batch(monkeypatch, 10, poison)
   with pytest.raises(FloatingPointError, match=f"{message}.* at step 10: start again") as error:
-    loop.train(tiny(), tmp_path)
+    trainer.train(tiny(), tmp_path)
   assert "\n" not in str(error.value)
   assert checkpoint.steps(tmp_path) == [5]
   assert [step for step, *_ in curve(tmp_path)] == list(range(1, 10))
@@ -333,7 +333,7 @@ def test_torn_lines_end_neither_an_evaluation_nor_a_run(tiny, tiny_workdir, tmp_
     path = workdir / name
     path.write_bytes(path.read_bytes() + b'{"step": 20, "loss": 1.5, "bits_per_by\xc3')
   evaluate.evaluate_last(tiny(), workdir)
-  loop.train(tiny({"steps": 21}), workdir)
+  trainer.train(tiny({"steps": 21}), workdir)
   assert [x["step"] for x in metrics.read(workdir / "evaluations.jsonl")] == [20, 20, 21]
   assert curve(workdir)[:20] == curve(tiny_workdir) and len(curve(workdir)) == 21
   assert f"{workdir / 'metrics.jsonl'}: torn, and left out: line 21" in caplog.messages
@@ -365,12 +365,12 @@ def test_the_watchdog_waits_for_what_moves(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(module, name, wait)
 
   monkeypatch.setattr(distributed, "Watchdog", Watchdog)
-  slow(loop, "_put", 6.0)  # of every step
+  slow(trainer, "_put", 6.0)  # of every step
   slow(checkpoint.Checkpoints, "save", 9.0)
   slow(evaluate, "_score", 3.0)  # of every draw, of which there are two to a batch
-  slow(loop, "describe", 3.0)  # behind the compilation
+  slow(trainer, "describe", 3.0)  # behind the compilation
   config = {"steps": 6, "checkpoint.every": 3, "evaluate.every": 3, "evaluate.batch_size": 2, "log.hang_seconds": 10.0}
-  loop.train(tiny(config), tmp_path / "[/red] a[1]")  # no markup of the console's
+  trainer.train(tiny(config), tmp_path / "[/red] a[1]")  # no markup of the console's
   scored = [x for x in beats if x.startswith("scoring held-out row ")]
   assert len(scored) > 3
   assert beats[:5] == ["reading the first batch", "compiling the step", "step 1", "step 2", "step 3"]
