@@ -1,5 +1,6 @@
 """The notebooks run from the first cell to the last, and install nothing that nobody has named."""
 
+import ast
 import importlib.util
 import json
 import pathlib
@@ -8,6 +9,8 @@ import subprocess
 import sys
 
 import pytest
+
+import lladax
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -58,6 +61,16 @@ def test_the_first_cell_installs_what_the_user_names(path, tmp_path, monkeypatch
   for source in sources:
     run(source, False)
   assert ran == [[sys.executable, "-m", "pip", "install", "-q", source] for source in sources]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_uses_the_public_names_alone(path):
+  nodes = list(ast.walk(ast.parse("\n".join(code(path)))))
+  imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+  imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+  assert "lladax" in imported and not [name for name in imported if name.startswith("lladax.")]
+  names = [x.attr for x in nodes if isinstance(x, ast.Attribute) and getattr(x.value, "id", "") == "lladax"]
+  assert "train" in names and {*names} <= {*lladax.__all__}
 
 
 def test_no_page_or_script_fetches_code_from_a_name_that_is_a_guess():
