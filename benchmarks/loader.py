@@ -15,6 +15,7 @@ from absl import app, flags
 
 from lladax import config as configs
 from lladax import main as door
+from lladax.data import batches
 from lladax.mistake import Mistake
 from lladax.training import setup, step
 

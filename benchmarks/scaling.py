@@ -37,7 +37,7 @@ from absl import app, flags
 
 from lladax import config as configs
 from lladax import main as door
-from lladax.data import batches, tokenizer
+from lladax.data import sources, tokenizer
 from lladax.devices import distributed, sharding
 from lladax.mistake import Missing, Mistake
 from lladax.storage import metrics
@@ -151,15 +151,15 @@ def begin(base: configs.Config, workdir: Path) -> tuple[configs.Config, int]:
   plain = json.loads(json.dumps(dataclasses.asdict(base)))
   if saved:
     configs.check_saved(saved["config"], plain, workdir)
-  text = tokenizer.load(folder) if saved else batches.prepared_tokenizer(base.data)
-  text = text or tokenizer.create(base.tokenizer, batches.texts(base.data)[0])
-  tokens = saved["corpus_tokens"] if saved else sum(map(len, batches.sources(base.data, text, 0))) * base.data.length
+  text = tokenizer.load(folder) if saved else sources.prepared_tokenizer(base.data)
+  text = text or tokenizer.create(base.tokenizer, sources.texts(base.data)[0])
+  tokens = saved["corpus_tokens"] if saved else sum(map(len, sources.training(base.data, text, 0))) * base.data.length
   if distributed.is_first() and not saved:
     text.save(folder)
     path.write_text(json.dumps({"corpus_tokens": tokens, "config": plain}, indent=2) + "\n")
   distributed.agree(tokenizer=text.fingerprint)
   c = dataclasses.replace(base, model=dataclasses.replace(base.model, V=base.model.V or text.rows))
-  if c.tokenizer.kind == "sentencepiece" and not c.tokenizer.path and not batches.prepared_tokenizer(c.data):
+  if c.tokenizer.kind == "sentencepiece" and not c.tokenizer.path and not sources.prepared_tokenizer(c.data):
     model = dataclasses.replace(
       c.tokenizer, path=str(folder.absolute() / "sp.model")
     )  # trained once, and not in every run

@@ -9,7 +9,6 @@ from lladax.config import given, parse
 from lladax.configs import base
 from lladax.mistake import Missing
 
-
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 

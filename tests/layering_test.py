@@ -13,11 +13,8 @@ ORDER = [
     ("", "mistake fields configs diffusion autoregressive optimizer sampling"),
     ("drawing", "unmasking animation report"),
     ("devices", "sharding distributed"),
-    (
-      "data",
-      """template tokenizer facts reading contamination corpus windows records dialogues batches held_out
-    prepare""",
-    ),
+    ("data", "template vocabularies tokenizer facts reading contamination corpus"),
+    ("data", "windows records dialogues sources batches prepare"),
     ("model", "attention mask_predictor"),
     ("storage", "metrics checkpoint safetensors published"),
     ("", "config"),

@@ -8,6 +8,7 @@ or 31 characters on; what is shorter still, such as the answer "A", is looked fo
 
 import functools
 import itertools
+import pathlib
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from lladax.data import reading
+from lladax.mistake import Mistake
+
+_FIELD = "data.exclude="
 _WORD, _CHARACTER = 50, 13  # weights: 13 words are as much as 50 characters
 _WINDOW, _LEAST = 13 * _WORD, 8 * _WORD
 # Thai and Lao, Burmese, Khmer, kana, Han: scripts without spaces.
@@ -87,6 +92,62 @@ class Test:
     hashes = tokens.runs(begins, ends)
     seen = np.flatnonzero(self._glance[hashes >> (64 - _GLANCE)])
     return zip(begins[seen].tolist(), hashes[seen].tolist(), strict=True)
+
+
+def excluded(exclude: str) -> Test:
+  """The test whose texts no document may hold.
+
+  Args:
+    exclude: "GLOB[,GLOB...][:FIELD,...]", files of any kind that a corpus can be. All strings in them count, at any
+      depth, if they are long enough to mean something (see above); of named fields, which may stand at any
+      depth, too, all of them, however short, and no others.
+
+  Raises:
+    Missing, Mistake: there is no such file, or it cannot be read; it lacks a field; no text is long enough.
+  """
+  return _test(exclude, stamp(exclude))
+
+
+@functools.lru_cache(maxsize=2)
+def _test(exclude: str, _: object) -> Test:
+  globs, fields = _fields(exclude)
+  texts, met = list[tuple[str, str]](), set[str]()
+  try:
+    for path in reading.match(globs, _FIELD):
+      name = pathlib.PurePath(path).name
+      for _, record in reading.records(path, reading.Tally(), field=_FIELD):
+        waiting = [(record, not fields)]  # (value, whether its strings count)
+        while waiting:
+          value, counts = waiting.pop()
+          if isinstance(value, str) and counts:
+            texts.append((value, name))
+          elif isinstance(value, dict):
+            met.update(value)
+            waiting += [(x, counts or field in fields) for field, x in value.items()]
+          elif isinstance(value, list):
+            waiting += [(x, counts) for x in value]
+  except Mistake as error:
+    raise type(error)(str(error).partition("; mend")[0]) from None
+  if missing := [field for field in fields if field not in met]:
+    raise Mistake(f"data.exclude={exclude!r}: no record has the field {missing[0]!r}; there are {sorted(met)[:20]}")
+  test = Test(texts, bool(fields))
+  if not test.used:
+    short = f": {test.too_short:,} are shorter than 8 words or 31 characters; name their field, FILE:FIELD, to use them"
+    raise Mistake(f"data.exclude={exclude!r} holds no text to look for{short if test.too_short else ''}")
+  return test
+
+
+def _fields(exclude: str) -> tuple[str, list[str]]:
+  """(globs, fields) of "GLOB[,GLOB...][:FIELD,...]"; what follows the colon of an address is no field."""
+  globs, colon, fields = exclude.rpartition(":")
+  if not colon or "/" in fields or "\\" in fields:
+    return exclude, []
+  return globs, [field.strip() for field in fields.split(",")]
+
+
+def stamp(exclude: str) -> Any:
+  """What changes when the files of `excluded` do: a key for what was read of them."""
+  return reading.stamp(_fields(exclude)[0], _FIELD)
 
 
 class _Tokens:

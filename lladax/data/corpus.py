@@ -36,7 +36,6 @@ _ENDS = ("output", "response", "completion")  # what an answer is called beside 
 # Of a record, and of no message: what a reply may be to. Of a message: what changes nothing.
 _UNREAD = "tools functions history image images audio audios video videos".split()
 _ABOUT = "id name model source lang language timestamp created_at".split()
-_EXCLUDE = "data.exclude="
 _TOGETHER = 100_000  # characters that are compared with a test together
 _TFDS_PARTS = 64  # a data set is read in so many pieces
 
@@ -103,63 +102,11 @@ def said(messages: Messages) -> str:
   return "\n".join(message["content"] for message in messages)
 
 
-def contaminated(exclude: str) -> contamination.Test:
-  """The test whose texts no document may hold.
-
-  Args:
-    exclude: "GLOB[,GLOB...][:FIELD,...]", files of any kind that a corpus can be. All strings in them count, at any
-      depth, if they are long enough to mean something (see contamination.py); of named fields, which may stand at any
-      depth, too, all of them, however short, and no others.
-
-  Raises:
-    Missing, Mistake: there is no such file, or it cannot be read; it lacks a field; no text is long enough.
-  """
-  return _test(exclude, reading.stamp(_fields(exclude)[0], _EXCLUDE))
-
-
-@functools.lru_cache(maxsize=2)
-def _test(exclude: str, _: object) -> contamination.Test:
-  globs, fields = _fields(exclude)
-  texts, met = list[tuple[str, str]](), set[str]()
-
-  try:
-    for path in reading.match(globs, _EXCLUDE):
-      name = pathlib.PurePath(path).name
-      for _, record in reading.records(path, Tally(), field=_EXCLUDE):
-        waiting = [(record, not fields)]  # (value, whether its strings count)
-        while waiting:
-          value, counts = waiting.pop()
-          if isinstance(value, str) and counts:
-            texts.append((value, name))
-          elif isinstance(value, dict):
-            met.update(value)
-            waiting += [(x, counts or field in fields) for field, x in value.items()]
-          elif isinstance(value, list):
-            waiting += [(x, counts) for x in value]
-  except Mistake as error:
-    raise type(error)(str(error).partition("; mend")[0]) from None
-  if missing := [field for field in fields if field not in met]:
-    raise Mistake(f"data.exclude={exclude!r}: no record has the field {missing[0]!r}; there are {sorted(met)[:20]}")
-  test = contamination.Test(texts, bool(fields))
-  if not test.used:
-    short = f": {test.too_short:,} are shorter than 8 words or 31 characters; name their field, FILE:FIELD, to use them"
-    raise Mistake(f"data.exclude={exclude!r} holds no text to look for{short if test.too_short else ''}")
-  return test
-
-
-def _fields(exclude: str) -> tuple[str, list[str]]:
-  """(globs, fields) of "GLOB[,GLOB...][:FIELD,...]"; what follows the colon of an address is no field."""
-  globs, colon, fields = exclude.rpartition(":")
-  if not colon or "/" in fields or "\\" in fields:
-    return exclude, []
-  return globs, [field.strip() for field in fields.split(",")]
-
-
 def stamp(corpus: str, exclude: str = "") -> Any:
-  """What changes when the files of a corpus, or of `contaminated`, do: a key for what was read of them."""
+  """What changes when the files of a corpus, or of `contamination.excluded`, do: a key for what was read of them."""
   kind, _, rest = corpus.partition(":")
   files = reading.stamp(rest) if kind == "files" and rest else None
-  return files, reading.stamp(_fields(exclude)[0], _EXCLUDE) if exclude else None
+  return files, contamination.stamp(exclude) if exclude else None
 
 
 def read_texts(part: str, text_field: str, tally: Tally) -> Iterator[str]:
@@ -260,7 +207,7 @@ def _read(part: str, tally: Tally, make: Callable[[Any, str], Any], columns: tup
   else:
     records = reading.records(part, tally, columns)
   items = _made(records, tally, make)
-  for item in _without(contaminated(tally.exclude), items, tally) if tally.exclude else items:
+  for item in _without(contamination.excluded(tally.exclude), items, tally) if tally.exclude else items:
     tally.items += 1
     yield item
 

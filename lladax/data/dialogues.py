@@ -1,4 +1,9 @@
-"""Conversations as rows: a reply with its prompt, or several of them packed into one row."""
+"""Conversations as rows: a reply with its prompt, or several of them packed into one row.
+
+The life of a conversation, in fine-tuning: it is rendered in the chat template; one of its replies is drawn (another in
+every epoch), and what precedes it is its prompt, cut at the left where the row is too short for both; the prompt is
+given; the reply, its EoT and EOS are what the loss sees.
+"""
 
 import array
 import hashlib

@@ -32,9 +32,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from lladax.data import corpus, reading, records
+from lladax.data import contamination, corpus, reading, records
 from lladax.data import tokenizer as tokenizers
-from lladax.data.batches import texts
+from lladax.data.sources import texts
 from lladax.data.tokenizer import Tokenizer, TokenizerConfig
 from lladax.data.windows import DataConfig
 from lladax.mistake import Mistake
@@ -94,7 +94,7 @@ def run(
     logging.disable(logging.NOTSET)
   parts = corpus.parts(data.corpus)
   if data.exclude:
-    corpus.contaminated(data.exclude)  # says now what is wrong with it
+    contamination.excluded(data.exclude)  # says now what is wrong with it
   system, root = fsspec.url_to_fs(os.path.expanduser(target))
   folder = _Folder(target, root)
   text = _tokenizer(folder, tokenizer, data, console)
@@ -287,7 +287,7 @@ def _write_tally(tallies: list[reading.Tally], folder: _Folder) -> None:
   for name in ("excluded", "files"):  # {file of a test: documents}, {kind: files}
     content[name] = dict(sorted(sum((getattr(x, name) for x in tallies), collections.Counter()).items()))
   if exclude := next((x.exclude for x in tallies), ""):
-    content["looked_for"] = corpus.contaminated(exclude).about
+    content["looked_for"] = contamination.excluded(exclude).about
   named = sorted(message for x in tallies for message in x.named)[: reading.NAMED]
   content |= {"parts": len(tallies), "first_bad_lines": named}
   folder.write("read.json", json.dumps(content).encode())

@@ -56,7 +56,7 @@ class Tally:
   """What reading met. A line that cannot be used ends the run (`bad_lines="stop"`), or is counted ("skip")."""
 
   bad_lines: str = "stop"
-  exclude: str = ""  # see `corpus.contaminated`
+  exclude: str = ""  # see `contamination.excluded`
   items: int = 0
   empty: int = 0
   bad: int = 0

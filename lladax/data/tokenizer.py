@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, SentencePiece, or a Hugging Face tokenizer.json.
+"""Text and conversations to token ids and back: a vocabulary, its special tokens and a chat template.
 
 Special tokens ([MASK], EOS, the three of the chat template, BOS if there is one) are looked up by
 name in the vocabulary, and appended behind it where it lacks them, so any vocabulary can serve.
@@ -15,28 +15,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
-import io
 import itertools
 import json
 import os
 import pathlib
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lladax.data import template as templates
+from lladax.data import vocabularies
+from lladax.data.vocabularies import KINDS, Bytes, HuggingFace, SentencePiece
 from lladax.mistake import Missing, Mistake
 
 START_HEADER, END_HEADER, EOT = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 ROLES = ("system", "user", "assistant")
-_MODEL_TYPE = "bpe"
-_TRAINING_BYTES = 10_000_000  # unigram takes half a minute for these, and gains 1% from 10 MB
 SETTINGS = "lladax_tokenizer.json"
-_SPACE = "\u2581"  # how SentencePiece writes a space inside its pieces
-_BYTE = re.compile("<0x([0-9A-F]{2})>")  # how vocabularies of characters spell a byte
 _RUN = 16  # tokens before others that their text may depend on: what is left of a character, and one more
 
 
@@ -52,8 +47,8 @@ class TokenizerConfig:
   pad: str = ""  # "": the EOS, as in LLaDA
 
   def __post_init__(self):
-    if self.kind not in _KINDS:
-      raise Mistake(f"tokenizer.kind={self.kind!r} is unknown: use {', '.join(_KINDS)}")
+    if self.kind not in KINDS:
+      raise Mistake(f"tokenizer.kind={self.kind!r} is unknown: use {', '.join(KINDS)}")
     if self.path and self.kind == "bytes":
       raise Mistake(f"tokenizer.path={self.path!r}: tokenizer.kind=bytes reads no file")
     if not self.path and self.kind == "huggingface":
@@ -75,7 +70,7 @@ class Tokenizer:
 
   def __init__(
     self,
-    vocabulary: _Bytes | _SentencePiece | _HuggingFace,
+    vocabulary: Bytes | SentencePiece | HuggingFace,
     names: Mapping[str, str],
     others: Mapping[str, Any] | None = None,
   ):
@@ -250,8 +245,8 @@ class Tokenizer:
     return ids + [id for piece in others for id in self._reader.read(piece, begins=False)]
 
   @property
-  def _reader(self) -> _HuggingFace:
-    assert isinstance(self._vocabulary, _HuggingFace)  # foreign templates come with no other
+  def _reader(self) -> HuggingFace:
+    assert isinstance(self._vocabulary, HuggingFace)  # foreign templates come with no other
     return self._vocabulary
 
   def message(self, message: Mapping[str, Any]) -> list[Any]:
@@ -298,13 +293,13 @@ def load(folder: str | pathlib.Path) -> Tokenizer:
   if not path.is_file():
     raise Missing(f"{path}: no such file; give a folder that Tokenizer.save wrote")
   settings = json.loads(path.read_text(encoding="utf-8"))
-  kind = _KINDS[settings["kind"]]
+  kind = KINDS[settings["kind"]]
   content = path.with_name(kind.file).read_bytes() if kind.file else b""
   return Tokenizer(kind(content), settings["names"], settings.get("others"))
 
 
 def _rebuild(kind: str, content: bytes, names: Mapping[str, str], others: Mapping[str, Any] | None) -> Tokenizer:
-  return Tokenizer(_KINDS[kind](content), names, others)
+  return Tokenizer(KINDS[kind](content), names, others)
 
 
 def _check_unicode(text: str) -> None:
@@ -325,10 +320,10 @@ def create(config: TokenizerConfig, texts: Sequence[str] | None = None) -> Token
   """
   names = {"eos": config.eos, "mask": config.mask, "pad": config.pad, "bos": ""}
   if config.kind == "bytes":
-    return Tokenizer(_Bytes(), names)
+    return Tokenizer(Bytes(), names)
   if not config.path:
     specials = len({config.eos, config.mask, config.pad or config.eos, EOT, START_HEADER, END_HEADER})
-    return Tokenizer(_SentencePiece(_train(texts or (), config.vocab_size, specials)), names)
+    return Tokenizer(SentencePiece(vocabularies.train(texts or (), config.vocab_size, specials)), names)
   return Tokenizer(*_read(config))
 
 
@@ -360,7 +355,7 @@ def published(config: TokenizerConfig, ends: Sequence[int] = ()) -> Tokenizer:
 _PROBES = [[{"role": role, "content": f" {role}\n"} for role in roles] for roles in (("user",), (*ROLES, "user"))]
 
 
-def _read(config: TokenizerConfig) -> tuple[_SentencePiece | _HuggingFace, dict[str, str]]:
+def _read(config: TokenizerConfig) -> tuple[SentencePiece | HuggingFace, dict[str, str]]:
   """The vocabulary of a file, and the special tokens' names."""
   names = {"eos": config.eos, "mask": config.mask, "pad": config.pad, "bos": ""}
   path = pathlib.Path(config.path).expanduser()
@@ -369,7 +364,7 @@ def _read(config: TokenizerConfig) -> tuple[_SentencePiece | _HuggingFace, dict[
   if not path.is_file():
     raise Missing(f"tokenizer.path={config.path!r}: no such file")
   try:
-    vocabulary = (_HuggingFace if config.kind == "huggingface" else _SentencePiece)(path.read_bytes())
+    vocabulary = (HuggingFace if config.kind == "huggingface" else SentencePiece)(path.read_bytes())
   except Exception as error:  # the libraries raise bare Exception and RuntimeError
     raise Mistake(f"tokenizer.path={config.path!r} is no {config.kind} vocabulary") from error
   names["bos"] = vocabulary.bos
@@ -377,228 +372,3 @@ def _read(config: TokenizerConfig) -> tuple[_SentencePiece | _HuggingFace, dict[
     beside = templates.read(path.with_name("tokenizer_config.json"))
     names["bos"] = templates.spelled(beside.get("bos_token"))
   return vocabulary, names
-
-
-def _train(texts: Sequence[str], vocab_size: int, specials: int) -> bytes:
-  """A SentencePiece model of vocab_size - specials pieces; every text survives the round trip."""
-  import sentencepiece
-
-  if vocab_size < (least := specials + 256 + 3):  # <unk>, the newline and one more
-    raise Mistake(f"tokenizer.vocab_size={vocab_size}: needs {least}, for bytes and specials")
-  # SentencePiece drops lines of over 4192 bytes: cut them. Of a large corpus, take every n-th line.
-  lines = (line for text in texts for line in text.split("\n"))
-  lines = (line[i : i + 1000] for line in lines for i in range(0, len(line), 1000))
-  stride = -(-sum(len(text.encode()) for text in texts) // _TRAINING_BYTES)
-  lines = list(itertools.islice(lines, 0, None, max(1, stride)))
-  # It gives a piece to every character it sees (in Chinese these are more than vocab_size), and
-  # reads four of them as marks of its own. Let it see the frequent ones; bytes spell the others.
-  counts = Counter(itertools.chain.from_iterable(lines))
-  rare = dict.fromkeys(map(ord, counts), "\n")
-  for mark in ("\0", "\t", _SPACE, "\u2585"):
-    counts.pop(mark, None)
-  left = counts.total()
-  few = 0.0005 * left
-  for character, count in counts.most_common(-(-(vocab_size - least + 1) * 9 // 10)):
-    if left > few:
-      del rare[ord(character)]
-    left -= count
-  lines = [line for line in "\n".join(lines).translate(rare).split("\n") if line]
-  if not lines:
-    raise Mistake("tokenizer.path='': no text to train on; give a corpus, or a .model as path")
-  model = io.BytesIO()
-  try:
-    sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(lines),
-      model_writer=model,
-      model_type=_MODEL_TYPE,
-      vocab_size=vocab_size - specials,
-      character_coverage=1.0,
-      byte_fallback=True,
-      normalization_rule_name="identity",
-      add_dummy_prefix=False,
-      remove_extra_whitespaces=False,
-      allow_whitespace_only_pieces=True,
-      user_defined_symbols=["\n"],
-      bos_id=-1,
-      eos_id=-1,
-      num_threads=4,  # a constant: the rounding of unigram's scores depends on it
-      minloglevel=2,
-    )
-  except RuntimeError as error:
-    possible = re.search(r"value <= (\d+)", str(error))
-    if not possible:
-      raise
-    error = f"this corpus allows at most {int(possible[1]) + specials}"
-    raise Mistake(f"tokenizer.vocab_size={vocab_size}: {error}") from None
-  return model.getvalue()
-
-
-class _Bytes:
-  """Every byte of UTF-8 is a token: nothing to train, nothing to store."""
-
-  kind, file, bos, size = "bytes", "", "", 256
-  special: dict[int, str] = {}
-  added: dict[int, str] = {}
-
-  def __init__(self, content: bytes = b""):
-    self.content = content
-
-  def find(self, name: str) -> int | None:
-    return None
-
-  def encode(self, text: str, begins: bool) -> list[int]:
-    return list(text.encode())
-
-  def decode(self, ids: list[int]) -> str:
-    return bytes(ids).decode(errors="replace")
-
-  def piece(self, id: int) -> str:
-    return _show(bytes([id]))
-
-
-class _SentencePiece:
-  """A SentencePiece model, trained here or elsewhere."""
-
-  kind, file = "sentencepiece", "sp.model"
-  added: dict[int, str] = {}
-
-  def __init__(self, content: bytes):
-    import sentencepiece
-
-    self.content = content
-    self._model = model = sentencepiece.SentencePieceProcessor(model_proto=content)
-    self.size: int = len(model)
-    self.special = {id: model.id_to_piece(id) for id in range(self.size) if model.is_control(id)}
-    self.bos = self.special.get(model.bos_id(), "")
-    # The character U+2581 would come back as a space: spell it in bytes, in a model that has bytes
-    # and puts no space before a text.
-    block = [model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
-    prefixed = model.encode("a", out_type=str)[0].startswith(_SPACE)
-    self._block = block if all(map(model.is_byte, block)) and not prefixed else []
-    # The same model for what stands behind a text: the fields behind a serialised message are merged into it, and
-    # these are normalizer_spec.add_dummy_prefix = false.
-    plain = content + b"\x1a\x02\x18\x00"
-    self._inner = sentencepiece.SentencePieceProcessor(model_proto=plain) if prefixed else model
-    self._strips = model.encode("  a") == model.encode("a")  # spaces at the front, and the prefix stands for them
-
-  def find(self, name: str) -> int | None:
-    id = self._model.piece_to_id(name)
-    return id if self._model.id_to_piece(id) == name else None
-
-  def encode(self, text: str, begins: bool) -> list[int]:
-    if not self._block or _SPACE not in text:
-      return (self._model if begins or (self._strips and text[:1].isspace()) else self._inner).encode(text)
-    first, *others = map(self._model.encode, text.split(_SPACE))
-    return first + [id for ids in others for id in (*self._block, *ids)]
-
-  def decode(self, ids: list[int]) -> str:
-    return self._model.decode(ids)
-
-  def piece(self, id: int) -> str:
-    piece = self._model.id_to_piece(id)
-    byte = self._model.is_byte(id)
-    return _show(bytes.fromhex(piece[3:5])) if byte else piece.replace(_SPACE, " ")
-
-
-class _HuggingFace:
-  """A Hugging Face tokenizer.json."""
-
-  kind, file, bos = "huggingface", "tokenizer.json", ""
-
-  def __init__(self, content: bytes):
-    import tokenizers
-
-    self.content = content
-    self._model = model = tokenizers.Tokenizer.from_str(content.decode())
-    model.encode_special_tokens = True  # "<|eot_id|>" in a text is text
-    model.no_truncation()
-    model.no_padding()
-    self.size = 1 + max(model.get_vocab(with_added_tokens=True).values())
-    added = model.get_added_tokens_decoder()
-    self.special = {id: token.content for id, token in added.items() if token.special}
-    self.added = {id: token.content for id, token in added.items()}
-    # Byte-level vocabularies write a byte as itself if it prints, else as a character past U+00FF.
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    printing = [ord(character) for character in alphabet if ord(character) < 256]
-    others = [byte for byte in range(256) if byte not in printing]
-    self._byte = dict(zip(alphabet, printing + others, strict=True))
-    self._prefixes = self._inner(model, "a") != model.encode("a", add_special_tokens=False).ids
-
-  def find(self, name: str) -> int | None:
-    return self._model.token_to_id(name)
-
-  def encode(self, text: str, begins: bool) -> list[int]:
-    if not begins and self._prefixes and text:
-      return self._inner(self._model, text)
-    return self._model.encode(text, add_special_tokens=False).ids
-
-  def _inner(self, model: Any, text: str) -> list[int]:
-    """Ids of what stands behind a text: behind a character that shares no token with it, without that."""
-    for before in ("\ue000", ".", "a"):
-      alone, whole = (model.encode(x, add_special_tokens=False) for x in (before, before + text))
-      n = len(alone.ids)
-      cut = whole.offsets[n - 1 : n + 1]
-      if n and whole.ids[:n] == alone.ids and cut[0][1] <= 1 and all(begin >= 1 for begin, _ in cut[1:]):
-        return whole.ids[n:]
-    return model.encode(text, add_special_tokens=False).ids
-
-  @functools.cached_property
-  def _controlled(self) -> Any:
-    """The model that reads special tokens out of text."""
-    import tokenizers
-
-    model = tokenizers.Tokenizer.from_str(self.content.decode())
-    model.no_truncation()
-    model.no_padding()
-    return model
-
-  def read(self, text: str, begins: bool) -> list[int]:
-    """Ids of a text in which control tokens are spelled, letter for letter: what becomes one otherwise is text."""
-    whole = self._controlled.encode(text, add_special_tokens=False)
-    for id, (begin, end) in zip(whole.ids, whole.offsets, strict=True):
-      name = self.added.get(id)
-      if name is not None and text[begin:end].strip() != name.strip():  # a normalizer has made it
-        if end - begin < 2:
-          return self.encode(text, begins)
-        return self.read(text[: begin + 1], begins) + self.read(text[begin + 1 :], False)
-    return whole.ids if begins or not self._prefixes or not text else self._inner(self._controlled, text)
-
-  def begins_behind(self, name: str) -> bool:
-    """Whether the vocabulary begins a text anew behind a special token."""
-    behind = self._controlled.encode(name + "a", add_special_tokens=False).ids[1:]
-    return behind == self._model.encode("a", add_special_tokens=False).ids
-
-  def decode(self, ids: list[int]) -> str:
-    text = self._model.decode(ids, skip_special_tokens=False)
-    decoder = self._model.decoder
-    if "\ufffd" not in text or not decoder or not any(_BYTE.fullmatch(self._token(id)) for id in ids):
-      return text
-    # The library gives up a whole run of bytes for one that is broken: make characters of the others here.
-    tokens: list[str] = []
-    for is_byte, run in itertools.groupby(map(self._token, ids), key=lambda token: bool(_BYTE.fullmatch(token))):
-      spelled = list(run)
-      tokens += [bytes(int(x[3:5], 16) for x in spelled).decode(errors="replace")] if is_byte else spelled
-    return decoder.decode(tokens)
-
-  def _token(self, id: int) -> str:
-    return self._model.id_to_token(id) or ""
-
-  def piece(self, id: int) -> str:
-    token = self._token(id)
-    if byte := _BYTE.fullmatch(token):
-      return _show(bytes.fromhex(byte[1]))
-    text = self._model.decode([id], skip_special_tokens=False)
-    if "\ufffd" in text and self._byte.keys() >= set(token):
-      return _show(bytes(self._byte[character] for character in token))
-    return token.replace(_SPACE, " ") if token.startswith(_SPACE) else text
-
-
-_KINDS = {kind.kind: kind for kind in (_Bytes, _SentencePiece, _HuggingFace)}
-
-
-def _show(content: bytes) -> str:
-  """Bytes as text, or as ⟨E4⟩ where they are a part of a character."""
-  try:
-    return content.decode()
-  except UnicodeDecodeError:
-    return "".join(f"⟨{byte:02X}⟩" for byte in content)

@@ -1,4 +1,9 @@
-"""Rows: their shape (`DataConfig`), what a source of them is, and windows of a stream of documents as rows."""
+"""Rows: their shape (`DataConfig`), what a source of them is (`Source`), and windows of a stream of documents as rows.
+
+The life of a token, in pre-training: a document is tokenised and ends with EOS; all documents are laid end to end in
+one circular stream of ids; the stream is cut into windows of `length` tokens, at another offset in every epoch. With
+prepared records (`records.Records`) that has been done before, once, and a window is read from disk.
+"""
 
 import array
 import dataclasses
@@ -11,7 +16,6 @@ import numpy as np
 from lladax.data.tokenizer import Tokenizer
 from lladax.mistake import Mistake
 
-Batch = dict[str, np.ndarray]
 Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens [L], segment [L], weight [L]: 1 / its length in a response
 
 
@@ -59,9 +63,8 @@ class DataConfig:
           raise Mistake(f"data.{name}={getattr(self, name)} is for data.format=text")
       if self.packing and self.eos_padding != "none":
         raise Mistake(f"data.packing=True leaves no room for EOS: data.eos_padding={self.eos_padding!r} must be none")
-      for name in self.corpora:
-        if name.startswith("records:"):
-          raise Mistake(f"data.corpus={name!r} holds text: data.format=chat reads conversations from files")
+      for name in filter(is_records, self.corpora):
+        raise Mistake(f"data.corpus={name!r} holds text: data.format=chat reads conversations from files")
     elif self.packing:
       raise Mistake("data.packing=True is for data.format=chat: text fills its rows")
     self._check_weights()
@@ -147,7 +150,7 @@ class Windows:
     """As `Source.row`."""
     L = self._c.length
     start = row * L + stable_hash(self._seed, epoch) % L
-    tokens_RL, segment_RL = cut(self.stream_T, np.array([start]), self._c, self._eos_id)
+    tokens_RL, segment_RL = at(np.array([start]), self.stream_T, self._c, self._eos_id)
     return tokens_RL[0], segment_RL[0], np.full(L, 1.0 / L)
 
 
@@ -160,14 +163,22 @@ def stream(documents: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
   return np.asarray(ids, np.int32)
 
 
-def cut(stream_T: np.ndarray, starts: np.ndarray, c: DataConfig, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
+def at(starts: np.ndarray, stream_T: np.ndarray, c: DataConfig, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
   """Windows of a circular stream: tokens and segment [len(starts), L]."""
-  at = starts[:, None] + np.arange(c.length)[None, :]
-  tokens = stream_T[at % len(stream_T)]
+  place_RL = starts[:, None] + np.arange(c.length)[None, :]
+  tokens = stream_T[place_RL % len(stream_T)]
   segment = np.ones_like(tokens)
   if c.segments:
     segment[:, 1:] += np.cumsum(tokens[:, :-1] == eos_id, axis=1, dtype=np.int32)
   return tokens, segment
+
+
+def in_order(stream_T: np.ndarray, c: DataConfig, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
+  """A stream as rows, each token once: (tokens, segment) [rows, L]; segment 0 = padding, of the last row."""
+  starts = np.arange(0, len(stream_T), c.length)
+  tokens_RL, segment_RL = at(starts, stream_T, c, eos_id)
+  kept = starts[:, None] + np.arange(c.length)[None, :] < len(stream_T)
+  return np.where(kept, tokens_RL, eos_id), np.where(kept, segment_RL, 0)
 
 
 def stable_hash(*numbers: int) -> int:

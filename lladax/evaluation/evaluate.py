@@ -25,7 +25,7 @@ from rich.table import Column, Table
 
 from lladax import autoregressive, diffusion
 from lladax.config import Config
-from lladax.data import batches, held_out
+from lladax.data import sources
 from lladax.data.tokenizer import Tokenizer
 from lladax.devices import distributed, sharding
 from lladax.drawing import report as reports
@@ -63,7 +63,7 @@ def bound(
     counts of the training tokens) and `xz_bits_per_byte`.
   """
   assert llada.tokenizer is not None
-  found = held_out.rows(config.data, llada.tokenizer)
+  found = sources.held_out(config.data, llada.tokenizer)
   if found is None:
     raise Mistake("data.held_out=0.0: there is no held-out text to evaluate on")
   keep = np.arange(found.num_rows)
@@ -83,7 +83,7 @@ def bound(
     "nats_per_token": nats / tokens,
   }
   if len(keep) == found.num_rows and found.raw:
-    train_T = batches.train_stream(config.data, llada.tokenizer)
+    train_T = sources.train_stream(config.data, llada.tokenizer)
     metrics |= yardsticks(train_T, tokens_RL[scored_RL], found.raw, llada.vocab_size, beat)
   return metrics
 
@@ -242,7 +242,7 @@ def check(config: Config, text: Tokenizer, others: Mapping[str, Any]) -> None:
     for part, options in _with_options(list(others), config):
       harness.models(llada, {name: others[name] for name in part}, options)
   if config.data.held_out:
-    held_out.rows(config.data, text)
+    sources.held_out(config.data, text)
 
 
 def _questions(name: str) -> list[reversal.Question] | None:

@@ -1,4 +1,4 @@
-"""Everything that the loop needs, checked and at hand before any long work."""
+"""Before the first step: everything checked, the tokenizer at hand, the state drawn or read."""
 
 import dataclasses
 import json
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from lladax.config import Config, check_saved
-from lladax.data import batches, tokenizer, windows
+from lladax.config import Config, LogConfig, check_saved
+from lladax.data import sources, tokenizer, windows
 from lladax.devices import distributed, sharding
 from lladax.evaluation import evaluate
 from lladax.inference.load import check_vocabulary, load
@@ -39,32 +39,25 @@ class Run(NamedTuple):
 
 def prepare(config: Config, workdir: Path) -> Run:
   """Checks everything there is to check, makes or loads the tokenizer, and writes the config beside it."""
-  log, names = config.log, ("config.json", "metrics.jsonl", *evaluate.FILES)
-  folders = ["checkpoints", "tokenizer", *["tensorboard"] * log.tensorboard, *["profile"] * (log.profile_last > 0)]
-  checkpoint.check_workdir(workdir, names, folders)
-  if (log.profile_first or log.profile_last) and not log.profile_first < log.profile_last:
-    raise Mistake(f"log.profile_first={log.profile_first}, log.profile_last={log.profile_last}: no step lies between")
+  _check_outputs(config.log, workdir)
   mesh = sharding.make_mesh(config.mesh)
   check_mesh(config, mesh)
-  saved_config = workdir / "config.json"
-  saved = checkpoint.config(workdir) if saved_config.exists() else None
+  saved = checkpoint.config(workdir) if (workdir / "config.json").exists() else None
   console = distributed.console()
   others = evaluate.check_tasks(config)
   base = _base(config, saved, workdir) if config.init_from else ""
   if base:
-    begun = saved or checkpoint.config(Path(base).parent.parent)
+    begun = saved or checkpoint.config(_workdir_of(base))
     shape = {name: begun["model"][name] for name in _SHAPE}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **shape))
     console.print(f"parameters, their shape and the tokenizer are those of {base}", markup=False)
   console.print(f"reading {', '.join(config.data.corpora)}", markup=False)
   if saved or base:
-    text = tokenizer.load((workdir if saved else Path(base).parent.parent) / "tokenizer")
+    text = tokenizer.load((workdir if saved else _workdir_of(base)) / "tokenizer")
+  elif text := sources.prepared_tokenizer(config.data):
+    console.print("the tokenizer is that of the records")
   else:
-    text = batches.prepared_tokenizer(config.data)
-    if text is None:
-      text = tokenizer.create(config.tokenizer, batches.texts(config.data)[0])
-    else:
-      console.print("the tokenizer is that of the records")
+    text = tokenizer.create(config.tokenizer, sources.texts(config.data)[0])
   model = dataclasses.replace(config.model, V=config.model.V or text.rows)
   check_vocabulary(model, text)
   config = dataclasses.replace(config, model=model)
@@ -79,22 +72,41 @@ def prepare(config: Config, workdir: Path) -> Run:
   if config.evaluate.every and not config.data.held_out:
     raise Mistake(f"evaluate.every={config.evaluate.every}: data.held_out=0.0 leaves no text to evaluate on")
   evaluate.check(config, text, others)
-  sources = batches.sources(config.data, text, config.seed)
-  for name, source in zip(config.data.corpora, sources, strict=True):
+  rows = sources.training(config.data, text, config.seed)
+  for name, source in zip(config.data.corpora, rows, strict=True):
     console.print(f"{name}: {source.about}", markup=False)
-  digest = "".join(source.digest for source in sources)
+  digest = "".join(source.digest for source in rows)
   distributed.agree(config=json.dumps(plain), data=digest, workdir=str(workdir), jax=jax.__version__)
   if distributed.is_first():
-    workdir.mkdir(parents=True, exist_ok=True)
-    if not saved:
-      text.save(workdir / "tokenizer")
-      published = Path(base).parent.parent / "published"
-      if base and published.is_dir():  # for the way back
-        shutil.copytree(published, workdir / "published", dirs_exist_ok=True)
-    new_config = saved_config.with_suffix(".new")
-    new_config.write_text(json.dumps(plain, indent=2) + "\n")
-    new_config.replace(saved_config)  # at once: a run may be killed here
-  return Run(config, workdir, text, mesh, *program(config, mesh), sources, base)
+    _write(workdir, plain, None if saved else text, base)
+  return Run(config, workdir, text, mesh, *program(config, mesh), rows, base)
+
+
+def _check_outputs(log: LogConfig, workdir: Path) -> None:
+  """Raises Mistake if what a run writes could not be written, or no step lies in the profiler's window."""
+  names = ("config.json", "metrics.jsonl", *evaluate.FILES)
+  folders = ["checkpoints", "tokenizer", *["tensorboard"] * log.tensorboard, *["profile"] * (log.profile_last > 0)]
+  checkpoint.check_workdir(workdir, names, folders)
+  if (log.profile_first or log.profile_last) and not log.profile_first < log.profile_last:
+    raise Mistake(f"log.profile_first={log.profile_first}, log.profile_last={log.profile_last}: no step lies between")
+
+
+def _write(workdir: Path, config: dict[str, Any], text: tokenizer.Tokenizer | None, base: str) -> None:
+  """Writes config.json; of a run that begins here (with its tokenizer) also what makes the workdir self-contained."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  if text:
+    text.save(workdir / "tokenizer")
+    published = _workdir_of(base) / "published"
+    if base and published.is_dir():  # for the way back
+      shutil.copytree(published, workdir / "published", dirs_exist_ok=True)
+  new = workdir / "config.new"
+  new.write_text(json.dumps(config, indent=2) + "\n")
+  new.replace(workdir / "config.json")  # at once: a run may be killed here
+
+
+def _workdir_of(base: str) -> Path:
+  """The workdir that a checkpoint lies in."""
+  return Path(base).parent.parent
 
 
 _SHAPE = ("D", "N", "H", "G", "K", "F", "V", "tied", "rope_theta", "norm_eps", "max_length")

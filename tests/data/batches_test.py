@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lladax.data import batches, dialogues, held_out, tokenizer, windows
+from lladax.data import batches, dialogues, sources, tokenizer, windows
 from lladax.data.windows import DataConfig
 
 EOS = 0
@@ -67,9 +67,9 @@ def test_random_lengths_cut_the_right_end():
 def test_segments_number_the_documents_of_a_row():
   stream_T = np.array([5, 6, EOS, 7, EOS, 8, 9, 9], np.int32)
   starts = np.array([0, 6])
-  _, together_RL = windows.cut(stream_T, starts, DataConfig(length=8), EOS)
+  _, together_RL = windows.at(starts, stream_T, DataConfig(length=8), EOS)
   assert (together_RL == 1).all()
-  tokens_RL, apart_RL = windows.cut(stream_T, starts, DataConfig(length=8, segments=True), EOS)
+  tokens_RL, apart_RL = windows.at(starts, stream_T, DataConfig(length=8, segments=True), EOS)
   np.testing.assert_array_equal(tokens_RL, [[5, 6, EOS, 7, EOS, 8, 9, 9], [9, 9, 5, 6, EOS, 7, EOS, 8]])
   np.testing.assert_array_equal(apart_RL, [[1, 1, 1, 2, 2, 3, 3, 3], [1, 1, 1, 1, 1, 2, 2, 3]])
 
@@ -132,7 +132,7 @@ def test_a_corpus_shorter_than_a_row():
 
 @pytest.mark.parametrize("total", [8, 9, 3])
 def test_held_out_rows_are_the_stream_once_and_in_order(total):
-  tokens_RL, segment_RL = held_out.held_out_rows(numbered(total), SMALL, EOS)
+  tokens_RL, segment_RL = windows.in_order(numbered(total), SMALL, EOS)
   np.testing.assert_array_equal(tokens_RL[segment_RL > 0], numbered(total))
   assert tokens_RL.shape == segment_RL.shape == (-(-total // 4), 4)
   assert (tokens_RL[segment_RL == 0] == EOS).all()
@@ -310,18 +310,18 @@ def test_a_file_that_was_edited_is_read_anew_and_one_that_is_gone_is_kept(tmp_pa
   test.write_text("one two three four five six seven eight")
   for content in ("first", "other"):  # as long as before
     path.write_text(content)
-    assert batches.texts(c) == ([content], [])
-    np.testing.assert_array_equal(batches.sources(c, text, 0)[0].stream_T, [*map(ord, content), EOS])
+    assert sources.texts(c) == ([content], [])
+    np.testing.assert_array_equal(sources.training(c, text, 0)[0].stream_T, [*map(ord, content), EOS])
   path.unlink()
-  assert batches.texts(c) == (["other"], [])
-  assert len(batches.sources(c, text, 0)[0].stream_T) == 6
+  assert sources.texts(c) == (["other"], [])
+  assert len(sources.training(c, text, 0)[0].stream_T) == 6
   path.write_text("x one two three four five six seven eight")
   with pytest.raises(ValueError, match="every document was left out"):
-    batches.texts(c)
+    sources.texts(c)
   test.write_text("one two three four five six seven NINE")
-  assert len(batches.texts(c)[0]) == 1
+  assert len(sources.texts(c)[0]) == 1
   test.unlink()
-  assert len(batches.texts(c)[0]) == 1
+  assert len(sources.texts(c)[0]) == 1
 
 
 def test_what_was_read_and_left_out_is_said(tmp_path):
@@ -329,7 +329,7 @@ def test_what_was_read_and_left_out_is_said(tmp_path):
   (tmp_path / "b.txt").write_text("plain")
   (tmp_path / "test.json").write_text('["one two three four five six seven eight", "A"]')
   c = DataConfig(corpus=f"files:{tmp_path}/a.jsonl,{tmp_path}/b.txt", length=4, held_out=0.0, bad_lines="skip")
-  about = batches.sources(dataclasses.replace(c, exclude=f"{tmp_path}/test.json"), Letters(), 0)[0].about
+  about = sources.training(dataclasses.replace(c, exclude=f"{tmp_path}/test.json"), Letters(), 0)[0].about
   assert about.startswith("2 documents (12 bytes, 14 tokens); 1 bad lines left out; 1 left out: they hold a text of")
   assert "; files: 1 .jsonl, 1 .txt; looked for: 1 texts; 1 shorter than 8 words or 31 characters are not used" in about
 

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 from backports import zstd
 
-from lladax.data import corpus
+from lladax.data import contamination, corpus
 
 TEXTS = ["first\nline two", "zweite Zeile: äöü", "第三\u2028句 😀"]
 
@@ -189,7 +189,7 @@ def test_what_holds_a_text_of_a_test_is_left_out(tmp_path):
   found, tally = documents_without(test, texts, tmp_path)
   assert found == [texts[0], texts[1], texts[3]]
   assert (tally.items, tally.excluded) == (3, {"test.json": 1})
-  assert corpus.contaminated(str(test)).about.startswith("1 texts; 2 shorter than 8 words")
+  assert contamination.excluded(str(test)).about.startswith("1 texts; 2 shorter than 8 words")
   chat = write(tmp_path / "b.jsonl", json.dumps({"prompt": LONG, "response": "ab"}))
   with pytest.raises(ValueError, match=r"no conversation with a reply: .*left out \(1 holding a text of data.exclude"):
     corpus.conversations(f"files:{chat}", tally=corpus.Tally(exclude=str(test)))
@@ -216,22 +216,22 @@ def test_named_fields_of_a_test_count_however_short_and_no_others(tmp_path):
 def test_an_excluded_test_that_cannot_be_read(tmp_path, name, text, error, message):
   write(tmp_path / name, text)
   with pytest.raises(error, match=message):
-    corpus.contaminated(f"{tmp_path}/a.json")
+    contamination.excluded(f"{tmp_path}/a.json")
 
 
 def test_a_field_that_no_record_of_a_test_has(tmp_path):
   test = write(tmp_path / "a.json", '[{"first": "x"}]')
   with pytest.raises(ValueError, match=r"exclude='.*:frist': no record has the field 'frist'; there are \['first'\]"):
-    corpus.contaminated(f"{test}:frist")
+    contamination.excluded(f"{test}:frist")
 
 
 def test_a_file_that_was_edited_is_read_anew(tmp_path):
   test = write(tmp_path / "a.json", '[{"first": "x"}]')
-  assert corpus.contaminated(f"{test}:first").held_by(["y"]) == [None]
+  assert contamination.excluded(f"{test}:first").held_by(["y"]) == [None]
   write(test, '[{"first": "y"}]')  # as long as before
-  assert corpus.contaminated(f"{test}:first").held_by(["y"]) == ["a.json"]
+  assert contamination.excluded(f"{test}:first").held_by(["y"]) == ["a.json"]
   test.unlink()
-  assert corpus.contaminated(f"{test}:first").held_by(["y"]) == ["a.json"]  # a run does not need it again
+  assert contamination.excluded(f"{test}:first").held_by(["y"]) == ["a.json"]  # a run does not need it again
 
 
 QUESTION, ANSWER = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hi."}

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 
-from lladax.data import batches, corpus, held_out, prepare, records, tokenizer
+from lladax.data import batches, corpus, prepare, records, sources, tokenizer
 from lladax.data.tokenizer import TokenizerConfig
 from lladax.data.windows import DataConfig
 
@@ -190,20 +190,20 @@ def test_what_cannot_be_prepared(tmp_path, config):
 def test_a_source_of_prepared_records(prepared, config):
   target, manifest = prepared
   c = dataclasses.replace(config, corpus=f"records:{target}", batch_size=4, segments=True)
-  text = batches.prepared_tokenizer(c)
+  text = sources.prepared_tokenizer(c)
   assert text.fingerprint == tokenizer.create(BYTES).fingerprint
-  sources = batches.sources(c, text, 0)
+  found = sources.training(c, text, 0)
   n = manifest["splits"]["train"]["records"]
-  assert len(sources[0]) == n
+  assert len(found[0]) == n
   steps = -(-n // 4)
   options = {"eos_id": text.eos_id, "seed": 0, "steps": steps, "start": 0, "stop": steps}
-  rows = np.concatenate([batch["tokens"] for batch in batches.of_steps(sources, c, **options)])[:n]
-  stored = np.stack([records.decode(sources[0]._source[i])[0] for i in range(n)])
+  rows = np.concatenate([batch["tokens"] for batch in batches.of_steps(found, c, **options)])[:n]
+  stored = np.stack([records.decode(found[0]._source[i])[0] for i in range(n)])
   assert sorted(map(bytes, rows)) == sorted(map(bytes, stored)) and (rows != stored).any()
-  batch = next(batches.of_steps(sources, dataclasses.replace(c, segments=False, random_lengths=1.0), **options))
+  batch = next(batches.of_steps(found, dataclasses.replace(c, segments=False, random_lengths=1.0), **options))
   assert (batch["segment"] <= 1).all()
   np.testing.assert_allclose(batch["weight"].sum(axis=1), 1 / 4, rtol=1e-6)
-  found = held_out.rows(c, text)
+  found = sources.held_out(c, text)
   counts = manifest["splits"]["validation"]
   assert (found.num_rows, found.num_tokens) == (counts["records"], counts["tokens"])
   assert found.num_bytes == counts["bytes"] + counts["documents"] and found.raw is None
@@ -216,10 +216,10 @@ def test_records_that_do_not_fit_the_run(prepared, config, tmp_path):
   c = dataclasses.replace(config, corpus=f"records:{target}", length=16)
   text = tokenizer.create(BYTES)
   with pytest.raises(ValueError, match="data.length=16: data.corpus='records:.*' was prepared with data.length=32"):
-    batches.sources(c, text, 0)
+    sources.training(c, text, 0)
   other = tokenizer.create(dataclasses.replace(BYTES, eos="<end>"))
   with pytest.raises(ValueError, match="was prepared with another tokenizer than this run's"):
-    batches.sources(dataclasses.replace(c, length=LENGTH), other, 0)
+    sources.training(dataclasses.replace(c, length=LENGTH), other, 0)
   with pytest.raises(FileNotFoundError, match="there are no records; make them with --mode=prepare"):
     records.open_folder(tmp_path)
   with pytest.raises(ValueError, match="records are read from a mounted file system"):
@@ -232,7 +232,7 @@ def test_a_source_without_rows_is_named(config, tmp_path):
   prepare.run(one, BYTES, str(tmp_path / "records"), 1, [])
   c = dataclasses.replace(config, corpus=f"records:{tmp_path}/records")
   with pytest.raises(ValueError, match="holds no validation records: prepare it with another data.held_out"):
-    held_out.rows(c, tokenizer.create(BYTES))
+    sources.held_out(c, tokenizer.create(BYTES))
 
 
 @pytest.mark.slow

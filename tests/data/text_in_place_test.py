@@ -127,7 +127,7 @@ NAMES = {"eos": "</s>", "mask": "<|mdm_mask|>", "pad": "", "bos": ""}
 
 def make(builder):
   kind, content = builder()
-  return tokenizer.Tokenizer(tokenizer._KINDS[kind](content), NAMES)
+  return tokenizer.Tokenizer(tokenizer.KINDS[kind](content), NAMES)
 
 
 @pytest.fixture(scope="module", params=EXACT)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from lladax.data import tokenizer
+from lladax.data import tokenizer, vocabularies
 from lladax.mistake import Mistake
 
 TEXTS = [
@@ -172,7 +172,7 @@ def test_training_reads_a_long_line():
 
 
 def test_training_on_a_part_reaches_the_end_of_the_corpus(monkeypatch):
-  monkeypatch.setattr(tokenizer, "_TRAINING_BYTES", 100)
+  monkeypatch.setattr(vocabularies, "_TRAINING_BYTES", 100)
   texts = ["的\n"] * 500 + ["居\n"] * 500
   this = tokenizer.create(tokenizer.TokenizerConfig(vocab_size=265), texts)
   assert len(this.encode("的居")) == 2

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lladax.data import batches, held_out, tokenizer, windows
+from lladax.data import sources, tokenizer, windows
 from lladax.evaluation import evaluate
 from lladax.inference import load as load_module
 from lladax.inference import show
@@ -43,7 +43,7 @@ def random_model(config, text, scale=0.3):
 @pytest.mark.parametrize("rows", [0, 3])
 def test_uniform_predictions_cost_log2_of_the_vocabulary(tiny, rows):
   config, text = tiny({"data.length": 8}), Words()
-  train, held_out = batches.texts(config.data)
+  train, held_out = sources.texts(config.data)
   metrics = evaluate.bound(random_model(config, text, scale=0.0), config, rows=rows)
   tokens = sum(len(document.split()) + 1 for document in held_out)
   raw = "\n".join([*held_out, ""]).encode()
@@ -73,8 +73,8 @@ def test_the_baseline_is_exact(tiny):
   config = tiny({"objective": "autoregressive", "data.segments": True, "evaluate.batch_size": 7})
   text = tokenizer.create(config.tokenizer)
   llada = random_model(config, text)
-  stream_T = windows.stream(batches.texts(config.data)[1], text)
-  tokens_RL, segment_RL = held_out.held_out_rows(stream_T, config.data, text.eos_id)
+  stream_T = windows.stream(sources.texts(config.data)[1], text)
+  tokens_RL, segment_RL = windows.in_order(stream_T, config.data, text.eos_id)
   assert len(tokens_RL) % 7  # the last batch is not full
   starts = np.diff(segment_RL, axis=1, prepend=-1) != 0
   input_RL = np.where(starts, text.eos_id, np.roll(tokens_RL, 1, axis=1))

@@ -11,7 +11,7 @@ import pytest
 
 import lladax
 from lladax import diffusion
-from lladax.data import dialogues, held_out
+from lladax.data import dialogues, sources
 from lladax.data.windows import DataConfig
 from lladax.devices import sharding
 from lladax.evaluation import evaluate
@@ -172,7 +172,7 @@ def test_held_out_replies_under_uniform_predictions(tiny, sft, tiny_workdir):
   config, llada = tiny(sft), lladax.load(tiny_workdir)
   zeros = jax.tree.map(jnp.zeros_like, llada.params)
   found = evaluate.bound(lladax.LLaDA(**(vars(llada) | {"params": zeros})), config)
-  found_rows = held_out.rows(config.data, llada.tokenizer)
+  found_rows = sources.held_out(config.data, llada.tokenizer)
   per_token = math.log(llada.model.V)
   assert found["nats_per_token"] == pytest.approx(per_token, rel=1e-5)
   per_byte = per_token / math.log(2) * found_rows.num_tokens / found_rows.num_bytes
