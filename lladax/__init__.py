@@ -6,6 +6,7 @@
 """
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lladax import configs
@@ -47,4 +48,4 @@ def train(config: "str | os.PathLike | ConfigDict | Config", workdir: str | os.P
   from lladax import config as whole  # Grain and its kin are slow to import, and of use to those who train
   from lladax.training import trainer
 
-  return trainer.train(whole.given(config), workdir)
+  return trainer.train(whole.given(config), Path(workdir))

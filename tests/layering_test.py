@@ -16,7 +16,7 @@ ORDER = [
     ("data", "template vocabularies tokenizer facts reading contamination corpus"),
     ("data", "windows records dialogues sources batches prepare"),
     ("model", "attention mask_predictor"),
-    ("storage", "metrics checkpoint safetensors published"),
+    ("storage", "metrics checkpoint safetensors layout published transfer"),
     ("", "config"),
     ("inference", "llada load convert show chat"),
     ("evaluation", "reversal sandbox tasks.local answers presets adapter harness evaluate"),

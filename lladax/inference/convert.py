@@ -16,7 +16,7 @@ from lladax.devices import sharding
 from lladax.inference import load
 from lladax.mistake import Mistake
 from lladax.model.mask_predictor import MaskPredictorConfig
-from lladax.storage import checkpoint, published, safetensors
+from lladax.storage import checkpoint, layout, published, safetensors, transfer
 
 
 def from_published(source: str | Path, workdir: Path, values: dict[str, Any]) -> None:
@@ -53,10 +53,10 @@ def from_published(source: str | Path, workdir: Path, values: dict[str, Any]) ->
   if (c.fsdp, c.tensor) != (1, 1):  # copies of the parameters would help nobody here
     mesh = sharding.make_mesh(c)
     at, step_at = sharding.shardings(mesh, theirs.model.letters()), sharding.shardings(mesh, "")
-  params = published.load_params(theirs, at)
+  params = transfer.load_params(theirs, at)
   saver.save(0, {"step": jax.device_put(np.int32(0), step_at), "params": params})
   saver.close()
-  shape = {name: getattr(theirs.model, name) for name, *_ in (*published.FIELDS, "K")}
+  shape = {name: getattr(theirs.model, name) for name, *_ in (*layout.FIELDS, "K")}
   values = values | {"objective": "diffusion", "model": values["model"] | shape}
   values |= {"tokenizer_fingerprint": text.fingerprint if text else ""}
   (workdir / "config.json").write_text(json.dumps(values, indent=2) + "\n")  # the last: now it is a workdir
@@ -72,7 +72,7 @@ def to_published(workdir: Path, target: Path, dtype: str | None = None) -> None:
   if target.is_dir() and any(target.iterdir()):
     raise Mistake(f"--target={target} is not empty: an export needs a new folder")
   model = MaskPredictorConfig(**checkpoint.config(workdir)["model"])
-  published.check_exportable(model)
+  layout.check_exportable(model)
   found = load.load(workdir)  # adapters are merged
   model, params = found.model, found.params
   target.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def to_published(workdir: Path, target: Path, dtype: str | None = None) -> None:
   else:
     text = tokenizers.load(workdir / "tokenizer")
     text.save(target)
-    config = published.new_config(model, text) | {"dtype": str(params["embedding"].dtype)}
+    config = layout.new_config(model, text) | {"dtype": str(params["embedding"].dtype)}
   if dtype:
     config[next((name for name in ("torch_dtype", "dtype") if name in config), "dtype")] = dtype
-  published.export(params, model, target, config, dtype=dtype)
+  transfer.export(params, model, target, config, dtype=dtype)

@@ -14,7 +14,7 @@ from lladax.devices import sharding
 from lladax.inference.llada import LLaDA
 from lladax.mistake import Missing, Mistake
 from lladax.model.mask_predictor import MaskPredictorConfig
-from lladax.storage import checkpoint, published
+from lladax.storage import checkpoint, published, transfer
 
 
 def load(path: str | Path, step: int | None = None, mesh: Mesh | None = None) -> LLaDA:
@@ -45,7 +45,7 @@ def load(path: str | Path, step: int | None = None, mesh: Mesh | None = None) ->
   if published.is_published(workdir):
     theirs = published.read(workdir)
     at = None if mesh is None else sharding.shardings(mesh, theirs.model.letters())
-    return LLaDA(theirs.model, published.load_params(theirs, at), **theirs.identity)
+    return LLaDA(theirs.model, transfer.load_params(theirs, at), **theirs.identity)
   saved = checkpoint.config(workdir)
   model = MaskPredictorConfig(**saved["model"])
   imported = (workdir / "published").is_dir()

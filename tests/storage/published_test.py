@@ -23,7 +23,7 @@ from lladax.data import tokenizer
 from lladax.devices import sharding
 from lladax.inference import convert
 from lladax.mistake import Mistake
-from lladax.storage import checkpoint, published
+from lladax.storage import checkpoint, published, transfer
 from lladax.training import setup, trainer
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -123,19 +123,19 @@ def complaint(folder):
 @pytest.mark.parametrize("dtype", [np.dtype("float32"), BF16, np.dtype("float16")], ids=str)
 @pytest.mark.parametrize("config", [LLADA, GQA_TIED, ILLADA], ids=["llada", "gqa-tied", "illada"])
 def test_round_trip_is_the_identity(tmp_path, config, dtype, monkeypatch):
-  monkeypatch.setattr(published, "_ROWS", 100)  # the vocabulary in three unequal slabs
+  monkeypatch.setattr(transfer, "ROWS", 100)  # the vocabulary in three unequal slabs
   source = publish(tmp_path / "source", config, dtype)
   theirs = published.read(source)
-  params = published.load_params(theirs)
+  params = transfer.load_params(theirs)
   assert {x.dtype for x in jax.tree.leaves(params)} == {dtype}
   assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(
     lambda x: x.shape, jax.eval_shape(theirs.model.init, jax.random.key(0))
   )
-  wide = published.load_params(theirs, dtype=jnp.float32)  # as training wants them
+  wide = transfer.load_params(theirs, dtype=jnp.float32)  # as training wants them
   assert {x.dtype for x in jax.tree.leaves(wide)} == {np.dtype("float32")}
   for i, tree in enumerate((params, wide)):
     target = tmp_path / f"target{i}"
-    published.export(tree, theirs.model, target, config, dtype=dtype, max_shard_bytes=50_000)
+    transfer.export(tree, theirs.model, target, config, dtype=dtype, max_shard_bytes=50_000)
     assert tensors(target) == tensors(source) and json.loads((target / "config.json").read_text()) == config
     files = sorted(path.name for path in target.glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
@@ -150,7 +150,7 @@ def test_golden_checkpoint_and_its_round_trip(tmp_path):
     np.testing.assert_allclose(llada.logits(answers["x_masked"]), answers["logits"], atol=1e-4)
   assert (llada.tokenizer, llada.mask_id, llada.eos_id, llada.vocab_size) == (None, 503, 500, 504)
   config = json.loads((GOLDEN / "config.json").read_text())
-  published.export(llada.params, llada.model, tmp_path, config)
+  transfer.export(llada.params, llada.model, tmp_path, config)
   assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]  # one file, no index
   assert tensors(tmp_path) == tensors(GOLDEN)
 
@@ -159,7 +159,7 @@ def test_bfloat16_parameters_compute_as_their_float32_copies(tmp_path):
   theirs = published.read(publish(tmp_path / "source", ILLADA))
   tokens_BL = np.random.default_rng(0).integers(0, 256, (2, 16))
   logits = [
-    lladax.LLaDA(theirs.model, published.load_params(theirs, dtype=dtype), **theirs.identity).logits(tokens_BL)
+    lladax.LLaDA(theirs.model, transfer.load_params(theirs, dtype=dtype), **theirs.identity).logits(tokens_BL)
     for dtype in (None, jnp.float32)
   ]
   np.testing.assert_allclose(*logits, atol=1e-5)
@@ -168,7 +168,7 @@ def test_bfloat16_parameters_compute_as_their_float32_copies(tmp_path):
 def test_layers_and_heads_are_where_they_belong(tmp_path):
   """GQA: group g of layer i is rows g K .. (g + 1) K of the file's tensor, transposed."""
   source = publish(tmp_path / "source", ILLADA, np.dtype("float32"), files=1)
-  params = published.load_params(published.read(source))
+  params = transfer.load_params(published.read(source))
   loaded = safetensors.numpy.load_file(source / "model.safetensors")
   k = loaded["model.layers.2.self_attn.k_proj.weight"]
   np.testing.assert_array_equal(params["blocks"]["k"][2, :, 1], k[8:16].T)
@@ -182,7 +182,7 @@ def test_sharded_load_is_the_plain_one_and_sharded(tmp_path, config):
   theirs = published.read(publish(tmp_path / "source", config))
   mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4, tensor=2))
   at = sharding.shardings(mesh, theirs.model.letters())
-  plain, sharded = published.load_params(theirs), published.load_params(theirs, at)
+  plain, sharded = transfer.load_params(theirs), transfer.load_params(theirs, at)
   jax.tree.map(np.testing.assert_array_equal, sharded, plain)
   assert jax.tree.map(lambda x: x.sharding, sharded) == at
   for name, x in checkpoint.flat(sharded):
@@ -291,7 +291,7 @@ def test_a_config_that_says_the_same(tmp_path, changes):
   (source / "config.json").write_text(json.dumps(config))
   theirs = published.read(source)
   assert theirs.model == published.read(publish(tmp_path / "plain", LLADA)).model
-  published.export(published.load_params(theirs), theirs.model, tmp_path / "target", config)
+  transfer.export(transfer.load_params(theirs), theirs.model, tmp_path / "target", config)
   assert json.loads((tmp_path / "target" / "config.json").read_text()) == config
 
 
@@ -495,7 +495,7 @@ def test_a_tied_head_may_be_spelled_out_if_it_is_the_embedding(tmp_path):
   embedding = np.random.default_rng(1).standard_normal((256, 64)).astype(BF16)
   both = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding}
   source = publish(tmp_path / "equal", ILLADA, **both)
-  assert "head" not in published.load_params(published.read(source))
+  assert "head" not in transfer.load_params(published.read(source))
   source = publish(tmp_path / "other", ILLADA, **both | {"lm_head.weight": embedding + embedding})
   assert "lm_head.weight is not the embedding, and the two are tied" in complaint(source)
 
@@ -713,7 +713,7 @@ def test_fine_tuning_can_start_from_an_import(tmp_path):
   wanted = jax.eval_shape(theirs.model.init, jax.random.key(0))
   wanted = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), wanted, at)
   params = checkpoint.restore(workdir, 0, {"params": wanted})["params"]
-  jax.tree.map(np.testing.assert_array_equal, params, published.load_params(theirs, dtype=jnp.float32))
+  jax.tree.map(np.testing.assert_array_equal, params, transfer.load_params(theirs, dtype=jnp.float32))
   assert jax.tree.map(lambda x: (x.dtype, x.sharding), params) == jax.tree.map(lambda x: (jnp.dtype("float32"), x), at)
   llada = lladax.load(workdir)  # ids only
   assert llada.tokenizer is None and llada.mask_id == 249 and llada.unmask([[1, 249]]).tokens.shape == (1, 32)
@@ -744,7 +744,7 @@ def test_what_the_published_layout_cannot_say(tiny_workdir, tmp_path):
   config = json.loads((GOLDEN / "config.json").read_text())
   for change, said in (({"causal": True}, "model.causal=True"), ({"K": 8}, "model.H=4 times model.K=8")):
     with pytest.raises(ValueError, match=said):
-      published.export(llada.params, dataclasses.replace(llada.model, **change), tmp_path, config)
+      transfer.export(llada.params, dataclasses.replace(llada.model, **change), tmp_path, config)
 
 
 MEASURE = """
@@ -795,8 +795,10 @@ def test_memory_while_importing(tmp_path, shape):
   size = 2 * sum(int(np.prod(x)) for x in shapes(config).values())
   assert peak(f"llada = lladax.load({str(source)!r})", size) < 1.3
   if shape == "1B":
-    imports = "from lladax import convert; from lladax.storage import published; from pathlib import Path"
-    wide = f"published.load_params(published.read(Path({str(source)!r})), dtype='float32')"
+    imports = (
+      "from lladax.inference import convert; from lladax.storage import published, transfer; from pathlib import Path"
+    )
+    wide = f"transfer.load_params(published.read(Path({str(source)!r})), dtype='float32')"
     assert peak(f"{imports}; params = {wide}", 2 * size) < 1.3
     values, workdir = {"model": {}, "tokenizer": {}}, str(tmp_path / "workdir")
     assert peak(f"{imports}; convert.from_published({str(source)!r}, Path({workdir!r}), {values!r})", size) < 1.3
