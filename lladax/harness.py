@@ -1,4 +1,7 @@
-"""The lm-evaluation-harness's own command line, with lladax known to it: `python -m lladax.harness --tasks ...`."""
+"""The lm-evaluation-harness's own command line, with lladax known to it: `python -m lladax.harness --tasks ...`.
+
+lm-eval 0.4.13 looks for no plugins, so its own `lm_eval` finds neither the model nor the tasks of evaluation/tasks.
+"""
 
 import argparse
 import contextlib
@@ -13,7 +16,7 @@ from typing import Any
 from unittest import mock
 
 from lladax.devices import distributed
-from lladax.evaluation.adapter import Harness, split_options, understood
+from lladax.evaluation.adapter import Harness
 from lladax.evaluation.harness import (
   DATA,
   TASKS,
@@ -24,6 +27,7 @@ from lladax.evaluation.harness import (
   quiet,
   unknown_task,
 )
+from lladax.evaluation.kwargs import split_options, understood
 from lladax.mistake import Missing, Mistake
 
 _HELP = """lladax adds to the command line of lm-eval below:

@@ -12,14 +12,14 @@ ORDER = [
   for room, names in (
     ("", "mistake fields configs diffusion autoregressive optimizer sampling"),
     ("drawing", "unmasking animation report"),
-    ("devices", "sharding distributed"),
+    ("devices", "sharding distributed ahead"),
     ("data", "template vocabularies tokenizer facts reading contamination corpus"),
     ("data", "windows records dialogues sources batches prepare"),
     ("model", "attention mask_predictor"),
     ("storage", "metrics checkpoint safetensors layout published transfer"),
     ("", "config"),
     ("inference", "llada load convert show chat"),
-    ("evaluation", "reversal sandbox tasks.local answers presets adapter harness evaluate"),
+    ("evaluation", "reversal sandbox tasks.local answers presets kwargs adapter harness evaluate"),
     ("training", "step setup loop trainer plan"),
     ("", "harness main __init__"),
   )

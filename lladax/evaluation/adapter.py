@@ -1,9 +1,4 @@
-"""LLaDA in EleutherAI's lm-evaluation-harness: an adapter, the paper's settings by name, and local benchmarks.
-
-    python -m lladax.harness --tasks lladax_gsm8k --model_args path=WORKDIR,gen_length=256 --data_dir DIR
-
-is the harness's own command line with three things added: the model `lladax` is known (lm-eval 0.4.13 looks for no
-plugins, so its own `lm_eval` cannot find it), and so are the tasks in evaluation/tasks, which read local files.
+"""A `LLaDA` as EleutherAI's lm-evaluation-harness asks a model.
 
 The life of a request: text (or a conversation) -> ids -> those that no file of answers (`Answers`) knows, sorted by
 length, so that a batch holds little padding -> `LLaDA.log_likelihood`, `sample` or `unmask`, a batch at a time -> text
@@ -11,7 +6,6 @@ up to its first stop string -> the file of answers, batch by batch, so that an i
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import logging
@@ -26,6 +20,7 @@ import numpy as np
 from lladax import sampling
 from lladax.devices import distributed, sharding
 from lladax.evaluation.answers import Answers
+from lladax.evaluation.kwargs import OWN, SAMPLER, split_options, understood
 from lladax.inference import load
 from lladax.inference.llada import LLaDA, cut
 from lladax.mistake import Mistake
@@ -34,25 +29,11 @@ from lladax.sampling import SamplerConfig
 try:
   from lm_eval.api.model import LM
   from lm_eval.api.registry import register_model
-  from lm_eval.models.utils import normalize_gen_kwargs
   from tqdm import tqdm
 except ModuleNotFoundError as error:
   raise Mistake(f"the lm-evaluation-harness is an extra ({error}): pip install 'lladax[eval]'") from error
 
 CHAT = "\x1echat:"  # begins a context that is a conversation, as JSON: its special tokens are ids, never text
-_ALIASES = {"cfg": "guidance_scale", "mc_num": "num_samples"}  # the official adapter's names
-_SAMPLER = {field.name: field.default for field in dataclasses.fields(SamplerConfig)}
-_OWN = {"num_samples": 128, "greedy": False}
-_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # one thing; the first one counts
-
-# What other models of the harness know, with the values that change nothing. Of a draw: what chooses among its tokens.
-_OF_DRAWS: dict[str, tuple] = {"top_p": (1,), "top_k": (0, -1), "min_p": (0,), "typical_p": (1,)}
-_NEUTRAL: dict[str, tuple] = _OF_DRAWS | {
-  "num_beams": (1,), "num_return_sequences": (1,), "n": (1,), "best_of": (1,), "early_stopping": (False,),
-  "length_penalty": (1,), "repetition_penalty": (1,), "frequency_penalty": (0,), "presence_penalty": (0,),
-  "no_repeat_ngram_size": (0,), "use_cache": (False, True),
-}  # fmt: skip
-_MEANT = {"stop": "until", "stop_sequences": "until", "max_length": "max_gen_toks", "cfg": "guidance_scale"}
 _BATCH_TOKENS = 32768  # of a device in a generation batch, at most: long prompts come in smaller batches
 _CALL_TOKENS = 16 * 8192  # a likelihood call is about 16 of log_likelihood's batches: what an interruption may lose
 
@@ -98,7 +79,7 @@ class Harness(LM):
     if llada.tokenizer is None:
       raise Mistake("this model has no tokenizer, and the harness gives it text: add the tokenizer's files")
     self.llada, self.text, self.batch_size, self.options = llada, llada.tokenizer, int(batch_size), options
-    self.num_samples, self.greedy = (options.get(name, _OWN[name]) for name in _OWN)
+    self.num_samples, self.greedy = (options.get(name, OWN[name]) for name in OWN)
     self.answers: Answers | None = None
     self._asked: Counter[str] = Counter()  # how often each text that is drawn has been asked for
     self._has_cut = False
@@ -114,7 +95,7 @@ class Harness(LM):
   def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
     """(log p(continuation | context) in nats, whether it is the greedy answer) for each (context, continuation)."""
     pairs = _each(requests, self._pair)
-    guidance, seed = (self.options.get(name, _SAMPLER[name]) for name in ("guidance_scale", "seed"))
+    guidance, seed = (self.options.get(name, SAMPLER[name]) for name in ("guidance_scale", "seed"))
     if empty := [request for request, (_, answer) in zip(requests, pairs, strict=True) if not answer]:
       more = f", and {len(empty) - 1} more like it" if len(empty) > 1 else ""
       logging.warning("%s: the answer %r is empty%s: log p of nothing is 0", _name(empty[0]), empty[0].args[1], more)
@@ -145,7 +126,7 @@ class Harness(LM):
       total = dict.fromkeys(at, 0.0)
       if windows:
         answers = [ids for _, ids in windows]
-        seed = self.options.get("seed", _SAMPLER["seed"])
+        seed = self.options.get("seed", SAMPLER["seed"])
         nats = self.llada.log_likelihood([[]] * len(windows), answers, num_samples=self.num_samples, seed=seed)
         for (i, _), value in zip(windows, cast(list[float], nats), strict=True):
           total[i] += value
@@ -282,8 +263,8 @@ class Harness(LM):
     """What a request's generation_kwargs and the options come to."""
     asked = understood(asked)
     most = asked["max_gen_toks"]
-    sampler = {"temperature": 0.0, "remasking": _SAMPLER["remasking"], "seed": _SAMPLER["seed"]}
-    sampler |= {name: value for x in (asked, self.options) for name, value in x.items() if name in _SAMPLER}
+    sampler = {"temperature": 0.0, "remasking": SAMPLER["remasking"], "seed": SAMPLER["seed"]}
+    sampler |= {name: value for x in (asked, self.options) for name, value in x.items() if name in SAMPLER}
     length = sampler.get("gen_length") or most
     if "gen_length" in sampler:
       most = length
@@ -368,76 +349,6 @@ def _each(requests: Iterable[Any], make: Callable) -> list[Any]:
     except Mistake as error:
       raise Mistake(f"{_name(request)}: {error}") from None
   return found
-
-
-def split_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-  """(fields of MeshConfig, the other options by their own names); Mistake for what is none, or has a bad value."""
-  axes = {field.name for field in dataclasses.fields(sharding.MeshConfig)}
-  mesh = {name: value for name, value in given.items() if name in axes}
-  options = {_ALIASES.get(name, name): value for name, value in given.items() if name not in axes}
-  for name, value in options.items():
-    if name not in _OWN and name not in _SAMPLER:
-      near = difflib.get_close_matches(name, [*_OWN, *_SAMPLER, *axes, *_ALIASES], 1, 0.0)[0]
-      raise Mistake(f"{name}={value!r}: there is no such option; did you mean {near}?")
-  if not _is(options.get("num_samples", 1), int) or options.get("num_samples", 1) < 1:
-    raise Mistake(f"num_samples={options['num_samples']!r}: must be a positive number")
-  if not isinstance(options.get("greedy", False), bool):
-    raise Mistake(f"greedy={options['greedy']!r}: must be True or False")
-  SamplerConfig(**{name: value for name, value in options.items() if name in _SAMPLER})
-  return mesh, options
-
-
-def _is(value: Any, *kinds: type) -> bool:
-  return isinstance(value, kinds) and not isinstance(value, bool)
-
-
-def understood(asked: Mapping[str, Any]) -> dict[str, Any]:
-  """A task's generation_kwargs as the harness's own models understand them, and no others.
-
-  `max_gen_toks` has three more names. Tokens are drawn where `do_sample` is true, or where it is not given and there is
-  a temperature; `do_sample: false` beside a temperature is said once. The fields of `SamplerConfig`, and `infill`, are
-  lladax's own.
-
-  Returns:
-    `until`, a list; `max_gen_toks`; `temperature`, 0.0 where nothing is drawn; fields of SamplerConfig, and infill.
-
-  Raises:
-    Mistake: an unknown field; one of other models, such as top_p, at a value that changes something; a bad value.
-  """
-  asked = {name: value for name, value in asked.items() if value is not None}
-  known = {"until", "do_sample", "temperature", "infill", *_LENGTHS, *_SAMPLER}
-  for name, value in asked.items():
-    said = f"generation_kwargs: {name}={value!r}"
-    if name not in known and name not in _NEUTRAL:
-      near = _MEANT.get(name) or difflib.get_close_matches(name, known, 1, 0.0)[0]
-      raise Mistake(f"{said}: there is no such field; did you mean {near}?")
-    if name in _LENGTHS and not (_is(value, int) and value > 0):
-      raise Mistake(f"{said}: must be a positive number")
-    if name == "temperature" and not (_is(value, int, float) and value >= 0):
-      raise Mistake(f"{said}: must be a number from 0")
-    if name == "do_sample" and not isinstance(value, bool):
-      raise Mistake(f"{said}: must be true or false")
-    if name == "infill" and not (isinstance(value, str) and value):
-      raise Mistake(f"{said}: must be a string")
-  until = asked.get("until", [])
-  until = [until] if isinstance(until, str) else until
-  if not isinstance(until, list | tuple) or not all(isinstance(stop, str) for stop in until):
-    raise Mistake(f"generation_kwargs: until={until!r}: must be a list of strings")
-  if asked.get("do_sample"):
-    asked.setdefault("temperature", 1.0)
-  shared = (*_LENGTHS, "do_sample", "temperature")
-  told: dict[str, Any] = dict(normalize_gen_kwargs({name: asked[name] for name in shared if name in asked}))
-  temperature = told["temperature"] if told["do_sample"] else 0.0
-  for name in asked.keys() & _NEUTRAL.keys():
-    if asked[name] not in _NEUTRAL[name] and (temperature or name not in _OF_DRAWS):
-      neutral = _NEUTRAL[name][0]
-      raise Mistake(
-        f"generation_kwargs: {name}={asked[name]!r}: lladax's sampler has no {name}; set it to {neutral}"
-        f" (--gen_kwargs {name}={neutral}), or leave it out"
-      )
-  own = {name: asked[name] for name in asked if name in _SAMPLER or name == "infill"}
-  own |= {"temperature": temperature, "max_gen_toks": told["max_gen_toks"]}
-  return own | {"until": [stop for stop in until if stop]}
 
 
 def _calls(places: Iterable[int], lengths: list[int], costs: list[int]) -> list[list[int]]:

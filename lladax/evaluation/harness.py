@@ -14,7 +14,8 @@ import numpy as np
 from lladax.data import corpus
 from lladax.devices import distributed
 from lladax.drawing import report
-from lladax.evaluation.adapter import CHAT, Harness, fingerprint, understood
+from lladax.evaluation.adapter import CHAT, Harness, fingerprint
+from lladax.evaluation.kwargs import understood
 from lladax.evaluation.presets import Preset, preset
 from lladax.inference.llada import LLaDA
 from lladax.mistake import Mistake
