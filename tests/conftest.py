@@ -138,3 +138,31 @@ def tiny_workdir(tiny, tmp_path_factory):
   with _quick_compiles():
     trainer.train(tiny(), workdir)
   return workdir
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+  """A question or three of each kind of the harness's task."""
+  from questions import write
+
+  folder = tmp_path_factory.mktemp("benchmarks")
+  choice = [{"question": f"{i}?", "choices": ["a", "b", "cd"], "answer": i % 3} for i in range(6)]
+  for split in ("test", "train"):
+    write(folder, f"eval/arc_challenge_{split}", choice)
+    write(folder, f"math/gsm8k_{split}", [{"question": f"{i} + 1?", "answer": f"so\n#### {i + 1}"} for i in range(6)])
+  write(
+    folder,
+    "eval/lambada_openai",
+    [{"context": "one two", "continuation": "three"}, {"context": "a", "continuation": "b"}],
+  )
+  program = {"entry_point": "f", "prompt": "def f(x):\n", "test": "def check(c):\n  assert c(1) == 2"}
+  write(folder, "eval/humaneval", [program | {"task_id": "HumanEval/0", "canonical_solution": "  return x + 1\n"}])
+  lines = [
+    program | {"entry_point": name, "prompt": f"def {name}(x):\n", "suffix": "  return y\n", "task_id": f"{name}/{i}"}
+    for name in "fgh" for i in range(2)
+  ]  # fmt: skip
+  lines = [line | {"canonical_solution": "  y = x + 1\n"} for line in lines]
+  write(folder, "eval/humaneval_infill_single_line", lines)
+  (folder / "zh").mkdir()
+  (folder / "zh" / "poem_data.json").write_text(json.dumps([{"first": "ab", "second": "cd"}] * 3))
+  return folder

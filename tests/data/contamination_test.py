@@ -109,3 +109,35 @@ def test_nothing_is_missed_and_nothing_is_made_up(alphabet):
   assert 10 < sum(answers) < len(answers) - 10
   for document, held in zip(documents[:3], answers, strict=False):
     assert holds(test, f"{'z ' * 40_000}{document} {'z ' * 40_000}") == held
+
+
+@pytest.mark.parametrize(
+  ("name", "text", "error", "message"),
+  [
+    ("a.json", "[{}, 3]", ValueError, "^data.exclude='.*a.json' holds no text to look for$"),
+    ("a.json", '["A", "B"]', ValueError, "holds no text to look for: 2 are shorter than 8 words .* FILE:FIELD"),
+    ("a.json", "[", ValueError, "^data.exclude=.*a.json is not JSON"),
+    ("b.json", "[]", FileNotFoundError, "^data.exclude=.*a.json: no file matches"),
+  ],
+)
+def test_an_excluded_test_that_cannot_be_read(tmp_path, name, text, error, message):
+  (tmp_path / name).write_text(text)
+  with pytest.raises(error, match=message):
+    contamination.excluded(f"{tmp_path}/a.json")
+
+
+def test_a_field_that_no_record_of_a_test_has(tmp_path):
+  test = tmp_path / "a.json"
+  test.write_text('[{"first": "x"}]')
+  with pytest.raises(ValueError, match=r"exclude='.*:frist': no record has the field 'frist'; there are \['first'\]"):
+    contamination.excluded(f"{test}:frist")
+
+
+def test_a_file_that_was_edited_is_read_anew(tmp_path):
+  test = tmp_path / "a.json"
+  test.write_text('[{"first": "x"}]')
+  assert contamination.excluded(f"{test}:first").held_by(["y"]) == [None]
+  test.write_text('[{"first": "y"}]')  # as long as before
+  assert contamination.excluded(f"{test}:first").held_by(["y"]) == ["a.json"]
+  test.unlink()
+  assert contamination.excluded(f"{test}:first").held_by(["y"]) == ["a.json"]  # a run does not need it again

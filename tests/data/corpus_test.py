@@ -204,36 +204,6 @@ def test_named_fields_of_a_test_count_however_short_and_no_others(tmp_path):
   assert documents_without(test, texts, tmp_path)[0] == texts[:3]
 
 
-@pytest.mark.parametrize(
-  ("name", "text", "error", "message"),
-  [
-    ("a.json", "[{}, 3]", ValueError, "^data.exclude='.*a.json' holds no text to look for$"),
-    ("a.json", '["A", "B"]', ValueError, "holds no text to look for: 2 are shorter than 8 words .* FILE:FIELD"),
-    ("a.json", "[", ValueError, "^data.exclude=.*a.json is not JSON"),
-    ("b.json", "[]", FileNotFoundError, "^data.exclude=.*a.json: no file matches"),
-  ],
-)
-def test_an_excluded_test_that_cannot_be_read(tmp_path, name, text, error, message):
-  write(tmp_path / name, text)
-  with pytest.raises(error, match=message):
-    contamination.excluded(f"{tmp_path}/a.json")
-
-
-def test_a_field_that_no_record_of_a_test_has(tmp_path):
-  test = write(tmp_path / "a.json", '[{"first": "x"}]')
-  with pytest.raises(ValueError, match=r"exclude='.*:frist': no record has the field 'frist'; there are \['first'\]"):
-    contamination.excluded(f"{test}:frist")
-
-
-def test_a_file_that_was_edited_is_read_anew(tmp_path):
-  test = write(tmp_path / "a.json", '[{"first": "x"}]')
-  assert contamination.excluded(f"{test}:first").held_by(["y"]) == [None]
-  write(test, '[{"first": "y"}]')  # as long as before
-  assert contamination.excluded(f"{test}:first").held_by(["y"]) == ["a.json"]
-  test.unlink()
-  assert contamination.excluded(f"{test}:first").held_by(["y"]) == ["a.json"]  # a run does not need it again
-
-
 QUESTION, ANSWER = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hi."}
 
 

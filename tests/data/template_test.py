@@ -10,17 +10,11 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from text_in_place_test import byte_level, metaspace, prepend  # vocabularies of several kinds
-from tokenizers import normalizers
+from vocabularies import CHATML, KINDS, byte_level, folder_of
 
 from lladax.data import template, tokenizer
 from lladax.mistake import Mistake
 
-# The shapes that published templates have, each with the control tokens of its vocabulary.
-CHATML = (
-  "{%- for m in messages %}\n{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' + '\\n' }}\n"
-  "{%- endfor %}\n{%- if add_generation_prompt %}\n{{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n"
-)
 THINKS = (  # what was thought before earlier replies is left out
   "{%- for m in messages %}{%- set text = m.content %}{%- if m.role == 'assistant' and '</think>' in text %}"
   "{%- set text = text.split('</think>')[-1].lstrip('\\n') %}{%- endif %}"
@@ -58,28 +52,6 @@ SHAPES = {
   "ling": (LING, ["+<role>", "+</role>", "+<|role_end|>"], "<|role_end|>"),
   "phi": (PHI, ["<|user|>", "<|system|>", "<|assistant|>", "<|end|>"], "<|end|>"),
 }
-KINDS = {"prepend": prepend, "first": lambda: metaspace("first"), "always": lambda: metaspace("always"),
-         "bytes": lambda: byte_level(False), "prefixed": lambda: byte_level(True)}  # fmt: skip
-BARE = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "model_max_length": 9}
-
-
-def folder_of(path, kind, source, names, where="tokenizer_config.json", config=BARE, lowercase=False):
-  """A published folder's tokenizer: names with a + in front are added tokens that are not called special."""
-  model = tokenizers.Tokenizer.from_str(KINDS[kind]()[1].decode())
-  model.add_tokens([tokenizers.AddedToken(x.lstrip("+"), special=x[0] != "+", normalized=lowercase) for x in names])
-  if lowercase:
-    model.normalizer = normalizers.Lowercase()
-  path.mkdir(parents=True, exist_ok=True)
-  model.save(str(path / "tokenizer.json"))
-  content = config if source is None else config | {"chat_template": source}
-  if where == "chat_template.jinja":
-    (path / where).write_text(source)
-    content = config | {"chat_template": "the old one"}
-  elif where == "chat_template.json":
-    (path / where).write_text(json.dumps({"chat_template": source}))
-    content = config
-  (path / "tokenizer_config.json").write_text(json.dumps(content))
-  return path
 
 
 def read(path, ends=()):

@@ -1,133 +1,13 @@
 """Text stands where it stands: prompt and answer spell the canvas, whatever a vocabulary does to spaces and bytes."""
 
-import io
 import itertools
 import json
 
-import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers, pre_tokenizers
-
-from lladax import sampling
-from lladax.data import tokenizer
-from lladax.inference.llada import LLaDA
-from lladax.model.mask_predictor import MaskPredictorConfig
-
-TEXTS = ["The capital of France is Paris. the king of France, and the cat sat on the mat\n\n  The end.\t秦川"] * 9
-SPECIAL = ["<s>", "</s>", "<|mdm_mask|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
-ALPHABET = sorted({character for text in TEXTS for character in text})
-
-
-def sentencepiece(model_type="bpe", **options):
-  import sentencepiece as library
-
-  model = io.BytesIO()
-  options = {"byte_fallback": True, "remove_extra_whitespaces": False, "normalization_rule_name": "identity"} | options
-  library.SentencePieceTrainer.train(
-    sentence_iterator=iter(TEXTS), model_writer=model, model_type=model_type, vocab_size=330, hard_vocab_limit=False,
-    character_coverage=1.0, minloglevel=2, **options,
-  )  # fmt: skip
-  return "sentencepiece", model.getvalue()
-
-
-def merged(vocabulary, texts, **options):
-  """A BPE model of characters, with the merges that spell the texts' words."""
-  vocabulary, merges = dict(vocabulary), []
-  for word in texts:
-    for i in range(1, len(word)):
-      if word[: i + 1] not in vocabulary:
-        merges.append((word[:i], word[i]))
-        vocabulary[word[: i + 1]] = len(vocabulary)
-  return models.BPE(vocabulary, merges, **options)
-
-
-WORDS = ["▁The", "▁Paris", "▁of", "▁France", "▁is", "▁▁", "ing"]
-
-
-def fallback(normalizer=None, pre_tokenizer=None, decoder=None):
-  """Llama-2's kind: characters and merges, bytes for what is unknown."""
-  pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
-  pieces += [character for character in ALPHABET if character not in "\n\t ▁秦川"]
-  options = {"byte_fallback": True, "fuse_unk": True, "unk_token": "<unk>"}
-  model = tokenizers.Tokenizer(merged({x: i for i, x in enumerate(pieces)}, WORDS, **options))
-  if normalizer:
-    model.normalizer = normalizer
-  if pre_tokenizer:
-    model.pre_tokenizer = pre_tokenizer
-  strip = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-  model.decoder = decoder or decoders.Sequence(strip)
-  return model
-
-
-def published(model):
-  model.add_special_tokens(SPECIAL)
-  return "huggingface", model.to_str().encode()
-
-
-def prepend():
-  return published(fallback(normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])))
-
-
-def metaspace(scheme):
-  keep = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-  split = pre_tokenizers.Metaspace(prepend_scheme=scheme)
-  return published(fallback(None, split, keep if scheme == "never" else None))
-
-
-def byte_level(add_prefix_space):
-  alphabet = {x: i for i, x in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-  model = tokenizers.Tokenizer(merged(alphabet, ["ĠThe", "ĠParis", "ing", "ĠĠ"]))
-  model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
-  model.decoder = decoders.ByteLevel()
-  return published(model)
-
-
-def unigram():
-  """T5's kind: words are split at spaces before each gets its own; no bytes, one unknown for many characters."""
-  pieces = ["<unk>", "▁", *(x for x in ALPHABET if x not in " \n\t▁秦川"), *WORDS]
-  model = tokenizers.Tokenizer(models.Unigram([(x, -5.0 if len(x) == 1 else -2.0) for x in pieces], 0))
-  model.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
-  model.decoder = decoders.Metaspace()
-  return published(model)
-
-
-def wordpiece():
-  pieces = ["[UNK]", "the", "play", "##ing", "is", "paris", ".", *"abcdefghij", *(f"##{x}" for x in "abcdefghij")]
-  model = tokenizers.Tokenizer(models.WordPiece({x: i for i, x in enumerate(pieces)}, unk_token="[UNK]"))
-  model.normalizer = normalizers.BertNormalizer(lowercase=True)
-  model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-  model.decoder = decoders.WordPiece()
-  return published(model)
-
-
-# What comes back letter for letter; and what a vocabulary changes in reading it.
-EXACT = {
-  "bytes": lambda: ("bytes", b""),
-  "sentencepiece bpe": sentencepiece,
-  "sentencepiece unigram": lambda: sentencepiece("unigram"),
-  "sentencepiece plain": lambda: sentencepiece(add_dummy_prefix=False),
-  "prepend": prepend,
-  "metaspace always": lambda: metaspace("always"),
-  "metaspace first": lambda: metaspace("first"),
-  "metaspace never": lambda: metaspace("never"),
-  "byte level": lambda: byte_level(False),
-}
-LOSSY = {
-  "sentencepiece stripped": lambda: sentencepiece(remove_extra_whitespaces=True),
-  "sentencepiece unknown": lambda: sentencepiece(byte_fallback=False),
-  "byte level prefixed": lambda: byte_level(True),
-  "unigram": unigram,
-  "wordpiece": wordpiece,
-}
-NAMES = {"eos": "</s>", "mask": "<|mdm_mask|>", "pad": "", "bos": ""}
-
-
-def make(builder):
-  kind, content = builder()
-  return tokenizer.Tokenizer(tokenizer.KINDS[kind](content), NAMES)
+from vocabularies import EXACT, LOSSY, SAYINGS, TEXTS, made, make, prepend, wordpiece
 
 
 @pytest.fixture(scope="module", params=EXACT)
@@ -144,25 +24,6 @@ def spelled(text, ids):
   """The tokens as their vocabulary writes them."""
   name = text._vocabulary._model
   return [name.id_to_token(i) if hasattr(name, "id_to_token") else name.id_to_piece(i) for i in ids]
-
-
-SAYINGS = [
-  "Paris.",
-  " Paris.",
-  "  Paris",
-  "\nParis",
-  "\n\n",
-  "\t",
-  " ",
-  "  ",
-  "秦川雄帝宅",
-  "é",
-  "😀",
-  " 😀😀",
-  "ing",
-  "",
-  "▁a",
-]
 
 
 def test_prompt_and_answer_spell_the_canvas(exact):
@@ -208,15 +69,6 @@ def test_any_two_texts_spell_their_canvas(data):
   cut = data.draw(st.integers(0, len(ids)))  # anywhere, in the middle of a character too
   parts = text.decode(ids[:cut], behind=asked) + text.decode(ids[cut:], behind=asked + ids[:cut])
   assert parts.replace("\ufffd", "") == answer.replace("\ufffd", "")
-
-
-_made = {}
-
-
-def made(name):
-  if name not in _made:
-    _made[name] = make(EXACT[name])
-  return _made[name]
 
 
 def test_what_a_vocabulary_loses_it_loses_alone(every):
@@ -297,65 +149,3 @@ def test_a_folder_and_its_tokenizer_agree_behind_a_text():
   for answer in SAYINGS:
     whole = raw.encode("is" + answer, add_special_tokens=False).ids
     assert text.encode("is") + text.encode(answer, begins=False) == whole, answer
-
-
-@pytest.fixture(scope="module", params=["prepend", "metaspace first", "sentencepiece bpe", "byte level", "bytes"])
-def llada(request):
-  """A tiny random LLaDA over one of the vocabularies."""
-  import jax
-  import jax.numpy as jnp
-
-  text = made(request.param)
-  c = MaskPredictorConfig(D=12, N=1, H=2, G=1, K=6, F=16, V=text.rows, max_length=96, dtype="float32")
-  rng, shapes = np.random.default_rng(0), jax.eval_shape(c.init, jax.random.key(0))
-  params = jax.tree.map(lambda x: jnp.asarray(0.5 * rng.standard_normal(x.shape), jnp.float32), shapes)
-  return LLaDA(c, params, text, text.mask_id, text.eos_id, text.vocab_size, text.eot_id)
-
-
-PROMPT = "The capital of France is"
-
-
-def generated(llada, prompt, ids):
-  """What `sample` returns for a canvas in which `ids` were generated behind the prompt, padded to 32."""
-  tokens_BL = np.array([[llada.eos_id] * (32 - len(prompt)) + prompt + ids])
-  at_BL = np.array([[0] * 32 + [1] * len(ids)])
-  canvas = sampling.Canvas(tokens_BL, at_BL, np.ones(at_BL.shape), step_B=np.array([1]), nfe=np.int32(1))
-  return llada._sampled(canvas, (np.arange(32 + len(ids)) >= 32 - len(prompt)).astype(int)[None], 32)
-
-
-def test_a_sampled_text_keeps_its_first_space(llada):
-  text = llada.tokenizer
-  prompt = text.encode(PROMPT)
-  for answer in (" Paris.", "Paris", "  \n", " 😀"):
-    out = generated(llada, prompt, text.behind(prompt, answer))
-    assert out.text == [answer]
-    assert llada._has_ended(out, 0, [answer]) and not llada._has_ended(out, 0, [answer + "x"])
-  out = generated(llada, prompt, [*text.behind(prompt, " Paris"), llada.eos_id, *text.encode("The")])
-  assert out.text == [" Paris"]
-
-
-@pytest.mark.usefixtures("quick_compiles")
-def test_prompts_and_their_texts_spell_the_canvases(llada):
-  out = llada.sample([PROMPT] * 8, gen_length=8, block_length=8, steps=2, temperature=2.0)
-  for row, padding, said in zip(out.tokens, out.padding, out.text, strict=True):
-    ended = [*row[padding:-8], *itertools.takewhile(lambda i: i not in llada.ends, row[-8:])]
-    assert llada.tokenizer.decode(ended) == PROMPT + said
-
-
-@pytest.mark.usefixtures("quick_compiles")
-def test_an_answer_is_scored_as_it_stands(llada):
-  prompt, answer = llada.tokenizer.pair(PROMPT, " Paris.")
-  options = {"num_samples": 4, "seed": 1}
-  wanted = llada.log_likelihood(prompt, answer, **options)
-  assert llada.log_likelihood(PROMPT, " Paris.", **options) == wanted
-  assert llada.log_likelihood(prompt, " Paris.", **options) == wanted
-  assert llada.log_likelihood([PROMPT], [" Paris."], **options) == [wanted]
-
-
-@pytest.mark.usefixtures("quick_compiles")
-def test_infilled_pieces_stand_behind_their_masks(llada):
-  out = llada.infill("The [MASK] of France", steps=1)
-  assert out.text[0].startswith("The ") and out.text[0].endswith(" of France")
-  assert (
-    llada.tokenizer.encode("The ") == out.tokens[0, out.padding[0] :][: len(llada.tokenizer.encode("The "))].tolist()
-  )

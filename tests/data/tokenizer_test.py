@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import pathlib
 import random
@@ -6,16 +5,11 @@ import random
 import numpy as np
 import pytest
 import tokenizers
+from vocabularies import SAMPLES, trained
 
-from lladax.data import tokenizer, vocabularies
+from lladax.data import tokenizer
 from lladax.mistake import Mistake
 
-TEXTS = [
-  "def add(left, right):\n\n    return left + right  # the sum\n",
-  "  Über den Wolken,\tmuß die Freiheit   wohl grenzenlos sein.  ",
-  "秦川雄帝宅，函谷壮皇居。\r\n绮殿千寻起，离宫百雉余。",
-  pathlib.Path(json.__file__).read_text(encoding="utf-8"),
-]
 NAMES = ("<|endoftext|>", "<|mdm_mask|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
 # The special ids of LLaDA-8B, as published.
 LLADA = {"<|startoftext|>": 126080} | dict(zip(NAMES, (126081, 126336, 126348, 126346, 126347), strict=True))
@@ -46,11 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def any_kind(request: pytest.FixtureRequest, folder: pathlib.Path) -> tokenizer.Tokenizer:
   path = str(folder) if request.param == "huggingface" else ""
   config = tokenizer.TokenizerConfig(kind=request.param, path=path, vocab_size=400)
-  return tokenizer.create(config, TEXTS)
-
-
-def sentencepiece(vocab_size: int = 400, **fields) -> tokenizer.Tokenizer:
-  return tokenizer.create(tokenizer.TokenizerConfig(vocab_size=vocab_size, **fields), TEXTS)
+  return tokenizer.create(config, SAMPLES)
 
 
 def test_every_character_comes_back(any_kind):
@@ -135,84 +125,20 @@ def test_missing_special_tokens_are_appended(tmp_path):
   assert this.decode([this.pad_id, 256, *this.encode("ü"), 257], skip_special=False) == ("<pad></s>ü<|mdm_mask|>")
 
 
-def test_trained_vocab_size_counts_the_special_tokens():
-  assert sentencepiece(384).vocab_size == sentencepiece(384).rows == 384
-  assert sentencepiece(384, pad="<pad>").vocab_size == 384
-
-
-def test_training_is_deterministic_and_fingerprinted():
-  first = sentencepiece()
-  assert first.fingerprint == sentencepiece().fingerprint
-  different = [
-    sentencepiece(399),
-    sentencepiece(pad="<pad>"),
-    sentencepiece(eos="</s>"),
-    tokenizer.create(tokenizer.TokenizerConfig(vocab_size=400), TEXTS[3:]),
-    tokenizer.create(tokenizer.TokenizerConfig(kind="bytes")),
-  ]
-  assert len({first.fingerprint, *(other.fingerprint for other in different)}) == 6
-
-
-def test_training_compresses_and_is_quiet(capfd):
-  this = sentencepiece(640)
-  assert sum(map(len, map(this.encode, TEXTS))) < 0.5 * sum(len(text.encode()) for text in TEXTS)
-  assert capfd.readouterr() == ("", "")
-
-
-def test_training_on_more_characters_than_pieces():
-  texts = ["".join(map(chr, range(0x4E00, 0x4E00 + 3000))) + "的" * 9, *TEXTS]
-  this = tokenizer.create(tokenizer.TokenizerConfig(vocab_size=400), texts)
-  assert this.decode(this.encode(texts[0])) == texts[0]
-  assert len(this.encode("的")) == 1
-
-
-def test_training_reads_a_long_line():
-  this = tokenizer.create(tokenizer.TokenizerConfig(vocab_size=265), ["的" * 5000])
-  assert len(this.encode("的")) == 1
-
-
-def test_training_on_a_part_reaches_the_end_of_the_corpus(monkeypatch):
-  monkeypatch.setattr(vocabularies, "_TRAINING_BYTES", 100)
-  texts = ["的\n"] * 500 + ["居\n"] * 500
-  this = tokenizer.create(tokenizer.TokenizerConfig(vocab_size=265), texts)
-  assert len(this.encode("的居")) == 2
-
-
-@pytest.mark.parametrize("texts", [["aaa bbb"] * 9, TEXTS[:1], TEXTS[1:2]])
-def test_too_small_a_corpus_says_which_size_is_possible(texts):
-  config = tokenizer.TokenizerConfig(vocab_size=4096)
-  with pytest.raises(ValueError, match="tokenizer.vocab_size=4096: this corpus allows at most") as error:
-    tokenizer.create(config, texts)
-  possible = int(str(error.value).split()[-1])
-  assert tokenizer.create(dataclasses.replace(config, vocab_size=possible), texts).rows >= possible
-
-
-@pytest.mark.parametrize("texts", [None, [], ["\n\n"]])
-def test_nothing_to_train_on(texts):
-  with pytest.raises(ValueError, match="tokenizer.path='': no text"):
-    tokenizer.create(tokenizer.TokenizerConfig(), texts)
-
-
-def test_too_small_a_vocabulary_says_how_many_it_needs():
-  with pytest.raises(ValueError, match="tokenizer.vocab_size=200: needs 264"):
-    sentencepiece(200)
-  assert sentencepiece(264).decode(sentencepiece(264).encode("a\nb")) == "a\nb"
-
-
 def test_save_and_load(any_kind, tmp_path):
   any_kind.save(tmp_path / "deep" / "folder")
   again = tokenizer.load(tmp_path / "deep" / "folder")
   assert again.fingerprint == any_kind.fingerprint
   for name in ("vocab_size", "mask_id", "eos_id", "pad_id", "bos_id", "eot_id", "start_header_id"):
     assert getattr(again, name) == getattr(any_kind, name)
-  assert [again.encode(text) for text in TEXTS] == [any_kind.encode(text) for text in TEXTS]
+  assert [again.encode(text) for text in SAMPLES] == [any_kind.encode(text) for text in SAMPLES]
   assert again.chat([{"role": "user", "content": "x"}]) == any_kind.chat([{"role": "user", "content": "x"}])
 
 
 def test_saved_model_can_be_a_path(tmp_path):
-  sentencepiece().save(tmp_path)
+  trained().save(tmp_path)
   this = tokenizer.create(tokenizer.TokenizerConfig(path=str(tmp_path / "sp.model")))
-  assert this.fingerprint == sentencepiece().fingerprint
+  assert this.fingerprint == trained().fingerprint
 
 
 def test_decode_and_special_tokens(any_kind):

@@ -1,14 +1,20 @@
 """Answers in a file; and what holds of every file: nothing that is read can run."""
 
+import contextlib
 import json
 import pathlib
 import re
+import shutil
 import threading
 
 import pytest
+from questions import bombs
 
+import lladax
+from lladax import config as configs  # noqa: E402
 from lladax.evaluation.answers import Answers
 from lladax.mistake import Mistake
+from lladax.storage import metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
 FOUND = {
@@ -157,3 +163,23 @@ def test_nothing_that_is_read_from_a_file_can_run():
 )  # fmt: skip
 def test_the_net_has_no_holes(line):
   assert RUNS.search(line) and not RUNS.search("model.eval()  # pattern.exec(text)")
+
+
+def test_a_bomb_in_a_workdir_does_not_go_off(tiny_workdir, tmp_path):
+  marker, workdir = tmp_path / "marker", tmp_path / "workdir"
+  shutil.copytree(tiny_workdir, workdir)
+  for folder in sorted((workdir / "checkpoints").iterdir())[:-1]:
+    shutil.rmtree(folder)
+  files = [path for path in workdir.rglob("*") if path.is_file()]
+  assert {"config.json", "metrics.jsonl"} <= {path.name for path in files} and (workdir / "tokenizer").is_dir()
+  pickled, *texts = bombs(marker)
+  for file in files:
+    content = file.read_bytes()
+    for bomb in [pickled, *texts] if file.suffix in (".json", ".jsonl") else [pickled]:
+      file.write_bytes(bomb)
+      for read in (configs.load, metrics.losses, lladax.load):
+        with contextlib.suppress(Exception):
+          read(workdir)
+      assert not marker.exists(), file
+    file.write_bytes(content)
+  lladax.load(workdir)  # nothing else was broken

@@ -1,0 +1,103 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from layouts import BF16, GOLDEN, GQA_TIED, ILLADA, LLADA, complaint, publish, shapes, tensors
+
+import lladax
+from lladax.devices import sharding
+from lladax.storage import checkpoint, published, transfer
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+@pytest.mark.parametrize("dtype", [np.dtype("float32"), BF16, np.dtype("float16")], ids=str)
+@pytest.mark.parametrize("config", [LLADA, GQA_TIED, ILLADA], ids=["llada", "gqa-tied", "illada"])
+def test_round_trip_is_the_identity(tmp_path, config, dtype, monkeypatch):
+  monkeypatch.setattr(transfer, "ROWS", 100)  # the vocabulary in three unequal slabs
+  source = publish(tmp_path / "source", config, dtype)
+  theirs = published.read(source)
+  params = transfer.load_params(theirs)
+  assert {x.dtype for x in jax.tree.leaves(params)} == {dtype}
+  assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(
+    lambda x: x.shape, jax.eval_shape(theirs.model.init, jax.random.key(0))
+  )
+  wide = transfer.load_params(theirs, dtype=jnp.float32)  # as training wants them
+  assert {x.dtype for x in jax.tree.leaves(wide)} == {np.dtype("float32")}
+  for i, tree in enumerate((params, wide)):
+    target = tmp_path / f"target{i}"
+    transfer.export(tree, theirs.model, target, config, dtype=dtype, max_shard_bytes=50_000)
+    assert tensors(target) == tensors(source) and json.loads((target / "config.json").read_text()) == config
+    files = sorted(path.name for path in target.glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    index = json.loads((target / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == shapes(config).keys() and set(index["weight_map"].values()) == set(files)
+    assert index["metadata"]["total_size"] == sum(len(content) for _, _, content in tensors(source).values())
+
+
+def test_golden_checkpoint_and_its_round_trip(tmp_path):
+  llada = lladax.load(GOLDEN)
+  with np.load(GOLDEN / "golden.npz") as answers:
+    np.testing.assert_allclose(llada.logits(answers["x_masked"]), answers["logits"], atol=1e-4)
+  assert (llada.tokenizer, llada.mask_id, llada.eos_id, llada.vocab_size) == (None, 503, 500, 504)
+  config = json.loads((GOLDEN / "config.json").read_text())
+  transfer.export(llada.params, llada.model, tmp_path, config)
+  assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]  # one file, no index
+  assert tensors(tmp_path) == tensors(GOLDEN)
+
+
+def test_bfloat16_parameters_compute_as_their_float32_copies(tmp_path):
+  theirs = published.read(publish(tmp_path / "source", ILLADA))
+  tokens_BL = np.random.default_rng(0).integers(0, 256, (2, 16))
+  logits = [
+    lladax.LLaDA(theirs.model, transfer.load_params(theirs, dtype=dtype), **theirs.identity).logits(tokens_BL)
+    for dtype in (None, jnp.float32)
+  ]
+  np.testing.assert_allclose(*logits, atol=1e-5)
+
+
+def test_layers_and_heads_are_where_they_belong(tmp_path):
+  """GQA: group g of layer i is rows g K .. (g + 1) K of the file's tensor, transposed."""
+  source = publish(tmp_path / "source", ILLADA, np.dtype("float32"), files=1)
+  params = transfer.load_params(published.read(source))
+  loaded = safetensors.numpy.load_file(source / "model.safetensors")
+  k = loaded["model.layers.2.self_attn.k_proj.weight"]
+  np.testing.assert_array_equal(params["blocks"]["k"][2, :, 1], k[8:16].T)
+  out = loaded["model.layers.1.self_attn.o_proj.weight"]
+  np.testing.assert_array_equal(params["blocks"]["out"][1, 3], out[:, 24:32].T)
+  assert "head" not in params
+
+
+@pytest.mark.parametrize("config", [LLADA, ILLADA], ids=["llada", "illada"])
+def test_sharded_load_is_the_plain_one_and_sharded(tmp_path, config):
+  theirs = published.read(publish(tmp_path / "source", config))
+  mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4, tensor=2))
+  at = sharding.shardings(mesh, theirs.model.letters())
+  plain, sharded = transfer.load_params(theirs), transfer.load_params(theirs, at)
+  jax.tree.map(np.testing.assert_array_equal, sharded, plain)
+  assert jax.tree.map(lambda x: x.sharding, sharded) == at
+  for name, x in checkpoint.flat(sharded):
+    held = x.addressable_shards[0].data.size
+    assert held == x.size // (4 if "norm" in name else 8), name  # all but the norms are cut both ways
+
+
+def test_a_tied_head_may_be_spelled_out_if_it_is_the_embedding(tmp_path):
+  embedding = np.random.default_rng(1).standard_normal((256, 64)).astype(BF16)
+  both = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding}
+  source = publish(tmp_path / "equal", ILLADA, **both)
+  assert "head" not in transfer.load_params(published.read(source))
+  source = publish(tmp_path / "other", ILLADA, **both | {"lm_head.weight": embedding + embedding})
+  assert "lm_head.weight is not the embedding, and the two are tied" in complaint(source)
+
+
+def test_what_the_published_layout_cannot_say(tiny_workdir, tmp_path):
+  import dataclasses
+
+  llada = lladax.load(GOLDEN)
+  config = json.loads((GOLDEN / "config.json").read_text())
+  for change, said in (({"causal": True}, "model.causal=True"), ({"K": 8}, "model.H=4 times model.K=8")):
+    with pytest.raises(ValueError, match=said):
+      transfer.export(llada.params, dataclasses.replace(llada.model, **change), tmp_path, config)

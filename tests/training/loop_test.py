@@ -1,0 +1,122 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from runs import Crash, assert_bitwise_equal, at_batch, crash, curve, parameters, terminate
+
+from lladax.devices import distributed
+from lladax.evaluation import evaluate
+from lladax.storage import checkpoint
+from lladax.training import trainer
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+@pytest.mark.parametrize(
+  ("step", "saved", "act"),
+  [
+    (17, [10, 15], crash),
+    (14, [10, 13], terminate),
+    pytest.param(3, [], crash, marks=pytest.mark.slow),
+    pytest.param(2, [1], terminate, marks=pytest.mark.slow),
+  ],
+)
+def test_a_run_that_was_stopped_goes_on_bitwise(tiny, tiny_workdir, tmp_path, monkeypatch, step, saved, act):
+  handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+  with monkeypatch.context() as patch:
+    at_batch(patch, step, act)
+    with pytest.raises((Crash, SystemExit)) as stopped:
+      trainer.train(tiny(), tmp_path)
+  if act is terminate:
+    assert stopped.value.code == 128 + signal.SIGTERM
+  assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+  assert checkpoint.steps(tmp_path) == saved
+  trainer.train(tiny(), tmp_path)
+  assert_bitwise_equal(tmp_path, tiny_workdir)
+
+
+@pytest.mark.parametrize(("weight", "message"), [(np.nan, "loss=nan"), (1e30, "grad_norm=inf")])
+def test_what_is_not_a_number_stops_the_run_and_is_not_saved(tiny, tmp_path, monkeypatch, weight, message):
+  def poison(batch):
+    batch["weight"] = batch["weight"] * np.float32(weight)
+
+  at_batch(monkeypatch, 10, poison)
+  with pytest.raises(FloatingPointError, match=f"{message}.* at step 10: start again") as error:
+    trainer.train(tiny(), tmp_path)
+  assert "\n" not in str(error.value)
+  assert checkpoint.steps(tmp_path) == [5]
+  assert [step for step, *_ in curve(tmp_path)] == list(range(1, 10))
+  assert all(np.isfinite(x).all() for x in parameters(tmp_path).values())
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_steps(tiny_flags, tmp_path):
+  flags = [*tiny_flags, "--config.steps=200", "--config.checkpoint.every=7"]
+  seed = random.SystemRandom().randrange(2**32)
+  print(f"random.Random({seed})")
+  kills = sorted(random.Random(seed).sample(range(1, 200), 3))
+
+  def start(name):
+    command = [sys.executable, "-m", "lladax.main", *flags, f"--workdir={tmp_path / name}"]
+    env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "JAX_ENABLE_COMPILATION_CACHE": "0"}  # as a user's run
+    return subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
+
+  def last_step(name):
+    path = tmp_path / name / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+
+  assert start("unbroken").wait() == 0
+  for step in kills:
+    process = start("killed")
+    while process.poll() is None and last_step("killed") < step:
+      time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+  assert start("killed").wait() == 0
+  assert_bitwise_equal(tmp_path / "killed", tmp_path / "unbroken")
+
+
+def test_the_watchdog_waits_for_what_moves(tiny, tmp_path, monkeypatch):
+  """On a clock of its own: whatever takes long alone is waited for, and an evaluation as long as its batches go on."""
+  clock, beats = [0.0], []
+
+  class Watchdog:
+    def __init__(self, seconds):
+      self._seconds, self._last = seconds, clock[0]
+
+    def beat(self, doing):
+      assert clock[0] - self._last < self._seconds, beats[-1]
+      self._last = clock[0]
+      beats.append(doing)
+
+    def close(self):
+      self.beat("closing")
+
+  def slow(module, name, seconds):
+    real = getattr(module, name)
+
+    def wait(*args, **options):
+      clock[0] += seconds
+      return real(*args, **options)
+
+    monkeypatch.setattr(module, name, wait)
+
+  monkeypatch.setattr(distributed, "Watchdog", Watchdog)
+  slow(trainer, "_put", 6.0)  # of every step
+  slow(checkpoint.Checkpoints, "save", 9.0)
+  slow(evaluate, "_score", 3.0)  # of every draw, of which there are two to a batch
+  slow(trainer, "describe", 3.0)  # behind the compilation
+  config = {"steps": 6, "checkpoint.every": 3, "evaluate.every": 3, "evaluate.batch_size": 2, "log.hang_seconds": 10.0}
+  trainer.train(tiny(config), tmp_path / "[/red] a[1]")  # no markup of the console's
+  scored = [x for x in beats if x.startswith("scoring held-out row ")]
+  assert len(scored) > 3
+  assert beats[:5] == ["reading the first batch", "compiling the step", "step 1", "step 2", "step 3"]
+  assert beats[5:7] == ["saving step 3", scored[0]]
+  assert beats[-3:] == ["step 6", "saving step 6", "closing"]
