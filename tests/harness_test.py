@@ -13,7 +13,7 @@ from lladax.mistake import Mistake
 
 pytest.importorskip("lm_eval")
 from lm_eval.api.model import CachingLM  # noqa: E402
-from questions import bombs
+from questions import bombs, tiny
 
 from lladax import harness as door  # noqa: E402
 from lladax.devices import distributed  # noqa: E402
@@ -30,6 +30,11 @@ pytestmark = [
 def test_importing_it_loads_no_torch():
   code = "import sys, lladax.harness; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
   subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.fixture(scope="module")
+def llada():
+  return tiny()
 
 
 @pytest.fixture
