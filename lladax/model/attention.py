@@ -87,8 +87,9 @@ class Visible:
     if self.order == "causal":
       table_BWK &= self.window(at_1L)[:, :, None] >= at_1L[:, None, :]
     if self.reuse_L is not None:
-      fresh_BWW = jax.lax.dynamic_slice_in_dim(table_BWK & ~self.reuse_L, self.start, self.W, axis=2)
-      table_BWK = jnp.concatenate([table_BWK & self.reuse_L, fresh_BWW], axis=2)
+      reuse_11L = jnp.asarray(self.reuse_L)[None, None]
+      fresh_BWW = jax.lax.dynamic_slice_in_dim(table_BWK & ~reuse_11L, self.start, self.W, axis=2)
+      table_BWK = jnp.concatenate([table_BWK & reuse_11L, fresh_BWW], axis=2)
     return dataclasses.replace(self, table_BWK=table_BWK)
 
 
