@@ -100,6 +100,17 @@ def test_a_config_of_the_user_s_builds_on_ours(python):
   assert done.stdout == "2 7 exact\n", done.stderr
 
 
+def test_a_page_is_drawn_from_the_files_in_it(python):
+  code = """
+import numpy, lladax.drawing.unmasking as unmasking, lladax.drawing.report as report
+canvas = unmasking.Unmasking(("a", "b"), numpy.arange(2), numpy.ones(2))
+print(unmasking.html([canvas]), unmasking.heat_map([canvas]), report.page(report.Report("r", {})))
+"""
+  done = python("-c", code)
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.count(".lladax") > 2 and done.stdout.count("</script>") == 2 and "<h1>r</h1>" in done.stdout
+
+
 @pytest.mark.parametrize(
   ("given", "message"),
   [
