@@ -94,9 +94,12 @@ def _results(results: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]
 
 def _bar(share: float, error: float, published: float | None = None) -> dict[str, str]:
   """A bar of a share of 1 with a whisker of one standard error to each side, in units of 1/200."""
-  sizes = {"end": min(max(share, 0.0), 1.0), "low": max(share - error, 0.0), "high": min(share + error, 1.0)}
-  drawn = {"end": True, "low": error, "high": error, "published": published is not None}
-  return {name: f"{200 * x:.1f}" if drawn[name] else "" for name, x in (sizes | {"published": published}).items()}
+  sizes = {"end": min(max(share, 0.0), 1.0)}
+  if error:
+    sizes |= {"low": max(share - error, 0.0), "high": min(share + error, 1.0)}
+  if published is not None:
+    sizes["published"] = published
+  return {name: f"{200 * x:.1f}" for name, x in sizes.items()}
 
 
 def _curve(losses: Sequence[tuple[int, float]]) -> dict[str, Any]:
