@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 
 import pytest
@@ -86,6 +87,15 @@ def test_it_holds_what_the_tree_holds(wheel):
   tree = {str(path.relative_to(ROOT)) for path in ROOT.glob("lladax/**/*") if path.is_file()}
   tree |= {f"lladax/configs/{path.name}" for path in ROOT.glob("configs/*")}
   assert {name for name in tree if "__pycache__" not in name} == {name for name in held if ".dist-info/" not in name}
+
+
+def test_the_sources_hold_the_package(tmp_path):
+  pytest.importorskip("hatchling")
+  subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", tmp_path], cwd=ROOT, check=True)
+  (path,) = tmp_path.glob("lladax-*.tar.gz")
+  held = {name.partition("/")[2] for name in tarfile.open(path).getnames()}
+  tree = {str(path.relative_to(ROOT)) for path in ROOT.glob("lladax/**/*") if path.is_file()}
+  assert {name for name in tree if "__pycache__" not in name} <= held
 
 
 def test_a_recipe_is_trained_by_its_name_and_sampled_without(python, site, run):
