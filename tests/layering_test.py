@@ -11,7 +11,7 @@ ORDER = [
   f"{room}.{name}" if room else name
   for room, names in (
     ("", "mistake fields configs diffusion autoregressive optimizer sampling"),
-    ("drawing", "unmasking animation report"),
+    ("drawing", "pages unmasking animation report"),
     ("devices", "sharding distributed"),
     (
       "data",
