@@ -10,8 +10,8 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "lladax"
 ORDER = [
   f"{room}.{name}" if room else name
   for room, names in (
-    ("", "mistake fields configs diffusion autoregressive optimizer sampling"),
-    ("drawing", "unmasking animation report"),
+    ("", "mistake fields configs sampling diffusion autoregressive optimizer"),
+    ("drawing", "pages unmasking animation report"),
     ("devices", "sharding distributed ahead"),
     ("data", "template vocabularies tokenizer facts reading contamination corpus"),
     ("data", "windows records dialogues sources batches prepare"),
