@@ -19,7 +19,7 @@ ORDER = [
     ("storage", "metrics checkpoint safetensors layout published transfer"),
     ("", "config"),
     ("inference", "llada load convert show chat"),
-    ("evaluation", "reversal sandbox tasks.local answers presets kwargs adapter harness evaluate"),
+    ("evaluation", "reversal sandbox tasks.local answers presets kwargs adapter harness held_out evaluate"),
     ("training", "step setup loop trainer plan"),
     ("", "harness main __init__"),
   )

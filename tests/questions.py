@@ -1,5 +1,6 @@
 """A tiny model, questions to it, and files that would run if they were read by a pickle."""
 
+import dataclasses
 import json
 import lzma
 import os
@@ -48,3 +49,23 @@ def bombs(marker):
 
   call = f"__import__('os').mkdir({str(marker)!r})"
   return pickle.dumps(Bomb(), 2), call.encode(), f"!!python/object/apply:os.mkdir [{str(marker)!r}]".encode()
+
+
+class Words:
+  """A tokenizer whose tokens are words, so that tokens and bytes differ."""
+
+  eos_id, mask_id, vocab_size, rows = 0, 1, 40, 128
+  words: list[str] = []
+
+  def encode(self, text):
+    self.words += [word for word in dict.fromkeys(text.split()) if word not in self.words]
+    return [2 + self.words.index(word) for word in text.split()]
+
+
+def random_model(config, text, scale=0.3):
+  """A model with random parameters, drawn without compiling anything."""
+  model = dataclasses.replace(config.model, V=text.rows)
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  params = jax.tree.map(lambda x: jnp.asarray(scale * rng.normal(size=x.shape), jnp.float32), shapes)
+  return LLaDA(model, params, text, text.mask_id, text.eos_id, text.vocab_size)

@@ -15,7 +15,7 @@ from lladax import optimizer
 from lladax.config import Config
 from lladax.data import batches
 from lladax.devices import distributed, sharding
-from lladax.evaluation import evaluate
+from lladax.evaluation import evaluate, held_out
 from lladax.inference.llada import LLaDA
 from lladax.storage import checkpoint, metrics
 from lladax.training import loop
@@ -38,7 +38,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
   config = run.config
   with jax.set_mesh(run.mesh):
     llada = _llada(run, _last_state(run, console))
-    bounds = evaluate.bound(llada, config) if config.data.held_out else {}
+    bounds = held_out.bound(llada, config) if config.data.held_out else {}
     results = evaluate.report(llada, config, bounds, run.workdir, console)
   console.print(f"done in {metrics.clock(time.monotonic() - began)}; everything is in {run.workdir}", markup=False)
   return results
@@ -75,7 +75,7 @@ def _work(run: Run, start: int, console: Console) -> loop.Work:
   )  # fmt: skip
 
   def bound(state, beat):
-    return evaluate.bound(_llada(run, state), config, rows=config.evaluate.rows, beat=beat)
+    return held_out.bound(_llada(run, state), config, rows=config.evaluate.rows, beat=beat)
 
   return loop.Work(
     step=jit_step(config, run.tx, run.shardings, mask_id=run.text.mask_id, eos_id=run.text.eos_id),

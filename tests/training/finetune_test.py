@@ -14,7 +14,7 @@ from lladax import diffusion
 from lladax.data import dialogues, sources
 from lladax.data.windows import DataConfig
 from lladax.devices import sharding
-from lladax.evaluation import evaluate
+from lladax.evaluation import evaluate, held_out
 from lladax.inference import convert
 from lladax.model.mask_predictor import MaskPredictorConfig
 from lladax.storage import checkpoint
@@ -84,7 +84,7 @@ def test_only_adapters_are_trained_and_saved(tiny, sft, adapted, tiny_workdir):
   assert base.keys() == merged.keys()
   changed = {name for name in base if (base[name] != merged[name]).any()}
   assert changed == {"blocks/q", "blocks/down"}
-  before, after = (evaluate.bound(lladax.load(x), tiny(sft))["nats_per_token"] for x in (tiny_workdir, adapted))
+  before, after = (held_out.bound(lladax.load(x), tiny(sft))["nats_per_token"] for x in (tiny_workdir, adapted))
   assert after < 0.8 * before
 
 
@@ -108,7 +108,7 @@ def test_a_run_goes_on_bitwise(tiny, sft, lora, tmp_path):
 
 @pytest.mark.parametrize("lora", [pytest.param({}, marks=pytest.mark.slow), LORA], ids=["all", "adapters"])
 def test_every_mesh_is_the_same(tiny, sft, lora, tmp_path, monkeypatch):
-  monkeypatch.setattr(evaluate, "bound", lambda *_: {})
+  monkeypatch.setattr(held_out, "bound", lambda *_: {})
   fields = sft | lora | {"steps": 3, "checkpoint.every": 3, "data.packing": True, "data.eos_padding": "none"}
   trainer.train(tiny(fields), tmp_path / "data")
   trainer.train(tiny(fields | {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2}), tmp_path / "sliced")
@@ -144,7 +144,7 @@ def test_another_base_is_refused_on_the_way(tiny, sft, adapted, tiny_workdir, tm
 @pytest.mark.slow
 def test_a_run_goes_on_without_its_base(tiny, sft, tiny_workdir, tmp_path, monkeypatch):
   """The workdir holds everything, of adapters all but what they adapt; where that is now is said by init_from."""
-  monkeypatch.setattr(evaluate, "bound", lambda *_: {})
+  monkeypatch.setattr(held_out, "bound", lambda *_: {})
   base, moved = shutil.copytree(tiny_workdir, tmp_path / "base"), tmp_path / "moved"
   fields = sft | {"init_from": str(base), "steps": 3}
   trainer.train(tiny(fields), tmp_path / "all")
@@ -171,7 +171,7 @@ def test_held_out_replies_under_uniform_predictions(tiny, sft, tiny_workdir):
   """Replies cost log2(V) bits a token, EoT and EOS among them, whatever precedes them."""
   config, llada = tiny(sft), lladax.load(tiny_workdir)
   zeros = jax.tree.map(jnp.zeros_like, llada.params)
-  found = evaluate.bound(lladax.LLaDA(**(vars(llada) | {"params": zeros})), config)
+  found = held_out.bound(lladax.LLaDA(**(vars(llada) | {"params": zeros})), config)
   found_rows = sources.held_out(config.data, llada.tokenizer)
   per_token = math.log(llada.model.V)
   assert found["nats_per_token"] == pytest.approx(per_token, rel=1e-5)

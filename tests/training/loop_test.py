@@ -11,7 +11,7 @@ import pytest
 from runs import Crash, assert_bitwise_equal, at_batch, crash, curve, parameters, terminate
 
 from lladax.devices import distributed
-from lladax.evaluation import evaluate
+from lladax.evaluation import held_out
 from lladax.storage import checkpoint
 from lladax.training import trainer
 
@@ -111,7 +111,7 @@ def test_the_watchdog_waits_for_what_moves(tiny, tmp_path, monkeypatch):
   monkeypatch.setattr(distributed, "Watchdog", Watchdog)
   slow(trainer, "_put", 6.0)  # of every step
   slow(checkpoint.Checkpoints, "save", 9.0)
-  slow(evaluate, "_score", 3.0)  # of every draw, of which there are two to a batch
+  slow(held_out, "_score", 3.0)  # of every draw, of which there are two to a batch
   slow(trainer, "describe", 3.0)  # behind the compilation
   config = {"steps": 6, "checkpoint.every": 3, "evaluate.every": 3, "evaluate.batch_size": 2, "log.hang_seconds": 10.0}
   trainer.train(tiny(config), tmp_path / "[/red] a[1]")  # no markup of the console's

@@ -7,14 +7,14 @@ from runs import (
 )
 
 from lladax.devices import sharding
-from lladax.evaluation import evaluate
+from lladax.evaluation import held_out
 from lladax.training import trainer
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def test_micro_batches_change_nothing(tiny, tiny_workdir, tmp_path, monkeypatch):
-  monkeypatch.setattr(evaluate, "bound", lambda *_: {})
+  monkeypatch.setattr(held_out, "bound", lambda *_: {})
   trainer.train(tiny({"micro_batches": 4}), tmp_path)
   assert_close(tmp_path, tiny_workdir)
 
@@ -22,7 +22,7 @@ def test_micro_batches_change_nothing(tiny, tiny_workdir, tmp_path, monkeypatch)
 def on(monkeypatch, devices):
   make_mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:devices])
   monkeypatch.setattr(sharding, "make_mesh", make_mesh)
-  monkeypatch.setattr(evaluate, "bound", lambda *_: {})
+  monkeypatch.setattr(held_out, "bound", lambda *_: {})
 
 
 @pytest.mark.parametrize(

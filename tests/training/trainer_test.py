@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from runs import Crash, assert_bitwise_equal, at_batch, crash, curve, losses, masked_nll
 
-from lladax.evaluation import evaluate
+from lladax.evaluation import evaluate, held_out
 from lladax.storage import checkpoint, metrics
 from lladax.training import loop, trainer
 
@@ -67,7 +67,7 @@ def test_a_run_that_goes_on_holds_its_state_once(tiny, tiny_workdir, tmp_path, m
 
   monkeypatch.setattr(checkpoint, "restore", restore)
   monkeypatch.setattr(loop, "run", go_on)
-  monkeypatch.setattr(evaluate, "bound", lambda *_: {})
+  monkeypatch.setattr(held_out, "bound", lambda *_: {})
   trainer.train(tiny({"steps": 21}), workdir)
   reading, going, state = seen
   assert state > 200_000 and reading < 0.1 * state and going < 1.1 * state
