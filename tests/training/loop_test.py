@@ -6,16 +6,47 @@ import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import Crash, assert_bitwise_equal, at_batch, crash, curve, parameters, terminate
 
+from lladax import config
 from lladax.devices import distributed
 from lladax.evaluation import held_out
-from lladax.storage import checkpoint
-from lladax.training import trainer
+from lladax.storage import checkpoint, metrics
+from lladax.training import loop, trainer
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+def test_any_step_over_any_batches(tmp_path):
+  """A least-squares fit in place of a language model: nothing of a corpus, a model or a Config."""
+
+  @jax.jit
+  def step(w, batch_BD):
+    loss, grad = jax.value_and_grad(lambda w: jnp.mean((batch_BD @ w - 3.0) ** 2))(w)
+    return w - 0.1 * grad, {"loss": loss, "grad_norm": jnp.linalg.norm(grad)}
+
+  seen, here = [], jax.local_devices()[0]
+  batches = (jax.device_put(np.eye(2, dtype=np.float32), here) for _ in range(10))
+  work = loop.Work(
+    step=step, batches=batches, start=0, end=10, tokens=2, flops=1.0, learning_rate=lambda n: 0.1,
+    describe=lambda w, compiled: seen.append(compiled.memory_analysis()), to_tree=lambda w: {"w": w},
+    evaluate=lambda w, beat: {"error": float(jnp.abs(w - 3.0).max())}, evaluate_every=4,
+  )  # fmt: skip
+  log, often = config.LogConfig(tensorboard=False), config.CheckpointConfig(every=5)
+  with loop.Interrupt() as interrupt:
+    w = loop.run(work, jax.device_put(np.zeros(2, np.float32), here), tmp_path, often, log, interrupt)
+  np.testing.assert_allclose(w, 3.0 * (1 - 0.9**10), rtol=1e-5)
+  rows = metrics.read(tmp_path / "metrics.jsonl")
+  assert [row["loss"] for row in rows if "loss" in row] == pytest.approx([9.0 * 0.81**n for n in range(10)], rel=1e-4)
+  errors = [row["held_out_error"] for row in rows if "loss" not in row]
+  assert errors == pytest.approx([3 * 0.9**4, 3 * 0.9**8], rel=1e-4)
+  assert checkpoint.steps(tmp_path) == [5, 10] and len(seen) == 1
+  saved = checkpoint.restore(tmp_path, 10, {"w": jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding)})
+  assert saved["w"].tobytes() == np.asarray(w).tobytes()
 
 
 @pytest.mark.parametrize(
