@@ -352,27 +352,24 @@ def _stderr_aside() -> Iterator[TextIO]:
       os.dup2(terminal.fileno(), 2)
 
 
-class _progress:
+@contextlib.contextmanager
+def _progress(folder: _Folder, total: int, terminal: TextIO) -> Iterator[None]:
   """Says on the terminal how many shards are whole."""
+  ended, status = threading.Event(), Console(file=terminal, highlight=False).status("reading")
 
-  def __init__(self, folder: _Folder, total: int, terminal: TextIO):
-    self._stop = threading.Event()
-    status = Console(file=terminal, highlight=False).status("reading")
+  def watch():
+    with status:
+      while not ended.wait(1.0):
+        done = folder.done()
+        status.update(f"{done} of {total} shards are whole" if done else "reading and sorting")
 
-    def watch():
-      with status:
-        while not self._stop.wait(1.0):
-          done = folder.done()
-          status.update(f"{done} of {total} shards are whole" if done else "reading and sorting")
-
-    self._thread = threading.Thread(target=watch, daemon=True)
-
-  def __enter__(self):
-    self._thread.start()
-
-  def __exit__(self, *_):
-    self._stop.set()
-    self._thread.join()
+  thread = threading.Thread(target=watch, daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    ended.set()
+    thread.join()
 
 
 def _own_error(message: str) -> str:

@@ -235,23 +235,13 @@ def train(texts: Sequence[str], vocab_size: int, specials: int) -> bytes:
     raise Mistake("tokenizer.path='': no text to train on; give a corpus, or a .model as path")
   model = io.BytesIO()
   try:
+    # The rounding of unigram's scores depends on the number of threads: it is a constant.
     sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(lines),
-      model_writer=model,
-      model_type=_MODEL_TYPE,
-      vocab_size=vocab_size - specials,
-      character_coverage=1.0,
-      byte_fallback=True,
-      normalization_rule_name="identity",
-      add_dummy_prefix=False,
-      remove_extra_whitespaces=False,
-      allow_whitespace_only_pieces=True,
-      user_defined_symbols=["\n"],
-      bos_id=-1,
-      eos_id=-1,
-      num_threads=4,  # a constant: the rounding of unigram's scores depends on it
-      minloglevel=2,
-    )
+      sentence_iterator=iter(lines), model_writer=model, model_type=_MODEL_TYPE, vocab_size=vocab_size - specials,
+      character_coverage=1.0, byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False,
+      remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, user_defined_symbols=["\n"], bos_id=-1,
+      eos_id=-1, num_threads=4, minloglevel=2,
+    )  # fmt: skip
   except RuntimeError as error:
     possible = re.search(r"value <= (\d+)", str(error))
     if not possible:

@@ -1,10 +1,11 @@
 """Presets and tasks of EleutherAI's lm-evaluation-harness, asked one after the other, and their table."""
 
+import contextlib
 import difflib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -245,12 +246,12 @@ def _told(name: str, task: str, samples: Mapping[str, Sequence[Mapping[str, Any]
   return told
 
 
-class quiet:
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
   """The harness warns of every local task that it has a function for its data: once is too often."""
-
-  def __enter__(self):
-    self.filter = lambda record: "Custom kwargs can be passed" not in record.getMessage()
-    logging.getLogger("lm_eval.api.task").addFilter(self.filter)
-
-  def __exit__(self, *_):
-    logging.getLogger("lm_eval.api.task").removeFilter(self.filter)
+  logger, drop = logging.getLogger("lm_eval.api.task"), lambda x: "Custom kwargs can be passed" not in x.getMessage()
+  logger.addFilter(drop)
+  try:
+    yield
+  finally:
+    logger.removeFilter(drop)

@@ -80,16 +80,10 @@ def _work(run: Run, start: int, console: Console) -> loop.Work:
   return loop.Work(
     step=jit_step(config, run.tx, run.shardings, mask_id=run.text.mask_id, eos_id=run.text.eos_id),
     batches=map(functools.partial(_put, run.batch_sharding, rows_R, c.batch_size), read),
-    start=start,
-    end=config.steps,
-    tokens=c.batch_size * c.length,
-    flops=flops_per_token(config),
-    learning_rate=lambda step: float(np.asarray(rate(step - 1))),
-    describe=functools.partial(describe, run, console),
-    to_tree=to_tree,
-    evaluate=bound,
-    evaluate_every=config.evaluate.every,
-  )
+    start=start, end=config.steps, tokens=c.batch_size * c.length, flops=flops_per_token(config),
+    learning_rate=lambda step: float(np.asarray(rate(step - 1))), describe=functools.partial(describe, run, console),
+    to_tree=to_tree, evaluate=bound, evaluate_every=config.evaluate.every,
+  )  # fmt: skip
 
 
 def describe(run: Run, console: Console, state: State, compiled: Any) -> None:

@@ -66,11 +66,7 @@ def load_truthfulqa(*, test, data_dir="", **_):
   """Answers as two lists: a table has no column for every answer."""
   return splits(
     test=[
-      {
-        "question": row["question"],
-        "choices": list(row["mc2_targets"]),
-        "labels": list(row["mc2_targets"].values()),
-      }
+      {"question": row["question"], "choices": list(row["mc2_targets"]), "labels": list(row["mc2_targets"].values())}
       for row in rows(test, data_dir)
     ]
   )
