@@ -27,22 +27,19 @@ distributed.hush_libtpu()
 
 
 def train(config: "str | os.PathLike | ConfigDict | Config", workdir: str | os.PathLike) -> dict[str, float]:
-  """Trains a model up to `config.steps`, and evaluates it; `load(workdir)` reads it back.
-
-  A workdir that holds a run already goes on from its last checkpoint, and is only evaluated where all steps are done.
+  """Trains a model up to `config.steps`, or goes on from the workdir's last checkpoint, and evaluates it.
 
   Args:
     config: a recipe's name ("quickstart", "llada_8b_sft:lora") or the path of a file of your own; a ConfigDict, such
       as `configs.load` returns, with the fields that you have set; or a whole `lladax.config.Config`.
-    workdir: folder of the run: config.json, tokenizer/, checkpoints/STEP/, metrics.jsonl, evaluation.html.
+    workdir: folder of the run, for `load`: config.json, tokenizer/, checkpoints/STEP/, metrics.jsonl, evaluation.html.
 
   Returns:
     The metrics of the last evaluation, over all held-out text: `bits_per_byte`, `perplexity` (of a token) and their
     standard errors, `nats_per_token`, two yardsticks, and "TASK METRIC" of each of `evaluate.tasks`.
 
   Raises:
-    Mistake: bad input, in one line, before any long work.
-    FloatingPointError: a loss that is not a number; the last checkpoint is from before.
+    Mistake: bad input, in one line, before any long work; a loss that is not a number (a FloatingPointError, too).
     SystemExit: Ctrl-C or SIGTERM, after the step under way is saved; the same call goes on from there.
   """
   from lladax import config as whole  # Grain and its kin are slow to import, and of use to those who train

@@ -144,11 +144,7 @@ def parse(values: dict[str, Any]) -> Config:
 
 
 def given(config: Any) -> Config:
-  """The Config that a recipe's name, the path of a file, a ConfigDict, or a Config itself stands for.
-
-  Raises:
-    Mistake, Missing: as `configs.load` and `parse`; it is something else.
-  """
+  """The Config that a recipe's name, the path of a file, a ConfigDict, or a Config itself stands for."""
   if isinstance(config, str | os.PathLike):
     config = configs.load(os.fspath(config))
   if not isinstance(config, Config | ConfigDict):

@@ -166,3 +166,8 @@ def data_dir(tmp_path_factory):
   (folder / "zh").mkdir()
   (folder / "zh" / "poem_data.json").write_text(json.dumps([{"first": "ab", "second": "cd"}] * 3))
   return folder
+
+
+@pytest.fixture
+def libtpu():
+  pytest.importorskip("libtpu")

@@ -24,7 +24,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from lladax import configs, sampling
 from lladax.config import parse
 from lladax.devices import sharding
-from lladax.evaluation import evaluate
+from lladax.evaluation import held_out
 from lladax.inference import llada
 from lladax.sampling import SamplerConfig
 from lladax.training import step
@@ -225,8 +225,8 @@ DIFFUSION_SCORES = [(llada._next, "right", {"guidance_scale": guidance}) for gui
 SCORES = [
   (llada._logits, "none", {}),
   (llada._logits, "any", {}),
-  (evaluate._score, "right", {"num_samples": 2, "right_padded": True}),
-  (evaluate._score, "any", {"num_samples": 2, "right_padded": False}),
+  (held_out._score, "right", {"num_samples": 2, "right_padded": True}),
+  (held_out._score, "any", {"num_samples": 2, "right_padded": False}),
   (llada._likelihood, "right", {"guidance_scale": 0.0, "method": "monte_carlo"}),
 ]
 

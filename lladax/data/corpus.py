@@ -291,7 +291,8 @@ def _conversation(record: Any, where: str, prompt_field: str, response_field: st
       return _messages(record[name], where, name, system)
   prompt = "instruction" if "instruction" in record else "prompt"
   prompts = [prompt, "input"] if prompt == "instruction" and record.get("input") else [prompt]
-  return _pair(record, prompts, _first(record, _ENDS), where, system)
+  response = next((name for name in _ENDS if name in record), _ENDS[0])
+  return _pair(record, prompts, response, where, system)
 
 
 def _pair(
@@ -307,10 +308,6 @@ def _pair(
   prompt = "\n\n".join(_content(record[name], where, name) for name in prompts)
   answer = {"role": "assistant", "content": _content(record[response], where, response)}
   return _messages([{"role": "user", "content": prompt}, answer], where, "messages", system)
-
-
-def _first(record: dict[str, Any], names: Sequence[str]) -> str:
-  return next((name for name in names if name in record), names[0])
 
 
 def _content(value: Any, where: str, name: str) -> str:

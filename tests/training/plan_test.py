@@ -11,11 +11,6 @@ import pytest
 from lladax.training import plan
 
 
-@pytest.fixture
-def libtpu():
-  pytest.importorskip("libtpu")
-
-
 @pytest.fixture(scope="module")
 def small(tiny):
   """A config whose kernels are those of a large one: splash attention, chunks, pairs, a mesh."""
