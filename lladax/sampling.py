@@ -210,10 +210,10 @@ def candidates(
   places of a row are alike their logits differ by rounding alone, which must not choose between them: the numbers of
   the last place are those of all.
   """
-  id_V = jnp.arange(logits_BWV.shape[-1])
-  late_BV = settings.confidence_eos_eot_inf[:, None] & jnp.isin(id_V, jnp.array(ends))
-  never_BV = settings.logits_eos_inf[:, None] & (id_V == ends[0])
-  drawn_BV = allowed_V & ~never_BV
+  id_1V = jnp.arange(logits_BWV.shape[-1])[None]
+  late_BV = settings.confidence_eos_eot_inf[:, None] & jnp.isin(id_1V, jnp.array(ends))
+  never_BV = settings.logits_eos_inf[:, None] & (id_1V == ends[0])
+  drawn_BV = allowed_V[None] & ~never_BV
   alike_B1, greedy_B1 = alike_B[:, None], (settings.temperature == 0)[:, None]
   token_BW = draw(jnp.where(drawn_BV[:, None], logits_BWV, -jnp.inf), noise, settings.temperature)
   token_BW = jnp.where(alike_B1 & greedy_B1, token_BW[:, -1:], token_BW)

@@ -168,7 +168,7 @@ class Engine:
         self.params, tokens_BL, segment_BL, job.settings, model=self.model, prompt_length=first, eos_id=self.ends[0],
         mask_id=self.mask_id, vocab_size=self.vocab_size,
       )  # fmt: skip
-    at_BL = np.tile(np.maximum(np.arange(L) - first + 1, 0), (len(tokens_BL), 1))
+    at_BL = np.tile(np.maximum(np.arange(1, L + 1, dtype=np.int32) - first, 0), (len(tokens_BL), 1))
     canvas = jax.device_get((tokens_BL, at_BL, confidence_BL, nfe, nfe))
     return Filled(Canvas(*canvas), job.padding_B, first)
 
@@ -354,8 +354,8 @@ def _autoregressive_sample(
 ):
   bound, (B, L) = model.bind(params), tokens_BL.shape
   position_BL = _positions(segment_BL)
-  never_BV = settings.logits_eos_inf[:, None] & (jnp.arange(model.V) == eos_id)
-  allowed_BV = _allowed(model.V, mask_id, vocab_size) & ~never_BV
+  never_BV = settings.logits_eos_inf[:, None] & (jnp.arange(model.V) == eos_id)[None]
+  allowed_BV = _allowed(model.V, mask_id, vocab_size)[None] & ~never_BV
 
   def step(tokens_BW, cache, start):
     hidden_BWD, cache = bound.hidden(tokens_BW, segment_BL, position_BL, cache, start)
