@@ -21,7 +21,7 @@ ORDER = [
     ("model", "attention mask_predictor"),
     ("storage", "metrics checkpoint safetensors published"),
     ("", "config"),
-    ("inference", "llada load convert show chat"),
+    ("inference", "engine llada load convert show chat"),
     ("evaluation", "reversal sandbox tasks.local answers presets adapter harness evaluate"),
     ("training", "step setup loop plan"),
     ("", "harness main __init__"),
