@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "lladax"
 ORDER = [
   f"{room}.{name}" if room else name
   for room, names in (
-    ("", "mistake fields configs diffusion autoregressive optimizer sampling"),
+    ("", "mistake fields diffusion autoregressive optimizer sampling"),
     ("drawing", "unmasking animation report"),
     ("devices", "sharding distributed"),
     (
@@ -20,7 +20,7 @@ ORDER = [
     ),
     ("model", "attention mask_predictor"),
     ("storage", "metrics checkpoint safetensors published"),
-    ("", "config"),
+    ("", "config configs"),
     ("inference", "llada load convert show chat"),
     ("evaluation", "reversal sandbox tasks.local answers presets adapter harness evaluate"),
     ("training", "step setup loop plan"),
