@@ -6,7 +6,7 @@ field or a wrong type is an error.
 
 import dataclasses
 import logging
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -160,13 +160,10 @@ DECIDED = ("model.causal",)
 NOT_FIELDS = ("tokenizer_fingerprint", "base", "base_fingerprint")
 
 
-def table(c: Config, named: Collection[str], source: str) -> Table:
+def table(c: Config, setters: Mapping[str, str]) -> Table:
   """Every field of a config: its value, who set that, and what it means.
 
-  Args:
-    c: the config.
-    named: fields that the command line sets, as "data.length".
-    source: who sets the others where they are not the default: "recipe" or "workdir".
+  `setters` says who: of single fields, as of "data.length", and as "" of all others that are not at their default.
   """
   rows = Table("field", Column("value", overflow="fold", max_width=30), "set by", "meaning", box=None, pad_edge=False)
   for path, group in (("", c), *((f"{name}.", x) for name, x in vars(c).items() if dataclasses.is_dataclass(x))):
@@ -177,7 +174,7 @@ def table(c: Config, named: Collection[str], source: str) -> Table:
     for field in dataclasses.fields(group):
       name, value = path + field.name, getattr(group, field.name)
       if name not in DECIDED and not dataclasses.is_dataclass(value):
-        setter = "command line" if name in named else "default" if value == field.default else source
+        setter = setters.get(name) or ("default" if value == field.default else setters[""])
         rows.add_row(name, repr(value), setter, comments[field.name])
   return rows
 

@@ -15,8 +15,6 @@ from lladax.mistake import Mistake, Unknown
 def parse(values: dict[str, Any], cls: Any, path: str) -> Any:
   """A dataclass from nested plain values.
 
-  A dataclass of groups has to be whole; what a group leaves out has its default.
-
   Raises:
     Unknown: a field that does not exist (with the nearest name).
     Mistake: a missing field, a wrong type.
@@ -28,7 +26,7 @@ def parse(values: dict[str, Any], cls: Any, path: str) -> Any:
     if name not in hints:
       near = difflib.get_close_matches(name, hints, 1, 0.0)
       raise Unknown(f"{path}.{name}: there is no such field; did you mean {path}.{near[0]}?")
-  whole = any(map(dataclasses.is_dataclass, hints.values()))
+  whole = any(map(dataclasses.is_dataclass, hints.values()))  # a run has to be; a group may leave out
   fields = {}
   for field in dataclasses.fields(cls):
     where, kind = f"{path}.{field.name}", hints[field.name]

@@ -143,7 +143,7 @@ def _show(given: ConfigDict) -> int:
   from lladax import config
 
   console = Console(width=None if sys.stdout.isatty() else 120, markup=False, highlight=False, emoji=False)
-  console.print(config.table(config.parse(given.to_dict()), _named, "workdir" if _CONFIG.value is None else "recipe"))
+  console.print(config.table(config.parse(given.to_dict()), _setters))
   return 0
 
 
@@ -181,7 +181,7 @@ def parse(argv: list[str]) -> list[str]:
   return rest
 
 
-_named: list[str] = []  # the fields that the command line sets; `parse` says which
+_setters: dict[str, str] = {}  # of the last `parse`: field -> "command line"; "" -> "recipe" or "workdir"
 _FIELD = re.compile(r"--?(?:no)?config\.([\w.]+)")
 
 
@@ -195,7 +195,9 @@ def _parse(argv: list[str]) -> list[str]:
   overrides = flags.FlagValues()
   try:
     words = flags.FLAGS(argv[:at], known_only=True)  # the fields of the config are left
-    fields = _named[:] = [x[1] for x in map(_FIELD.match, words) if x]
+    fields = [x[1] for x in map(_FIELD.match, words) if x]
+    _setters.clear()
+    _setters.update(dict.fromkeys(fields, "command line") | {"": "workdir" if _CONFIG.value is None else "recipe"})
     config = _config(fields)
     if config is not None:
       known = dict(_fields(config))
