@@ -165,7 +165,8 @@ def table(c: Config, setters: Mapping[str, str]) -> Table:
 
   `setters` says who: of single fields, as of "data.length", and as "" of all others that are not at their default.
   """
-  rows = Table("field", Column("value", overflow="fold", max_width=30), "set by", "meaning", box=None, pad_edge=False)
+  columns = [Column(title, overflow="fold", max_width=30) for title in ("field", "value", "set by")]
+  rows = Table(*columns, Column("meaning", overflow="fold"), box=None, pad_edge=False)  # nothing of it is cut off
   for path, group in (("", c), *((f"{name}.", x) for name, x in vars(c).items() if dataclasses.is_dataclass(x))):
     comments = fields.comments(type(group))
     if path:

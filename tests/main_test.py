@@ -12,6 +12,7 @@ import sys
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from rich.console import Console
 
 import lladax
 from lladax import config, configs, main
@@ -462,6 +463,12 @@ def test_the_config_of_a_workdir_is_shown(shown, workdir):
   assert rows["mesh.fsdp"][:2] == ["4", "workdir"] and rows["sample.steps"][:2] == ["8", "command line"]
   assert rows["model.D"][:2] == ["16", "workdir"] and rows["model.V"][:2] == ["384", "workdir"]
   assert rows["noise.times"][1] == "default" and not any(cells[1] == "recipe" for cells in rows.values())
+
+
+def test_what_is_shown_is_cut_off_nowhere():
+  console = Console(width=60, file=io.StringIO(), markup=False)
+  console.print(config.table(config.parse(configs.load("llada_8b").to_dict()), {"": "recipe"}))
+  assert "…" not in console.file.getvalue()
 
 
 def test_what_is_shown_can_be_piped():
