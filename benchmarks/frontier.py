@@ -156,7 +156,7 @@ def report(found: list[dict], a: argparse.Namespace) -> None:
   pyplot.close(figure)
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
   """The command line."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   texts = {
@@ -197,7 +197,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
   return a
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str]) -> None:
   a = parse(argv)
   path, grid, found = Path(a.out) / "frontier.json", settings(a), []
   if path.is_file():
@@ -231,7 +231,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
   door.keep_freed_memory()
-  try:
-    main()
-  except Mistake as error:
-    sys.exit(f"frontier: {error}")
+  sys.exit(door.guard(main, sys.argv[1:], "frontier"))

@@ -4,11 +4,15 @@ The shift by one lives here: the model reads [start, x_0, .., x_L-2] and is aske
 token of every document is scored, the first one too. Letters: `mask_predictor.py`.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+
+from lladax.mistake import Mistake
+from lladax.sampling import SamplerConfig
 
 Nll = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -21,31 +25,65 @@ def shift(tokens_BL: jax.Array, segment_BL: jax.Array, start_id: int) -> jax.Arr
   return previous_BL.at[:, 1:].set(jnp.where(begins_BL, start_id, previous_BL[:, 1:]))
 
 
-def loss(
-  nll: Nll, batch: dict[str, jax.Array], *, start_id: int
-) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
-  """Next-token cross-entropy with the weights of the batch.
+@dataclasses.dataclass(frozen=True)
+class Causal:
+  """Next-token prediction as an objective, with the verbs of `diffusion.Masked`."""
 
-  Args:
-    nll: a causal model.
-    batch: columns tokens, weight, segment [B, L], as for the diffusion loss.
-    start_id: what stands before the first token of a document (EOS).
+  name: ClassVar = "autoregressive"
+  order: ClassVar = "causal"
+  fills: ClassVar = False
+  exact: ClassVar = True
 
-  Returns:
-    (loss in nats per token, metrics as those of `diffusion.loss`: none).
-  """
-  weight_BL = batch["weight"]
-  input_BL = shift(batch["tokens"], batch["segment"], start_id)
-  nll_BL = nll(input_BL, jnp.where(weight_BL > 0, batch["tokens"], -1))
-  return jnp.sum(weight_BL * nll_BL), {}
+  def targets_per_pair(self, length: int) -> None:
+    """All tokens are asked for."""
 
+  def check_sampler(self, c: SamplerConfig) -> None:
+    """Raises Mistake for what a causal model cannot do: it draws one token after another, each by a pass of its own.
 
-def log_likelihood(
-  nll: Nll, tokens_BL: jax.Array, scored_BL: jax.Array, segment_BL: jax.Array, *, start_id: int
-) -> jax.Array:
-  """Exact log p(scored | what precedes it) of every row in nats, float32 [B]."""
-  input_BL = shift(tokens_BL, segment_BL, start_id)
-  return -jnp.sum(nll(input_BL, jnp.where(scored_BL, tokens_BL, -1)), axis=1)
+    Which candidates wait, and for which block, has no meaning there (`remasking`, `block_length`), nor has
+    `early_stop`, since a row always ends at its EOS.
+    """
+    if c.gen_length is None:
+      raise Mistake("sample.gen_length=None: a causal model stops at EOS by itself; give the longest answer to allow")
+    for name in ("threshold", "factor", "guidance_scale", "cache", "confidence_eos_eot_inf"):
+      if getattr(c, name) != getattr(SamplerConfig, name):
+        raise Mistake(f"sample.{name}={getattr(c, name)!r}: a causal model has no use for it; leave it out")
+    if c.steps < c.gen_length and c.steps != SamplerConfig.steps:
+      raise Mistake(f"sample.steps={c.steps}: a causal model makes a pass for each of gen_length={c.gen_length} tokens")
+
+  def loss(
+    self, nll: Nll, batch: dict[str, jax.Array], rng: Any = None, *, eos_id: int, **_: Any
+  ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
+    """Next-token cross-entropy with the weights of the batch.
+
+    Args:
+      nll: a causal model.
+      batch: columns tokens, weight, segment [B, L], as for the diffusion loss.
+      rng: not read: there is no noise.
+      eos_id: what stands before the first token of a document.
+      **_: what other objectives need.
+
+    Returns:
+      (loss in nats per token, metrics as those of `Masked.loss`: none).
+    """
+    weight_BL = batch["weight"]
+    input_BL = shift(batch["tokens"], batch["segment"], eos_id)
+    nll_BL = nll(input_BL, jnp.where(weight_BL > 0, batch["tokens"], -1))
+    return jnp.sum(weight_BL * nll_BL), {}
+
+  def log_likelihood(
+    self,
+    nll: Nll,
+    tokens_BL: jax.Array,
+    scored_BL: jax.Array,
+    segment_BL: jax.Array,
+    *draws: Any,
+    eos_id: int,
+    **_: Any,
+  ) -> jax.Array:
+    """Exact log p(scored | what precedes it) of every row in nats, float32 [B]; of any of `draws`."""
+    input_BL = shift(tokens_BL, segment_BL, eos_id)
+    return -jnp.sum(nll(input_BL, jnp.where(scored_BL, tokens_BL, -1)), axis=1)
 
 
 def sample(

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Column, Table
 
-from lladax import diffusion, fields, optimizer, sampling
+from lladax import autoregressive, diffusion, fields, optimizer
 from lladax.data import tokenizer, windows
 from lladax.devices import sharding
 from lladax.mistake import Mistake
@@ -105,13 +105,12 @@ class Config:
 
     if self.objective not in ("diffusion", "autoregressive"):
       raise Mistake(f"objective={self.objective!r}: use diffusion or autoregressive")
-    causal = self.objective == "autoregressive"  # the objective decides; configs do not say it twice
-    object.__setattr__(self, "model", dataclasses.replace(self.model, causal=causal))
+    # The objective decides; configs do not say it twice.
+    object.__setattr__(self, "model", dataclasses.replace(self.model, causal=self.aim.order == "causal"))
     fields.check_seed(self.seed, "seed")
     if isinstance(self.sample.seed, tuple):
       raise Mistake(f"sample.seed={self.sample.seed}: a config has one seed, of which every row makes its own")
-    if causal:
-      sampling.check_causal(self.sample)
+    self.aim.check_sampler(self.sample)
     B = self.data.batch_size
     if self.steps < 1 or self.micro_batches < 1:
       raise Mistake(f"steps={self.steps}, micro_batches={self.micro_batches}: must be at least 1")
@@ -130,6 +129,11 @@ class Config:
       raise Mistake(f"model.lora_rank={self.model.lora_rank}: adapters need a model to adapt; name it as init_from")
     optimizer.schedule(self.optimizer, self.steps)
     batches.Mixture(self.data, seed=self.seed, steps=self.steps)
+
+  @property
+  def aim(self) -> diffusion.Masked | autoregressive.Causal:
+    """The objective as a value: how losses and likelihoods are made, and what they ask of model and sampler."""
+    return diffusion.Masked(self.noise) if self.objective == "diffusion" else autoregressive.Causal()
 
   @property
   def masks_attention(self) -> bool:

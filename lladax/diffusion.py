@@ -8,11 +8,13 @@ micro-batches, and after any restart. The equations are those of LLaDA (arXiv 25
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from lladax.mistake import Mistake
+from lladax.sampling import SamplerConfig
 
 Nll = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -37,10 +39,6 @@ class NoiseConfig:
       raise Mistake(f"noise.times={self.times!r}: use uniform, stratified or antithetic")
     if not 0.0 < self.eps < 1.0:
       raise Mistake(f"noise.eps={self.eps}: must lie between 0 and 1")
-
-  def targets_per_pair(self, length: int) -> int | None:
-    """How many tokens two neighbouring rows have masked at most, where that is fewer than all of them."""
-    return length + 1 if (self.masking, self.times) == ("exact", "antithetic") else None
 
 
 def draw_times(rng: jax.Array, index_B: jax.Array, times: str, batch_size: int) -> tuple[jax.Array, jax.Array]:
@@ -126,74 +124,95 @@ def _count(t_B: jax.Array, n_B: jax.Array) -> jax.Array:
   return jnp.minimum(1 + jnp.floor(t_B * n_B).astype(jnp.int32), n_B)
 
 
-def loss(
-  nll: Nll, batch: dict[str, jax.Array], rng: jax.Array, *, mask_id: int, noise: NoiseConfig, batch_size: int
-) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
-  """The masked-diffusion training loss (P Eq. 3): a plain weighted sum of cross-entropies of masked tokens.
+@dataclasses.dataclass(frozen=True)
+class Masked:
+  """Masked diffusion as an objective: what is learnt, how it is scored, and what that asks of model and sampler."""
 
-  Args:
-    nll: the model.
-    batch: columns tokens int32 [B, L], weight float32 [B, L] (0 = given or padding; already normalised, so that
-      the losses of micro-batches add up), index int32 [B].
-    rng: key of this step, a function of (seed, step).
-    mask_id: id of [MASK].
-    noise: the forward process.
-    batch_size: the global batch.
+  noise: NoiseConfig = NoiseConfig()
 
-  Returns:
-    (loss in nats per token, metrics as (sum, how many) of this part of the batch: of the parts, both add up).
-    `masked_nll` is the plain mean over masked tokens.
-  """
-  weight_BL = batch["weight"]
-  input_BL, masked_BL, scale_B = forward_process(
-    batch["tokens"], weight_BL > 0, batch["index"], rng, mask_id, noise, batch_size
-  )
-  nll_BL = nll(input_BL, jnp.where(masked_BL, batch["tokens"], -1))
-  weighted_BL = weight_BL * nll_BL
-  return jnp.sum(weighted_BL * scale_B[:, None]), {"masked_nll": (jnp.sum(nll_BL), jnp.sum(masked_BL))}
+  name: ClassVar = "diffusion"
+  order: ClassVar = "full"  # of attention, see `Visible`
+  fills: ClassVar = True  # in the middle of a canvas; else it continues what is given
+  exact: ClassVar = False  # the likelihood; else it is a bound, estimated
 
+  def targets_per_pair(self, length: int) -> int | None:
+    """How many tokens two neighbouring rows have masked at most, where that is fewer than all of them."""
+    return length + 1 if (self.noise.masking, self.noise.times) == ("exact", "antithetic") else None
 
-def log_likelihood(
-  nll: Nll,
-  tokens_BL: jax.Array,
-  scored_BL: jax.Array,
-  key_B: jax.Array,
-  sample_B: jax.Array,
-  samples_B: jax.Array,
-  *,
-  mask_id: int,
-) -> jax.Array:
-  """One draw per row of the Monte-Carlo estimate of log p(scored | rest) (P Eq. 6), in nats.
+  def check_sampler(self, c: SamplerConfig) -> None:
+    """All settings have a meaning here."""
 
-  The mean over the draws 0 .. S - 1 is the estimate. Counts l are stratified over the draws; an
-  answer of one token is exact with a single draw. The masks are a function of (key, draw) and of the positions:
-  rows with one key are judged under the same noise, and nobody's answer depends on the rest of the batch.
+  def loss(
+    self, nll: Nll, batch: dict[str, jax.Array], rng: jax.Array, *, mask_id: int, batch_size: int, **_: Any
+  ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
+    """The masked-diffusion training loss (P Eq. 3): a plain weighted sum of cross-entropies of masked tokens.
 
-  Args:
-    nll: the model.
-    tokens_BL: int32 prompt and answer (padding goes to the right end).
-    scored_BL: bool, the answer.
-    key_B: a key per row.
-    sample_B: int32 which draw each row is.
-    samples_B: int32 S, of how many draws, over which l is stratified.
-    mask_id: id of [MASK].
+    Args:
+      nll: the model.
+      batch: columns tokens int32 [B, L], weight float32 [B, L] (0 = given or padding; already normalised, so that
+        the losses of micro-batches add up), index int32 [B].
+      rng: key of this step, a function of (seed, step).
+      mask_id: id of [MASK].
+      batch_size: the global batch.
+      **_: what other objectives need.
 
-  Returns:
-    float32 [B].
-  """
+    Returns:
+      (loss in nats per token, metrics as (sum, how many) of this part of the batch: of the parts, both add up).
+      `masked_nll` is the plain mean over masked tokens.
+    """
+    weight_BL = batch["weight"]
+    input_BL, masked_BL, scale_B = forward_process(
+      batch["tokens"], weight_BL > 0, batch["index"], rng, mask_id, self.noise, batch_size
+    )
+    nll_BL = nll(input_BL, jnp.where(masked_BL, batch["tokens"], -1))
+    weighted_BL = weight_BL * nll_BL
+    return jnp.sum(weighted_BL * scale_B[:, None]), {"masked_nll": (jnp.sum(nll_BL), jnp.sum(masked_BL))}
 
-  def one(tokens_L, scored_L, row_key, sample, samples):
-    shift = jax.random.uniform(jax.random.fold_in(row_key, _SHIFT))
-    key = jax.random.fold_in(row_key, sample)
-    t = (sample + jax.random.uniform(jax.random.fold_in(key, 0))) / samples
-    n = scored_L.sum()
-    count = _count(jnp.mod(t + shift, 1.0), n)
-    masked_L = scored_L & mask_exactly(jax.random.fold_in(key, 1), scored_L, count)
-    scale = n / jnp.maximum(count, 1)
-    return jnp.where(masked_L, mask_id, tokens_L), jnp.where(masked_L, tokens_L, -1), scale
+  def log_likelihood(
+    self,
+    nll: Nll,
+    tokens_BL: jax.Array,
+    scored_BL: jax.Array,
+    segment_BL: jax.Array | None,
+    key_B: jax.Array,
+    sample_B: jax.Array,
+    samples_B: jax.Array,
+    *,
+    mask_id: int,
+    **_: Any,
+  ) -> jax.Array:
+    """One draw per row of the Monte-Carlo estimate of log p(scored | rest) (P Eq. 6), in nats.
 
-  input_BL, target_BL, scale_B = jax.vmap(one)(tokens_BL, scored_BL, key_B, sample_B, samples_B)
-  return -scale_B * jnp.sum(nll(input_BL, target_BL), axis=1)
+    The mean over the draws 0 .. S - 1 is the estimate. Counts l are stratified over the draws; an
+    answer of one token is exact with a single draw. The masks are a function of (key, draw) and of the positions:
+    rows with one key are judged under the same noise, and nobody's answer depends on the rest of the batch.
+
+    Args:
+      nll: the model.
+      tokens_BL: int32 prompt and answer (padding goes to the right end).
+      scored_BL: bool, the answer.
+      segment_BL: not read; what other objectives need, as `**_` is.
+      key_B: a key per row.
+      sample_B: int32 which draw each row is.
+      samples_B: int32 S, of how many draws, over which l is stratified.
+      mask_id: id of [MASK].
+
+    Returns:
+      float32 [B].
+    """
+
+    def one(tokens_L, scored_L, row_key, sample, samples):
+      shift = jax.random.uniform(jax.random.fold_in(row_key, _SHIFT))
+      key = jax.random.fold_in(row_key, sample)
+      t = (sample + jax.random.uniform(jax.random.fold_in(key, 0))) / samples
+      n = scored_L.sum()
+      count = _count(jnp.mod(t + shift, 1.0), n)
+      masked_L = scored_L & mask_exactly(jax.random.fold_in(key, 1), scored_L, count)
+      scale = n / jnp.maximum(count, 1)
+      return jnp.where(masked_L, mask_id, tokens_L), jnp.where(masked_L, tokens_L, -1), scale
+
+    input_BL, target_BL, scale_B = jax.vmap(one)(tokens_BL, scored_BL, key_B, sample_B, samples_B)
+    return -scale_B * jnp.sum(nll(input_BL, target_BL), axis=1)
 
 
 def chain_rule(nll: Nll, tokens_BL: jax.Array, scored_BL: jax.Array, sample_B: jax.Array, *, mask_id: int) -> jax.Array:

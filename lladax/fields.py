@@ -5,8 +5,10 @@ import dataclasses
 import difflib
 import inspect
 import itertools
+import json
 import types
 import typing
+from pathlib import Path
 from typing import Any
 
 from lladax.mistake import Mistake, Unknown
@@ -91,6 +93,16 @@ def check_seed(seed: int, where: str) -> None:
   """Raises Mistake for a seed of more than 32 bits: `jax.random.key` would take the lower ones alone."""
   if not 0 <= seed < 2**32:
     raise Mistake(f"{where}={seed}: must be from 0 to 2^32 - 1")
+
+
+def read_json(path: Path) -> Any:
+  """What a file holds; raises Mistake if that is no JSON."""
+  try:
+    return json.loads(path.read_text("utf-8"))
+  except RecursionError:
+    raise Mistake(f"{path} is no JSON that can be read: its lists and objects are too deep") from None
+  except ValueError as error:
+    raise Mistake(f"{path} is no JSON: {error}") from None
 
 
 def _shown(value: Any) -> str:

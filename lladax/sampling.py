@@ -70,21 +70,6 @@ class SamplerConfig:
       raise Mistake("sample.gen_length=None ends at EOS, and sample.logits_eos_inf forbids it: use one of them")
 
 
-def check_causal(c: SamplerConfig) -> None:
-  """Raises Mistake for what a causal model cannot do: it draws one token after another, each by a pass of its own.
-
-  Which candidates wait, and for which block, has no meaning there (`remasking`, `block_length`), nor has `early_stop`,
-  since a row always ends at its EOS.
-  """
-  if c.gen_length is None:
-    raise Mistake("sample.gen_length=None: a causal model stops at EOS by itself; give the longest answer to allow")
-  for name in ("threshold", "factor", "guidance_scale", "cache", "confidence_eos_eot_inf"):
-    if getattr(c, name) != getattr(SamplerConfig, name):
-      raise Mistake(f"sample.{name}={getattr(c, name)!r}: a causal model has no use for it; leave it out")
-  if c.steps < c.gen_length and c.steps != SamplerConfig.steps:
-    raise Mistake(f"sample.steps={c.steps}: a causal model makes a pass for each of gen_length={c.gen_length} tokens")
-
-
 def nth_seed(seed: int, n: int) -> int:
   """A seed for call number n of several that share one: noise of its own, the same in every run; number 0 keeps it."""
   return int(np.random.SeedSequence((seed, n)).generate_state(1)[0]) if n else seed

@@ -45,7 +45,9 @@ def chain_rule(tokens):
 
 
 def nll(segment_BL):
-  return lambda input_BL, target_BL: TINY.bind(PARAMS).nll(input_BL, target_BL, segment_BL)
+  return lambda input_BL, target_BL: TINY.bind(PARAMS).nll(
+    input_BL, target_BL, TINY.visible(input_BL.shape[1], segment_BL)
+  )
 
 
 def test_shift_begins_every_document_anew():
@@ -63,7 +65,7 @@ def test_loss_is_the_weighted_next_token_cross_entropy_of_each_document():
   weight_BL = np.random.default_rng(1).random(TOKENS.shape).astype(np.float32) * (SEGMENT > 0)
   weight_BL[0, 1] = weight_BL[1, 4] = 0  # given
   batch = {"tokens": jnp.asarray(TOKENS), "weight": jnp.asarray(weight_BL), "segment": jnp.asarray(SEGMENT)}
-  loss, _ = jax.jit(lambda batch: autoregressive.loss(nll(batch["segment"]), batch, start_id=START))(batch)
+  loss, _ = jax.jit(lambda batch: autoregressive.Causal().loss(nll(batch["segment"]), batch, eos_id=START))(batch)
   expected = 0.0
   for tokens_L, weight_L, segment_L in zip(TOKENS, weight_BL, SEGMENT, strict=True):
     for document in range(1, 4):
@@ -75,7 +77,7 @@ def test_loss_is_the_weighted_next_token_cross_entropy_of_each_document():
 def test_log_likelihood_is_the_sum_of_the_chain_rule():
   scored_BL = np.zeros(TOKENS.shape, bool)
   scored_BL[0, 4:6], scored_BL[1, 5:8] = True, True
-  estimate = jax.jit(lambda *args: autoregressive.log_likelihood(nll(SEGMENT), *args, start_id=START))
+  estimate = jax.jit(lambda *args: autoregressive.Causal().log_likelihood(nll(SEGMENT), *args, eos_id=START))
   actual_B = estimate(jnp.asarray(TOKENS), scored_BL, jnp.asarray(SEGMENT))
   expected_B = [chain_rule(TOKENS[0, 4:6]).sum(), chain_rule(TOKENS[1, 2:8])[3:].sum()]
   np.testing.assert_allclose(actual_B, expected_B, rtol=1e-5)

@@ -70,7 +70,7 @@ def draw_losses(noise, draws):
   def step(i):
     batch = {"tokens": jnp.asarray(TOKENS), "weight": jnp.asarray(WEIGHT), "index": i * B + jnp.arange(B)}
     rng = jax.random.fold_in(jax.random.key(1), i)
-    return diffusion.loss(table_nll, batch, rng, mask_id=MASK, noise=noise, batch_size=B)[0]
+    return diffusion.Masked(noise).loss(table_nll, batch, rng, mask_id=MASK, batch_size=B)[0]
 
   return jax.jit(lambda: jax.lax.map(step, jnp.arange(draws), batch_size=10_000))()
 
@@ -88,7 +88,7 @@ def test_the_metric_is_the_mean_over_masked_tokens_whatever_their_weight():
 
   def metric(rows):
     part = {name: x[rows] for name, x in batch.items()}
-    total, count = diffusion.loss(nll, part, rng, mask_id=MASK, noise=noise, batch_size=B)[1]["masked_nll"]
+    total, count = diffusion.Masked(noise).loss(nll, part, rng, mask_id=MASK, batch_size=B)[1]["masked_nll"]
     return float(total), int(count)
 
   total, count = metric(slice(None))
@@ -157,13 +157,13 @@ def test_antithetic_pairs_share_out_their_masks(same_length):
   if same_length:
     n_P = maskable_BL[::2].sum(axis=1)
     np.testing.assert_array_equal(pairs, np.tile(np.where(n_P, n_P + 1, 0), (20, 1)))
-  assert np.max(pairs) == noise.targets_per_pair(9) == 10
+  assert np.max(pairs) == diffusion.Masked(noise).targets_per_pair(9) == 10
 
 
 @every_combination
 def test_only_exact_antithetic_noise_promises_a_cheaper_head(masking, times):
   promised = (masking, times) == ("exact", "antithetic")
-  assert NoiseConfig(masking, times).targets_per_pair(7) == (8 if promised else None)
+  assert diffusion.Masked(NoiseConfig(masking, times)).targets_per_pair(7) == (8 if promised else None)
 
 
 def test_mask_exactly_draws_every_subset_alike():
@@ -226,7 +226,7 @@ def test_gradient_of_the_loss_is_finite(masking, times):
 
     batch = {"tokens": jnp.asarray(TOKENS), "weight": jnp.asarray(WEIGHT), "index": jnp.arange(B)}
     noise = NoiseConfig(masking, times)
-    return diffusion.loss(nll, batch, jax.random.key(0), mask_id=MASK, noise=noise, batch_size=B)[0]
+    return diffusion.Masked(noise).loss(nll, batch, jax.random.key(0), mask_id=MASK, batch_size=B)[0]
 
   gradient = np.asarray(jax.jit(jax.grad(loss))(jnp.zeros((5, 4))))
   assert np.isfinite(gradient).all() and gradient[MASK].any()
@@ -241,7 +241,7 @@ def draw_log_likelihoods(scored_L, num_samples, keys, nll=table_nll):
     rows = [jnp.tile(jnp.asarray(x)[None], (num_samples, 1)) for x in (TOKENS[0], scored_L)]
     key_B = jnp.broadcast_to(key, num_samples)
     samples_B = jnp.full(num_samples, num_samples)
-    return diffusion.log_likelihood(nll, *rows, key_B, jnp.arange(num_samples), samples_B, mask_id=MASK)
+    return diffusion.Masked().log_likelihood(nll, *rows, None, key_B, jnp.arange(num_samples), samples_B, mask_id=MASK)
 
   return jax.vmap(one)(jax.random.split(jax.random.key(0), keys))
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lladax import fields, sampling
+from lladax.autoregressive import Causal
 from lladax.config import Config
 from lladax.mistake import Mistake, Unknown
 from lladax.sampling import SamplerConfig
@@ -120,8 +121,8 @@ def test_a_config_has_one_seed(tiny):
 
 
 def test_a_causal_model_keeps_what_has_no_meaning_for_it():
-  sampling.check_causal(SamplerConfig(gen_length=128, block_length=1, remasking="random", early_stop=True))
-  sampling.check_causal(SamplerConfig(gen_length=8, steps=8, logits_eos_inf=True, temperature=0.7))
+  Causal().check_sampler(SamplerConfig(gen_length=128, block_length=1, remasking="random", early_stop=True))
+  Causal().check_sampler(SamplerConfig(gen_length=8, steps=8, logits_eos_inf=True, temperature=0.7))
 
 
 def test_seeds_of_several_calls_differ_and_the_first_is_the_seed_itself():

@@ -1,6 +1,10 @@
 """The sweep of quality against speed: the grid, what is counted, the frontier, and a sweep of seconds."""
 
 import json
+import pathlib
+import re
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -19,6 +23,7 @@ def frontier(load_benchmark):
   return load_benchmark("frontier")
 
 
+SCRIPT = pathlib.Path(__file__).parent.parent / "benchmarks/frontier.py"
 FLAGS = ["--path=x", "--task=lladax_gsm8k", "--limit=8"]
 
 
@@ -41,6 +46,16 @@ def test_the_grid_is_every_way_with_every_block_and_cache(frontier):
 def test_bad_flags(frontier, flags, message):
   with pytest.raises(ValueError, match=message):
     frontier.parse([*FLAGS, *flags])
+
+
+def test_a_mistake_is_one_line_and_a_crash_is_none(tmp_path):
+  (tmp_path / "frontier.json").write_text("{")
+  for flags, code, said in (
+    (["--limit=9"], 1, "^frontier: --limit=9: must be a multiple of --batch_size=8[^\n]*\n$"),
+    ([f"--out={tmp_path}"], 70, "Traceback .*JSONDecodeError"),
+  ):
+    done = subprocess.run([sys.executable, SCRIPT, *FLAGS, *flags], capture_output=True, text=True, timeout=300)
+    assert done.returncode == code and re.search(said, done.stderr, re.DOTALL), done.stderr
 
 
 def test_nothing_on_the_frontier_is_beaten(frontier):

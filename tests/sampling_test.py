@@ -240,7 +240,7 @@ def test_no_row_depends_on_its_neighbours_or_its_padding(options):
     position_BL = jnp.maximum(jnp.cumsum(segment_BL, axis=1) - 1, 0)
 
     def predict(tokens_BL, start, W, cache):
-      hidden_BLD, _ = c.bind(params).hidden(tokens_BL, segment_BL, position_BL)
+      hidden_BLD, _ = c.bind(params).hidden(tokens_BL, c.visible(tokens_BL.shape[1], segment_BL), position_BL)
       return c.bind(params).logits(jax.lax.dynamic_slice_in_dim(hidden_BLD, start, W, axis=1)), cache
 
     return sampling.sample(predict, tokens_BL, key_B, sampler, mask_id=MASK, allowed_V=jnp.asarray(ALLOWED))

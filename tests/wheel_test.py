@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 
 import pytest
@@ -89,6 +90,15 @@ def test_it_holds_what_the_tree_holds(wheel):
   assert {name for name in tree if "__pycache__" not in name} == {name for name in held if ".dist-info/" not in name}
 
 
+def test_the_sources_hold_the_package(tmp_path):
+  pytest.importorskip("hatchling")
+  subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", tmp_path], cwd=ROOT, check=True)
+  (path,) = tmp_path.glob("lladax-*.tar.gz")
+  held = {name.partition("/")[2] for name in tarfile.open(path).getnames()}
+  tree = {str(path.relative_to(ROOT)) for path in ROOT.glob("lladax/**/*") if path.is_file()}
+  assert {name for name in tree if "__pycache__" not in name} <= held
+
+
 def test_a_recipe_is_trained_by_its_name_and_sampled_without(python, site, run):
   given = f"--workdir={run} --mode=sample --prompt=red --config.sample.steps=4 --config.sample.gen_length=4"
   done = python(site / "bin/lladax", *given.split(), "--config.sample.block_length=4")  # what a user types as lladax
@@ -104,6 +114,17 @@ def test_a_config_of_the_user_s_builds_on_ours(python):
 def test_the_fields_are_shown_with_their_comments(call):
   done = call("--config=quickstart", "--mode=show")
   assert done.returncode == 0 and re.search(r"^steps +800 +recipe +updates *$", done.stdout, re.MULTILINE), done.stderr
+
+
+def test_a_page_is_drawn_from_the_files_in_it(python):
+  code = """
+import numpy, lladax.drawing.unmasking as unmasking, lladax.drawing.report as report
+canvas = unmasking.Unmasking(("a", "b"), numpy.arange(2), numpy.ones(2))
+print(unmasking.html([canvas]), unmasking.heat_map([canvas]), report.page(report.Report("r", {})))
+"""
+  done = python("-c", code)
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.count(".lladax") > 2 and done.stdout.count("</script>") == 2 and "<h1>r</h1>" in done.stdout
 
 
 @pytest.mark.parametrize(

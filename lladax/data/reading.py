@@ -48,6 +48,7 @@ _LINES = (".jsonl", ".ndjson", ".jsonlines")
 _ARCHIVES = (".tar", ".tgz", ".tbz2", ".txz", ".zip", ".7z")
 _SHORT = reprlib.Repr()
 _SHORT.maxlist, _SHORT.maxstring = 12, 40
+short = _SHORT.repr  # a value in a message, on one line of a readable length
 _DAMAGED = (EOFError, lzma.LZMAError, zlib.error, zstd.ZstdError, OSError)
 
 
@@ -166,11 +167,6 @@ def records(path: str, tally: Tally, columns: tuple[str, ...] = (), field: str =
     if not _is_damage(error):
       raise Mistake(f"{where} cannot be read: {error}") from error
     tally.spoiled(f"{where} cannot be read: {error}")
-
-
-def short(value: Any) -> str:
-  """A value in a message, on one line of a readable length."""
-  return _SHORT.repr(value)
 
 
 def _is_damage(error: BaseException) -> bool:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lladax import fields
 from lladax.mistake import Mistake
 
 SEAM, _EDGE = "\ufdd0", "\ufdd1"  # no characters: Unicode keeps them for a program's own use
@@ -83,12 +84,7 @@ def find(folder: pathlib.Path) -> Template | None:
 
 def read(path: pathlib.Path) -> dict[str, Any]:
   """What a file of JSON holds; nothing where there is none."""
-  if not path.is_file():
-    return {}
-  try:
-    found = json.loads(path.read_text("utf-8"))
-  except ValueError as error:
-    raise Mistake(f"{path} is no JSON: {error}") from None
+  found = fields.read_json(path) if path.is_file() else {}
   if not isinstance(found, dict):
     raise Mistake(f"{path} is no JSON object but {type(found).__name__}")
   return found

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lladax.drawing import pages
 from lladax.mistake import Mistake
 
 if TYPE_CHECKING:
@@ -133,54 +133,26 @@ def html(unmaskings: Sequence[Unmasking], title: str = "") -> Html:
   There are no ids and no network: any number of these may stand on one page. Without
   JavaScript it is the finished text, coloured by step.
   """
-  return _page("".join(map(_sample, unmaskings)), title)
+  return Html(pages.fill("unmasking.html", title=title, ramp=",".join(_RAMP), samples=map(_sample, unmaskings)))
 
 
-def _page(sections: str, title: str) -> Html:
-  heading = f"<h2>{escape(title)}</h2>" if title else ""
-  return Html(f"""<!doctype html><meta charset=utf-8><meta name=viewport content="width=device-width">
-<title>{escape(title or "Order of unmasking")}</title><style>{_CSS}</style>
-<div class=lladax>{heading}{sections}</div><script>{_JS}</script>
-""")
-
-
-def _sample(unmasking: Unmasking) -> str:
-  """The text, the controls and the strip of one sample."""
-  steps, colours = unmasking.steps, step_colours(unmasking.steps)
+def _sample(unmasking: Unmasking) -> dict[str, Any]:
+  """What the page says of one sample: its tokens, and order against position, one dot per token, time upwards."""
+  steps, L, colours = unmasking.steps, len(unmasking.pieces), step_colours(unmasking.steps)
   unmasked_at, confidence = unmasking.unmasked_at.tolist(), unmasking.confidence.tolist()
-  tokens = []
-  for piece, s, p in zip(unmasking.pieces, unmasked_at, confidence, strict=True):
-    newline = " class=n" if "\n" in piece else ""  # drawn as ↵: a token without width is not seen
-    hover = f'data-s={s} style="--c:{colours[s]}" title="step {s} · probability {p:.3f}"'
-    tag, attributes = ("i", hover) if s else ("b", "title=given")
-    tokens.append(f"<{tag}{newline} {attributes}>{escape(piece.translate(CONTROLS))}</{tag}>")
-  heading = f"<h3>{escape(unmasking.title)}</h3>" if unmasking.title else ""
-  text = f"<div class=text>{''.join(tokens)}</div>"
-  if not steps:
-    return f"<section>{heading}{text}</section>"
-  ramp = f'<span class=ramp style="background:linear-gradient(90deg,{",".join(_RAMP)})"></span>'
-  return f"""<section>{heading}{text}
-<div class=bar><span class=play hidden><button type=button aria-label="Replay">▶</button>
-<input type=range min=0 max={steps} value={steps} aria-label="Step"></span>
-<output></output>
-<span class=key><b>given</b><span>step 1</span>{ramp}<span>{steps}</span></span></div>
-{_strip(unmasking, colours)}</section>"""
-
-
-def _strip(unmasking: Unmasking, colours: list[str]) -> str:
-  """Order against position: one dot per token, time upwards; the given text is the grey floor."""
-  steps, L = unmasking.steps, len(unmasking.pieces)
   dots: list[list[str]] = [[] for _ in colours]
-  for x, s in enumerate(unmasking.unmasked_at.tolist()):
+  for x, s in enumerate(unmasked_at):
     # Dots are lines of almost no length with round caps: they stay round however wide the plot.
     dots[s].append(f"M{x} {steps + 0.5}h1" if s == 0 else f"M{x}.5 {steps - s + 0.5}h.01")
-  floor, *later = ("".join(d) for d in dots)
-  paths = "".join(f'<path data-s={s} style="--c:{colours[s]}" d="{d}"/>' for s, d in enumerate(later, 1) if d)
-  dot = np.clip(600 / L, 2.5, 6)
-  return f"""<div class=strip><span>step {steps}</span><span>1</span>
-<svg viewBox="0 0 {L} {steps + 1}" preserveAspectRatio="none" role="img" stroke-width="{dot:.1f}"
-aria-label="Step of unmasking against position"><path class=floor d="{floor}"/>{paths}
-<path class=at d=""/></svg><div><span>position 1</span><span>{L}</span></div></div>"""
+  tokens = [
+    (piece.translate(CONTROLS), s, colours[s], f"step {s} · probability {p:.3f}")
+    for piece, s, p in zip(unmasking.pieces, unmasked_at, confidence, strict=True)
+  ]
+  floor, *later = map("".join, dots)  # the given text is the floor
+  return {
+    "title": unmasking.title, "tokens": tokens, "steps": steps, "L": L, "floor": floor,
+    "dots": [(s, colours[s], d) for s, d in enumerate(later, 1) if d], "dot": f"{np.clip(600 / (L or 1), 2.5, 6):.1f}",
+  }  # fmt: skip
 
 
 def heat_map(unmaskings: Sequence[Unmasking], title: str = "") -> Html:
@@ -207,25 +179,16 @@ def heat_map(unmaskings: Sequence[Unmasking], title: str = "") -> Html:
   peak = share[1:].max() or 1.0
   cells = []
   for y, x in np.argwhere(count).tolist():
-    when, how_sure = "given", ""
-    look = f'class=given y={1.02 * Y:.2f} height={0.04 * Y:.2f} opacity="{share[0, x]:.2f}"'
+    when, how_sure, look = "given", "", f"{share[0, x]:.2f}"
     if y:
-      look = f'y={Y - y} height=1 style="--p:{100 * share[y, x] / peak:.0f}%"'
+      look = f"{100 * share[y, x] / peak:.0f}%"
       when, how_sure = _span("step", y - 1, h, steps), f" · mean probability {confidence[y, x] / count[y, x]:.3f}"
     told = f"{_span('position', x, w, L)} · {when} · {count[y, x]:.0f} of {size_X[x]} tokens ({share[y, x]:.1%})"
-    cells.append(f"<rect x={x} width=1 {look}><title>{told}{how_sure}</title></rect>")
-  ticks = [f"<text x={60 + 640 * (t - 0.5) / (X * w):.1f} y=350 text-anchor=middle>{t}</text>" for t in _ticks(L)]
-  ticks += [f"<text x=52 y={314 - 300 * (t - 0.5) / (Y * h):.1f} text-anchor=end>{t}</text>" for t in _ticks(steps)]
-  ramp = "".join(f'<span style="--p:{p}%"></span>' for p in range(0, 101, 5))
-  of = f"{len(unmaskings)} canvas{'es' if len(unmaskings) > 1 else ''}"
-  section = f"""<section><div class=bar><span class=key><span class="ramp cells floor"></span>given
-<b></b>unmasked, of {of}: <span>0</span><span class="ramp cells">{ramp}</span><span>{peak:.0%}</span></span></div>
-<svg class=heat viewBox="0 0 712 372" role=img aria-label="Density of the step of unmasking against position"><svg x=60
-y=10 width=640 height=318 viewBox="0 0 {X} {1.06 * Y:.2f}" preserveAspectRatio=none><rect class=frame width={X}
-height={Y} />{"".join(cells)}</svg>{"".join(ticks)}<text x=380 y=368 text-anchor=middle>position</text><text
-transform="translate(14 160) rotate(-90)" text-anchor=middle>step</text></svg>
-<output>Point at a cell: it tells its numbers.</output></section>"""
-  return _page(section, title)
+    cells.append((x, y, look, told + how_sure))
+  positions = [(f"{60 + 640 * (t - 0.5) / (X * w):.1f}", t) for t in _ticks(L)]
+  times = [(f"{314 - 300 * (t - 0.5) / (Y * h):.1f}", t) for t in _ticks(steps)]
+  values = {"X": X, "Y": Y, "cells": cells, "positions": positions, "times": times, "peak": f"{peak:.0%}"}
+  return Html(pages.fill("heat_map.html", title=title, canvases=len(unmaskings), **values))
 
 
 def _span(word: str, i: int, width: int, last: int) -> str:
@@ -238,107 +201,3 @@ def _ticks(n: int) -> list[int]:
   """1, and about six round numbers up to n."""
   every = next(m * 10**k for k in range(9) for m in (1, 2, 5) if n <= 7 * m * 10**k)
   return sorted({min(1, n), *range(every, n + 1, every)})
-
-
-_CSS = """
-body:has(>.lladax){margin:0;background:#fff}
-.lladax{color-scheme:light;--ink:#1c1d21;--soft:#70737c;--line:#e3e4e8;--paper:#fff;--tint:22%;
-  --cold:oklch(.95 .06 105);--hot:oklch(.36 .15 270);
-  background:var(--paper);color:var(--ink);font:13px/1.5 system-ui,sans-serif;box-sizing:border-box;
-  padding:1.5rem clamp(1rem,4vw,2.5rem);max-width:60rem;margin:0 auto}
-@media(prefers-color-scheme:dark){body:has(>.lladax){background:#16171a}
-  .lladax{color-scheme:dark;--ink:#e6e7ea;--soft:#8d9099;--line:#33353c;--paper:#16171a;--tint:38%;
-  --cold:oklch(.32 .09 280);--hot:oklch(.9 .17 105)}}
-.lladax h2{font-size:20px;font-weight:600;margin:0 0 1.5rem;letter-spacing:-.01em}
-.lladax h3{font-size:13px;margin:0 0 .6rem}
-.lladax b,.lladax h3{font-weight:600}
-.lladax section:not(:last-child){margin:0 0 3rem}
-.lladax .text{font:14px/1.85 ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;
-  white-space:pre-wrap;overflow-wrap:anywhere;tab-size:2}
-.lladax i{font-style:normal;margin-right:1px;padding:2px 0;border-radius:3px;
-  -webkit-box-decoration-break:clone;box-decoration-break:clone;box-shadow:inset 0 -2px var(--c);
-  background:color-mix(in srgb,var(--c) var(--tint),transparent)}
-.lladax .n::before{content:"↵";opacity:.45}
-.lladax i:empty::before{content:"·"}
-.lladax i.m{color:transparent;background:var(--line);box-shadow:none}
-.lladax .bar{display:flex;flex-wrap:wrap;align-items:center;gap:.4rem 1rem;margin:1rem 0 .8rem}
-.lladax .bar,.lladax .strip{color:var(--soft);font-variant-numeric:tabular-nums}
-.lladax .play:not([hidden]){display:flex;align-items:center;gap:.6rem}
-.lladax button{all:unset;cursor:pointer;width:1.9em;height:1.9em;border-radius:50%;font-size:12px;
-  text-align:center;line-height:1.9;background:var(--line);color:var(--ink)}
-.lladax button:focus-visible,.lladax .text .on{outline:2px solid var(--ink);outline-offset:-1px}
-.lladax output{min-width:18rem}
-.lladax input{width:12rem;margin:0;accent-color:var(--soft)}
-.lladax .key{display:flex;align-items:center;gap:.5rem;margin-left:auto}
-.lladax .key b{color:var(--ink);margin-right:.5rem}
-.lladax .ramp{width:7rem;height:6px;border-radius:3px}
-.lladax .strip{display:grid;grid-template:1fr auto auto/auto 1fr;gap:2px .6rem;font-size:11px}
-.lladax .strip>:nth-child(2){grid-area:2/1;text-align:right}
-.lladax .strip>div{grid-area:3/2;display:flex;justify-content:space-between}
-.lladax svg{grid-area:1/2/3/3;width:100%;height:110px;overflow:visible}
-.lladax path{vector-effect:non-scaling-stroke;stroke:var(--c);stroke-linecap:round}
-.lladax path.m{stroke:var(--line)}
-.lladax .floor{stroke:var(--line);stroke-width:3px;stroke-linecap:butt}
-.lladax .at{stroke:var(--ink);stroke-width:1px}
-.lladax .heat+output{display:block;color:var(--soft)}
-.lladax .heat{height:auto;font-size:11px;fill:var(--soft)}
-.lladax .heat svg{height:318px;overflow:hidden}
-.lladax .heat rect,.lladax .cells span{--at:color-mix(in oklch,var(--hot) var(--p),var(--cold));fill:var(--at);
-  background:var(--at);shape-rendering:crispEdges;vector-effect:non-scaling-stroke}
-.lladax .heat rect:hover{stroke:var(--ink);stroke-width:2px}
-.lladax .heat .given{fill:var(--soft)}
-.lladax .heat .frame{fill:none;stroke:var(--line)}
-.lladax .cells{display:flex;overflow:hidden}
-.lladax .cells span{flex:1}
-.lladax .cells.floor{width:1.5rem;background:var(--soft)}
-"""
-
-# Tokens and dots carry their step alike, so one loop replays both. `data-live` marks the fragments
-# that an earlier cell's script has already woken.
-_JS = """
-for (const box of document.querySelectorAll(".lladax:not([data-live]) section")) {
-  const $ = (css) => box.querySelector(css), slider = $("input"), button = $("button");
-  const heat = $(".heat");
-  if (heat) heat.onmouseover = (e) => {
-    if (e.target.matches("rect:has(title)")) $("output").textContent = e.target.textContent;
-  };
-  if (!slider) continue;
-  const text = $(".text"), plot = $("svg"), out = $("output"), steps = +slider.max;
-  const timed = box.querySelectorAll("[data-s]");
-  let timer = 0, on = null;
-  const draw = () => {
-    for (const t of timed) t.classList.toggle("m", +t.dataset.s > +slider.value);
-    out.textContent = `step ${slider.value} of ${steps}`;
-  };
-  const stop = () => { cancelAnimationFrame(timer); timer = 0; button.textContent = "▶"; };
-  const point = (i) => {  // marks a token and its dot, whichever of the two is pointed at
-    on?.classList.remove("on");
-    on = text.children[i];
-    on?.classList.add("on");
-    $(".at").setAttribute("d", on ? `M${i + .5} 0V${steps + 1}` : "");
-    if (on) out.textContent = `position ${i + 1} · ${on.title}`; else draw();
-  };
-  button.onclick = () => {
-    if (timer) return stop();
-    const from = +slider.value % steps, start = performance.now();
-    const pace = Math.min(150, 8000 / steps);  // milliseconds a step; 8 s at the most
-    const tick = (now) => {
-      slider.value = Math.min(steps, from + Math.max(0, now - start) / pace);
-      draw();
-      if (+slider.value < steps) timer = requestAnimationFrame(tick); else stop();
-    };
-    timer = requestAnimationFrame(tick);
-    button.textContent = "❚❚";
-  };
-  slider.oninput = () => { stop(); draw(); };
-  text.onmouseover = (e) => point([...text.children].indexOf(e.target));
-  plot.onmousemove = (e) => {
-    const r = plot.getBoundingClientRect();
-    point(Math.floor((e.clientX - r.left) / r.width * text.children.length));
-  };
-  text.onmouseleave = plot.onmouseleave = () => point(-1);
-  $(".play").hidden = false;
-  draw();
-}
-for (const box of document.querySelectorAll(".lladax")) box.dataset.live = "";
-"""

@@ -23,7 +23,6 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from lladax import sampling
 from lladax.devices import distributed, sharding
 from lladax.evaluation.answers import Answers
 from lladax.inference import load
@@ -273,7 +272,7 @@ class Harness(LM):
       batch = list(zip(prompts, answers, strict=True))[first : first + self.batch_size]
       rows = [(p, [self.llada.mask_id] * len(a), []) for p, a in batch]
       filled = self._fill(
-        rows, dataclasses.replace(plan, infill=None if self.llada.model.causal else ""), [0] * len(rows)
+        rows, dataclasses.replace(plan, infill="" if self.llada.model.objective.fills else None), [0] * len(rows)
       )
       found += [x[: len(a)] == a for x, (_, a) in zip(filled, batch, strict=True)]
     return found
@@ -291,10 +290,9 @@ class Harness(LM):
     length = -(-length // block) * block
     sampler |= {"gen_length": length, "block_length": block, "steps": sampler.get("steps", length)}
     c = SamplerConfig(**sampler)  # says what is wrong now
-    if self.llada.model.causal:
-      sampling.check_causal(c)
-      if asked.get("infill") is not None:
-        raise Mistake(f"infill={asked['infill']!r}: a causal model cannot fill in the middle of a text")
+    self.llada.model.objective.check_sampler(c)
+    if asked.get("infill") is not None and not self.llada.model.objective.fills:
+      raise Mistake(f"infill={asked['infill']!r}: a causal model cannot fill in the middle of a text")
     self._cut([], length)
     return _Plan(sampler, sampler.pop("seed"), most, asked["until"], asked.get("infill"))
 

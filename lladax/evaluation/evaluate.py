@@ -23,7 +23,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from lladax import autoregressive, diffusion
 from lladax.config import Config
 from lladax.data import batches, held_out
 from lladax.data.tokenizer import Tokenizer
@@ -116,7 +115,7 @@ def samples(llada: LLaDA, config: Config) -> Sampled | None:
   if config.data.format == "chat":
     options["early_stop"] = True
     return llada.sample([[_says(text)] for text in canvases], **options)
-  if llada.model.causal:
+  if not llada.model.objective.fills:
     return llada.sample([_before_masks(text) for text in canvases], **options)
   del options["block_length"], options["gen_length"]  # a canvas has a length of its own
   rows = [[llada.eos_id, *llada.tokenizer.encode_canvas(text), llada.eos_id] for text in canvases]
@@ -137,7 +136,7 @@ def _nats(
 ) -> np.ndarray:  # fmt: skip
   """Minus the log-likelihood (bound) of what is scored of every row, given the rest."""
   R, size = len(tokens_RL), min(config.evaluate.batch_size, len(tokens_RL))
-  draws = 1 if llada.model.causal else config.evaluate.num_samples
+  draws = 1 if llada.model.objective.exact else config.evaluate.num_samples
   total_R = np.zeros(R)
   for first in range(0, R, size):
     beat(f"scoring held-out row {first} of {R}")
@@ -160,17 +159,13 @@ def _score(
   params, tokens_BL, segment_BL, scored_BL, row_B, seed, draw, *, model, mask_id, eos_id, num_samples, right_padded
 ):
   """Minus the log-likelihood of what is scored of rows, by draw number `draw`; [B]."""
-  bound_model = model.bind(params)
-
-  def nll(input_BL, target_BL):
-    return bound_model.nll(input_BL, target_BL, segment_BL, right_padded=right_padded)
-
-  if model.causal:
-    nats_B = -autoregressive.log_likelihood(nll, tokens_BL, scored_BL, segment_BL, start_id=eos_id)
-    return sharding.constrain(nats_B, ".")
+  visible = model.visible(tokens_BL.shape[1], segment_BL, right_padded=right_padded)
+  nll = functools.partial(model.bind(params).nll, visible=visible)
   key_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(row_B)
   draw_B, draws_B = jnp.broadcast_to(draw, row_B.shape), jnp.full(row_B.shape, num_samples)
-  nats_B = -diffusion.log_likelihood(nll, tokens_BL, scored_BL, key_B, draw_B, draws_B, mask_id=mask_id)
+  nats_B = -model.objective.log_likelihood(
+    nll, tokens_BL, scored_BL, segment_BL, key_B, draw_B, draws_B, mask_id=mask_id, eos_id=eos_id
+  )
   return sharding.constrain(nats_B, ".")
 
 
@@ -226,7 +221,7 @@ def check(config: Config, text: Tokenizer, others: Mapping[str, Any]) -> None:
     Mistake: canvases or questions of `evaluate.tasks` that do not fit the model, or contradict the sampler's settings;
       nothing in the held-out part that fits a row.
   """
-  talks, fills = config.data.format == "chat", config.data.format != "chat" and not config.model.causal
+  talks, fills = config.data.format == "chat", config.data.format != "chat" and config.aim.fills
   lengths = {}
   for i, x in enumerate(config.evaluate.canvases):
     ids = text.chat([_says(x)]) if talks else text.encode_canvas(x) if fills else text.encode(_before_masks(x))
@@ -375,7 +370,7 @@ def _show(
   if bounds:
     columns = "held-out replies" if config.data.format == "chat" else "held-out text", "bits per byte", "perplexity"
     table = Table(*columns)
-    name = "exact" if llada.model.causal else "bound"
+    name = "exact" if llada.model.objective.exact else "bound"
     bits, perplexity = (
       f"[bold]{bounds[x]:.{places}f}[/] ± {bounds[f'{x}_stderr']:.{places}f}"
       for x, places in (("bits_per_byte", 3), ("perplexity", 2))

@@ -94,10 +94,10 @@ def check(name: str, questions: list[Question], text: Tokenizer, model: MaskPred
   for q in questions:
     if q.talks:
       n = len(text.chat([{"role": "user", "content": q.prompt}])) + _REPLY["gen_length"]
-    elif model.causal:
-      n = len(text.encode(q.prompt)) + longest
-    else:
+    elif model.objective.fills:
       n = sum(len(text.encode(x)) for x in (q.before, q.answer, q.after)) + 1
+    else:
+      n = len(text.encode(q.prompt)) + longest
     if n > model.max_length:
       most = f"model.max_length={model.max_length}"
       raise Mistake(f"evaluate.tasks: {name}: a question and its answer take {n} tokens, more than {most}")
@@ -119,12 +119,13 @@ def run(llada: LLaDA, questions: list[Question], batch_size: int = 64) -> tuple[
   if text is None:
     raise Mistake("the reversal test needs a tokenizer: this model has none")
   told: list[dict[str, Any]] = []
+  fills = llada.model.objective.fills
   for first in range(0, len(questions), batch_size):
     part = questions[first : first + batch_size]
-    ask = _reply if part[0].talks else _continue if llada.model.causal else _fill
-    gaps = [text.behind(text.encode(q.prompt if llada.model.causal else q.before), q.answer) for q in part]
+    ask = _reply if part[0].talks else _fill if fills else _continue
+    gaps = [text.behind(text.encode(q.before if fills else q.prompt), q.answer) for q in part]
     for q, gap, guess in zip(part, gaps, ask(llada, part, gaps), strict=True):
-      asked = q.prompt if q.talks else f"{q.prompt}…" if llada.model.causal else f"{q.before} […]{q.after}"
+      asked = q.prompt if q.talks else f"{q.before} […]{q.after}" if fills else f"{q.prompt}…"
       said = guess if isinstance(guess, str) else text.decode(guess).strip()
       told.append({"direction": q.direction, "question": asked, "answer": q.answer.strip(), "guess": said,
                    "hit": q.answer in said if q.talks else guess == gap})  # fmt: skip

@@ -144,7 +144,7 @@ def _fitting(llada: LLaDA, messages: Messages, system: int, options: Mapping[str
 
 def _answer(llada: LLaDA, messages: Messages, options: dict[str, Any], console: Console) -> str:
   """The reply to a conversation, after it has been shown."""
-  if not console.is_terminal or llada.model.causal:
+  if not (console.is_terminal and llada.model.objective.fills):
     reply = llada.chat(messages, **options).text[0].strip()
     print(reply, flush=True)
     return reply

@@ -138,7 +138,7 @@ class LLaDA:
     """
     if every not in ("block", "step"):
       raise Mistake(f"every={every!r}: use block or step")
-    if self.model.causal:
+    if not self.model.objective.fills:
       raise Mistake("a causal model is not streamed: use sample()")
     rows = self._prompts(prompts)
     return self._continue_or_fill(rows, self._settings(options, len(rows)), every=every)
@@ -158,7 +158,7 @@ class LLaDA:
 
   def unmask(self, canvases: Sequence[int] | Sequence[Sequence[int]], **options) -> Sampled:
     """Fills `mask_id` in a canvas, or in many of any lengths; needs no tokenizer. Default: one block, all of it."""
-    if self.model.causal:
+    if not self.model.objective.fills:
       raise Mistake("a causal model cannot fill in the middle of a canvas: use sample()")
     rows = self._canvases(canvases, "unmask")
     longest = max(map(len, rows))
@@ -201,7 +201,7 @@ class LLaDA:
     if any(not a for _, a in pairs):
       raise Mistake("log_likelihood: an answer is empty")
     for i, (p, a) in enumerate(pairs):
-      self._check_ids(p, f"prompts[{i}]", masks=not self.model.causal)
+      self._check_ids(p, f"prompts[{i}]", masks=self.model.objective.fills)
       self._check_ids(a, f"answers[{i}]")
       self._check_length(len(p) + len(a), f"pair {i}")
     num_samples = fields.typed(num_samples, int, "num_samples")
@@ -210,12 +210,13 @@ class LLaDA:
     fields.check_seed(seed, "seed")
     if num_samples < 1:
       raise Mistake(f"num_samples={num_samples}: must be at least 1")
-    if not 0 <= guidance_scale < math.inf or (self.model.causal and guidance_scale):
-      what = "a causal model has no use for it; leave it out" if self.model.causal else "must be at least 0, and finite"
+    fills = self.model.objective.fills
+    if not 0 <= guidance_scale < math.inf or (guidance_scale and not fills):
+      what = "must be at least 0, and finite" if fills else "a causal model has no use for it; leave it out"
       raise Mistake(f"guidance_scale={guidance_scale}: {what}")
     if method not in ("monte_carlo", "chain_rule"):
       raise Mistake(f"method={method!r}: use monte_carlo or chain_rule")
-    if self.model.causal:
+    if not self.model.objective.fills:
       method, num_samples = "monte_carlo", 1
 
     # Every forward pass of every pair is a row; rows of one bucketed length share batches, whosever they are.
@@ -223,7 +224,7 @@ class LLaDA:
     choices: dict[tuple[int, ...], list[int]] = {}  # answers of one token to one prompt share a pass
     passes = {}
     for i, (p, a) in enumerate(pairs):
-      if len(a) == 1 and not self.model.causal:
+      if len(a) == 1 and self.model.objective.fills:
         choices.setdefault(tuple(p), []).append(i)
       else:
         passes[i] = len(a) if method == "chain_rule" else num_samples
@@ -320,15 +321,14 @@ class LLaDA:
     c = fields.parse(dict(options), SamplerConfig, "sample")
     if isinstance(c.seed, tuple) and len(c.seed) != rows:
       raise Mistake(f"sample.seed={list(c.seed)}: give one seed, or one for each of the {rows} rows")
-    if self.model.causal:
-      sampling.check_causal(c)
+    self.model.objective.check_sampler(c)
     return c
 
   def _continue_or_fill(self, rows: list[list[int]], c: SamplerConfig, every: str | None) -> Iterator[Sampled]:
     longest, most, W = max(map(len, rows)), self.model.max_length, c.block_length
     first = bucket(longest)
     self._check_length(longest + (c.gen_length or 0))
-    if self.model.causal:
+    if not self.model.objective.fills:
       return iter([self._continue(rows, c)])
     if c.gen_length is not None:
       if c.gen_length % min(W, c.gen_length):
@@ -561,12 +561,13 @@ def _run(
 
     def hidden(size, window_start, reuse_L):  # of the block, from a window that holds it
       tokens_BW = jax.lax.dynamic_slice_in_dim(canvas_BL, window_start, size, axis=1)
-      hidden_BWD, _ = bound.hidden(tokens_BW, segment, position, cache, window_start, reuse_L)
+      visible = model.visible(L, segment, W=size, start=window_start, reuse_L=reuse_L)
+      hidden_BWD, _ = bound.hidden(tokens_BW, visible, position, cache)
       return jax.lax.dynamic_slice_in_dim(hidden_BWD, start - window_start, W, axis=1)
 
     if cache is None:
       empty = model.new_cache(canvas_BL.shape[0], L) if c.cache else None
-      hidden_BLD, cache = bound.hidden(canvas_BL, segment, position, empty)
+      hidden_BLD, cache = bound.hidden(canvas_BL, model.visible(L, segment), position, empty)
       hidden_BWD = jax.lax.dynamic_slice_in_dim(hidden_BLD, start, W, axis=1)
     elif c.cache == "dual" or c.gen_length is None:
       hidden_BWD = hidden(W, start, (at_L < start) | (at_L >= start + W))
@@ -604,7 +605,7 @@ def lower_sampler(
   """The program that `LLaDA.sample` runs on prompts of `first` tokens, lowered from shapes for `plan.py`."""
   tokens = state.canvas.tokens_BL
   segment, noise = jax.ShapeDtypeStruct(tokens.shape, jnp.int32, sharding=tokens.sharding), _noise(0, tokens.shape[0])
-  if model.causal:
+  if not model.objective.fills:
     return _autoregressive_sample.lower(
       params, tokens, segment, *noise, model=model, temperature=c.temperature, logits_eos_inf=c.logits_eos_inf,
       prompt_length=first, eos_id=ends[0], mask_id=mask_id, vocab_size=model.V,
@@ -628,7 +629,8 @@ def _autoregressive_sample(
   allowed_V = _allowed(model.V, mask_id, vocab_size) & ~(logits_eos_inf & (jnp.arange(model.V) == eos_id))
 
   def step(tokens_BW, cache, start):
-    hidden_BWD, cache = bound.hidden(tokens_BW, segment_BL, position_BL, cache, start)
+    visible = model.visible(L, segment_BL, W=tokens_BW.shape[1], start=start)
+    hidden_BWD, cache = bound.hidden(tokens_BW, visible, position_BL, cache)
     return jnp.where(allowed_V[None, :], bound.logits(hidden_BWD[:, -1]), -jnp.inf), cache
 
   return _laid_out(autoregressive.sample(
@@ -641,13 +643,13 @@ def _autoregressive_sample(
 def _likelihood(
   params, tokens_BL, scored_BL, segment_BL, sample_B, samples_B, seed, *, model, mask_id, eos_id, guidance_scale, method
 ):
-  bound, right = model.bind(params), {"right_padded": True}
+  bound, visible = model.bind(params), model.visible(tokens_BL.shape[1], segment_BL, right_padded=True)
 
   def nll(input_BL, target_BL):
     if not guidance_scale:
-      return bound.nll(input_BL, target_BL, segment_BL, **right)
+      return bound.nll(input_BL, target_BL, visible)
     unconditional_BL = jnp.where(scored_BL | (segment_BL == 0), input_BL, mask_id)
-    cond_BLD, un_BLD = (bound.hidden(x, segment_BL, **right)[0] for x in (input_BL, unconditional_BL))
+    cond_BLD, un_BLD = (bound.hidden(x, visible)[0] for x in (input_BL, unconditional_BL))
 
     def row(x):  # one row's logits at a time
       cond, un = bound.logits(x[0]), bound.logits(x[1])
@@ -657,12 +659,12 @@ def _likelihood(
 
     return jax.lax.map(row, (cond_BLD, un_BLD, target_BL))
 
-  if model.causal:
-    return _laid_out(autoregressive.log_likelihood(nll, tokens_BL, scored_BL, segment_BL, start_id=eos_id))
   if method == "chain_rule":
     return _laid_out(diffusion.chain_rule(nll, tokens_BL, scored_BL, sample_B, mask_id=mask_id))
   key_B = jnp.broadcast_to(jax.random.key(seed), tokens_BL.shape[:1])  # every pair meets the same masks
-  return _laid_out(diffusion.log_likelihood(nll, tokens_BL, scored_BL, key_B, sample_B, samples_B, mask_id=mask_id))
+  return _laid_out(model.objective.log_likelihood(
+    nll, tokens_BL, scored_BL, segment_BL, key_B, sample_B, samples_B, mask_id=mask_id, eos_id=eos_id
+  ))  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("model", "mask_id", "guidance_scale"))
@@ -671,7 +673,7 @@ def _next(params, tokens_BL, segment_BL, at_B, *, model, mask_id, guidance_scale
   bound = model.bind(params)
 
   def logits_BV(x_BL):
-    hidden_BLD = bound.hidden(x_BL, segment_BL, right_padded=True)[0]
+    hidden_BLD = bound.hidden(x_BL, model.visible(x_BL.shape[1], segment_BL, right_padded=True))[0]
     return bound.logits(jnp.take_along_axis(hidden_BLD, at_B[:, None, None], axis=1)[:, 0])
 
   found_BV = logits_BV(tokens_BL)
@@ -683,4 +685,4 @@ def _next(params, tokens_BL, segment_BL, at_B, *, model, mask_id, guidance_scale
 
 @functools.partial(jax.jit, static_argnames="model")
 def _logits(params, tokens_BL, segment_BL, *, model):
-  return _laid_out(model.bind(params)(tokens_BL, segment_BL))
+  return _laid_out(model.bind(params)(tokens_BL, model.visible(tokens_BL.shape[1], segment_BL)))

@@ -30,15 +30,14 @@ def check_room(lengths: Mapping[str, int], c: SamplerConfig, model: MaskPredicto
   """
   if not lengths:
     return
-  if fills and model.causal:
+  if fills and not model.objective.fills:
     raise Mistake(f"{next(iter(lengths))}: a causal model cannot fill a canvas in the middle, it continues a prompt")
   said, more = "", 0
   if not fills:
     W, more = c.block_length, c.gen_length or c.block_length
     said = f" and sample.{'block_length' if c.gen_length is None else 'gen_length'}={more}"
-    if model.causal:
-      sampling.check_causal(c)
-    elif more % min(W, more):
+    model.objective.check_sampler(c)
+    if model.objective.fills and more % min(W, more):
       raise Mistake(f"sample.gen_length={more} is not a multiple of sample.block_length={W}")
   for name, n in lengths.items():
     if n + more > model.max_length:
@@ -47,8 +46,8 @@ def check_room(lengths: Mapping[str, int], c: SamplerConfig, model: MaskPredicto
 
 def of_model(config: Config, model: MaskPredictorConfig, workdir: Path) -> Config:
   """The config with the model that was trained; Mistake if it is one for another objective."""
-  if (config.objective == "autoregressive") != model.causal:
-    was = "autoregressive" if model.causal else "diffusion"
+  if config.objective != model.objective.name:
+    was = model.objective.name
     raise Mistake(f"objective={config.objective}: {workdir} was trained with {was}: set that, or leave --config out")
   return dataclasses.replace(config, model=model)
 

@@ -1,4 +1,4 @@
-"""One attention call, three kernels. Who may look at whom is data (`allowed_BWL`, segments), not code.
+"""One attention call, three kernels. Who may look at whom is a value (`Visible`), not code.
 
   xla     plain einsums: every case, every device; the scores of all heads exist at once
   cudnn   NVIDIA's fused kernel: bfloat16, head widths up to 128. Padding at the right end goes by lengths; other
@@ -8,6 +8,7 @@
 Letters are those of `mask_predictor.py`. Softmax runs in float32 whatever the compute dtype.
 """
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
@@ -25,50 +26,113 @@ KERNELS = ("auto", "xla", "cudnn", "splash")
 _NEVER = -1e30
 
 
-def choose(
-  kernel: str, *, W: int, L: int, K: int, dtype: jnp.dtype, causal: bool, segments: str, platform: str,
-  context: int = 1,
-) -> str:  # fmt: skip
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=["segment_BL", "start", "reuse_L", "table_BWK"],
+  meta_fields=["L", "W", "order", "right_padded"],
+)  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class Visible:
+  """Who may look at whom on a canvas: made by who knows it, read by `choose` and `attend`, and by nobody between.
+
+  A row is what a position of the window may look at, `x`; a column is a key.
+  ```
+  order         full           causal         full, window       full, window 2 .. 3 over a
+                                              at 2 .. 3          cache: reuse 1 1 . . 1 1
+  segment   1 1 1 2 2 0    1 1 1 2 2 0    1 1 1 2 2 0    1 1 1 2 2 0 1 2
+          1 x x x . . .    x . . . . .
+          1 x x x . . .    x x . . . .
+          1 x x x . . .    x x x . . .    x x x . . .    x x . . . . x .
+          2 . . . x x .    . . . x . .    . . . x x .    . . . . x . . x
+          2 . . . x x .    . . . x x .
+          0 . . . . . .    . . . . . .
+  ```
+  """
+
+  L: int  # positions of the canvas
+  W: int  # of them in the window, which asks
+  order: str = "full"  # | "causal": later keys are hidden
+  segment_BL: Any = None  # int32 document of every position, 0 = padding (B may be 1); None: one document, no padding
+  right_padded: bool = False  # segments are 1s and then padding, which some kernels know how to use
+  start: Any = 0  # where the window begins
+  # Bool: keys that are taken from a cache, which is then left as it is. The others are the window's own, and stand
+  # behind the cache's. None: the window's are put into their places, and all are used.
+  reuse_L: Any = None
+  table_BWK: Any = None  # what `drawn` drew
+
+  @property
+  def keys(self) -> int:
+    """How many there are to look at."""
+    return self.L if self.reuse_L is None else self.L + self.W
+
+  @property
+  def segments(self) -> str:
+    """What kernels must know of the segments: "none"; "right", 1s and then padding; "any"."""
+    return "none" if self.segment_BL is None else "right" if self.right_padded else "any"
+
+  def window(self, array_BL: jax.Array) -> jax.Array:
+    """The window's part of what there is of every position."""
+    if self.W == self.L:
+      return array_BL
+    return jax.lax.dynamic_slice_in_dim(array_BL, self.start, self.W, axis=1)
+
+  def drawn(self) -> "Visible":
+    """With `table_BWK`, bool [B or 1, W, keys]: True where a query may look; None where all may look at all."""
+    if self.segment_BL is None and self.order == "full" and self.reuse_L is None:
+      return self
+    at_1L = jnp.arange(self.L)[None]
+    # Made up for the table alone: a kernel that was chosen for no segments must not be handed any.
+    segment_BL = jnp.ones_like(at_1L) if self.segment_BL is None else self.segment_BL
+    table_BWK = self.window(segment_BL)[:, :, None] == segment_BL[:, None, :]
+    table_BWK &= segment_BL[:, None, :] > 0
+    if self.order == "causal":
+      table_BWK &= self.window(at_1L)[:, :, None] >= at_1L[:, None, :]
+    if self.reuse_L is not None:
+      reuse_11L = jnp.asarray(self.reuse_L)[None, None]
+      fresh_BWW = jax.lax.dynamic_slice_in_dim(table_BWK & ~reuse_11L, self.start, self.W, axis=2)
+      table_BWK = jnp.concatenate([table_BWK & reuse_11L, fresh_BWW], axis=2)
+    return dataclasses.replace(self, table_BWK=table_BWK)
+
+
+def choose(kernel: str, visible: Visible, *, K: int, dtype: jnp.dtype, platform: str, context: int = 1) -> str:
   """The kernel that runs: the one asked for, or for "auto" the fastest that is exact for the input.
 
   Args:
     kernel: one of `KERNELS`.
-    W: queries.
-    L: keys. More than W: a window over a cache, whose mask is its own; always "xla".
+    visible: shapes will do for its arrays. More keys than queries: a window over a cache, whose table is its own;
+      always "xla".
     K: head width.
     dtype: of the queries.
-    causal: whether later keys are hidden.
-    segments: "none"; "right", 1s and then padding; "any".
     platform: "cpu", "gpu" or "tpu".
     context: into how many parts the mesh slices the queries.
 
   Raises:
     Mistake: the kernel asked for cannot do it; the message says why.
   """
+  W, keys, segments = visible.W, visible.keys, visible.segments
 
   def why_not(name: str) -> str | None:
     home = {"cudnn": "gpu", "splash": "tpu"}[name]
     if platform != home:
       return f"it runs on a {home}, and this is a {platform}"
-    if causal and context > 1:
+    if visible.order == "causal" and context > 1:
       return f"it cannot be causal with mesh.context={context}"
     if name == "cudnn" and dtype not in (jnp.bfloat16, jnp.float16):
       return f"it computes in bfloat16, not {dtype}"
     if name == "cudnn" and (K % 8 or K > 128):
       return f"model.K={K} is not a multiple of 8 up to 128"
-    if name == "cudnn" and segments == "any" and (W // context % 2 or L % 2):
-      return f"there are segments, and the length {L} on {context} devices is not even on each"
-    if name == "splash" and (W // context % 128 or L % 128):
-      return f"the length {L} on {context} devices is not a multiple of 128 on each"
+    if name == "cudnn" and segments == "any" and (W // context % 2 or keys % 2):
+      return f"there are segments, and the length {keys} on {context} devices is not even on each"
+    if name == "splash" and (W // context % 128 or keys % 128):
+      return f"the length {keys} on {context} devices is not a multiple of 128 on each"
     return None
 
-  if W < L or kernel == "xla":
+  if W < keys or kernel == "xla":
     return "xla"
   if kernel == "auto":
     if platform == "tpu":
       return _said("xla" if why_not("splash") else "splash", why_not("splash"))
     if platform == "gpu":
-      small = segments == "any" and W * L < 2**20 and "there are segments and few tokens"
+      small = segments == "any" and W * keys < 2**20 and "there are segments and few tokens"
       return _said("xla" if why_not("cudnn") or small else "cudnn", why_not("cudnn") or small or None)
     return "xla"
   if reason := why_not(kernel):
@@ -86,41 +150,35 @@ def attend(
   q_BWHK: jax.Array,
   k_BLGK: jax.Array,
   v_BLGK: jax.Array,
-  allowed_BWL: jax.Array | None = None,
+  visible: Visible,
   *,
   kernel: str = "xla",
-  segment_BL: jax.Array | None = None,
-  right_padded: bool = False,
-  causal: bool = False,
   on_each_device: Callable[..., jax.Array] = lambda fn, *arrays: fn(*(x for x, _ in arrays)),
 ) -> jax.Array:
   """Scaled dot-product attention; `H` query heads share `G` key/value heads in groups of H/G.
 
   Args:
     q_BWHK: queries of the window that is run.
-    k_BLGK: keys of the whole canvas.
-    v_BLGK: values of the whole canvas.
-    allowed_BWL: True where query w may look at key l (B may be 1); None allows everything. Read by xla, and by
-      cudnn unless lengths say the same.
+    k_BLGK: keys of the whole canvas (and, with `visible.reuse_L`, of the window behind them).
+    v_BLGK: their values.
+    visible: as `Visible.drawn` drew it, with a row of segments for each row of the batch.
     kernel: as `choose` chose.
-    segment_BL: the segments behind `allowed_BWL` (W == L), which splash, and cudnn if `right_padded`, read instead.
-    right_padded: the segments are 1s and then padding.
-    causal: later keys are hidden (`allowed_BWL` hides them too).
     on_each_device: `sharding.on_each_device` on a mesh, for the kernels that XLA cannot slice by itself.
 
   Returns:
     [B, W, H, K] in the dtype of the queries. A query that may look at nothing gets a finite value that means nothing.
   """
+  segment_BL, causal = visible.segment_BL, visible.order == "causal"
   qkv: Any = ((q_BWHK, "BLHK"), (k_BLGK, "B.GK"), (v_BLGK, "B.GK"))
   segments: Any = () if segment_BL is None else ((segment_BL, "BL"), (segment_BL, "B."))
   if kernel == "xla":
-    out_BWHK = _xla(q_BWHK, k_BLGK, v_BLGK, allowed_BWL)
+    out_BWHK = _xla(q_BWHK, k_BLGK, v_BLGK, visible.table_BWK)
   elif kernel == "splash":
     out_BWHK = on_each_device(functools.partial(_splash, causal=causal), *qkv, *segments)
-  elif segment_BL is None or right_padded:
+  elif visible.segments != "any":
     out_BWHK = on_each_device(functools.partial(_cudnn_lengths, causal=causal), *qkv, *segments)
   else:
-    out_BWHK = on_each_device(_cudnn_bias, *qkv, (allowed_BWL, "BL."))
+    out_BWHK = on_each_device(_cudnn_bias, *qkv, (visible.table_BWK, "BL."))
   # Splash names its own residuals, the log-sum-exp among them.
   return out_BWHK if kernel == "splash" else checkpoint_name(out_BWHK, "attention")
 
@@ -211,30 +269,3 @@ def _splash(q_BWHK, k_BLGK, v_BLGK, query_segment_BW=None, segment_BL=None, *, c
     assert query_segment_BW is not None
     out_BHWK = jax.vmap(kernel)(q_BHWK, k_BGLK, v_BGLK, splash_attention.SegmentIds(query_segment_BW, segment_BL))
   return out_BHWK.transpose(0, 2, 1, 3)
-
-
-def allowed(
-  query_segment_BW: jax.Array,
-  segment_BL: jax.Array,
-  query_position_BW: jax.Array,
-  position_BL: jax.Array,
-  *,
-  causal: bool,
-) -> jax.Array:
-  """Which keys each query may look at: those of its own segment (0 = padding), never later ones if causal.
-
-  ```
-  segment 1 1 1 2 2 0        causal
-        1 x x x . . .        x . . . . .
-        1 x x x . . .        x x . . . .
-        1 x x x . . .        x x x . . .
-        2 . . . x x .        . . . x . .
-        2 . . . x x .        . . . x x .
-        0 . . . . . .        . . . . . .
-  ```
-  """
-  same_BWL = query_segment_BW[:, :, None] == segment_BL[:, None, :]
-  same_BWL &= segment_BL[:, None, :] > 0
-  if causal:
-    same_BWL &= query_position_BW[:, :, None] >= position_BL[:, None, :]
-  return same_BWL

@@ -20,9 +20,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from lladax import autoregressive, diffusion
 from lladax.devices import sharding
 from lladax.mistake import Mistake
 from lladax.model import attention
+from lladax.model.attention import Visible
 
 Params = dict[str, Any]
 Cache = dict[str, jax.Array]  # {"k": k_NBLGK, "v": v_NBLGK}
@@ -90,6 +92,15 @@ class MaskPredictorConfig:
   def R(self) -> int:
     """The letter of the adapters' rank."""
     return self.lora_rank
+
+  def visible(self, L: int, segment_BL: Any = None, *, W: int = 0, **window: Any) -> Visible:
+    """`Visible` in the model's own order; W 0: all of the canvas."""
+    return Visible(L, W or L, self.objective.order, segment_BL, **window)
+
+  @property
+  def objective(self) -> diffusion.Masked | autoregressive.Causal:
+    """What such a model is trained for; its noise is the config's to say."""
+    return autoregressive.Causal() if self.causal else diffusion.Masked()
 
   @property
   def compute_dtype(self) -> jnp.dtype:
@@ -294,58 +305,39 @@ class MaskPredictor(nnx.Module):
   def hidden(
     self,
     tokens_BW: jax.Array,
-    segment_BL: jax.Array | None = None,
+    visible: Visible | None = None,
     position_BL: jax.Array | None = None,
     cache: Cache | None = None,
-    start: jax.Array | int = 0,
-    reuse_L: jax.Array | None = None,
-    right_padded: bool = False,
   ) -> tuple[jax.Array, Cache | None]:
     """Runs the blocks over a window of the canvas.
 
     Args:
-      tokens_BW: int32 ids at canvas positions start .. start + W - 1.
-      segment_BL: int32 document of every canvas position, 0 = padding (B may be 1); None: one document, no padding.
+      tokens_BW: int32 ids at the canvas positions of the window.
+      visible: who may look at whom, and which part of the canvas is run; None: all of it, one document a row.
       position_BL: int32 positions for RoPE (B may be 1); None: 0 .. L - 1.
-      cache: keys and values of the canvas, L positions; the window's are replaced. None: W == L.
-      start: where the window begins.
-      reuse_L: bool, the positions whose keys and values are taken from the cache, which is then left as it is;
-        those of the others must be in the window. None: the window's go into the cache, and all are used.
-      right_padded: every row of `segment_BL` is 1s and then 0s, which some kernels know how to use.
+      cache: keys and values of the canvas, L positions; the window's are replaced, or, with `visible.reuse_L`, none
+        are: those that are not reused must be the window's then. None: the window is the canvas.
 
     Returns:
       (hidden_BWD after the final norm, the cache or None).
     """
     c = self.c
     B, W = tokens_BW.shape
-    L = W if cache is None else cache["k"].shape[2]
-    if position_BL is None:
-      position_BL = jnp.arange(L)[None]
-    window = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=W, axis=1)
-    position_BW = window(position_BL) if W < L else position_BL
+    visible = c.visible(W) if visible is None else visible
+    assert (visible.W, visible.L) == (W, W if cache is None else cache["k"].shape[2])
+    position_BW = visible.window(jnp.arange(visible.L)[None] if position_BL is None else position_BL)
     cos, sin = rotary(position_BW, c)
-    if segment_BL is not None:
-      segment_BL = jnp.broadcast_to(segment_BL, (B, L))  # kernels read a row each
-    segments = "none" if segment_BL is None else "right" if right_padded else "any"
+    if visible.segment_BL is not None:  # kernels read a row each
+      visible = dataclasses.replace(visible, segment_BL=jnp.broadcast_to(visible.segment_BL, (B, visible.L)))
     kernel = attention.choose(
-      c.attention, W=W, L=L if reuse_L is None else L + W, K=c.K, dtype=c.compute_dtype, causal=c.causal,
-      segments=segments, platform=sharding.platform(), context=sharding.axis_size("context"),
+      c.attention, visible, K=c.K, dtype=c.compute_dtype, platform=sharding.platform(),
+      context=sharding.axis_size("context"),
     )  # fmt: skip
-    allowed_BWL = None
-    if segment_BL is not None or c.causal or reuse_L is not None:
-      # Made up for the table alone: a kernel that was chosen for no segments must not be handed any.
-      filled_BL = jnp.ones((1, L), jnp.int32) if segment_BL is None else segment_BL
-      filled_BW = window(filled_BL) if W < L else filled_BL
-      allowed_BWL = attention.allowed(filled_BW, filled_BL, position_BW, position_BL, causal=c.causal)
-      if reuse_L is not None:  # the keys are those of the cache, then those of the window
-        reuse_11L = reuse_L[None, None]
-        fresh_BWW = jax.lax.dynamic_slice_in_dim(allowed_BWL & ~reuse_11L, start, W, axis=2)
-        allowed_BWL = jnp.concatenate([allowed_BWL & reuse_11L, fresh_BWW], axis=2)
-    write_at = start if reuse_L is None else None
+    reads = visible.reuse_L is not None
+    write_at = None if reads else visible.start
     attend = functools.partial(
-      attention.attend, allowed_BWL=allowed_BWL, kernel=kernel, segment_BL=segment_BL, right_padded=right_padded,
-      causal=c.causal, on_each_device=sharding.on_each_device,
-    )  # fmt: skip
+      attention.attend, visible=visible.drawn(), kernel=kernel, on_each_device=sharding.on_each_device
+    )
 
     def body(x_BWD, layer):
       block, layer_cache = layer
@@ -361,7 +353,7 @@ class MaskPredictor(nnx.Module):
     unroll = c.N if sharding.platform() == "cpu" and c.N <= 8 else 1
     x_BWD, written = jax.lax.scan(body, x_BWD, (self.blocks, cache), unroll=unroll)
     final_norm_D = sharding.gather(self.final_norm[...], "D")
-    return rms_norm(x_BWD, final_norm_D, c.norm_eps), cache if reuse_L is not None else written
+    return rms_norm(x_BWD, final_norm_D, c.norm_eps), cache if reads else written
 
   def head_DV(self, dtype: jnp.dtype) -> jax.Array:
     """The matrix from hidden states to logits, gathered along its width."""
@@ -377,24 +369,21 @@ class MaskPredictor(nnx.Module):
       return attention.einsum32(f"{axes}D,DV->{axes}V", hidden, head_DV)
     return attention.einsum32("TD,DV->TV", _flat(hidden), head_DV).reshape(*hidden.shape[:-1], self.c.V)
 
-  def __call__(self, tokens_BL: jax.Array, segment_BL=None, position_BL=None) -> jax.Array:
+  def __call__(self, tokens_BL: jax.Array, visible: Visible | None = None, position_BL=None) -> jax.Array:
     """Float32 logits [B, L, V]; see `hidden` for the arguments."""
-    return self.logits(self.hidden(tokens_BL, segment_BL, position_BL)[0])
+    return self.logits(self.hidden(tokens_BL, visible, position_BL)[0])
 
-  def nll(
-    self, input_BL, target_BL, segment_BL=None, *, per_pair: int | None = None, right_padded: bool = False
-  ) -> jax.Array:
+  def nll(self, input_BL, target_BL, visible: Visible | None = None, *, per_pair: int | None = None) -> jax.Array:
     """Cross-entropy in nats of `target` given `input`, float32 [B, L]; 0 where the target is negative.
 
     Args:
       input_BL: int32 ids that the model sees.
       target_BL: int32 ids to score, negative where nothing is asked.
-      segment_BL: as in `hidden`.
+      visible: as in `hidden`.
       per_pair: at most so many targets are asked of each two neighbouring rows: the head then runs on
         those only. (With exact counts and antithetic times it is L + 1 of 2 L.)
-      right_padded: as in `hidden`.
     """
-    hidden_BLD = self.hidden(input_BL, segment_BL, right_padded=right_padded)[0]
+    hidden_BLD = self.hidden(input_BL, visible)[0]
     if per_pair is None:
       return self._cross_entropy(hidden_BLD, target_BL)
     B, L = input_BL.shape

@@ -575,7 +575,7 @@ def export(
 
 def check_exportable(model: MaskPredictorConfig) -> None:
   """Raises Mistake for a model that the published layout cannot say."""
-  if model.causal:
+  if not model.objective.fills:
     raise Mistake("model.causal=True: the published layout is that of mask predictors")
   if model.H * model.K != model.D:
     raise Mistake(f"model.H={model.H} times model.K={model.K} is not model.D={model.D}, as the published layout wants")

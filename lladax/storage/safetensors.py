@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from lladax import fields
 from lladax.mistake import Mistake
 
 DTYPES = {"F32": np.dtype(jnp.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(jnp.float16)}
@@ -91,19 +92,10 @@ def stand_in(path: Path) -> str | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-  """The object that a file holds.
-
-  Raises:
-    Mistake: there is something else.
-  """
+  """The object that a file holds; raises Mistake if there is something else."""
   if instead := stand_in(path):
     raise Mistake(f"{path} {instead}")
-  try:
-    value = json.loads(path.read_text("utf-8"))
-  except RecursionError:
-    raise Mistake(f"{path} is no JSON that can be read: its lists and objects are too deep") from None
-  except ValueError as error:
-    raise Mistake(f"{path} is no JSON: {error}") from None
+  value = fields.read_json(path)
   if not isinstance(value, dict):
     raise Mistake(f"{path} holds {shown(value)}, expected a JSON object")
   return value

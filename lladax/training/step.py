@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from lladax import autoregressive, diffusion, optimizer
+from lladax import optimizer
 from lladax.config import Config
 from lladax.devices import sharding
 from lladax.model import attention
@@ -40,13 +40,12 @@ def train_step(
   B, L = config.data.batch_size, config.data.length
 
   def loss_fn(params, batch):
-    segment_BL = batch["segment"] if config.masks_attention else None
+    visible = config.model.visible(
+      L, batch["segment"] if config.masks_attention else None, right_padded=not config.data.separates
+    )
     model = config.model.bind(config.model.join(params, state.frozen))
-    nll = functools.partial(model.nll, segment_BL=segment_BL, right_padded=not config.data.separates)
-    if config.objective == "autoregressive":
-      return autoregressive.loss(nll, batch, start_id=eos_id)
-    nll = functools.partial(nll, per_pair=config.noise.targets_per_pair(L))
-    return diffusion.loss(nll, batch, rng, mask_id=mask_id, noise=config.noise, batch_size=B)
+    nll = functools.partial(model.nll, visible=visible, per_pair=config.aim.targets_per_pair(L))
+    return config.aim.loss(nll, batch, rng, mask_id=mask_id, eos_id=eos_id, batch_size=B)
 
   letters, _ = config.model.split(config.model.letters())
 
@@ -82,9 +81,10 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
   sizes = {letter: getattr(config.model, letter) for letter in "DHGFV" if getattr(config.model, letter)}
   sharding.check_divides(mesh, sizes, config.data.length)
   c, L = config.model, config.data.length
+  segment_BL = jax.ShapeDtypeStruct((part, L), jnp.int32)
   attention.choose(
-    c.attention, W=L, L=L, K=c.K, dtype=c.compute_dtype, causal=c.causal, platform=mesh.devices.flat[0].platform,
-    segments="any" if config.data.separates else "right", context=mesh.shape["context"],
+    c.attention, c.visible(L, segment_BL, right_padded=not config.data.separates), K=c.K, dtype=c.compute_dtype,
+    platform=mesh.devices.flat[0].platform, context=mesh.shape["context"],
   )  # fmt: skip
 
 

@@ -302,6 +302,7 @@ def test_what_templates_are_given(tmp_path):
   ("name", "content", "said"),
   [
     ("tokenizer_config.json", "{", "tokenizer_config.json is no JSON"),
+    ("tokenizer_config.json", '{"a":' * 10**5 + "1" + "}" * 10**5, "is no JSON that can be read: its .* too deep"),
     ("tokenizer_config.json", "[1]", "tokenizer_config.json is no JSON object but list"),
     ("tokenizer_config.json", '{"chat_template": 3}', "chat_template is no text but int"),
   ],

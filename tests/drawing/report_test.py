@@ -42,9 +42,12 @@ class Reader(html.parser.HTMLParser):
       self.rows.append([])
     if tag in ("td", "th"):
       self.rows[-1].append("")
-    self._cell = tag in ("td", "th", "tr")
+    self._cell = tag in ("td", "th")
     if tag in ("rect", "line", "path"):
       self.drawn.append((tag, dict(attributes)))
+
+  def handle_endtag(self, tag):
+    self._cell = False
 
   def handle_data(self, data):
     if self._cell:

@@ -144,16 +144,16 @@ def test_fragments_share_a_page():
 
 def test_a_canvas_with_nothing_to_unmask_and_an_empty_one():
   for pieces in [("all", " given"), ()]:
-    unmasking = _unmasking(pieces, np.zeros(len(pieces), int))
-    assert unmasking.steps == 0
-    assert unmasking.terminal(unmasking).plain.endswith("\n" + "".join(pieces))
-    assert [t for _, _, t in _Tokens(unmasking.html([unmasking])).tokens] == list(pieces)
+    canvas = _unmasking(pieces, np.zeros(len(pieces), int))
+    assert canvas.steps == 0
+    assert unmasking.terminal(canvas).plain.endswith("\n" + "".join(pieces))
+    assert [t for _, _, t in _Tokens(unmasking.html([canvas])).tokens] == list(pieces)
 
 
 def _cells(page):
   """(attributes, what it tells) of every cell of a heat map."""
   return [
-    (dict(re.findall(r"(\w+)=([\w.]+)", attributes)), told)
+    (dict(re.findall(r'(\w+)="([\w.]+)"', attributes)), told)
     for attributes, told in re.findall(r"<rect ([^>]*)><title>(.*?)</title></rect>", page)
   ]
 
@@ -231,7 +231,7 @@ def test_other_bad_input_raises():
 
 def test_ten_thousand_tokens_are_all_drawn():
   order = np.random.default_rng(0).permutation(10_000) + 1
-  unmasking = _unmasking((" token",) * 10_000, order)
-  assert unmasking.html([unmasking]).count(" token<") == 10_000
-  assert unmasking.terminal(unmasking, frames=1).plain.count(" token") == 10_000
-  unmasking.heat_map([unmasking])
+  canvas = _unmasking((" token",) * 10_000, order)
+  assert unmasking.html([canvas]).count(" token<") == 10_000
+  assert unmasking.terminal(canvas, frames=1).plain.count(" token") == 10_000
+  unmasking.heat_map([canvas])

@@ -88,13 +88,14 @@ def test_a_window_over_a_fresh_cache_is_the_full_pass(cache, tied, G):
   tokens_BL = jax.random.randint(jax.random.key(1), (2, 20), 0, 32)
   segment_BL = jnp.asarray(np.arange(20)[None] >= np.array([[0], [5]]), jnp.int32)
   position_BL = jnp.maximum(jnp.cumsum(segment_BL, axis=1) - 1, 0)
-  full, made = model.hidden(tokens_BL, segment_BL, position_BL, c.new_cache(2, 20))
-  plain, _ = model.hidden(tokens_BL, segment_BL, position_BL)
+  full, made = model.hidden(tokens_BL, c.visible(20, segment_BL), position_BL, c.new_cache(2, 20))
+  plain, _ = model.hidden(tokens_BL, c.visible(20, segment_BL), position_BL)
   np.testing.assert_allclose(full, plain, atol=1e-6)
   stale = jax.tree.map(lambda x: x.at[:, :, 8:].set(1e3) if cache == "prefix" else x.at[:, :, 8:12].set(1e3), made)
   at_L = np.arange(20)
   size, reuse_L = (12, at_L < 8) if cache == "prefix" else (4, (at_L < 8) | (at_L >= 12))
-  window, kept = model.hidden(tokens_BL[:, 8 : 8 + size], segment_BL, position_BL, stale, 8, jnp.asarray(reuse_L))
+  visible = c.visible(20, segment_BL, W=size, start=8, reuse_L=jnp.asarray(reuse_L))
+  window, kept = model.hidden(tokens_BL[:, 8 : 8 + size], visible, position_BL, stale)
   np.testing.assert_allclose(window, full[:, 8 : 8 + size], atol=1e-5)
   jax.tree.map(np.testing.assert_array_equal, kept, stale)  # read, not written
 

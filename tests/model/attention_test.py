@@ -10,6 +10,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 
 from lladax.devices import sharding
 from lladax.model import attention
+from lladax.model.attention import Visible
 from lladax.model.mask_predictor import MaskPredictorConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -26,7 +27,8 @@ def test_attend_is_softmax_attention_over_the_allowed_keys(allowed, G):
   q_BWHK, k_BLGK, v_BLGK = random_qkv(G=G)
   allowed_WL = np.ones((3, 5)) if allowed is None else np.array(allowed)
   allowed_BWL = None if allowed is None else jnp.asarray(allowed_WL[None], bool)
-  out_BWHK = jax.jit(attention.attend)(q_BWHK, k_BLGK, v_BLGK, allowed_BWL)
+  visible = Visible(5, 3, table_BWK=allowed_BWL)
+  out_BWHK = jax.jit(attention.attend)(q_BWHK, k_BLGK, v_BLGK, visible)
   k_BLHK, v_BLHK = (np.repeat(x, 4 // G, axis=2) for x in (k_BLGK, v_BLGK))
   e_BHWL = np.exp(np.einsum("BWHK,BLHK->BHWL", q_BWHK, k_BLHK) / np.sqrt(6)) * allowed_WL
   expected_BWHK = np.einsum("BHWL,BLHK->BWHK", e_BHWL / e_BHWL.sum(axis=-1, keepdims=True), v_BLHK)
@@ -36,29 +38,42 @@ def test_attend_is_softmax_attention_over_the_allowed_keys(allowed, G):
 def test_a_query_that_may_look_at_nothing_harms_nobody():
   q_BWHK, k_BLGK, v_BLGK = random_qkv(W=5)
   allowed_BWL = jnp.ones((1, 5, 5), bool).at[0, 0].set(False)
-  attend = jax.jit(lambda *qkv: attention.attend(*qkv, allowed_BWL))
+  attend = jax.jit(lambda *qkv: attention.attend(*qkv, Visible(5, 5, table_BWK=allowed_BWL)))
   gradients = jax.jit(jax.grad(lambda *qkv: attend(*qkv).sum(), argnums=(0, 1, 2)))(q_BWHK, k_BLGK, v_BLGK)
   assert all(np.isfinite(x).all() for x in (attend(q_BWHK, k_BLGK, v_BLGK), *gradients))
 
 
 def test_bfloat16_stays_and_is_close_to_float32():
   qkv = random_qkv(dtype=jnp.bfloat16)
-  out_BWHK = attention.attend(*qkv)
+  out_BWHK = attention.attend(*qkv, Visible(5, 3))
   assert out_BWHK.dtype == jnp.bfloat16
-  expected_BWHK = attention.attend(*(x.astype(np.float32) for x in qkv))
+  expected_BWHK = attention.attend(*(x.astype(np.float32) for x in qkv), Visible(5, 3))
   np.testing.assert_allclose(out_BWHK.astype(np.float32), expected_BWHK, atol=0.03)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_allowed_is_the_table_of_its_docstring(causal):
-  dense = "xxx... xxx... xxx... ...xx. ...xx. ......"
-  forward = "x..... xx.... xxx... ...x.. ...xx. ......"
-  expected_LL = np.array([[mark == "x" for mark in row] for row in (forward if causal else dense).split()])
-  segment_BL, position_BL = np.array([[1, 1, 1, 2, 2, 0]]), np.arange(6)[None]
-  allowed_BLL = attention.allowed(segment_BL, segment_BL, position_BL, position_BL, causal=causal)
-  np.testing.assert_array_equal(allowed_BLL[0], expected_LL)
-  allowed_BWL = attention.allowed(segment_BL[:, 2:4], segment_BL, position_BL[:, 2:4], position_BL, causal=causal)
-  np.testing.assert_array_equal(allowed_BWL[0], expected_LL[2:4])  # a window's are its rows
+def test_who_is_visible_is_the_picture_of_the_docstring():
+  picture = Visible.__doc__.partition("```")[2].partition("```")[0].splitlines()
+  (header,) = (line for line in picture if line.startswith("  segment"))
+  segment_BL, reuse_L = np.array([[1, 1, 1, 2, 2, 0]]), np.array([1, 1, 0, 0, 1, 1], bool)
+  drawn = [
+    Visible(6, 6, segment_BL=segment_BL),
+    Visible(6, 6, "causal", segment_BL),
+    Visible(6, 2, segment_BL=segment_BL, start=2),
+    Visible(6, 2, segment_BL=segment_BL, start=2, reuse_L=reuse_L),
+  ]
+  columns = list(re.finditer(r"\d(?: \d)+", header))
+  for visible, column in zip(drawn, columns, strict=True):
+    rows = [line[slice(*column.span())].split() for line in picture[picture.index(header) + 1 :]]
+    expected_WK = np.array([[mark == "x" for mark in row] for row in rows if row])
+    np.testing.assert_array_equal(visible.drawn().table_BWK[0], expected_WK)
+    assert visible.keys == expected_WK.shape[1]
+
+
+def test_where_all_may_look_at_all_there_is_no_table():
+  assert Visible(6, 2, start=3).drawn().table_BWK is None
+  forward_LL = np.tri(6, dtype=bool)
+  np.testing.assert_array_equal(Visible(6, 6, "causal").drawn().table_BWK, forward_LL[None])
+  np.testing.assert_array_equal(Visible(6, 2, "causal", start=3).drawn().table_BWK, forward_LL[None, 3:5])
 
 
 SEGMENTS = {
@@ -76,7 +91,8 @@ def hidden_of(segments, kernel, *, cached=False, B=4, L=256, **fields):
 
   def hidden(params):
     cache = c.new_cache(B, L) if cached else None
-    return c.bind(params).hidden(tokens_BL, SEGMENTS[segments], cache=cache, right_padded=segments == "right")[0]
+    visible = c.visible(L, SEGMENTS[segments], right_padded=segments == "right")
+    return c.bind(params).hidden(tokens_BL, visible, cache=cache)[0]
 
   return hidden, jax.eval_shape(c.init, jax.random.key(0))
 
@@ -146,7 +162,10 @@ def test_segments_may_be_one_row_for_all(monkeypatch, kernel, platform):
   assert jax.eval_shape(hidden, params).shape == (4, 256, 32)
 
 
-CHOICE = {"W": 256, "L": 256, "K": 64, "dtype": jnp.bfloat16, "causal": False, "segments": "none"}
+def choose(kernel, platform, *, W=256, L=256, causal=False, segments="none", K=64, dtype=jnp.bfloat16, context=1):
+  segment_BL = None if segments == "none" else jax.ShapeDtypeStruct((1, L), jnp.int32)
+  visible = Visible(L, W, "causal" if causal else "full", segment_BL, right_padded=segments == "right")
+  return attention.choose(kernel, visible, K=K, dtype=dtype, platform=platform, context=context)
 
 
 @pytest.mark.parametrize(
@@ -170,8 +189,8 @@ CHOICE = {"W": 256, "L": 256, "K": 64, "dtype": jnp.bfloat16, "causal": False, "
   ],
 )
 def test_the_fastest_exact_kernel_is_chosen(platform, changes, chosen):
-  assert attention.choose("auto", **(CHOICE | changes), platform=platform) == chosen
-  assert attention.choose("xla", **(CHOICE | changes), platform=platform) == "xla"
+  assert choose("auto", platform, **changes) == chosen
+  assert choose("xla", platform, **changes) == "xla"
 
 
 @pytest.mark.parametrize(
@@ -188,14 +207,14 @@ def test_the_fastest_exact_kernel_is_chosen(platform, changes, chosen):
 )
 def test_an_explicit_kernel_that_cannot_is_an_error(kernel, platform, changes, why):
   with pytest.raises(ValueError, match=f"model.attention={kernel!r}: {why}.*; use auto or xla"):
-    attention.choose(kernel, **(CHOICE | changes), platform=platform)
+    choose(kernel, platform, **changes)
 
 
 def test_the_choice_is_logged_once(caplog):
   attention._said.cache_clear()
   with caplog.at_level("INFO", "lladax"):
     for _ in range(3):
-      attention.choose("auto", **(CHOICE | {"L": 200, "W": 200}), platform="tpu")
+      choose("auto", "tpu", L=200, W=200)
   assert [record.getMessage() for record in caplog.records] == [
     "attention kernel: xla (the length 200 on 1 devices is not a multiple of 128 on each)"
   ]

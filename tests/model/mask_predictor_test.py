@@ -41,13 +41,15 @@ def random_tokens(c, *shape, seed=0):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def logits(c, params, *args):
-  return c.bind(params)(*args)
+def logits(c, params, tokens_BL, segment_BL=None, position_BL=None):
+  return c.bind(params)(tokens_BL, c.visible(tokens_BL.shape[1], segment_BL), position_BL)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def hidden(c, params, *args):
-  return c.bind(params).hidden(*args)
+def hidden(c, params, tokens_BW, segment_BL=None, position_BL=None, cache=None, start=0):
+  W = tokens_BW.shape[1]
+  visible = c.visible(W if cache is None else cache["k"].shape[2], segment_BL, W=W, start=start)
+  return c.bind(params).hidden(tokens_BW, visible, position_BL, cache)
 
 
 def reference(c, params, tokens_L, segment_L):
@@ -224,7 +226,7 @@ def test_nll_is_the_cross_entropy_of_the_target(tied):
   segment_BL = np.tile([1, 1, 2, 2, 2, 2], (4, 1)).astype(np.int32)
   log_p_BLV = jax.nn.log_softmax(logits(c, params, input_BL, segment_BL))
   picked_BL = np.take_along_axis(np.asarray(log_p_BLV), np.maximum(target_BL, 0)[..., None], axis=-1)[..., 0]
-  nll_BL = jax.jit(lambda params: c.bind(params).nll(input_BL, target_BL, segment_BL))(params)
+  nll_BL = jax.jit(lambda params: c.bind(params).nll(input_BL, target_BL, c.visible(6, segment_BL)))(params)
   np.testing.assert_allclose(nll_BL, np.where(target_BL < 0, 0.0, -picked_BL), atol=1e-5)
   assert not np.any(np.asarray(nll_BL)[target_BL < 0]) and nll_BL.dtype == np.float32
 

@@ -243,14 +243,16 @@ def test_a_packed_batch_has_the_loss_and_gradient_of_its_dialogues_alone():
 
   def loss(params, tokens_BL, segment_BL, weight_BL, masked_BL, scale_BL):
     input_BL = jnp.where(masked_BL, 7, tokens_BL)
-    nll_BL = c.bind(params).nll(input_BL, jnp.where(masked_BL, tokens_BL, -1), segment_BL)
+    nll_BL = c.bind(params).nll(
+      input_BL, jnp.where(masked_BL, tokens_BL, -1), c.visible(tokens_BL.shape[1], segment_BL)
+    )
     return jnp.sum(weight_BL * nll_BL * scale_BL)
 
   def nll(input_BL, target_BL):
-    return c.bind(params).nll(input_BL, target_BL, batch["segment"])
+    return c.bind(params).nll(input_BL, target_BL, c.visible(input_BL.shape[1], batch["segment"]))
 
   step = batch | {"index": index_B}
-  ours, _ = diffusion.loss(nll, step, jax.random.key(3), mask_id=7, noise=noise, batch_size=len(packed))
+  ours, _ = diffusion.Masked(noise).loss(nll, step, jax.random.key(3), mask_id=7, batch_size=len(packed))
   scale_BL = np.broadcast_to(np.asarray(scale_B)[:, None], batch["tokens"].shape)
   together = jax.jit(jax.value_and_grad(loss))(
     params, batch["tokens"], batch["segment"], batch["weight"], masked_BL, scale_BL
@@ -293,8 +295,8 @@ def test_packing_keeps_the_expected_loss(masking):
     batch = {"tokens": jnp.asarray(tokens), "weight": weight}
 
     def one(index):
-      return diffusion.loss(
-        nll, batch | {"index": index[None]}, jax.random.key(0), mask_id=7, noise=noise, batch_size=1
+      return diffusion.Masked(noise).loss(
+        nll, batch | {"index": index[None]}, jax.random.key(0), mask_id=7, batch_size=1
       )[0]
 
     found = np.asarray(jax.jit(jax.vmap(one))(jnp.arange(draws)))
