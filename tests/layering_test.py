@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "lladax"
 ORDER = [
   f"{room}.{name}" if room else name
   for room, names in (
-    ("", "mistake fields configs diffusion autoregressive optimizer sampling"),
+    ("", "mistake fields configs sampling diffusion autoregressive optimizer"),
     ("drawing", "pages unmasking animation report"),
     ("devices", "sharding distributed"),
     (
