@@ -39,7 +39,7 @@ class SamplerConfig:
   block_length: int = 32  # filled together, blocks from left to right; 1: autoregressive order
   steps: int = 64  # forward passes over all blocks (of each block, where gen_length is None)
   temperature: float = 0.0  # of the candidates (Gumbel-max); 0 takes the most probable
-  remasking: str = "low_confidence"  # which candidates wait; see `score`
+  remasking: str = "low_confidence"  # who waits: "low_confidence" | "random" | "low_margin" | "high_entropy"
   threshold: float | None = None  # keep every candidate more confident than this, at least one a step (Fast-dLLM)
   factor: float | None = None  # keep the most candidates k with (k + 1)(1 - k-th confidence) < factor
   guidance_scale: float = 0.0  # w: logits = un + (w + 1)(cond - un), `un` seeing the given tokens masked
