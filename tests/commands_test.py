@@ -188,7 +188,8 @@ exec python -m lladax.main "${flags[@]}" "${inside[@]}" "$@"
 def checkout(tmp_path_factory, quickstart_workdir):
   """A folder like a checkout, with the files that the pages speak of, and a `lladax` that knows it."""
   folder = tmp_path_factory.mktemp("checkout")
-  for name in "README.md lladax configs benchmarks docs launch notebooks tests pyproject.toml".split():
+  files = "README.md CONTRIBUTING.md CHANGELOG.md pyproject.toml"
+  for name in f"{files} lladax configs benchmarks docs launch notebooks tests".split():
     (folder / name).symlink_to(ROOT / name)
   for name in ("bin", "data/records", "downloads", "runs", "shared", "texts"):
     (folder / name).mkdir(parents=True)
