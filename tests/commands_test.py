@@ -80,6 +80,8 @@ RULES = [
   Rule(r"sphinx-build", "docs_test.py builds them"),
   Rule(r"^pip install torch==\S+$", "a benchmark's own package"),
   Rule(r"^(gcloud|kubectl|sbatch|launch/tpu_vm\.sh)", "launch_test.py plays the cluster"),
+  Rule(r"^(docker|export|scancel|tail|xpk) ", "on a cluster, beside what launch_test.py plays"),
+  Rule(r"^(ruff|deno|\.ci/run)", "that is CI"),
   Rule(r"^(lladax|python -m lladax.main)( --config=\.\.\. --workdir=\.\.\.)?$", "the name of a command"),
   Rule(r"^python benchmarks/scaling.py$", "its fields stand in the command below it"),
   Rule(r"\.\.\.|\[flags|^benchmarks/\w+\.sh.*FIELD=VALUE", "in full, and run, in README"),
@@ -158,6 +160,13 @@ RULES = [
 
 def rule(command):
   return next((x for x in RULES if re.search(x.pattern, command)), None)
+
+
+def test_every_line_of_the_shell_is_a_command():
+  """One that is not known for a command would go past the rules."""
+  for page, text in prose.PAGES.items():
+    lines = [line for line in prose.lines(prose.shell(text)) if line.strip()]
+    assert [line for line in lines if not prose.commands(line)] == [], page
 
 
 def test_every_command_has_a_rule_and_every_rule_a_command():

@@ -14,7 +14,7 @@ PAGES = {
 _FENCED = re.compile(r"^(```+)([^\n]*)\n(.*?)^\1\s*$", re.MULTILINE | re.DOTALL)
 _STARTS = re.compile(
   r"(?:[A-Z_]+=\S+ )*(?:pip install|lladax --|python3? |pytest|benchmarks/\w+\.sh|launch/\w+\.sh|sbatch|gcloud|kubectl"
-  r"|sphinx-build)"
+  r"|sphinx-build|ruff |deno |\.ci/run|docker |xpk |tail |scancel |export \w+=)"
 )
 
 
@@ -24,8 +24,10 @@ def blocks(text):
 
 
 def shell(text):
-  """The shell's blocks of a page."""
-  return "\n".join(code for info, code in blocks(text) if info == "bash")
+  """The shell's blocks of a page, without what a command is handed to read, and without what goes round it."""
+  found = "\n".join(code for info, code in blocks(text) if info == "bash")
+  found = re.sub(r"(<<'END')\n.*?^END$", r"\1", found, flags=re.MULTILINE | re.DOTALL)
+  return re.sub(r"^(?:for .*; do|done)$", "", found, flags=re.MULTILINE)
 
 
 def inline(text):
