@@ -63,6 +63,7 @@ def test_the_first_cell_installs_what_the_user_names(path, tmp_path, monkeypatch
 def test_no_page_or_script_fetches_code_from_a_name_that_is_a_guess():
   """This project has no address yet; anybody may take a name that a page made up."""
   texts = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "pyproject.toml")]
+  texts += sorted((ROOT / "docs").glob("*.md"))
   texts += [path for folder in ("notebooks", "launch", "configs", "lladax") for path in (ROOT / folder).rglob("*.*")]
   host = r"(?:git\+|https?://|git@|hf://)"
   fetched = re.compile(rf"(?:clone|pip3? install|git\+)[^\n`]*?{host}\w[^\s\"'`]*")
