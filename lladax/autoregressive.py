@@ -88,6 +88,7 @@ class Causal:
 
 def sample(
   step: Callable[[jax.Array, Any, jax.Array | int], tuple[jax.Array, Any]],
+  draw: Callable[[jax.Array, Callable[[], jax.Array]], jax.Array],
   cache: Any,
   canvas_BL: jax.Array,
   segment_BL: jax.Array,
@@ -96,12 +97,12 @@ def sample(
   prompt_length: int,
   start_id: int,
   eos_id: int,
-  temperature: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Fills the canvas left to right, one token a step, with a KV cache; stops when every row has ended.
 
   Args:
     step: (tokens_BW, cache, start) -> (logits_BV of the last of them, cache); tokens are the shifted ones.
+    draw: (logits_BV, noise) -> token_B; `noise()` gives a key for each row.
     cache: an empty cache of the canvas.
     canvas_BL: left-padded prompts, then room for the answers.
     segment_BL: 0 on the padding, 1 elsewhere.
@@ -109,7 +110,6 @@ def sample(
     prompt_length: length of the padded prompts (static).
     start_id: what the model reads before the first token of a row.
     eos_id: ends a row; what follows is filled with it.
-    temperature: 0 takes the most probable token.
 
   Returns:
     (canvas_BL, confidence_BL of the tokens drawn (0 elsewhere), number of forward passes).
@@ -117,20 +117,13 @@ def sample(
   L = canvas_BL.shape[1]
   shifted_BL = shift(canvas_BL, segment_BL, start_id)
 
-  def draw(logits_BV, i):
-    scores_BV = logits_BV
-    if temperature > 0:
-      key_B = jax.vmap(lambda key: jax.random.fold_in(key, i))(rng_B)
-      scores_BV += temperature * jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:], mode="high"))(key_B)
-    token_B = jnp.argmax(scores_BV, axis=-1).astype(canvas_BL.dtype)
-    return token_B, jnp.take_along_axis(jax.nn.softmax(logits_BV), token_B[:, None], axis=-1)[:, 0]
-
   def unfinished(carry):
     return (carry["i"] < L) & ~jnp.all(carry["ended_B"])
 
   def advance(carry):
-    i = carry["i"]
-    token_B, confidence_B = draw(carry["logits_BV"], i - prompt_length)
+    i, logits_BV = carry["i"], carry["logits_BV"]
+    token_B = draw(logits_BV, lambda: jax.vmap(lambda key: jax.random.fold_in(key, i - prompt_length))(rng_B))
+    confidence_B = jnp.take_along_axis(jax.nn.softmax(logits_BV), token_B[:, None], axis=-1)[:, 0]
     token_B = jnp.where(carry["ended_B"], eos_id, token_B)
     confidence_B = jnp.where(carry["ended_B"], 1.0, confidence_B)
     logits_BV, cache = step(token_B[:, None], carry["cache"], jnp.minimum(i + 1, L - 1))

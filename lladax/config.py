@@ -7,10 +7,12 @@ field or a wrong type is an error.
 import dataclasses
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
+from rich.table import Column, Table
 
 from lladax import autoregressive, configs, diffusion, fields, optimizer
 from lladax.data import batches, tokenizer, windows
@@ -25,7 +27,7 @@ from lladax.storage import checkpoint
 class CheckpointConfig:
   """When the state is saved, and what is kept."""
 
-  every: int = 1000  # steps; the last step is always saved
+  every: int = 1000  # steps between saves; the last step is always saved
   keep: int = 2  # the newest so many
   keep_every: int = 0  # and, for good, those whose step is a multiple of this; 0: none
 
@@ -41,7 +43,7 @@ class LogConfig:
 
   every: int = 1  # steps between lines of metrics.jsonl
   console_every: int = 50  # steps between lines on the console
-  tensorboard: bool = True
+  tensorboard: bool = True  # the metrics are also written for TensorBoard
   profile_first: int = 0  # profiler trace from this step ...
   profile_last: int = 0  # ... up to, not including, this one; 0: none
   # A step, its compilation, a save, or a batch of an evaluation that takes longer ends the run; 0: nothing does.
@@ -59,15 +61,18 @@ class LogConfig:
 class EvaluateConfig:
   """What is measured at the end of a run, and every so often before."""
 
-  every: int = 0  # steps between evaluations of the bound; 0: at the end only
+  every: int = 0  # steps between evaluations of the held-out bound; 0: at the end only
   num_samples: int = 16  # masks drawn per row of held-out text (exact counts, stratified)
   rows: int = 0  # held-out rows used while training; 0: all. The last evaluation always takes all
   batch_size: int = 64  # rows of a forward pass
-  tasks: tuple[str, ...] = ()  # "reversal", "poems:FILE", "poems_chat:FILE", or names that the harness knows
-  data_dir: str = ""  # of local benchmarks
-  limit: int = 0  # questions of a task; 0: all
+  # "reversal" (of the facts), "poems:FILE" (couplets; "poems_chat:FILE": in a conversation), or lm-eval's:
+  # "llada_base/gsm8k" (as published), "lladax_gsm8k" (with what `sample` sets besides the defaults).
+  tasks: tuple[str, ...] = ()
+  data_dir: str = ""  # folder of local benchmarks for lm-eval's tasks; "": it fetches its own
+  limit: int = 0  # questions of each of lm-eval's tasks; 0: all
   allow_code: bool = False  # generated code may be run, in a sandbox
-  canvases: tuple[str, ...] = ()  # texts with "[MASK]"s to fill at the end, each a document of its own
+  # Texts with "[MASK]"s, each a document of its own, filled at the end; in chat: what the user says, answered.
+  canvases: tuple[str, ...] = ()
 
   def __post_init__(self):
     for name, least in (("num_samples", 1), ("batch_size", 1), ("every", 0), ("rows", 0), ("limit", 0)):
@@ -75,15 +80,17 @@ class EvaluateConfig:
         raise Mistake(f"evaluate.{name}={getattr(self, name)}: must be at least {least}")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-  """A whole run. configs/base.py says what each field means."""
+  """A whole run."""
 
-  seed: int
-  objective: str
-  init_from: str
-  steps: int
-  micro_batches: int
+  seed: int = 0  # of the parameters, the data order and the noise
+  objective: str = "diffusion"  # "diffusion" | "autoregressive": the causal baseline on the same batches
+  # Another run, whose parameters, their shape, and tokenizer this one begins with: WORKDIR (its last checkpoint) or
+  # WORKDIR/checkpoints/STEP; "": none.
+  init_from: str = ""
+  steps: int = 1000  # updates
+  micro_batches: int = 1  # parts of a batch whose gradients are added up before the update
   model: MaskPredictorConfig
   tokenizer: tokenizer.TokenizerConfig
   data: windows.DataConfig
@@ -96,6 +103,7 @@ class Config:
   sample: SamplerConfig
 
   def __post_init__(self):
+
     if self.objective not in ("diffusion", "autoregressive"):
       raise Mistake(f"objective={self.objective!r}: use diffusion or autoregressive")
     # The objective decides; configs do not say it twice.
@@ -160,8 +168,30 @@ def load(workdir: Path) -> Config:
   return parse({"init_from": ""} | values)
 
 
+# Fields of the dataclasses that a config does not set: the objective decides.
+DECIDED = ("model.causal",)
 # What config.json holds besides: of init_from, the checkpoint that the run began from.
 NOT_FIELDS = ("tokenizer_fingerprint", "base", "base_fingerprint")
+
+
+def table(c: Config, setters: Mapping[str, str]) -> Table:
+  """Every field of a config: its value, who set that, and what it means.
+
+  `setters` says who: of single fields, as of "data.length", and as "" of all others that are not at their default.
+  """
+  columns = [Column(title, overflow="fold", max_width=30) for title in ("field", "value", "set by")]
+  rows = Table(*columns, Column("meaning", overflow="fold"), box=None, pad_edge=False)  # nothing of it is cut off
+  for path, group in (("", c), *((f"{name}.", x) for name, x in vars(c).items() if dataclasses.is_dataclass(x))):
+    comments = fields.comments(type(group))
+    if path:
+      rows.add_row()
+      rows.add_row(path[:-1], "", "", str(group.__doc__).partition("\n")[0], style="bold")
+    for field in dataclasses.fields(group):
+      name, value = path + field.name, getattr(group, field.name)
+      if name not in DECIDED and not dataclasses.is_dataclass(value):
+        setter = setters.get(name) or ("default" if value == field.default else setters[""])
+        rows.add_row(name, repr(value), setter, comments[field.name])
+  return rows
 
 
 # What may differ between the first start of a run and its continuation.

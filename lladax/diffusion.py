@@ -26,9 +26,11 @@ _SHIFT = 0x51F7
 class NoiseConfig:
   """The forward process: which tokens are masked, and how times are drawn."""
 
-  masking: str = "independent"  # each token with probability p(t), as published | "exact": l of n tokens, P Eq. 6
-  times: str = "uniform"  # as published | "stratified" over the batch | "antithetic" pairs t, 1 - t, stratified too
-  eps: float = 1e-3  # p = (1 - eps) t + eps, independent masking only
+  # "independent": each token with probability p(t), as published | "exact": l of n tokens, P Eq. 6, less variance.
+  masking: str = "independent"
+  # "uniform", as published | "stratified" over the batch | "antithetic" pairs t, 1 - t, stratified too; less variance.
+  times: str = "uniform"
+  eps: float = 1e-3  # smallest mask probability, p = (1 - eps) t + eps; independent masking only
 
   def __post_init__(self):
     if self.masking not in ("independent", "exact"):

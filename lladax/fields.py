@@ -1,7 +1,10 @@
 """Values from outside, held against the types that fields declare: one rule for configs, options and arguments."""
 
+import ast
 import dataclasses
 import difflib
+import inspect
+import itertools
 import json
 import types
 import typing
@@ -25,11 +28,12 @@ def parse(values: dict[str, Any], cls: Any, path: str) -> Any:
     if name not in hints:
       near = difflib.get_close_matches(name, hints, 1, 0.0)
       raise Unknown(f"{path}.{name}: there is no such field; did you mean {path}.{near[0]}?")
+  whole = any(map(dataclasses.is_dataclass, hints.values()))  # a run has to be; a group may leave out
   fields = {}
   for field in dataclasses.fields(cls):
     where, kind = f"{path}.{field.name}", hints[field.name]
     if field.name not in values:
-      if field.default is dataclasses.MISSING:
+      if whole:
         raise Mistake(f"{where} is missing")
     elif dataclasses.is_dataclass(kind):
       fields[field.name] = parse(values[field.name], kind, where)
@@ -42,6 +46,18 @@ def check(group: Any, path: str) -> None:
   """Types the fields of a frozen dataclass, from its `__post_init__`: for those that are made in Python, too."""
   for name, kind in typing.get_type_hints(type(group)).items():
     object.__setattr__(group, name, typed(getattr(group, name), kind, f"{path}.{name}"))
+
+
+def comments(cls: type) -> dict[str, str]:
+  """What the source of a dataclass says of each of its fields: on the lines before it, and behind it."""
+  lines = inspect.getsource(cls).splitlines()
+  found = {}
+  for field in next(x for x in ast.walk(ast.parse("\n".join(lines))) if isinstance(x, ast.ClassDef)).body:
+    if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+      before = itertools.takewhile(lambda line: line.startswith("#"), map(str.strip, lines[field.lineno - 2 :: -1]))
+      behind = lines[(field.end_lineno or 0) - 1].encode()[field.end_col_offset :].decode()
+      found[field.target.id] = " ".join(line.strip(" #") for line in (*reversed(list(before)), behind)).strip()
+  return found
 
 
 def typed(value: Any, kind: Any, where: str) -> Any:

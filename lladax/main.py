@@ -14,6 +14,7 @@ from pathlib import Path
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
+from rich.console import Console
 
 from lladax import configs
 from lladax.devices import distributed
@@ -26,7 +27,7 @@ _CONFIG = flags.DEFINE_string(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, tokenizer, checkpoints, metrics.")
 _MODE = flags.DEFINE_enum(
-  "mode", "train", ["train", "prepare", "evaluate", "sample", "chat", "import", "export", "plan"], "What to do."
+  "mode", "train", ["train", "prepare", "evaluate", "sample", "chat", "import", "export", "plan", "show"], "What to do."
 )
 _PROMPT = flags.DEFINE_multi_string(
   "prompt", [], "mode=sample: text to continue, or text with [MASK]s to fill in; repeat for several (default: stdin)."
@@ -63,6 +64,8 @@ def main(argv: list[str]) -> int:
     raise Mistake("--config is missing: name a recipe or a file, as in --config=quickstart")
   if mode == "plan":
     return _plan(given)
+  if mode == "show":
+    return _show(given)
   target = Path(os.path.expanduser(_TARGET.value or ""))
   for name, flag, modes in (("source", _SOURCE, ("import",)), ("target", _TARGET, ("export", "prepare"))):
     if mode in modes and not flag.value:
@@ -136,6 +139,14 @@ def _plan(given: ConfigDict) -> int:
   return plan.run(c, _TOPOLOGY.value, _SLICES.value, utilisation=_UTILISATION.value, as_json=_JSON.value)
 
 
+def _show(given: ConfigDict) -> int:
+  from lladax import config
+
+  console = Console(width=None if sys.stdout.isatty() else 120, markup=False, highlight=False, emoji=False)
+  console.print(config.table(config.parse(given.to_dict()), _setters))
+  return 0
+
+
 def _check_run(workdir: Path) -> None:
   if workdir.exists() and not workdir.is_dir():
     raise Mistake(f"--workdir={workdir}: it is a file, where a folder is needed")
@@ -170,13 +181,14 @@ def parse(argv: list[str]) -> list[str]:
   return rest
 
 
+_setters: dict[str, str] = {}  # of the last `parse`: field -> "command line"; "" -> "recipe" or "workdir"
 _FIELD = re.compile(r"--?(?:no)?config\.([\w.]+)")
 
 
 def _parse(argv: list[str]) -> list[str]:
   if {"-h", "-help", "--help"} & set(argv):
     ours = flags.FLAGS.module_help(flags.FLAGS.find_module_defining_flag("config")).partition(":\n")[2]
-    print(f"{__doc__}\n\n{ours}\nEvery field: configs/base.py, as in --config.steps=200.")
+    print(f"{__doc__}\n\n{ours}\nEvery field, with its value and its meaning: lladax --config=quickstart --mode=show")
     raise SystemExit(0)
   at = argv.index("--") if "--" in argv else len(argv)
   flags.FLAGS.set_gnu_getopt(True)  # a value may stand behind a space
@@ -184,6 +196,8 @@ def _parse(argv: list[str]) -> list[str]:
   try:
     words = flags.FLAGS(argv[:at], known_only=True)  # the fields of the config are left
     fields = [x[1] for x in map(_FIELD.match, words) if x]
+    _setters.clear()
+    _setters.update(dict.fromkeys(fields, "command line") | {"": "workdir" if _CONFIG.value is None else "recipe"})
     config = _config(fields)
     if config is not None:
       known = dict(_fields(config))
@@ -217,20 +231,21 @@ def _config(fields: list[str]) -> ConfigDict | None:
   mode = _MODE.value
   if _CONFIG.value is not None:
     return configs.load(_CONFIG.value)
-  if not fields:
+  if not fields and mode != "show":
     return None
   if mode == "export":
     raise Mistake(f"--config.{fields[0]}: --mode=export writes the run as it is, and takes no config")
   if mode == "import":
     return configs.load("base")
-  if mode not in ("evaluate", "sample", "chat"):
+  if mode not in ("evaluate", "sample", "chat") and not (mode == "show" and _WORKDIR.value):
     raise Mistake("--config is missing: name a recipe or a file, as in --config=quickstart")
   workdir = _workdir()
   _check_run(workdir)
   from lladax import config
 
   values = dataclasses.asdict(config.load(workdir))
-  del values["mesh"]  # of the devices there, not here
+  if mode != "show":
+    del values["mesh"]  # of the devices there, not here
   base = configs.load("base")  # its fields know what may be None
   with base.ignore_type():
     base.update(values)

@@ -14,17 +14,18 @@ from lladax.mistake import Mistake
 class OptimizerConfig:
   """AdamW and its learning rate.
 
-  `schedule` is a sequence of pieces (length, learning rate at its end), each a straight line from where the last one
-  ended, from 0 on. A length is a number of steps, a fraction of all steps (0 < x < 1), or -1 for the rest; a length
-  of 0 is a jump. LLaDA's warmup-stable-decay with its drop at 1.2T tokens is five such pieces.
+  Each piece of the schedule is a straight line from where the last one ended, from 0 on. LLaDA's warmup-stable-decay
+  with its drop at 1.2T tokens is five such pieces.
   """
 
+  # Straight pieces (length, learning rate at the end); length: steps, or a fraction of all steps (0 < x < 1), or -1
+  # for the rest; 0: a jump.
   schedule: tuple[tuple[float, float], ...] = ((0.05, 1e-3), (-1, 1e-3), (0.2, 0.0))
-  b1: float = 0.9
-  b2: float = 0.95
-  eps: float = 1e-8
-  weight_decay: float = 0.1
-  clip: float = 1.0  # of the gradient's global norm; 0 = none
+  b1: float = 0.9  # decay of the gradient's running mean
+  b2: float = 0.95  # decay of the running mean of its square
+  eps: float = 1e-8  # added to the root of the mean square
+  weight_decay: float = 0.1  # of matrices
+  clip: float = 1.0  # global norm of the gradient; 0: none
 
   def __post_init__(self):
     for piece in self.schedule:

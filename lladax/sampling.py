@@ -9,8 +9,9 @@ again where it was left (`State`): that is streaming. Letters: `mask_predictor.p
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +39,7 @@ class SamplerConfig:
   block_length: int = 32  # filled together, blocks from left to right; 1: autoregressive order
   steps: int = 64  # forward passes over all blocks (of each block, where gen_length is None)
   temperature: float = 0.0  # of the candidates (Gumbel-max); 0 takes the most probable
-  remasking: str = "low_confidence"  # which candidates wait; see `score`
+  remasking: str = "low_confidence"  # who waits: "low_confidence" | "random" | "low_margin" | "high_entropy"
   threshold: float | None = None  # keep every candidate more confident than this, at least one a step (Fast-dLLM)
   factor: float | None = None  # keep the most candidates k with (k + 1)(1 - k-th confidence) < factor
   guidance_scale: float = 0.0  # w: logits = un + (w + 1)(cond - un), `un` seeing the given tokens masked
@@ -75,6 +76,73 @@ def nth_seed(seed: int, n: int) -> int:
   return int(np.random.SeedSequence((seed, n)).generate_state(1)[0]) if n else seed
 
 
+class Shape(NamedTuple):
+  """What a program is compiled for."""
+
+  block_length: int
+  remasking: str
+  cache: str | None
+  guided: bool  # whether any row is
+  grows: bool  # `gen_length` is None
+
+
+class Settings(NamedTuple):
+  """What a program reads: arrays [B], a number for each row. A change of them compiles nothing."""
+
+  steps: jax.Array  # int32
+  temperature: jax.Array  # float32
+  threshold: jax.Array  # float32; NaN, than which nothing is larger: none
+  factor: jax.Array  # float32; likewise
+  guidance: jax.Array  # float32, w + 1; 1: none
+  early_stop: jax.Array  # bool, and so are the next two
+  logits_eos_inf: jax.Array
+  confidence_eos_eot_inf: jax.Array
+  seed: jax.Array  # uint32
+  number: jax.Array  # int32: which of the rows of its seed it is; 0 where that is its own
+
+
+def split(given: SamplerConfig | Sequence[SamplerConfig], rows: int) -> tuple[Shape, Settings]:
+  """One config for so many rows, or one a row, as what is compiled and what is read (in NumPy's arrays).
+
+  Raises:
+    Mistake: there are not as many configs, or seeds, as rows; or rows of one batch want programs of different shapes.
+  """
+  one = isinstance(given, SamplerConfig)
+  each = [given] * rows if one else given
+  if len(each) != rows:
+    raise Mistake(f"sample: {len(each)} settings for {rows} rows: give one, or one for each")
+  for name in ("gen_length", "block_length", "remasking", "cache"):
+    if len({getattr(c, name) for c in each}) > 1:
+      raise Mistake(f"sample.{name}: rows of one batch must agree in it, and these do not: sample them apart")
+  seeds = given.seed if one else tuple(c.seed for c in each)
+  if isinstance(seeds, tuple) and len(seeds) != rows:
+    raise Mistake(f"sample.seed={list(seeds)}: give one seed, or one for each of the {rows} rows")
+  c = each[0]
+  shape = Shape(c.block_length, c.remasking, c.cache, any(c.guidance_scale > 0 for c in each), c.gen_length is None)
+
+  def column(values: Iterable[Any], dtype: Any = np.float32) -> Any:
+    with np.errstate(over="ignore"):
+      return np.array(list(values), dtype)
+
+  return shape, Settings(
+    steps=column((c.steps for c in each), np.int32),
+    temperature=column(c.temperature for c in each),
+    threshold=column(c.threshold for c in each),  # None becomes NaN
+    factor=column(c.factor for c in each),
+    guidance=column(c.guidance_scale + 1 for c in each),
+    early_stop=column((c.early_stop or shape.grows for c in each), bool),
+    logits_eos_inf=column((c.logits_eos_inf for c in each), bool),
+    confidence_eos_eot_inf=column((c.confidence_eos_eot_inf for c in each), bool),
+    seed=column([seeds] * rows if isinstance(seeds, int) else seeds, np.uint32),
+    number=column(range(rows) if isinstance(seeds, int) else [0] * rows, np.int32),
+  )
+
+
+def keys(settings: Settings) -> jax.Array:
+  """A key for each row, of which all its noise is made."""
+  return jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(settings.seed, settings.number)
+
+
 class Canvas(NamedTuple):
   """A canvas being filled. `unmasked_at` replays the whole process: committed tokens never change."""
 
@@ -85,68 +153,82 @@ class Canvas(NamedTuple):
   nfe: jax.Array  # int32: forward passes of the whole batch
 
 
-def draw(logits_WV: jax.Array, allowed_V: jax.Array, key_W: jax.Array, temperature: float) -> jax.Array:
-  """Candidates x_0 [W] among the allowed ids, by Gumbel-max at `temperature`."""
-  scores_WV = jnp.where(allowed_V[None, :], logits_WV, -jnp.inf)
-  if temperature > 0:
-    V = logits_WV.shape[-1]
-    scores_WV += temperature * jax.vmap(lambda key: jax.random.gumbel(key, (V,), mode="high"))(key_W)
-  return jnp.argmax(scores_WV, axis=-1).astype(jnp.int32)
+def draw(scores_BWV: jax.Array, noise: Callable[[], jax.Array], temperature_B: jax.Array) -> jax.Array:
+  """Ids [B, W] by Gumbel-max; 0 takes the largest. `noise()` gives the keys [B, W], and is drawn only if asked for."""
+
+  def noisy(scores_BWV):
+    gumbel = functools.partial(jax.random.gumbel, shape=scores_BWV.shape[-1:], mode="high")
+    temperature_B11 = temperature_B[:, None, None]
+    noisy_BWV = scores_BWV + temperature_B11 * jax.vmap(jax.vmap(gumbel))(noise())
+    return jnp.argmax(jnp.where(temperature_B11 > 0, noisy_BWV, scores_BWV), axis=-1)
+
+  greedy = functools.partial(jnp.argmax, axis=-1)
+  return jax.lax.cond(jnp.any(temperature_B > 0), noisy, greedy, scores_BWV).astype(jnp.int32)
 
 
-def score(probability_W: jax.Array, logits_WV: jax.Array, key_W: jax.Array, remasking: str) -> jax.Array:
+def score(
+  probability_BW: jax.Array, logits_BWV: jax.Array, noise: Callable[[], jax.Array], remasking: str
+) -> jax.Array:
   """What decides who waits; larger is committed sooner.
 
   The candidate's probability (`low_confidence`), a random number, the distance between the two most probable tokens
   (`low_margin`), or minus the entropy (`high_entropy`).
   """
   if remasking == "low_confidence":
-    return probability_W
+    return probability_BW
   if remasking == "random":
-    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1)))(key_W)
-  p_WV = jax.nn.softmax(logits_WV)
+    return jax.vmap(jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1))))(noise())
+  p_BWV = jax.nn.softmax(logits_BWV)
   if remasking == "low_margin":
-    top_W2 = jax.lax.top_k(p_WV, 2)[0]
-    return top_W2[:, 0] - top_W2[:, 1]
-  return jnp.sum(jax.scipy.special.xlogy(p_WV, p_WV), axis=-1)
+    top_BW2 = jax.lax.top_k(p_BWV, 2)[0]
+    return top_BW2[..., 0] - top_BW2[..., 1]
+  return jnp.sum(jax.scipy.special.xlogy(p_BWV, p_BWV), axis=-1)
 
 
 def candidates(
-  logits_WV: jax.Array, key_W: jax.Array, c: SamplerConfig, *, allowed_V: jax.Array, late_V: jax.Array | None,
-  alike: jax.Array | bool = False,
+  logits_BWV: jax.Array, noise: Callable[[], jax.Array], settings: Settings, *, remasking: str, allowed_V: jax.Array,
+  ends: tuple[int, ...], alike_B: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-  """A row's candidates [W], their probability [W] in the softmax of all logits without noise, as published, and score.
+  """Candidates [B, W], their probability in the softmax of all logits without noise, as published, and their score.
 
-  Candidates of `late_V` have probability 0 and the last score, at any temperature. Where all places are `alike` their
-  logits differ by rounding alone, which must not choose between them: the numbers of the last place are those of all.
+  Of rows whose ends are late their candidates have probability 0 and the last score, at any temperature. Where all
+  places of a row are alike their logits differ by rounding alone, which must not choose between them: the numbers of
+  the last place are those of all.
   """
-  token_W = draw(logits_WV, allowed_V, key_W, c.temperature)
-  if late_V is not None:
-    logits_WV = jnp.where(late_V[None, :], -jnp.inf, logits_WV)
-  if not c.temperature:
-    token_W = jnp.where(alike, token_W[-1], token_W)
-  total_W = jax.nn.logsumexp(logits_WV, axis=-1)
-  log_p_W = jnp.take_along_axis(logits_WV, token_W[:, None], axis=-1)[:, 0] - total_W
-  probability_W = jnp.exp(jnp.where(alike, jnp.take(logits_WV[-1], token_W) - total_W[-1], log_p_W))
-  score_W = score(probability_W, logits_WV, key_W, c.remasking)
-  if c.remasking in ("low_margin", "high_entropy"):
-    score_W = jnp.where(alike, score_W[-1], score_W)
-  return token_W, probability_W, score_W if late_V is None else jnp.where(late_V[token_W], _LAST, score_W)
+  id_1V = jnp.arange(logits_BWV.shape[-1])[None]
+  late_BV = settings.confidence_eos_eot_inf[:, None] & jnp.isin(id_1V, jnp.array(ends))
+  never_BV = settings.logits_eos_inf[:, None] & (id_1V == ends[0])
+  drawn_BV = allowed_V[None] & ~never_BV
+  alike_B1, greedy_B1 = alike_B[:, None], (settings.temperature == 0)[:, None]
+  token_BW = draw(jnp.where(drawn_BV[:, None], logits_BWV, -jnp.inf), noise, settings.temperature)
+  token_BW = jnp.where(alike_B1 & greedy_B1, token_BW[:, -1:], token_BW)
+  seen_BWV = jnp.where((late_BV | never_BV)[:, None], -jnp.inf, logits_BWV)
+  total_BW = jax.nn.logsumexp(seen_BWV, axis=-1)
+  log_p_BW = jnp.take_along_axis(seen_BWV, token_BW[..., None], axis=-1)[..., 0] - total_BW
+  last_BW = jnp.take_along_axis(seen_BWV[:, -1], token_BW, axis=-1) - total_BW[:, -1:]
+  probability_BW = jnp.exp(jnp.where(alike_B1, last_BW, log_p_BW))
+  score_BW = score(probability_BW, seen_BWV, noise, remasking)
+  if remasking in ("low_margin", "high_entropy"):
+    score_BW = jnp.where(alike_B1, score_BW[:, -1:], score_BW)
+  return token_BW, probability_BW, jnp.where(jnp.take_along_axis(late_BV, token_BW, axis=-1), _LAST, score_BW)
 
 
 def commit(
-  masked_W: jax.Array, score_W: jax.Array, probability_W: jax.Array, quota: jax.Array, c: SamplerConfig
+  masked_BW: jax.Array, score_BW: jax.Array, probability_BW: jax.Array, quota_B: jax.Array, settings: Settings
 ) -> jax.Array:
-  """Which masked positions of a row are kept in this step, bool [W]: at least `quota` (>= 1) of them."""
+  """Which masked positions are kept in this step, bool [B, W]: of each row at least one.
+
+  A row with a threshold or a factor keeps its best candidate, and all that these allow; another one `quota` (>= 1).
+  """
   # A score that is not a number goes last, and the rest is counted, so a broken model cannot stall the loop.
-  score_W = jnp.where(masked_W, jnp.nan_to_num(score_W, nan=_LAST), -jnp.inf)
-  rank_W = jnp.argsort(jnp.argsort(-score_W, stable=True), stable=True)
-  keep_W = rank_W < quota
-  if c.threshold is not None:
-    keep_W = (rank_W < 1) | (probability_W > c.threshold)
-  if c.factor is not None:
-    keep_W = (rank_W < 1) | ((rank_W + 2) * (1.0 - probability_W) < c.factor)
-  return masked_W & keep_W
+  score_BW = jnp.where(masked_BW, jnp.nan_to_num(score_BW, nan=_LAST), -jnp.inf)
+  rank_BW = jnp.argsort(jnp.argsort(-score_BW, stable=True), stable=True)
+  threshold_B1, factor_B1 = settings.threshold[:, None], settings.factor[:, None]
+  fixed_B1 = jnp.isnan(threshold_B1) & jnp.isnan(factor_B1)
+  keep_BW = rank_BW < jnp.where(fixed_B1, quota_B[:, None], 1)
+  keep_BW |= probability_BW > threshold_B1
+  keep_BW |= (rank_BW + 2) * (1.0 - probability_BW) < factor_B1
+  return masked_BW & keep_BW
 
 
 class State(NamedTuple):
@@ -159,25 +241,29 @@ class State(NamedTuple):
   cache: Any
 
 
-def start(tokens_BL: jax.Array, c: SamplerConfig, *, mask_id: int, first: int = 0, cache: Any = None) -> State:
+def start(
+  tokens_BL: jax.Array, steps_B: jax.Array, shape: Shape, *, mask_id: int, first: int = 0, cache: Any = None
+) -> State:
   """The state of a canvas nobody has touched.
 
   Args:
     tokens_BL: int32, left-padded; [MASK] where something is to be filled in.
-    c: the steps of a row are shared equally by its blocks that hold a mask, the first ones getting one more where that
-      does not divide. Where `gen_length` is None every block gets all of them.
+    steps_B: int32, shared equally by a row's blocks that hold a mask, the first ones getting one more where that does
+      not divide. Of a canvas that grows every block gets all of them.
+    shape: see `Shape`.
     mask_id: id of [MASK].
     first: where the blocks begin; all masks lie behind. L - first must be a multiple of the block.
-    cache: an empty cache, if `c.cache` asks for one.
+    cache: an empty cache, if the shape asks for one.
   """
   B, L = tokens_BL.shape
-  W = min(c.block_length, L - first)
+  W = min(shape.block_length, L - first)
   if (L - first) % W:
     raise Mistake(f"a canvas of {L - first} positions is not cut evenly into blocks of {W}")
   masks_BN = (tokens_BL[:, first:] == mask_id).reshape(B, -1, W).any(axis=-1)
   order_BN = jnp.cumsum(masks_BN, axis=1) - 1  # number of a block among its row's with a mask
   used_B1 = jnp.maximum(masks_BN.sum(axis=1, keepdims=True), 1)
-  shared_BN = jnp.maximum(c.steps // used_B1 + (order_BN < c.steps % used_B1), 1)
+  steps_B1 = jnp.asarray(steps_B)[:, None]
+  shared_BN = jnp.maximum(steps_B1 // used_B1 + (order_BN < steps_B1 % used_B1), 1)
   canvas = Canvas(
     tokens_BL=tokens_BL,
     unmasked_at_BL=jnp.zeros((B, L), jnp.int32),
@@ -185,7 +271,7 @@ def start(tokens_BL: jax.Array, c: SamplerConfig, *, mask_id: int, first: int = 
     step_B=jnp.zeros(B, jnp.int32),
     nfe=jnp.int32(0),
   )
-  steps_BN = shared_BN if c.gen_length is not None else jnp.full_like(shared_BN, c.steps)
+  steps_BN = jnp.broadcast_to(steps_B1, shared_BN.shape) if shape.grows else shared_BN
   return State(canvas, steps_BN, jnp.int32(0), jnp.int32(0), cache)
 
 
@@ -193,32 +279,32 @@ def run(
   predict: Predict,
   state: State,
   key_B: jax.Array,
-  c: SamplerConfig,
+  settings: Settings,
+  shape: Shape,
   *,
   mask_id: int,
   allowed_V: jax.Array,
-  late_V: jax.Array | None = None,
-  ends: tuple[int, ...] = (),
+  ends: tuple[int, ...],
+  origin: jax.Array | int,
   first: int = 0,
-  place_L: jax.Array | None = None,
-  alike: Callable[[jax.Array], jax.Array] | None = None,
+  alike: Callable[[jax.Array], jax.Array] = lambda tokens_BL: jnp.zeros(len(tokens_BL), bool),
   until_nfe: jax.Array | int = 2**30,
   until_block: jax.Array | int = 2**30,
 ) -> State:
-  """Fills the canvas up to a forward pass or a block; jit it with `predict`, `c` and the ids static.
+  """Fills the canvas up to a forward pass or a block; jit it with `predict`, `shape` and the ids static.
 
   Args:
     predict: the model.
     state: from `start`, or from an earlier `run`.
-    key_B: a key per row; noise is a function of it, of the row's step, and of `place_L`.
-    c: see `SamplerConfig`. Within a block of n masks and s steps each step commits ceil(masks left / steps left),
-      LLaDA's fixed schedule. With `c.cache` the first step of a block is a pass over the whole canvas.
+    key_B: a key per row; noise is a function of it, of the row's step, and of how far a position is from `origin`.
+    settings: see `SamplerConfig`. Within a block of n masks and s steps each step commits ceil(masks left / steps
+      left), LLaDA's fixed schedule.
+    shape: see `Shape`. With a cache the first step of a block is a pass over the whole canvas.
     mask_id: id of [MASK].
     allowed_V: bool, the ids that may be committed: neither [MASK] nor rows behind the vocabulary.
-    late_V: bool, the ids whose candidates have no confidence, and are left out of the softmax that gives it.
-    ends: ids that end a row, if `c.early_stop`; the rest of it is filled with the first.
+    ends: ids that end a row, EOS first. Where it stops early the rest is filled with EOS.
+    origin: the position from which the noise counts the others.
     first: where the blocks begin (static).
-    place_L: int32, what the noise calls each position; default: the distance from the right end.
     alike: tokens_BL -> bool [B], the rows whose masked places the model cannot tell apart; those are filled in order.
     until_nfe: stop when so many forward passes have been spent in all.
     until_block: stop when so many blocks are filled.
@@ -227,10 +313,9 @@ def run(
     The state, finished if neither limit was met.
   """
   B, L = state.canvas.tokens_BL.shape
-  W = min(c.block_length, L - first)
+  W = min(shape.block_length, L - first)
   num_blocks = (L - first) // W
-  if place_L is None:
-    place_L = L - jnp.arange(L)
+  place_L = jnp.abs(jnp.arange(L) - origin)
 
   def window(array_BL, at):
     return jax.lax.dynamic_slice_in_dim(array_BL, at, W, axis=1)
@@ -239,17 +324,20 @@ def run(
     canvas, at = state.canvas, first + state.block * W
     masked_BW = window(canvas.tokens_BL, at) == mask_id
     step_B = canvas.step_B + masked_BW.any(axis=1)
-    place_W = jax.lax.dynamic_slice_in_dim(place_L, at, W)
-    key_BW = jax.vmap(lambda key, i: jax.vmap(lambda n: jax.random.fold_in(jax.random.fold_in(key, i), n))(place_W))(
-      key_B, step_B
-    )
+
+    def noise():  # a key for each place
+      at_W = jax.lax.dynamic_slice_in_dim(place_L, at, W)
+      step_key_B = jax.vmap(jax.random.fold_in)(key_B, step_B)
+      return jax.vmap(lambda key: jax.vmap(functools.partial(jax.random.fold_in, key))(at_W))(step_key_B)
+
     logits_BWV, cache = predict(canvas.tokens_BL, at, W, cache)
-    token_BW, probability_BW, score_BW = jax.vmap(
-      lambda x, key, alike: candidates(x, key, c, allowed_V=allowed_V, late_V=late_V, alike=alike)
-    )(logits_BWV, key_BW, jnp.zeros(B, bool) if alike is None else alike(canvas.tokens_BL))
+    token_BW, probability_BW, score_BW = candidates(
+      logits_BWV, noise, settings, remasking=shape.remasking, allowed_V=allowed_V, ends=ends,
+      alike_B=alike(canvas.tokens_BL),
+    )  # fmt: skip
     steps_B = jnp.take(state.steps_BN, state.block, axis=1)
     quota_B = -(-masked_BW.sum(axis=1) // jnp.maximum(steps_B - state.step, 1))
-    commit_BW = jax.vmap(lambda m, s, p, q: commit(m, s, p, q, c))(masked_BW, score_BW, probability_BW, quota_B)
+    commit_BW = commit(masked_BW, score_BW, probability_BW, quota_B, settings)
 
     def put(array_BL, new_BW):
       kept_BW = jnp.where(commit_BW, new_BW, window(array_BL, at))
@@ -272,24 +360,23 @@ def run(
 
   def fill_block(state):
     cache = None
-    if c.cache:  # the first step makes the cache, the others read it
+    if shape.cache:  # the first step makes the cache, the others read it
       state = jax.lax.while_loop(lambda s: (s.step < 1) & unfinished(s), lambda s: step(s, None), state)
       cache = state.cache
     bare = state._replace(cache=None)  # what is only read stays out of the loop
     bare = jax.lax.while_loop(unfinished, lambda s: step(s, cache)._replace(cache=None), bare)
     state = bare._replace(cache=cache)
     filled = ~unfilled(state)
-    if c.early_stop:
-      canvas = state.canvas
-      behind_L = jnp.arange(L) < first + (state.block + 1) * W
-      end_BL = jnp.isin(canvas.tokens_BL, jnp.array(ends)) & (canvas.unmasked_at_BL > 0)
-      ended_B = (behind_L[None] & end_BL).any(axis=1)
-      rest_BL = (filled & ended_B)[:, None] & (canvas.tokens_BL == mask_id)
-      canvas = canvas._replace(
-        tokens_BL=jnp.where(rest_BL, ends[0], canvas.tokens_BL),
-        unmasked_at_BL=jnp.where(rest_BL, canvas.step_B[:, None], canvas.unmasked_at_BL),
-      )
-      state = state._replace(canvas=canvas)
+    canvas = state.canvas
+    behind_L = jnp.arange(L) < first + (state.block + 1) * W
+    end_BL = jnp.isin(canvas.tokens_BL, jnp.array(ends)) & (canvas.unmasked_at_BL > 0)
+    ended_B = settings.early_stop & (behind_L[None] & end_BL).any(axis=1)
+    rest_BL = (filled & ended_B)[:, None] & (canvas.tokens_BL == mask_id)
+    canvas = canvas._replace(
+      tokens_BL=jnp.where(rest_BL, ends[0], canvas.tokens_BL),
+      unmasked_at_BL=jnp.where(rest_BL, canvas.step_B[:, None], canvas.unmasked_at_BL),
+    )
+    state = state._replace(canvas=canvas)
     return state._replace(block=state.block + filled, step=jnp.where(filled, 0, state.step))
 
   def going_on(state):
@@ -297,12 +384,3 @@ def run(
     return within & (state.canvas.tokens_BL == mask_id).any()
 
   return jax.lax.while_loop(going_on, fill_block, state)
-
-
-def sample(predict: Predict, tokens_BL: jax.Array, key_B: jax.Array, c: SamplerConfig, **options) -> Canvas:
-  """Fills every [MASK] of the canvas: `start` and `run` in one, with the options of `run`."""
-  state = start(tokens_BL, c, mask_id=options["mask_id"], first=options.get("first", 0))
-  if c.cache:
-    shapes = jax.eval_shape(lambda: predict(tokens_BL, jnp.int32(0), 1, None)[1])
-    state = state._replace(cache=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
-  return run(predict, state, key_B, c, **options).canvas

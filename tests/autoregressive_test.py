@@ -8,7 +8,8 @@ import pytest
 
 from lladax import autoregressive, sampling
 from lladax.data import tokenizer
-from lladax.inference.llada import LLaDA, lower_sampler
+from lladax.inference.engine import lower_sampler
+from lladax.inference.llada import LLaDA
 from lladax.model.mask_predictor import MaskPredictorConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -120,7 +121,10 @@ def test_temperature_draws_by_the_seed(llada):
 
 def test_what_is_lowered_for_a_plan_is_what_samples(llada):
   c = sampling.SamplerConfig(gen_length=8, block_length=8)
-  state = jax.eval_shape(lambda: sampling.start(jnp.zeros((2, 40), jnp.int32), c, mask_id=0, first=32))
+  shape, settings = sampling.split(c, 2)
+  state = jax.eval_shape(
+    lambda: sampling.start(jnp.zeros((2, 40), jnp.int32), settings.steps, shape, mask_id=0, first=32)
+  )
   params = jax.eval_shape(lambda: llada.params)
   for causal, name in ((True, "_autoregressive_sample"), (False, "_run")):
     model = dataclasses.replace(llada.model, causal=causal)
@@ -138,8 +142,9 @@ def test_a_row_stops_at_eos_and_the_loop_with_the_last_row(ends, nfe):
     token_B = jnp.where(position == jnp.array(ends), EOS, (tokens_BW[:, -1] + 1) % 30)
     return 50.0 * jax.nn.one_hot(token_B, 32), cache + 1
 
-  options = {"prompt_length": prompt_length, "start_id": START, "eos_id": EOS, "temperature": 0.0}
-  run = jax.jit(functools.partial(autoregressive.sample, step, **options))
+  options = {"prompt_length": prompt_length, "start_id": START, "eos_id": EOS}
+  greedy = lambda logits_BV, noise: jnp.argmax(logits_BV, axis=-1)  # noqa: E731
+  run = jax.jit(functools.partial(autoregressive.sample, step, greedy, **options))
   canvas_BL, segment_BL = jnp.array([[5, 6, 7] + [0] * 6, [9, 1, 2] + [0] * 6]), jnp.ones((2, L), jnp.int32)
   out_BL, confidence_BL, passes = run(jnp.int32(0), canvas_BL, segment_BL, jax.random.split(jax.random.key(0), 2))
   counted_BL = np.array([[5, 6, 7, 8, 9, 10, 11, 12, 13], [9, 1, 2, 3, 4, 5, 6, 7, 8]])

@@ -1,4 +1,4 @@
-"""Every command in README, launch/README and the benchmarks runs; those of large models and long runs as tiny ones.
+"""Every command of the pages and the benchmarks runs; those of large models and long runs as tiny ones.
 
 A command is found in its page (fenced, or between backticks) or in the head of its file, and meets the first rule that
 knows it: a command without a rule fails, and so does a rule without a command. They run in the order of the rules, in
@@ -19,38 +19,28 @@ from typing import NamedTuple
 
 import conftest
 import numpy as np
+import prose
 import pytest
 import tokenizers
 
 from lladax.data import reading
 from lladax.inference import convert
 
-ROOT = pathlib.Path(__file__).parent.parent
-STARTS = re.compile(
-  r"(?:[A-Z_]+=\S+ )*(?:pip install|lladax --|python3? |pytest|benchmarks/\w+\.sh|launch/\w+\.sh|sbatch|gcloud|kubectl)"
-)
-
-
-def commands(text):
-  """The shell commands of a text, on one line each, without their comments."""
-  lines = text.replace("\\\n", " ").splitlines()
-  lines = [re.sub(r"\s+", " ", re.split(r"(?:^|\s)# ", line)[0]).strip() for line in lines]
-  return [line for line in lines if STARTS.match(line)]
+ROOT = prose.ROOT
 
 
 def documented():
   """(page, command) of all pages and heads of files."""
   found = []
-  for page in ("README.md", "launch/README.md"):
-    text = (ROOT / page).read_text("utf-8")
-    fenced = re.compile(r"^```bash[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
-    inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
-    found += [(page, x) for x in (*commands("\n".join(fenced.findall(text))), *commands("\n".join(inline)))]
-  for path in sorted((ROOT / "benchmarks").glob("*.py")):
-    found += [(f"benchmarks/{path.name}", x) for x in commands(ast.get_docstring(ast.parse(path.read_text())) or "")]
+  for page, text in prose.PAGES.items():
+    if page != "CHANGELOG.md":  # it tells of commands that were
+      found += [(page, x) for x in prose.commands("\n".join([prose.shell(text), *prose.inline(text)]))]
+  for path in sorted([*ROOT.glob("benchmarks/*.py"), *ROOT.glob("docs/*.py")]):
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    found += [(str(path.relative_to(ROOT)), x) for x in prose.commands(text)]
   for path in sorted((ROOT / "benchmarks").glob("*.sh")):
     head = "".join(line[1:] for line in path.read_text().splitlines(True) if line.startswith("#"))
-    found += [(f"benchmarks/{path.name}", x) for x in commands(head)]
+    found += [(f"benchmarks/{path.name}", x) for x in prose.commands(head)]
   return found
 
 
@@ -83,9 +73,15 @@ class Rule(NamedTuple):
 
 
 RULES = [
-  Rule(r"^pip install -e \S+( && (\S*pip|pytest).*)?$|^python3 -m venv", "CI installs, in a fresh environment"),
+  Rule(
+    r"^pip install -e \S+( && (\S*pip|pytest|pre-commit).*)?$|^python3 -m venv|^pip wheel",
+    "CI installs, in a fresh environment",
+  ),
+  Rule(r"sphinx-build", "docs_test.py builds them"),
   Rule(r"^pip install torch==\S+$", "a benchmark's own package"),
   Rule(r"^(gcloud|kubectl|sbatch|launch/tpu_vm\.sh)", "launch_test.py plays the cluster"),
+  Rule(r"^(docker|export|scancel|tail|xpk) ", "on a cluster, beside what launch_test.py plays"),
+  Rule(r"^(ruff|deno|\.ci/run)", "that is CI"),
   Rule(r"^(lladax|python -m lladax.main)( --config=\.\.\. --workdir=\.\.\.)?$", "the name of a command"),
   Rule(r"^python benchmarks/scaling.py$", "its fields stand in the command below it"),
   Rule(r"\.\.\.|\[flags|^benchmarks/\w+\.sh.*FIELD=VALUE", "in full, and run, in README"),
@@ -96,7 +92,9 @@ RULES = [
   ),
   Rule(r"^lladax --workdir=runs/quickstart --mode=sample", makes="out.html"),
   Rule(r"^lladax --workdir=runs/quickstart --mode=evaluate", makes="runs/quickstart/evaluation.html"),
-  Rule(r"--workdir=runs/mine ", TINY, makes="runs/mine/samples.html"),
+  Rule(r"^python docs/unmasking.py", change={" docs/unmasking.svg": " unmasking.svg"}, makes="unmasking.svg"),
+  Rule(r"--workdir=runs/mine --config.data", TINY, makes="runs/mine/samples.html"),
+  Rule(r"--workdir=runs/mine --mode=sample"),
   Rule(r"--workdir=runs/poems ", TINY, makes="runs/poems/samples.html"),
   Rule(r"--workdir=runs/base ", TINY, makes="runs/base/checkpoints/3"),
   Rule(r"--workdir=runs/chat .*alpaca", TINY, makes="runs/chat/checkpoints/3"),
@@ -164,6 +162,13 @@ def rule(command):
   return next((x for x in RULES if re.search(x.pattern, command)), None)
 
 
+def test_every_line_of_the_shell_is_a_command():
+  """One that is not known for a command would go past the rules."""
+  for page, text in prose.PAGES.items():
+    lines = [line for line in prose.lines(prose.shell(text)) if line.strip()]
+    assert [line for line in lines if not prose.commands(line)] == [], page
+
+
 def test_every_command_has_a_rule_and_every_rule_a_command():
   found = [command for _, command in documented()]
   assert len(found) > 60  # they are found
@@ -192,7 +197,8 @@ exec python -m lladax.main "${flags[@]}" "${inside[@]}" "$@"
 def checkout(tmp_path_factory, quickstart_workdir):
   """A folder like a checkout, with the files that the pages speak of, and a `lladax` that knows it."""
   folder = tmp_path_factory.mktemp("checkout")
-  for name in ("README.md", "lladax", "configs", "benchmarks", "launch", "notebooks", "tests", "pyproject.toml"):
+  files = "README.md CONTRIBUTING.md CHANGELOG.md pyproject.toml"
+  for name in f"{files} lladax configs benchmarks docs launch notebooks tests".split():
     (folder / name).symlink_to(ROOT / name)
   for name in ("bin", "data/records", "downloads", "runs", "shared", "texts"):
     (folder / name).mkdir(parents=True)

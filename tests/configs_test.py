@@ -1,4 +1,4 @@
-"""Every recipe is a config, found by its name; so is a file. The defaults of the code are those of configs/base.py."""
+"""Every recipe is a config, found by its name; so is a file. Every field stands once, in the dataclasses."""
 
 import dataclasses
 import os
@@ -8,10 +8,9 @@ import typing
 import jax
 import pytest
 
-from lladax import configs
-from lladax.config import Config, parse
+from lladax import configs, fields
+from lladax.config import DECIDED, Config, parse
 from lladax.mistake import Missing, Mistake
-from lladax.sampling import SamplerConfig
 
 
 def values(name):
@@ -38,17 +37,20 @@ def groups():
   return [(name, kind) for name, kind in hints.items() if dataclasses.is_dataclass(kind)]
 
 
-@pytest.mark.parametrize(("name", "kind"), groups(), ids=lambda x: x if isinstance(x, str) else "")
-def test_a_default_is_that_of_the_base_config(name, kind):
-  base = values("base")[name]
-  defaults = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
-  assert {field: default for field, default in defaults.items() if field in base} == {
-    field: value for field, value in base.items() if field in defaults
-  }
+def test_the_base_config_is_that_of_the_defaults():
+  assert parse(values("base")) == Config(**{name: kind() for name, kind in groups()})
 
 
-def test_the_base_config_has_every_option_of_the_sampler():
-  assert set(values("base")["sample"]) == {field.name for field in dataclasses.fields(SamplerConfig)}
+@pytest.mark.parametrize(("name", "kind"), [("", Config), *groups()], ids=lambda x: x if isinstance(x, str) else "")
+def test_a_field_is_a_user_s_and_has_a_comment(name, kind):
+  base, path = configs.load("base"), name and f"{name}."
+  group, hints, comments = base[name] if name else base, typing.get_type_hints(kind), fields.comments(kind)
+  assert set(group) == {field for field in hints if path + field not in DECIDED}
+  for field in set(group) - dict(groups()).keys():
+    assert (group.get_type(field) is object) == (type(None) in typing.get_args(hints[field])), "None, where it may be"
+    assert len(comments[field]) > 3, f"{path}{field} has no comment"
+  decided = [field for x in DECIDED for at, _, field in [x.rpartition(".")] if at == name]
+  assert set(decided) <= set(hints), "what is no user's is a field"
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-OURS = {"lladax", *(path.stem for folder in ("benchmarks", "tests") for path in ROOT.glob(f"{folder}/**/*.py"))}
+OURS = {"lladax", *(path.stem for folder in ("benchmarks", "docs", "tests") for path in ROOT.glob(f"{folder}/**/*.py"))}
 LATER = {"compression"}  # of the standard library from Python 3.14 on
 # Where the module and the package that brings it have different names.
 PACKAGES = {
@@ -81,6 +81,7 @@ USERS = [extra for extra in EXTRAS if extra not in ("test", "test-all", "dev")]
     ("lladax/**/*.py", ["", *USERS]),
     ("configs/*.py", [""]),
     ("benchmarks/*.py", ["", *USERS]),
+    ("docs/*.py", ["", "docs"]),
     ("launch/*.py", [""]),
     ("notebooks/*.ipynb", ["", "notebooks"]),
     ("tests/**/*.py", ["", "test-all"]),

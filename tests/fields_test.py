@@ -1,5 +1,7 @@
 """What comes from outside is of the type that its field declares, at the door of configs and at that of Python."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -54,6 +56,35 @@ def test_another_type_is_one_clear_line(value, kind, said):
   with pytest.raises(Mistake) as error:
     fields.typed(value, kind, "x")
   assert str(error.value) == said
+
+
+@dataclasses.dataclass
+class _Noted:
+  """A group."""
+
+  a: int = 1  # behind: "ä" # and more
+  # Before it,
+  # on two lines.
+  b: str = "# no comment"
+  # Before,
+  c: tuple[str, ...] = (  # not in
+    "é",
+  )  # and behind.
+  d: bool = False
+
+  def method(self):
+    self.e: int = 2  # no field
+    a: int = self.a  # a variable
+    return a
+
+
+def test_the_comment_of_a_field():
+  assert fields.comments(_Noted) == {
+    "a": 'behind: "ä" # and more',
+    "b": "Before it, on two lines.",
+    "c": "Before, and behind.",
+    "d": "",
+  }
 
 
 def test_every_field_of_a_sampler_is_typed_however_it_is_made():

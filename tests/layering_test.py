@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "lladax"
-# A module imports only modules before it, of its own room or another. A name without a room is a door.
+# A module imports only modules before it, of its own room or another. A name without a room is a door; the recipes are
+# the files of configs/, which the module `configs` finds without knowing them.
 ORDER = [
   f"{room}.{name}" if room else name
   for room, names in (
@@ -17,8 +18,8 @@ ORDER = [
     ("data", "windows records dialogues sources batches prepare"),
     ("model", "attention mask_predictor"),
     ("storage", "metrics checkpoint safetensors layout published transfer"),
-    ("", "config"),
-    ("inference", "llada load convert show chat"),
+    ("", "config recipes"),
+    ("inference", "engine llada load convert show chat"),
     ("evaluation", "reversal sandbox tasks.local answers presets kwargs adapter harness held_out evaluate"),
     ("training", "step setup loop trainer plan"),
     ("", "harness main __init__"),
@@ -29,7 +30,7 @@ HEAVY = {"grain", "tensorflow_datasets", "apache_beam", "torch"}
 
 
 def files():
-  """Module -> its file; the recipes of configs/ are one with the module that finds them."""
+  """Module -> its file."""
   found = {}
   for file in PACKAGE.rglob("*.py"):
     *rooms, name = file.relative_to(PACKAGE).with_suffix("").parts
@@ -56,7 +57,7 @@ def imports(file):
 
 def test_every_module_imports_only_modules_before_it():
   modules = {module: set(imports(file)) for module, file in files().items()}
-  modules["configs"] |= {x for file in (PACKAGE.parent / "configs").glob("*.py") for x in imports(file)} - {"configs"}
+  modules["recipes"] = {x for file in (PACKAGE.parent / "configs").glob("*.py") for x in imports(file)}
   assert modules.keys() == set(ORDER), "every module has its place in ORDER, and every place a module"
   rank = {module: i for i, module in enumerate(ORDER)}
   assert not [f"{a} imports {b}" for a in modules for b in modules[a] if rank[b] >= rank[a]]

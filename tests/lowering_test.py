@@ -25,7 +25,7 @@ from lladax import configs, sampling
 from lladax.config import parse
 from lladax.devices import sharding
 from lladax.evaluation import held_out
-from lladax.inference import llada
+from lladax.inference import engine
 from lladax.sampling import SamplerConfig
 from lladax.training import step
 
@@ -165,21 +165,18 @@ def test_the_step_on_eight_devices(monkeypatch, platform, objective, axes, fused
   assert kernels(text) == [expected, expected]
 
 
-def noise(B):
-  """(seed_B, row_B)."""
-  return array(B, dtype=jnp.uint32), array(B)
-
-
 def lower_sampler(model, c, platform, *, segments, first=512, L=1024, B=2):
   """The text of the program that fills canvases."""
   with on(platform):
-    state = shapes(jax.eval_shape(lambda: sampling.start(jnp.zeros((B, L), jnp.int32), c, mask_id=0, first=first or 0)))
+    shape, settings = sampling.split(c, B)
+    tokens_BL = jnp.zeros((B, L), jnp.int32)
+    state = shapes(jax.eval_shape(lambda: sampling.start(tokens_BL, settings.steps, shape, mask_id=0, first=first)))
     if c.cache:
       rows = B * (2 if c.guidance_scale else 1)
       state = state._replace(cache=shapes(jax.eval_shape(lambda: model.new_cache(rows, L))))
     return lower(
-      platform, llada._run, params_of(model), state, None if segments == "none" else array(B, L), *noise(B), 0, 0,
-      model=model,      c=llada._fixed(c), mask_id=0, ends=(1, 2), vocab_size=model.V, first=first,
+      platform, engine._run, params_of(model), state, None if segments == "none" else array(B, L), shapes(settings), 0,
+      0, 0, model=model, shape=shape, mask_id=0, ends=(1, 2), vocab_size=model.V, first=first,
     )  # fmt: skip
 
 
@@ -202,7 +199,7 @@ def test_the_sampler(cache, guidance, gen_length, segments, platform):
 def test_a_canvas_without_a_prompt_whose_window_is_all_of_it(platform):
   """As many queries as the canvas has positions, but keys of the cache and of the window: no fused kernel for that."""
   c = SamplerConfig(block_length=512, cache="prefix")
-  text = lower_sampler(config_of("llada_1b").model, c, platform, segments="none", first=None)
+  text = lower_sampler(config_of("llada_1b").model, c, platform, segments="none", first=0)
   assert kernels(text) == [meant(platform, "none"), set()]
 
 
@@ -218,16 +215,16 @@ def test_the_sampler_of_every_config(name, platform):
 
 
 # Programs, what attention is told of segments, and what else is asked.
-DIFFUSION_SCORES = [(llada._next, "right", {"guidance_scale": guidance}) for guidance in (0.0, 1.0)] + [
-  (llada._likelihood, "right", {"guidance_scale": guidance, "method": method})
-  for guidance, method in ((1.0, "monte_carlo"), (0.0, "chain_rule"), (1.0, "chain_rule"))
+DIFFUSION_SCORES = [(engine._next, "right", {"guided": guided}) for guided in (False, True)] + [
+  (engine._likelihood, "right", {"guided": guided, "method": method})
+  for guided, method in ((True, "monte_carlo"), (False, "chain_rule"), (True, "chain_rule"))
 ]
 SCORES = [
-  (llada._logits, "none", {}),
-  (llada._logits, "any", {}),
+  (engine._logits, "none", {}),
+  (engine._logits, "any", {}),
   (held_out._score, "right", {"num_samples": 2, "right_padded": True}),
   (held_out._score, "any", {"num_samples": 2, "right_padded": False}),
-  (llada._likelihood, "right", {"guidance_scale": 0.0, "method": "monte_carlo"}),
+  (engine._likelihood, "right", {"guided": False, "method": "monte_carlo"}),
 ]
 
 
@@ -245,7 +242,8 @@ def test_what_judges_text(program, segments, options, objective, platform, B=2, 
   with on(platform):
     given = {"params": params_of(model), "tokens_BL": array(B, L), "scored_BL": array(B, L, dtype=bool), "seed": 0}
     given |= {"segment_BL": None if segments == "none" else array(B, L), "row_B": array(B), "at_B": array(B), "draw": 0}
-    given |= {"sample_B": array(B), "samples_B": array(B), "model": model, "mask_id": 0, "eos_id": 1} | options
+    given |= {"sample_B": array(B), "samples_B": array(B), "model": model, "mask_id": 0, "eos_id": 1}
+    given |= {"guidance": 1.5} | options
     text = lower(platform, program, **{name: given[name] for name in inspect.signature(program).parameters})
   assert kernels(text) == [meant(platform, segments, causal=objective == "autoregressive"), set()]
 
@@ -254,10 +252,11 @@ def test_what_judges_text(program, segments, options, objective, platform, B=2, 
 def test_the_causal_sampler(platform):
   """Windows over a cache, all of them."""
   model = config_of("llada_1b", "autoregressive").model
+  _, settings = sampling.split(SamplerConfig(temperature=0.5), 2)
   with on(platform):
     text = lower(
-      platform, llada._autoregressive_sample, params_of(model), array(2, 1024), array(2, 1024), *noise(2), model=model,
-      temperature=0.5, logits_eos_inf=False, prompt_length=512, eos_id=1, mask_id=0, vocab_size=model.V,
+      platform, engine._autoregressive_sample, params_of(model), array(2, 1024), array(2, 1024), shapes(settings),
+      model=model, prompt_length=512, eos_id=1, mask_id=0, vocab_size=model.V,
     )  # fmt: skip
   assert kernels(text) == [set(), set()]
 

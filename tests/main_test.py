@@ -12,9 +12,10 @@ import sys
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from rich.console import Console
 
 import lladax
-from lladax import config, main
+from lladax import config, configs, main
 from lladax.inference import show
 from lladax.storage import checkpoint
 from lladax.training import setup
@@ -347,6 +348,11 @@ def test_a_field_from_its_text(text, value):
     ("--config=quickstart --workdir=run --config.steps", "Missing value for flag --config.steps"),
     ("--config=quickstart --workdir= ", "--workdir is missing"),
     ("--workdir=run --config.steps=3", "--config is missing: name a recipe"),
+    ("--mode=show", "--config is missing: name a recipe"),
+    ("--mode=show --config.steps=3", "--config is missing: name a recipe"),
+    ("--mode=show --workdir=run", "--workdir=run: there is no run in it"),
+    ("--mode=show --config=quickstart --config.stpes=3", "config.stpes: there is no such field; did you mean"),
+    ("--mode=show --config=quickstart --config.data.length=5000", "data.length=5000 is longer than model.max_length"),
     ("--mode=sample --config.sample.steps=3", "--workdir is missing"),
     ("--mode=sample --workdir run --config.sample.steps 3", "--workdir=run: there is no run in it"),
     ("--mode=smaple --workdir=run", "flag --mode=smaple: value should be one of <train"),
@@ -410,10 +416,72 @@ def test_what_goes_wrong_in_a_config_of_the_user_s_is_a_crash_of_its_own(tmp_pat
   assert stop.value.code == 70 and 'own.py", line 2' in capsys.readouterr().err
 
 
+@pytest.fixture
+def shown(capsys, monkeypatch):
+  """shown(option, ...) -> {field: (value, set by, meaning)} of --mode=show, in the order of the lines."""
+  monkeypatch.setattr(main.distributed, "leave", lambda code: None)
+
+  def shown(*given):
+    with flagsaver.flagsaver():
+      assert main.main(main.parse(["lladax", "--mode=show", *map(str, given)])) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 120
+    starts = [head.index(title) for title in ("field", "value", "set by", "meaning")]
+    rows, last = {}, ""
+    for line in lines:
+      name, *cells = (line[i:j].strip() for i, j in zip(starts, [*starts[1:], None], strict=True))
+      last = name or last
+      rows[last] = [f"{x} {y}".strip() for x, y in zip(rows.get(last, ("", "", "")), cells, strict=True)]
+    return rows
+
+  return shown
+
+
+def test_every_field_is_shown_with_its_value_who_set_it_and_what_it_means(shown):
+  rows = shown(
+    "--config=quickstart", "--config.sample.cache", "dual", "--noconfig.log.tensorboard", "--config.model.N=4"
+  )
+  base = dict(main._fields(configs.load("base")))
+  groups = {name.partition(".")[0] for name in base if "." in name}
+  assert rows.keys() == base.keys() | groups and all(cells[2] for cells in rows.values())
+  assert list(rows)[:7] == ["seed", "objective", "init_from", "steps", "micro_batches", "model", "model.D"]
+  assert rows["steps"] == ["800", "recipe", "updates"] and rows["seed"][:2] == ["0", "default"]
+  assert rows["sample.cache"][:2] == ["'dual'", "command line"] and "around it" in rows["sample.cache"][2]
+  assert rows["log.tensorboard"][:2] == ["False", "command line"]
+  assert rows["model.N"] == ["4", "command line", "layers"]  # what it would be without
+  assert rows["optimizer.schedule"][:2] == ["((0.05, 0.003), (-1.0, 0.0))", "recipe"]
+  assert rows["optimizer"] == ["", "", "AdamW and its learning rate."]
+  assert rows["tokenizer.mask"] == ["'<|mdm_mask|>'", "default", "name of [MASK]"]  # no markup
+  assert shown("--config=quickstart")["sample.cache"][:2] == ["None", "default"]
+
+
+def test_the_config_of_a_workdir_is_shown(shown, workdir):
+  values = json.loads((workdir / "config.json").read_text())
+  values["mesh"]["fsdp"] = 4
+  (workdir / "config.json").write_text(json.dumps(values))
+  rows = shown(f"--workdir={workdir}", "--config.sample.steps=8")
+  assert rows["mesh.fsdp"][:2] == ["4", "workdir"] and rows["sample.steps"][:2] == ["8", "command line"]
+  assert rows["model.D"][:2] == ["16", "workdir"] and rows["model.V"][:2] == ["384", "workdir"]
+  assert rows["noise.times"][1] == "default" and not any(cells[1] == "recipe" for cells in rows.values())
+
+
+def test_what_is_shown_is_cut_off_nowhere():
+  console = Console(width=60, file=io.StringIO(), markup=False)
+  console.print(config.table(config.parse(configs.load("llada_8b").to_dict()), {"": "recipe"}))
+  assert "…" not in console.file.getvalue()
+
+
+def test_what_is_shown_can_be_piped():
+  done = run("--config=poems", "--mode=show")
+  assert done.returncode == 0 and not done.stderr and done.stdout.startswith("field ")
+  assert "\x1b" not in done.stdout and "\nsteps                          4000 " in done.stdout
+
+
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_is_of_our_own_options(flag, capsys):
   with pytest.raises(SystemExit) as stop:
     main.parse(["lladax", "--mode=train", flag])
   told = capsys.readouterr().out
   assert stop.value.code == 0 and "--config=quickstart" in told and "--workdir" in told and "--[no]json" in told
+  assert told.endswith("lladax --config=quickstart --mode=show\n")
   assert "logtostderr" not in told  # absl's

@@ -76,6 +76,7 @@ def test_a_notebook_uses_the_public_names_alone(path):
 def test_no_page_or_script_fetches_code_from_a_name_that_is_a_guess():
   """This project has no address yet; anybody may take a name that a page made up."""
   texts = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "pyproject.toml")]
+  texts += sorted((ROOT / "docs").glob("*.md"))
   texts += [path for folder in ("notebooks", "launch", "configs", "lladax") for path in (ROOT / folder).rglob("*.*")]
   host = r"(?:git\+|https?://|git@|hf://)"
   fetched = re.compile(rf"(?:clone|pip3? install|git\+)[^\n`]*?{host}\w[^\s\"'`]*")

@@ -31,12 +31,21 @@ def keys(rows, seed=0):
   return jax.random.split(jax.random.key(seed), rows)
 
 
-@functools.partial(jax.jit, static_argnames=("c", "predict", "first"))
-def run(tokens_BL, key_B, c, predict=predict, allowed_V=ALLOWED, first=0):
-  return sampling.sample(
-    lambda tokens_BL, start, W, cache: (predict(tokens_BL, start, W), cache), tokens_BL, key_B, c,
-    mask_id=MASK, allowed_V=jnp.asarray(allowed_V), first=first,
-  )  # fmt: skip
+def sample(predict, tokens_BL, key_B, c, *, ends=(17,), first=0):
+  """`start` and `run` in one; `c`: one config, or one a row. By default nothing that is drawn ends a row."""
+  shape, settings = sampling.split(c, len(tokens_BL))
+  state = sampling.start(tokens_BL, settings.steps, shape, mask_id=MASK, first=first)
+  return sampling.run(
+    predict, state, key_B, settings, shape, mask_id=MASK, allowed_V=jnp.asarray(ALLOWED), ends=ends,
+    origin=tokens_BL.shape[1], first=first,
+  ).canvas  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("c", "predict", "first", "ends"))
+def run(tokens_BL, key_B, c, predict=predict, **options):
+  return sample(
+    lambda tokens_BL, start, W, cache: (predict(tokens_BL, start, W), cache), tokens_BL, key_B, c, **options
+  )
 
 
 def fill(tokens_BL, c, seed=0, **options):
@@ -243,7 +252,7 @@ def test_no_row_depends_on_its_neighbours_or_its_padding(options):
       hidden_BLD, _ = c.bind(params).hidden(tokens_BL, c.visible(tokens_BL.shape[1], segment_BL), position_BL)
       return c.bind(params).logits(jax.lax.dynamic_slice_in_dim(hidden_BLD, start, W, axis=1)), cache
 
-    return sampling.sample(predict, tokens_BL, key_B, sampler, mask_id=MASK, allowed_V=jnp.asarray(ALLOWED))
+    return sample(predict, tokens_BL, key_B, sampler)
 
   tokens_BL = np.where(np.arange(16) >= 11, MASK, canvases(B=3, L=16, seed=2))
   # With nothing given all positions look alike, and rounding decides between equal confidences.
@@ -273,18 +282,18 @@ def test_late_ids_wait_for_all_others_at_any_temperature(remasking, temperature)
   def fixed(tokens_BL, start, W, cache):
     return jnp.broadcast_to(jnp.asarray(logits_LV), (len(tokens_BL), W, V)), cache
 
-  def answer(late_V):
-    return sampling.sample(
-      fixed, jnp.full((2, 8), MASK), keys(2), SamplerConfig(block_length=8, steps=8, remasking=remasking,
-      temperature=temperature), mask_id=MASK, allowed_V=jnp.asarray(ALLOWED), late_V=late_V,
-    )  # fmt: skip
+  def answer(late):
+    c = SamplerConfig(
+      block_length=8, steps=8, remasking=remasking, temperature=temperature, confidence_eos_eot_inf=late
+    )
+    return sample(fixed, jnp.full((2, 8), MASK), keys(2), c, ends=(1, 2))
 
-  out, late_L = jax.tree.map(np.asarray, answer(jnp.asarray(late_V))), np.isin(likely_L, (1, 2))
+  out, late_L = jax.tree.map(np.asarray, answer(True)), np.isin(likely_L, (1, 2))
   np.testing.assert_array_equal(out.tokens_BL, [likely_L] * 2)
   assert out.unmasked_at_BL[:, late_L].min() > out.unmasked_at_BL[:, ~late_L].max()
   assert (out.confidence_BL[:, late_L] == 0).all() and (out.confidence_BL[:, ~late_L] > 0.9).all()
   if remasking != "random":
-    assert np.asarray(answer(None).unmasked_at_BL)[:, late_L].max() == 4  # left alone, they come first
+    assert np.asarray(answer(False).unmasked_at_BL)[:, late_L].max() == 4  # left alone, they come first
 
 
 @pytest.mark.parametrize(

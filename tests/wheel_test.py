@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import sysconfig
@@ -108,6 +109,11 @@ def test_a_config_of_the_user_s_builds_on_ours(python):
   code = "from lladax import configs; c = configs.load('configs/own.py:7'); print(c.steps, c.seed, c.noise.masking)"
   done = python("-c", code)
   assert done.stdout == "2 7 exact\n", done.stderr
+
+
+def test_the_fields_are_shown_with_their_comments(call):
+  done = call("--config=quickstart", "--mode=show")
+  assert done.returncode == 0 and re.search(r"^steps +800 +recipe +updates *$", done.stdout, re.MULTILINE), done.stderr
 
 
 def test_a_page_is_drawn_from_the_files_in_it(python):

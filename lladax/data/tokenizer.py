@@ -39,12 +39,12 @@ _RUN = 16  # tokens before others that their text may depend on: what is left of
 class TokenizerConfig:
   """Which vocabulary, and the names of its special tokens (the defaults are LLaDA's)."""
 
-  kind: str = "sentencepiece"  # bytes | sentencepiece | huggingface
-  path: str = ""  # a .model or tokenizer.json; "" with sentencepiece: train one on the corpus
-  vocab_size: int = 1024  # of the vocabulary to train, special tokens included
-  eos: str = "<|endoftext|>"
-  mask: str = "<|mdm_mask|>"
-  pad: str = ""  # "": the EOS, as in LLaDA
+  kind: str = "sentencepiece"  # "sentencepiece" | "bytes" | "huggingface" (a tokenizer.json)
+  path: str = ""  # of a .model or tokenizer.json; "": train SentencePiece on the corpus
+  vocab_size: int = 1024  # to train, special tokens included
+  eos: str = "<|endoftext|>"  # name of the end of a text; a special token that the vocabulary lacks is added behind it
+  mask: str = "<|mdm_mask|>"  # name of [MASK]
+  pad: str = ""  # name of padding; "": the EOS, as in LLaDA
 
   def __post_init__(self):
     if self.kind not in KINDS:

@@ -23,25 +23,29 @@ Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens [L], segment [L], weig
 class DataConfig:
   """Where text comes from, and the shape of a batch."""
 
-  corpus: str = "unicode"  # or "stdlib", "facts", "files:GLOB_OR_FOLDER[,...]", "tfds:NAME[:SPLIT]", "records:FOLDER"
-  mixture: tuple[tuple[str, float], ...] = ()  # (corpus, weight), ...: several, in place of `corpus`
-  # (length, weights), ...: other weights in each stage; lengths as in optimizer.schedule; (): those of the mixture
+  # "unicode" | "stdlib" | "facts" | "files:GLOB_OR_FOLDER[,...]" (text, JSON, Parquet) | "tfds:NAME[:SPLIT]" |
+  # "records:FOLDER"
+  corpus: str = "unicode"
+  mixture: tuple[tuple[str, float], ...] = ()  # ((corpus, weight), ...): several, in place of `corpus`
+  # ((length, (weight, ...)), ...): other weights in each stage; lengths as in optimizer.schedule; (): the mixture's.
   stages: tuple[tuple[float, tuple[float, ...]], ...] = ()
-  format: str = "text"  # "text": every token is learnt | "chat": replies to prompts, fine-tuning
+  format: str = "text"  # "text": every token is learnt | "chat": the replies of conversations are (fine-tuning)
   text_field: str = "text"  # of records, in text
-  prompt_field: str = ""  # of records, in chat, with response_field; "": known names
-  response_field: str = ""
-  bad_lines: str = "stop"  # "stop" at a line that cannot be used | "skip" and count it
-  exclude: str = ""  # FILE or FILE:FIELD,... of a test; a document that holds one of its texts is left out
-  held_out: float = 0.05  # fraction of the documents kept for evaluation; of records: as prepared
+  prompt_field: str = ""  # of records, in chat, together with response_field; "": known names
+  response_field: str = ""  # of records, in chat, together with prompt_field
+  bad_lines: str = "stop"  # "stop" at the first line that cannot be used | "skip", and count them
+  # FILE of a test: documents that share 13 words (50 characters, where no spaces part them) with a text in it, or hold
+  # a whole one of 8 (31), are left out. FILE:FIELD,...: the texts of these fields alone, and the shorter ones, too.
+  exclude: str = ""
+  held_out: float = 0.05  # fraction of the documents kept for evaluation; of records: as they were prepared
   length: int = 64  # tokens of a row
   batch_size: int = 64  # rows of an update, over all devices and micro-batches
   segments: bool = False  # True: documents of a row do not see each other; False: concatenated, as published
   random_lengths: float = 0.0  # fraction of rows cut to a random length; LLaDA: 0.01
-  # A reply is filled up with EOS, which count: to the batch's longest row, as published ("batch"), to the row's end
-  # ("row"); or it ends with one EOS ("none", as iLLaDA).
+  # In chat a reply is filled up with EOS, which count: to the batch's longest row, as published ("batch"), to the row's
+  # end ("row"); or it ends with one EOS ("none", as iLLaDA).
   eos_padding: str = "batch"
-  packing: bool = False  # several conversations in a row, which do not see each other
+  packing: bool = False  # several conversations in a row, which do not see each other; with eos_padding="none"
 
   def __post_init__(self):
     for name in ("length", "batch_size"):

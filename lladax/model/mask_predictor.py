@@ -40,25 +40,26 @@ REMAT = {
 
 @dataclasses.dataclass(frozen=True)
 class MaskPredictorConfig:
-  """Shape and numerics of a mask predictor; hashable, so it can be a static argument of `jit`."""
+  """Shape and numerics of a mask predictor."""
 
-  D: int
-  N: int
-  H: int
-  G: int
-  K: int
-  F: int
-  V: int = 0  # 0: not known yet, the tokenizer will say
-  tied: bool = False
+  D: int = 256  # model width
+  N: int = 4  # layers
+  H: int = 4  # query heads
+  G: int = 4  # key/value heads; fewer than H: grouped-query attention
+  K: int = 64  # head width
+  F: int = 768  # feed-forward width (SwiGLU, three matrices)
+  V: int = 0  # rows of the embedding; 0: what the tokenizer needs
+  tied: bool = False  # one matrix for embedding and head
   causal: bool = False  # only for the autoregressive baseline
-  rope_theta: float = 500_000.0
-  norm_eps: float = 1e-5
-  max_length: int = 4096
-  dtype: str = "auto"  # of the computation; "auto" is bfloat16 on accelerators, float32 on a CPU
-  attention: str = "auto"  # the kernel, see attention.py
+  rope_theta: float = 500_000.0  # base of the rotary positions
+  norm_eps: float = 1e-5  # added to the mean square in RMSNorm
+  max_length: int = 4096  # longest canvas
+  dtype: str = "auto"  # of the computation: "auto", bfloat16 on accelerators, float32 on a CPU | "float32" | "bfloat16"
+  attention: str = "auto"  # kernel of full passes: "auto", the fastest exact one | "xla" | "cudnn" | "splash"
+  # What the backward pass computes again: "none" | "dots" (all but matmuls) | "attention" (all but it) | "full" (all).
   remat: str = "none"
   head_chunk: int = 8192  # tokens of a device whose logits exist at once
-  lora_rank: int = 0  # of the adapters (arXiv 2106.09685); 0: none
+  lora_rank: int = 0  # of adapters (LoRA, arXiv 2106.09685), which alone are trained then, on init_from; 0: none
   lora_alpha: float = 16.0  # the adapters' product counts alpha / rank times
   lora_targets: tuple[str, ...] = ("q", "k", "v", "out", "gate", "up", "down")  # the matrices that have adapters
 

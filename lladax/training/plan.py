@@ -22,7 +22,7 @@ from lladax import sampling
 from lladax.config import Config
 from lladax.devices import sharding
 from lladax.devices.ahead import Program, chips, compiled, devices, limit
-from lladax.inference import llada
+from lladax.inference import engine
 from lladax.mistake import Mistake
 from lladax.storage import metrics
 from lladax.training import step
@@ -117,7 +117,7 @@ def _lower_step(config: Config, mesh: jax.sharding.Mesh) -> Any:
 
 def _lower_sampler(config: Config, mesh: jax.sharding.Mesh) -> Any:
   """The program of `LLaDA.sample`, lowered from shapes: a prompt of 256 tokens for every part of a batch."""
-  c, prompt = config.sample, 256
+  c, prompt = dataclasses.replace(config.sample, seed=0), 256
   rows = math.prod(mesh.shape[axis] for axis in sharding.AXES["B"])
   length = prompt + (c.gen_length or 4 * c.block_length)
   at = sharding.shardings(mesh, config.model.letters())
@@ -128,15 +128,16 @@ def _lower_sampler(config: Config, mesh: jax.sharding.Mesh) -> Any:
   cache = None
   if c.cache:
     cache = jax.eval_shape(lambda: config.model.new_cache(rows * (2 if c.guidance_scale else 1), length))
+  shape, settings = sampling.split(c, rows)
   state = jax.eval_shape(
-    lambda: sampling.start(jnp.zeros((rows, length), jnp.int32), c, mask_id=0, first=prompt, cache=None)
+    lambda: sampling.start(jnp.zeros((rows, length), jnp.int32), settings.steps, shape, mask_id=0, first=prompt)
   )
   whole = sharding.shardings(mesh, "")
   state = jax.tree.map(lambda x: _abstract(x, whole), state)
   if cache:
     where = jax.sharding.NamedSharding(mesh, sharding.fit(".B.GK", cache["k"].shape))
     state = state._replace(cache=jax.tree.map(lambda x: _abstract(x, where), cache))
-  return llada.lower_sampler(config.model, params, state, c, first=prompt, mask_id=0, ends=(1,))
+  return engine.lower_sampler(config.model, params, state, c, first=prompt, mask_id=0, ends=(1,))
 
 
 def _abstract(x: Any, at: Any) -> jax.ShapeDtypeStruct:

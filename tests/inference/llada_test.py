@@ -9,6 +9,7 @@ import pytest
 import lladax
 from lladax.data import tokenizer
 from lladax.devices import sharding
+from lladax.inference.engine import Engine
 from lladax.inference.llada import LLaDA
 from lladax.mistake import Mistake
 from lladax.model.mask_predictor import MaskPredictorConfig
@@ -188,8 +189,8 @@ def test_log_likelihood_of_one_pair_of_many_and_of_ids(llada):
 
 @pytest.mark.parametrize("guidance_scale", [0.0, 0.7])
 def test_answers_of_one_token_to_one_prompt_share_a_pass(llada, guidance_scale, monkeypatch):
-  passes, real = [], LLaDA._next
-  monkeypatch.setattr(LLaDA, "_next", lambda self, prompts, *a: passes.extend(prompts) or real(self, prompts, *a))
+  passes, real = [], Engine._choices
+  monkeypatch.setattr(Engine, "_choices", lambda self, prompts, *a: passes.extend(prompts) or real(self, prompts, *a))
   prompts = [prompt for prompt in ("abc", "", "x" * 40, "y") for _ in "ABCD"]
   found = llada.log_likelihood(prompts, list("ABCD") * 4, guidance_scale=guidance_scale)
   assert sorted(map(len, passes)) == [0, 1, 3, 40]

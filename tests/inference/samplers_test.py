@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lladax import sampling
 from lladax.data import tokenizer
 from lladax.devices import sharding
-from lladax.inference import llada as llada_module
-from lladax.inference import show
-from lladax.inference.llada import LLaDA, bucket
+from lladax.inference import engine, show
+from lladax.inference.engine import bucket
+from lladax.inference.llada import LLaDA, cut
 from lladax.model.mask_predictor import MaskPredictorConfig
+from lladax.sampling import SamplerConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -125,9 +127,9 @@ def test_caches_are_an_approximation_in_the_steps_between(llada):
 def test_stream_is_sample_seen_on_its_way(ending, every, options):
   options = {"gen_length": 24, "block_length": 8, "steps": 9, "temperature": 0.5} | options
   last = ending.sample(PROMPTS, **options)
-  compiled = llada_module._run._cache_size()
+  compiled = engine._run._cache_size()
   seen = list(ending.stream(PROMPTS, every=every, **options))
-  assert llada_module._run._cache_size() == compiled
+  assert engine._run._cache_size() == compiled
   for i in range(len(PROMPTS)):
     assert_same(seen[-1], i, last, i)
   assert seen[-1].text == last.text
@@ -147,11 +149,11 @@ def test_stream_is_sample_seen_on_its_way(ending, every, options):
 def test_stop_strings_cut_texts_and_spare_the_blocks_behind(llada, options):
   options = {"gen_length": 24, "block_length": 8, "steps": 24} | options
   whole = llada.sample(PROMPTS, **options)
-  compiled = llada_module._run._cache_size()
+  compiled = engine._run._cache_size()
   stops = sorted({text[3] for text in whole.text})  # all texts hold one in their first block
   out = llada.sample(PROMPTS, until=stops, **options)
-  assert llada_module._run._cache_size() == compiled
-  assert out.text == [llada.cut(text, stops) for text in whole.text] and max(map(len, out.text)) <= 3
+  assert engine._run._cache_size() == compiled
+  assert out.text == [cut(text, stops) for text in whole.text] and max(map(len, out.text)) <= 3
   first = next(iter(llada.stream(PROMPTS, **options)))
   assert out.nfe == first.nfe < whole.nfe
   for i in range(len(PROMPTS)):
@@ -365,19 +367,20 @@ def test_a_causal_model_on_a_mesh():
 
 
 def test_a_seed_is_told_from_its_number_in_the_batch_or_given_with_the_row():
-  seed_B, row_B = llada_module._noise(2**32 - 1, 3)
+  _, settings = sampling.split(SamplerConfig(seed=2**32 - 1), 3)
   expected = [jax.random.fold_in(jax.random.key(2**32 - 1), row) for row in range(3)]
-  keys = llada_module._keys(seed_B, row_B)
+  keys = sampling.keys(settings)
   np.testing.assert_array_equal(jax.random.key_data(keys), jax.random.key_data(jnp.stack(expected)))
-  own = llada_module._keys(*llada_module._noise((5, 2**31), 2))
   expected = [jax.random.fold_in(jax.random.key(seed), 0) for seed in (5, 2**31)]
-  np.testing.assert_array_equal(jax.random.key_data(own), jax.random.key_data(jnp.stack(expected)))
+  for own in (SamplerConfig(seed=(5, 2**31)), [SamplerConfig(seed=5), SamplerConfig(seed=2**31)]):
+    keys = sampling.keys(sampling.split(own, 2)[1])
+    np.testing.assert_array_equal(jax.random.key_data(keys), jax.random.key_data(jnp.stack(expected)))
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_row_with_a_seed_of_its_own_has_the_same_noise_in_any_batch(causal):
   llada, options = make(eos_bias=-9.0, causal=causal), {"gen_length": 16, "block_length": 8, "temperature": 2.0}
-  program = llada_module._autoregressive_sample if causal else llada_module._run
+  program = engine._autoregressive_sample if causal else engine._run
   together = llada.sample([*PROMPTS, PROMPTS[1]], seed=[3, 4, 5, 6], **options)
   compiled = program._cache_size()
   assert_same(llada.sample([*PROMPTS, PROMPTS[1]], seed=3, **options), 0, together, 0)
@@ -419,9 +422,9 @@ def blind(masked_W, *args):
 @pytest.mark.parametrize("broken", ["program", "commit"])
 def test_masks_that_never_vanish_end_every_loop(monkeypatch, broken, options):
   if broken == "program":
-    monkeypatch.setattr(llada_module, "_run", stalled)
+    monkeypatch.setattr(engine, "_run", stalled)
   else:
-    monkeypatch.setattr(llada_module.sampling, "commit", blind)
+    monkeypatch.setattr(engine.sampling, "commit", blind)
   llada = make(max_length=72, N=1, F=15)  # which no other test compiles
   options = {"gen_length": 16, "block_length": 8, "steps": 8} | options
   places = options["gen_length"] or 2 * (72 - 2)  # a canvas that grows begins again with a larger one

@@ -7,6 +7,7 @@ import pytest
 from vocabularies import made
 
 from lladax import sampling
+from lladax.inference.engine import Filled
 from lladax.inference.llada import LLaDA
 from lladax.model.mask_predictor import MaskPredictorConfig
 
@@ -27,23 +28,23 @@ def llada(request):
 PROMPT = "The capital of France is"
 
 
-def generated(llada, prompt, ids):
-  """What `sample` returns for a canvas in which `ids` were generated behind the prompt, padded to 32."""
-  tokens_BL = np.array([[llada.eos_id] * (32 - len(prompt)) + prompt + ids])
+def generated(prompt, ids, eos_id):
+  """A canvas in which `ids` were generated behind the prompt, padded to 32."""
+  tokens_BL = np.array([[eos_id] * (32 - len(prompt)) + prompt + ids])
   at_BL = np.array([[0] * 32 + [1] * len(ids)])
   canvas = sampling.Canvas(tokens_BL, at_BL, np.ones(at_BL.shape), step_B=np.array([1]), nfe=np.int32(1))
-  return llada._sampled(canvas, (np.arange(32 + len(ids)) >= 32 - len(prompt)).astype(int)[None], 32)
+  return Filled(canvas, np.array([32 - len(prompt)]), 32)
 
 
 def test_a_sampled_text_keeps_its_first_space(llada):
   text = llada.tokenizer
   prompt = text.encode(PROMPT)
   for answer in (" Paris.", "Paris", "  \n", " 😀"):
-    out = generated(llada, prompt, text.behind(prompt, answer))
-    assert out.text == [answer]
-    assert llada._has_ended(out, 0, [answer]) and not llada._has_ended(out, 0, [answer + "x"])
-  out = generated(llada, prompt, [*text.behind(prompt, " Paris"), llada.eos_id, *text.encode("The")])
-  assert out.text == [" Paris"]
+    filled = generated(prompt, text.behind(prompt, answer), llada.eos_id)
+    assert llada._sampled(filled, llada.ends).text == [answer]
+    assert llada._has_ended(filled, 0, [answer]) and not llada._has_ended(filled, 0, [answer + "x"])
+  filled = generated(prompt, [*text.behind(prompt, " Paris"), llada.eos_id, *text.encode("The")], llada.eos_id)
+  assert llada._sampled(filled, llada.ends).text == [" Paris"]
 
 
 @pytest.mark.usefixtures("quick_compiles")
