@@ -101,6 +101,7 @@ RULES = [
   Rule(r"^lladax --workdir=runs/chat --mode=chat --system", ["< questions.txt"]),
   Rule(r"--mode=chat < questions.txt > replies.txt", makes="replies.txt"),
   Rule(r"--mode=import --source=downloads", makes="runs/imported/config.json"),
+  Rule(r"--mode=show"),
   Rule(r"--mode=export", makes="downloads/exported/model.safetensors"),
   Rule(r"--mode=import --source=hf://", makes="runs/llada_8b_base/config.json"),
   Rule(r"llada_8b_sft.py:lora --workdir", [*RUN, "--config.data.length=64"], makes="runs/mine_lora/checkpoints/3"),
