@@ -72,15 +72,9 @@ class Causal:
     return jnp.sum(weight_BL * nll_BL), {}
 
   def log_likelihood(
-    self,
-    nll: Nll,
-    tokens_BL: jax.Array,
-    scored_BL: jax.Array,
-    segment_BL: jax.Array,
-    *draws: Any,
-    eos_id: int,
+    self, nll: Nll, tokens_BL: jax.Array, scored_BL: jax.Array, segment_BL: jax.Array, *draws: Any, eos_id: int,
     **_: Any,
-  ) -> jax.Array:
+  ) -> jax.Array:  # fmt: skip
     """Exact log p(scored | what precedes it) of every row in nats, float32 [B]; of any of `draws`."""
     input_BL = shift(tokens_BL, segment_BL, eos_id)
     return -jnp.sum(nll(input_BL, jnp.where(scored_BL, tokens_BL, -1)), axis=1)
@@ -88,16 +82,9 @@ class Causal:
 
 def sample(
   step: Callable[[jax.Array, Any, jax.Array | int], tuple[jax.Array, Any]],
-  draw: Callable[[jax.Array, Callable[[], jax.Array]], jax.Array],
-  cache: Any,
-  canvas_BL: jax.Array,
-  segment_BL: jax.Array,
-  rng_B: jax.Array,
-  *,
-  prompt_length: int,
-  start_id: int,
-  eos_id: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+  draw: Callable[[jax.Array, Callable[[], jax.Array]], jax.Array], cache: Any, canvas_BL: jax.Array,
+  segment_BL: jax.Array, rng_B: jax.Array, *, prompt_length: int, start_id: int, eos_id: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
   """Fills the canvas left to right, one token a step, with a KV cache; stops when every row has ended.
 
   Args:

@@ -79,14 +79,9 @@ def mask_exactly(rng: jax.Array, maskable_L: jax.Array, count: jax.Array) -> jax
 
 
 def forward_process(
-  tokens_BL: jax.Array,
-  maskable_BL: jax.Array,
-  index_B: jax.Array,
-  rng: jax.Array,
-  mask_id: int,
-  noise: NoiseConfig,
+  tokens_BL: jax.Array, maskable_BL: jax.Array, index_B: jax.Array, rng: jax.Array, mask_id: int, noise: NoiseConfig,
   batch_size: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
   """x_t ~ q(x_t | x_0): masks tokens, and says by how much to scale the cross-entropy of the masked ones.
 
   Args:
@@ -169,18 +164,9 @@ class Masked:
     return jnp.sum(weighted_BL * scale_B[:, None]), {"masked_nll": (jnp.sum(nll_BL), jnp.sum(masked_BL))}
 
   def log_likelihood(
-    self,
-    nll: Nll,
-    tokens_BL: jax.Array,
-    scored_BL: jax.Array,
-    segment_BL: jax.Array | None,
-    key_B: jax.Array,
-    sample_B: jax.Array,
-    samples_B: jax.Array,
-    *,
-    mask_id: int,
-    **_: Any,
-  ) -> jax.Array:
+    self, nll: Nll, tokens_BL: jax.Array, scored_BL: jax.Array, segment_BL: jax.Array | None, key_B: jax.Array,
+    sample_B: jax.Array, samples_B: jax.Array, *, mask_id: int, **_: Any,
+  ) -> jax.Array:  # fmt: skip
     """One draw per row of the Monte-Carlo estimate of log p(scored | rest) (P Eq. 6), in nats.
 
     The mean over the draws 0 .. S - 1 is the estimate. Counts l are stratified over the draws; an

@@ -276,21 +276,11 @@ def start(
 
 
 def run(
-  predict: Predict,
-  state: State,
-  key_B: jax.Array,
-  settings: Settings,
-  shape: Shape,
-  *,
-  mask_id: int,
-  allowed_V: jax.Array,
-  ends: tuple[int, ...],
-  origin: jax.Array | int,
-  first: int = 0,
+  predict: Predict, state: State, key_B: jax.Array, settings: Settings, shape: Shape, *, mask_id: int,
+  allowed_V: jax.Array, ends: tuple[int, ...], origin: jax.Array | int, first: int = 0,
   alike: Callable[[jax.Array], jax.Array] = lambda tokens_BL: jnp.zeros(len(tokens_BL), bool),
-  until_nfe: jax.Array | int = 2**30,
-  until_block: jax.Array | int = 2**30,
-) -> State:
+  until_nfe: jax.Array | int = 2**30, until_block: jax.Array | int = 2**30,
+) -> State:  # fmt: skip
   """Fills the canvas up to a forward pass or a block; jit it with `predict`, `shape` and the ids static.
 
   Args:

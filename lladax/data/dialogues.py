@@ -31,14 +31,9 @@ class Dialogues:
   """Conversations in the chat template: a row is a reply with its prompt, or several where they are packed."""
 
   def __init__(
-    self,
-    conversations: Sequence[corpus.Messages],
-    text: Tokenizer,
-    c: DataConfig,
-    *,
-    seed: int,
+    self, conversations: Sequence[corpus.Messages], text: Tokenizer, c: DataConfig, *, seed: int,
     every_turn: bool = False,
-  ):
+  ):  # fmt: skip
     """`every_turn`: each reply is a row, for evaluation; else one of them is drawn."""
     self._c, self._seed, self._eos_id = c, seed, text.eos_id
     opening = [] if text.bos_id is None else [text.bos_id]

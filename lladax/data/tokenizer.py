@@ -69,11 +69,9 @@ class Tokenizer:
   """
 
   def __init__(
-    self,
-    vocabulary: Bytes | SentencePiece | HuggingFace,
-    names: Mapping[str, str],
+    self, vocabulary: Bytes | SentencePiece | HuggingFace, names: Mapping[str, str],
     others: Mapping[str, Any] | None = None,
-  ):
+  ):  # fmt: skip
     """`names` and `others` are what `save` writes.
 
     Args:

@@ -147,14 +147,9 @@ def _said(kernel: str, reason: str | None) -> str:
 
 
 def attend(
-  q_BWHK: jax.Array,
-  k_BLGK: jax.Array,
-  v_BLGK: jax.Array,
-  visible: Visible,
-  *,
-  kernel: str = "xla",
+  q_BWHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, visible: Visible, *, kernel: str = "xla",
   on_each_device: Callable[..., jax.Array] = lambda fn, *arrays: fn(*(x for x, _ in arrays)),
-) -> jax.Array:
+) -> jax.Array:  # fmt: skip
   """Scaled dot-product attention; `H` query heads share `G` key/value heads in groups of H/G.
 
   Args:

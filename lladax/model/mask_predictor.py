@@ -303,12 +303,9 @@ class MaskPredictor(nnx.Module):
       self.head = _weight(rngs, c, "DV", c.D)
 
   def hidden(
-    self,
-    tokens_BW: jax.Array,
-    visible: Visible | None = None,
-    position_BL: jax.Array | None = None,
+    self, tokens_BW: jax.Array, visible: Visible | None = None, position_BL: jax.Array | None = None,
     cache: Cache | None = None,
-  ) -> tuple[jax.Array, Cache | None]:
+  ) -> tuple[jax.Array, Cache | None]:  # fmt: skip
     """Runs the blocks over a window of the canvas.
 
     Args:

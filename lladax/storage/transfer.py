@@ -86,14 +86,9 @@ def _take(x: jax.Array, start, *, disk: str, letters: str, axis: int, size: int,
 
 
 def export(
-  params: Params,
-  model: MaskPredictorConfig,
-  folder: Path,
-  config: dict[str, Any],
-  *,
-  dtype: Any = None,
+  params: Params, model: MaskPredictorConfig, folder: Path, config: dict[str, Any], *, dtype: Any = None,
   max_shard_bytes: int = 4 * 2**30,
-) -> None:
+) -> None:  # fmt: skip
   """Writes parameters in the published layout: files of tensors, an index if there are several, config.json.
 
   Args:

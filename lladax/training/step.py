@@ -27,14 +27,9 @@ class State(NamedTuple):
 
 
 def train_step(
-  state: State,
-  batch: dict[str, jax.Array],
-  *,
-  config: Config,
-  tx: optax.GradientTransformation,
-  mask_id: int,
+  state: State, batch: dict[str, jax.Array], *, config: Config, tx: optax.GradientTransformation, mask_id: int,
   eos_id: int,
-) -> tuple[State, dict[str, jax.Array]]:
+) -> tuple[State, dict[str, jax.Array]]:  # fmt: skip
   """One update. Noise is drawn here, on the device, from (seed, step, example index)."""
   rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
   B, L = config.data.batch_size, config.data.length
