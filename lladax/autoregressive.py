@@ -115,22 +115,16 @@ def sample(
     confidence_B = jnp.where(carry["ended_B"], 1.0, confidence_B)
     logits_BV, cache = step(token_B[:, None], carry["cache"], jnp.minimum(i + 1, L - 1))
     return {
-      "i": i + 1,
-      "canvas_BL": carry["canvas_BL"].at[:, i].set(token_B),
+      "i": i + 1, "canvas_BL": carry["canvas_BL"].at[:, i].set(token_B),
       "confidence_BL": carry["confidence_BL"].at[:, i].set(confidence_B),
-      "ended_B": carry["ended_B"] | (token_B == eos_id),
-      "logits_BV": logits_BV,
-      "cache": cache,
-    }
+      "ended_B": carry["ended_B"] | (token_B == eos_id), "logits_BV": logits_BV, "cache": cache,
+    }  # fmt: skip
 
   logits_BV, cache = step(shifted_BL[:, : prompt_length + 1], cache, 0)
   carry = {
-    "i": jnp.int32(prompt_length),
-    "canvas_BL": canvas_BL.at[:, prompt_length:].set(eos_id),
-    "confidence_BL": jnp.zeros(canvas_BL.shape),
-    "ended_B": jnp.zeros(canvas_BL.shape[:1], bool),
-    "logits_BV": logits_BV,
-    "cache": cache,
-  }
+    "i": jnp.int32(prompt_length), "canvas_BL": canvas_BL.at[:, prompt_length:].set(eos_id),
+    "confidence_BL": jnp.zeros(canvas_BL.shape), "ended_B": jnp.zeros(canvas_BL.shape[:1], bool),
+    "logits_BV": logits_BV, "cache": cache,
+  }  # fmt: skip
   carry = jax.lax.while_loop(unfinished, advance, carry)
   return carry["canvas_BL"], carry["confidence_BL"], carry["i"] - prompt_length + 1

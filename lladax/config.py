@@ -196,17 +196,9 @@ def table(c: Config, setters: Mapping[str, str]) -> Table:
 
 # What may differ between the first start of a run and its continuation.
 _SAFE = (
-  "steps",
-  "micro_batches",
-  "evaluate.",
-  "log.",
-  "checkpoint.",
-  "sample.",
-  "mesh.",
-  "model.remat",
-  "model.attention",
+  "steps", "micro_batches", "evaluate.", "log.", "checkpoint.", "sample.", "mesh.", "model.remat", "model.attention",
   "model.head_chunk",
-)
+)  # fmt: skip
 
 
 def check_saved(saved: dict[str, Any], given: dict[str, Any], workdir: Path) -> None:

@@ -16,17 +16,8 @@ from typing import Any
 from unittest import mock
 
 from lladax.devices import distributed
+from lladax.evaluation import harness
 from lladax.evaluation.adapter import Harness
-from lladax.evaluation.harness import (
-  DATA,
-  TASKS,
-  check_code,
-  check_folder,
-  check_parts,
-  load_questions,
-  quiet,
-  unknown_task,
-)
 from lladax.evaluation.kwargs import split_options, understood
 from lladax.mistake import Missing, Mistake
 
@@ -57,16 +48,16 @@ def main(argv: list[str]) -> None:
   if given and given[0] not in ("run", "ls", "validate"):
     given.insert(0, "run")
   given += ["--confirm_run_unsafe_code"] * own.allow_code
-  environment = {} if own.data_dir is None else {DATA: own.data_dir}
+  environment = {} if own.data_dir is None else {harness.DATA: own.data_dir}
   with contextlib.ExitStack() as for_this_run:  # the harness is afterwards as it was
     put = for_this_run.enter_context
     put(mock.patch.object(sys, "argv", [argv[0], *given]))
     put(mock.patch.dict(os.environ, environment))
-    put(quiet())
+    put(harness.quiet())
     setup_logging()
     args = HarnessCLI().parse_args()
     if given:
-      args.include_path = args.include_path or str(TASKS)
+      args.include_path = args.include_path or str(harness.TASKS)
     if args.command == "run":
       manager = _check_run(args)
       put(mock.patch.object(tasks, "TaskManager", lambda **_: manager))
@@ -103,8 +94,8 @@ def _check_run(args: argparse.Namespace) -> Any:
     )
   if c.output_path:
     path = Path(c.output_path)
-    check_folder(path.parent if path.suffix == ".json" else path, "--output_path")
-  if not Path(c.include_path or TASKS).is_dir():
+    harness.check_folder(path.parent if path.suffix == ".json" else path, "--output_path")
+  if not Path(c.include_path or harness.TASKS).is_dir():
     raise Missing(f"--include_path {c.include_path}: there is no such folder")
 
   names = c.tasks.split(",") if isinstance(c.tasks, str) else [x for task in c.tasks for x in task.split(",")]
@@ -113,19 +104,20 @@ def _check_run(args: argparse.Namespace) -> Any:
   for name in names:
     if name.endswith(".yaml") and not glob.glob(name):
       raise Missing(f"--tasks {name}: there is no such file")
-  options = {"include_path": list(dict.fromkeys([str(TASKS), c.include_path or str(TASKS)])), "metadata": c.metadata}
+  paths = dict.fromkeys([str(harness.TASKS), c.include_path or str(harness.TASKS)])
+  options = {"include_path": list(paths), "metadata": c.metadata}
   manager = tasks.TaskManager(include_defaults=False, **options)
   if any(name not in manager.all_tasks and not name.startswith("lladax_") for name in names):
     manager = tasks.TaskManager(**options)
   for name in names:
     if not (name.endswith(".yaml") or manager.match_tasks([name]) or Path(name).is_dir()):
-      raise unknown_task(manager, name)
+      raise harness.unknown_task(manager, name)
   if not c.confirm_run_unsafe_code:
-    check_code(manager, {name: name for name in manager.match_tasks(names)})
+    harness.check_code(manager, {name: name for name in manager.match_tasks(names)})
   with mock.patch.object(tasks, "TaskManager", lambda **_: manager):  # its thousands of files are read once
     c.process_tasks(c.metadata)  # reads task files that are named by their paths
-  loaded = load_questions(manager, "--tasks", list(c.tasks))
-  check_parts("", loaded, understood, c.gen_kwargs)
+  loaded = harness.load_questions(manager, "--tasks", list(c.tasks))
+  harness.check_parts("", loaded, understood, c.gen_kwargs)
   manager.load = lambda task_list: loaded
   return manager
 

@@ -55,12 +55,9 @@ def bound(
   per_byte = found.num_tokens / found.num_bytes / tokens / math.log(2)  # nats of these rows -> bits per byte
   perplexity = math.exp(min(nats / tokens, 700.0))  # of a broken model, too
   metrics = {
-    "bits_per_byte": nats * per_byte,
-    "bits_per_byte_stderr": error * per_byte,
-    "perplexity": perplexity,
-    "perplexity_stderr": perplexity * error / tokens,
-    "nats_per_token": nats / tokens,
-  }
+    "bits_per_byte": nats * per_byte, "bits_per_byte_stderr": error * per_byte, "perplexity": perplexity,
+    "perplexity_stderr": perplexity * error / tokens, "nats_per_token": nats / tokens,
+  }  # fmt: skip
   if len(keep) == found.num_rows and found.raw:
     train_T = sources.train_stream(config.data, llada.tokenizer)
     metrics |= yardsticks(train_T, tokens_RL[scored_RL], found.raw, llada.vocab_size, beat)
