@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from rich.table import Column, Table
 
 from lladax import autoregressive, configs, diffusion, fields, optimizer
-from lladax.data import batches, tokenizer, windows
+from lladax.data import tokenizer, windows
 from lladax.devices import sharding
 from lladax.mistake import Mistake
 from lladax.model.mask_predictor import MaskPredictorConfig
@@ -129,6 +129,8 @@ class Config:
     if self.model.lora_rank and not self.init_from:
       raise Mistake(f"model.lora_rank={self.model.lora_rank}: adapters need a model to adapt; name it as init_from")
     optimizer.schedule(self.optimizer, self.steps)
+    from lladax.data import batches  # Grain is slow to import, and --help and mistyped fields do without
+
     batches.Mixture(self.data, seed=self.seed, steps=self.steps)
 
   @property
