@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lladax import autoregressive, diffusion
 from lladax.data import facts, tokenizer
 from lladax.data.tokenizer import TokenizerConfig
 from lladax.evaluation import evaluate, reversal
@@ -120,7 +121,7 @@ class Knowing:
   def __init__(self, causal, sentences):
     self.text = tokenizer.create(TokenizerConfig(kind="bytes"))
     self.tokenizer, self.mask_id, self.eos_id = self.text, self.text.mask_id, self.text.eos_id
-    self.model = type("model", (), {"causal": causal})
+    self.model = type("model", (), {"objective": autoregressive.Causal() if causal else diffusion.Masked()})
     self.known = [[*self.text.encode(x), self.eos_id] for x in sentences]
 
   def unmask(self, rows, steps):

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 import lladax
-from lladax import config
+from lladax import config, diffusion
 from lladax.inference import chat
 from lladax.inference.llada import Sampled
 from lladax.mistake import Mistake
@@ -25,7 +25,7 @@ PROMPT, EOS, EOT, MASK, WIDTH = 5, 256, 257, 258, 24  # the fake's ids are bytes
 
 
 class Model:
-  causal, max_length = False, 200
+  objective, max_length = diffusion.Masked(), 200
 
 
 class Template:
