@@ -5,6 +5,7 @@ field or a wrong type is an error.
 """
 
 import dataclasses
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -205,7 +206,9 @@ _SAFE = (
 
 def check_saved(saved: dict[str, Any], given: dict[str, Any], workdir: Path) -> None:
   """The run may go on with other steps, logging and evaluation; with nothing else."""
-  old, new = ({"init_from": ""} | _flatten(x) for x in (saved, given))
+  # A field that is younger than the run had its default there.
+  default = json.loads(json.dumps(configs.load("base").to_dict()))
+  old, new = (_flatten(default) | _flatten(x) for x in (saved, given))
   differ = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
   unsafe = [name for name in differ if not name.startswith(_SAFE)]
   if unsafe:

@@ -43,6 +43,18 @@ def test_a_run_refuses_another_config_where_it_matters(tiny, tiny_workdir, tmp_p
   assert (workdir / "config.json").read_text() == before
 
 
+def test_a_run_that_is_older_than_a_field_had_its_default(tiny, tiny_workdir, tmp_path):
+  workdir = shutil.copytree(tiny_workdir, tmp_path / "run")
+  saved = json.loads((workdir / "config.json").read_text())
+  assert saved["noise"].pop("times") == "uniform" and saved["data"].pop("packing") is False
+  (workdir / "config.json").write_text(json.dumps(saved))
+  setup.prepare(tiny(), workdir)
+  assert json.loads((workdir / "config.json").read_text())["noise"]["times"] == "uniform"
+  (workdir / "config.json").write_text(json.dumps(saved))
+  with pytest.raises(Mistake, match=r"another config \(noise.times: 'uniform' there, 'stratified' here\)"):
+    setup.prepare(tiny({"noise.times": "stratified"}), workdir)
+
+
 @pytest.mark.parametrize("content", [b"", b'{"seed": 0, "mod', b"[1]", b'{"model": "\xff"}', b"\x00" * 20])
 def test_a_damaged_config_is_one_line(tiny, tmp_path, content):
   (tmp_path / "config.json").write_bytes(content)
