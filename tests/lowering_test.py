@@ -132,7 +132,9 @@ def test_every_config_is_here():
 
 def steps():
   for name, objective, platform in itertools.product(STEPS, OBJECTIVES, DEVICES):
-    slow = name in ("chat_tiny:base", "llada_8b_sft:lora") or (platform == "cpu" and name != "quickstart")
+    # One of each kind of segments by default, all of them with the slow ones.
+    slow = name not in ("quickstart", "llada_8b", "llada_8b_sft:illada", "poems")
+    slow |= platform == "cpu" and name != "quickstart"
     yield pytest.param(name, objective, platform, marks=[pytest.mark.slow] * slow)
 
 
@@ -183,7 +185,7 @@ def lower_sampler(model, c, platform, *, segments, first=512, L=1024, B=2):
 def samplers():
   known = itertools.product((None, "prefix", "dual"), (0.0, 1.0), ((64, "none"), (64, "any"), (None, "any")), DEVICES)
   for cache, guidance, (gen_length, segments), platform in known:
-    slow = platform == "cpu" or (guidance > 0 and (cache, segments) != ("dual", "any"))
+    slow = platform == "cpu" or cache == "prefix" or (guidance > 0 and (cache, segments) != ("dual", "any"))
     yield pytest.param(cache, guidance, gen_length, segments, platform, marks=[pytest.mark.slow] * slow)
 
 

@@ -222,6 +222,7 @@ def test_evaluate(workdir):
   assert again == pytest.approx(at_the_end, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_fields_without_a_config_are_those_of_the_workdir(workdir):
   values = ("--config.evaluate.tasks=('reversal',)", "--config.evaluate.num_samples=1")
   done = run("--mode=evaluate", f"--workdir={workdir}", *values)

@@ -49,6 +49,7 @@ def test_a_mistake_is_one_clear_line(llada, call, said):
 SMALL = {"num_samples": 2, "gen_length": 4, "batch_size": 2, "num_fewshot": 0}
 
 
+@pytest.mark.slow
 def test_questions_that_cannot_be_read_end_it_before_any_is_asked(llada, data_dir, monkeypatch):
   monkeypatch.setattr(LLaDA, "log_likelihood", None)
   with pytest.raises(ValueError, match="there is no eval/piqa_val.jsonl .or .json, or .xz of them. in it; give"):

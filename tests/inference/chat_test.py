@@ -229,6 +229,7 @@ def test_interrupting_a_reply_forgets_the_message(talk):
 
 
 @pytest.mark.usefixtures("quick_compiles")
+@pytest.mark.slow
 def test_with_a_model_through_the_door(tiny_workdir, tmp_path):
   """The replies are those of `LLaDA.chat`, each to the whole conversation before it."""
   path = tmp_path / "talk.jsonl"

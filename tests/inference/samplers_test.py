@@ -35,6 +35,9 @@ def make(eos_bias=0.0, **fields):
   return LLaDA(c, params, text, text.mask_id, text.eos_id, text.vocab_size, text.eot_id)
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def llada():
   return make()
@@ -102,7 +105,7 @@ def test_a_window_over_a_fresh_cache_is_the_full_pass(cache, tied, G):
   jax.tree.map(np.testing.assert_array_equal, kept, stale)  # read, not written
 
 
-@pytest.mark.parametrize("options", [{}, {"guidance_scale": 0.5}, {"gen_length": None}])
+@pytest.mark.parametrize("options", [{}, {"guidance_scale": 0.5}, pytest.param({"gen_length": None}, marks=SLOW)])
 def test_caches_change_nothing_where_every_step_is_a_blocks_first(llada, options):
   options = {"gen_length": 24, "block_length": 8} | options
   options["steps"] = 1 if options["gen_length"] is None else 3
@@ -326,9 +329,6 @@ def test_an_empty_prompt_alone_answers_as_it_does_among_others():
   tokens = alone.tokens[0].tolist()
   end = min(tokens.index(i) for i in ending.ends if i in tokens)
   assert alone.text == [ending.tokenizer.decode(tokens[:end])] == among.text[:1]
-
-
-SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(

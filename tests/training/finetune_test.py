@@ -106,7 +106,8 @@ def test_a_run_goes_on_bitwise(tiny, sft, lora, tmp_path):
   assert {name: x.tobytes() for name, x in a.items()} == {name: x.tobytes() for name, x in b.items()}
 
 
-@pytest.mark.parametrize("lora", [pytest.param({}, marks=pytest.mark.slow), LORA], ids=["all", "adapters"])
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [{}, LORA], ids=["all", "adapters"])
 def test_every_mesh_is_the_same(tiny, sft, lora, tmp_path, monkeypatch):
   monkeypatch.setattr(held_out, "bound", lambda *_: {})
   fields = sft | lora | {"steps": 3, "checkpoint.every": 3, "data.packing": True, "data.eos_padding": "none"}

@@ -52,7 +52,7 @@ def test_any_step_over_any_batches(tmp_path):
 @pytest.mark.parametrize(
   ("step", "saved", "act"),
   [
-    (17, [10, 15], crash),
+    pytest.param(17, [10, 15], crash, marks=pytest.mark.slow),
     (14, [10, 13], terminate),
     pytest.param(3, [], crash, marks=pytest.mark.slow),
     pytest.param(2, [1], terminate, marks=pytest.mark.slow),

@@ -22,6 +22,7 @@ def small(tiny):
 
 
 @pytest.mark.usefixtures("libtpu")
+@pytest.mark.slow
 def test_a_plan_of_the_real_programs(small):
   found = plan.make(small, "v5e:2x2")
   assert found.fits and (found.chips, found.devices) == (4, 4)

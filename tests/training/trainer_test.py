@@ -48,6 +48,7 @@ def test_the_baseline_trains_on_the_same_batches(tiny, tmp_path, monkeypatch):
   assert found[-1] < 0.75 * found[0]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_holds_its_state_once(tiny, tiny_workdir, tmp_path, monkeypatch):
   workdir = shutil.copytree(tiny_workdir, tmp_path / "run")
 
