@@ -36,11 +36,11 @@ class Sampled:
   """
 
   text: list[str]
-  tokens: np.ndarray
-  unmasked_at: np.ndarray
-  confidence: np.ndarray
+  tokens: np.ndarray = dataclasses.field(repr=False)
+  unmasked_at: np.ndarray = dataclasses.field(repr=False)
+  confidence: np.ndarray = dataclasses.field(repr=False)
   nfe: int
-  padding: np.ndarray
+  padding: np.ndarray = dataclasses.field(repr=False)
   piece: Callable[[int], str] = dataclasses.field(repr=False)  # id -> text of one token
   mask_id: int  # what masked positions hold in a canvas that `LLaDA.stream` has not finished
 
