@@ -58,6 +58,7 @@ PLAN += ["--config.data.length=256", "--config.sample.gen_length=32", "--config.
 CPU = shlex.split(
   "--B 2 --L 16 --V 128 --D 16 --N 1 --H 2 --K 8 --F 32 --prompt 8 --gen 8 --block 4 --steps 4 --rounds 1 --rows 1"
 )
+FRONTIER = shlex.split("--limit=2 --batch_size=2 --gen_length=8 --blocks=8 --steps=4 --thresholds=0.9 --caches=none")
 ASKED = ["--config.evaluate.limit=1", "--config.evaluate.tasks=('lladax_arc_challenge', 'lladax_gsm8k')"]
 
 
@@ -147,10 +148,12 @@ RULES = [
   ),
   Rule(r"scaling.py --config", "scaling_test.py runs a study"),
   Rule(
-    r"frontier.py --path", ("--limit=2", "--batch_size=2", "--gen_length=8", "--blocks=8", "--steps=4",
-    "--thresholds=0.9", "--caches=none"),
-    {"=runs/poems/diffusion": "=runs/poems", "=runs/gsm8k": "=runs/poems --out=runs/frontier_gsm8k"},
-    "runs/frontier/frontier.md", needs="lm_eval",
+    r"frontier.py --path=runs/gsm8k", FRONTIER, {"=runs/gsm8k": "=runs/poems --out=runs/frontier_gsm8k"},
+    "runs/frontier_gsm8k/frontier.md", needs="lm_eval",
+  ),
+  Rule(
+    r"frontier.py --path", FRONTIER, {"=runs/poems/diffusion": "=runs/poems"}, "runs/frontier/frontier.md",
+    needs="lm_eval",
   ),
   Rule(r"meshes.py$", ["--config.steps=2", *TINY[len(RUN):-1]]),
   Rule(r"cpu.py", [*CPU, "--only=lladax"], {"pip install torch==2.13.0 && ": ""}),

@@ -107,7 +107,7 @@ class Engine:
     first, shape, (B, L) = job.first, job.shape, job.tokens_BL.shape
     where = jax.tree.leaves(self.params)[0].sharding  # where the program leaves the canvas, too: it is compiled once
     where = NamedSharding(where.mesh, sharding.spec("")) if isinstance(where, NamedSharding) else where
-    settings = jax.device_put(job.settings, where)
+    settings = job.settings
     zeros_BL = np.zeros((B, L), np.int32)
     canvas = (job.tokens_BL, zeros_BL, np.ones((B, L), np.float32), np.zeros(B, np.int32), np.int32(0))
     canvas, block = Canvas(*jax.device_get(canvas)), np.int32(0)
