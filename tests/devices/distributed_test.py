@@ -63,9 +63,11 @@ def losses(workdir):
 @pytest.mark.parametrize("mesh", [{"data": -1}, {"data": 1, "tensor": 2, "context": 4}], ids=str)
 def test_two_processes_get_the_losses_of_one(tiny_flags, tiny_workdir, tmp_path, mesh):
   flags = [*tiny_flags, *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items())]
+  flags.append("--config.evaluate.canvases=('red [MASK][MASK]',)")
   (first, console), (second, quiet) = finish(start(flags, tmp_path))
   assert (first, second) == (0, 0), console + quiet
   np.testing.assert_allclose(losses(tmp_path), losses(tiny_workdir), rtol=1e-6)
+  assert (tmp_path / "samples.html").is_file()  # both have filled it
   assert "step 20/20" in console and "step" not in quiet  # one of them speaks
   bound, expected = (
     json.loads((path / "evaluations.jsonl").read_text())["bits_per_byte"] for path in (tmp_path, tiny_workdir)
