@@ -71,6 +71,12 @@ class SamplerConfig:
       raise Mistake("sample.gen_length=None ends at EOS, and sample.logits_eos_inf forbids it: use one of them")
 
 
+def check_blocks(gen_length: int, block_length: int) -> None:
+  """Raises Mistake if so many tokens are not cut evenly into blocks; fewer than a block's are one."""
+  if gen_length % min(block_length, gen_length):
+    raise Mistake(f"sample.gen_length={gen_length} is not a multiple of sample.block_length={block_length}")
+
+
 def nth_seed(seed: int, n: int) -> int:
   """A seed for call number n of several that share one: noise of its own, the same in every run; number 0 keeps it."""
   return int(np.random.SeedSequence((seed, n)).generate_state(1)[0]) if n else seed

@@ -80,8 +80,8 @@ class Engine:
       while lengths[-1] < room:
         lengths.append(min(2 * lengths[-1], room))
     else:
-      if n % min(W, n) and self.model.objective.fills:
-        raise Mistake(f"sample.gen_length={n} is not a multiple of sample.block_length={W}")
+      if self.model.objective.fills:
+        sampling.check_blocks(n, W)
       lengths = [n]
     first = bucket(longest)
     return Job(*self._left_pad(rows, first), first, first, lengths, shape, numbers)
@@ -107,7 +107,6 @@ class Engine:
     first, shape, (B, L) = job.first, job.shape, job.tokens_BL.shape
     where = jax.tree.leaves(self.params)[0].sharding  # where the program leaves the canvas, too: it is compiled once
     where = NamedSharding(where.mesh, sharding.spec("")) if isinstance(where, NamedSharding) else where
-    settings = job.settings
     zeros_BL = np.zeros((B, L), np.int32)
     canvas = (job.tokens_BL, zeros_BL, np.ones((B, L), np.float32), np.zeros(B, np.int32), np.int32(0))
     canvas, block = Canvas(*jax.device_get(canvas)), np.int32(0)
@@ -127,8 +126,8 @@ class Engine:
         until_block = np.int32(host.block + 1) if every == "block" else _NEVER
         with sharding.on_mesh_of(self.params):
           state = _run(
-            self.params, state, segment_BL if padded else None, settings, np.int32(job.origin), until_nfe, until_block,
-            model=self.model, shape=shape, mask_id=self.mask_id, ends=self.ends, vocab_size=self.vocab_size,
+            self.params, state, segment_BL if padded else None, job.settings, np.int32(job.origin), until_nfe,
+            until_block, model=self.model, shape=shape, mask_id=self.mask_id, ends=self.ends, vocab_size=self.vocab_size,
             first=first,
           )  # fmt: skip
         host = jax.device_get(state._replace(cache=None))

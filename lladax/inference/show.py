@@ -37,8 +37,8 @@ def check_room(lengths: Mapping[str, int], c: SamplerConfig, model: MaskPredicto
     W, more = c.block_length, c.gen_length or c.block_length
     said = f" and sample.{'block_length' if c.gen_length is None else 'gen_length'}={more}"
     model.objective.check_sampler(c)
-    if model.objective.fills and more % min(W, more):
-      raise Mistake(f"sample.gen_length={more} is not a multiple of sample.block_length={W}")
+    if model.objective.fills:
+      sampling.check_blocks(more, W)
   for name, n in lengths.items():
     if n + more > model.max_length:
       raise Mistake(f"{name}: its {n} tokens{said} are more than model.max_length={model.max_length}")
