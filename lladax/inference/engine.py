@@ -127,8 +127,8 @@ class Engine:
         with sharding.on_mesh_of(self.params):
           state = _run(
             self.params, state, segment_BL if padded else None, job.settings, np.int32(job.origin), until_nfe,
-            until_block, model=self.model, shape=shape, mask_id=self.mask_id, ends=self.ends, vocab_size=self.vocab_size,
-            first=first,
+            until_block, model=self.model, shape=shape, mask_id=self.mask_id, ends=self.ends,
+            vocab_size=self.vocab_size, first=first,
           )  # fmt: skip
         host = jax.device_get(state._replace(cache=None))
         end = first + int(host.block + (host.step > 0)) * W if shape.grows else L
