@@ -115,7 +115,8 @@ def test_fine_tuning_speaks_the_bases_template(with_a_template, tiny, tmp_path):
 @pytest.mark.slow
 def test_import_and_export_from_the_command_line(with_text, tmp_path):
   workdir, target = tmp_path / "workdir", tmp_path / "target"
-  assert command("--mode=import", f"--source={with_text}", f"--workdir={workdir}") == (0, "", "")
+  done = command("--mode=import", f"--source={with_text}", f"--workdir={workdir}")
+  assert done == (0, "", f"lladax: {with_text} is read into {workdir}\n")
   llada, direct = lladax.load(workdir), lladax.load(with_text)
   assert llada.model == direct.model and llada.tokenizer.fingerprint == direct.tokenizer.fingerprint
   assert (llada.mask_id, llada.eos_id, llada.vocab_size, llada.eot_id) == (258, 257, 262, 261)
@@ -124,7 +125,8 @@ def test_import_and_export_from_the_command_line(with_text, tmp_path):
   code, stdout, stderr = command("--mode=sample", f"--workdir={workdir}", "--prompt=Hi")
   assert code == 0 and stdout, stderr
 
-  assert command("--mode=export", f"--workdir={workdir}", f"--target={target}") == (0, "", "")
+  done = command("--mode=export", f"--workdir={workdir}", f"--target={target}")
+  assert done == (0, "", f"lladax: {workdir} is written to {target}\n")
   assert tensors(target) == tensors(with_text)
   for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
     assert json.loads((target / name).read_text()) == json.loads((with_text / name).read_text())
