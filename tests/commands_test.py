@@ -79,7 +79,7 @@ RULES = [
     "CI installs, in a fresh environment",
   ),
   Rule(r"sphinx-build", "docs_test.py builds them"),
-  Rule(r"^pip install torch==\S+$", "a benchmark's own package"),
+  Rule(r"^pip install torch==\S+$|^pip install -e \S+ torch$", "a benchmark's own package"),
   Rule(r"^(gcloud|kubectl|sbatch|launch/tpu_vm\.sh)", "launch_test.py plays the cluster"),
   Rule(r"^(docker|export|scancel|tail|xpk) ", "on a cluster, beside what launch_test.py plays"),
   Rule(r"^(ruff|deno|\.ci/run)", "that is CI"),
@@ -163,6 +163,7 @@ RULES = [
   Rule(r"^python benchmarks/cpu.py$", [*CPU, "--only=lladax"]),
   Rule(r"cpu.py", [*CPU, "--only=exact|lladax$"], {"pip install torch==2.13.0 && ": ""}),
   Rule(r"torch_baseline.py", CPU[:12], needs="torch"),
+  Rule(r"benchmarks/gpu.py", "gpu_test.py runs it"),
   Rule(r"launch/local.sh", "launch_test.py trains with it"),
 ]  # fmt: skip
 
