@@ -255,7 +255,7 @@ def _cudnn_run(q_BWHK, k_BLGK, v_BLGK, segment_BL):
   """The order of the keys is nothing to a query: each row's are turned until its run is in front."""
   (B, W), L = q_BWHK.shape[:2], k_BLGK.shape[1]
   there_BL = segment_BL > 0
-  at_BL = jnp.minimum(jnp.argmax(there_BL, axis=1)[:, None] + jnp.arange(L), L - 1)
+  at_BL = jnp.minimum(jnp.argmax(there_BL, axis=1)[:, None] + jnp.arange(L)[None], L - 1)
   turn = jax.vmap(lambda x_LGK, at_L: x_LGK.at[at_L].get(mode="promise_in_bounds"))
   length = {
     "query_seq_lengths": jnp.full(B, W, jnp.int32),

@@ -140,12 +140,10 @@ def test_a_model_with_splash_is_one_with_xla(monkeypatch, segments, G, causal, c
 @pytest.mark.parametrize(
   ("segments", "G", "causal", "mesh"),
   [
-    ("none", 2, True, {"data": 2, "tensor": 2, "fsdp": 2}),
-    ("right", 1, False, {"data": 2, "tensor": 1, "context": 4}),
+    ("right", 2, False, {"data": 2, "tensor": 2, "context": 2}),
     ("right", 4, True, None),
-    ("run", 2, False, {"data": 2, "tensor": 2, "context": 2}),
-    ("any", 2, True, None),
-    ("any", 4, False, {"data": 2, "tensor": 2, "context": 2}),
+    ("run", 2, False, None),
+    ("any", 1, True, None),
   ],
 )
 def test_a_model_with_cudnn_is_one_with_xla(monkeypatch, segments, G, causal, mesh):
@@ -163,13 +161,13 @@ def test_a_model_with_cudnn_is_one_with_xla(monkeypatch, segments, G, causal, me
     weight = weight * (SEGMENTS[segments] > 0)[:, :, None]
 
   def answers(kernel):
-    hidden, shapes = hidden_of(segments, kernel, G=G, K=16, causal=causal, dtype="bfloat16", remat="attention")
+    hidden, shapes = hidden_of(segments, kernel, G=G, K=16, causal=causal, dtype="float32", remat="attention")
     params = jax.tree.map(lambda x: np.float32(0.3 * np.random.default_rng(0).standard_normal(x.shape)), shapes)
-    return jax.jit(jax.value_and_grad(lambda params: jnp.sum(weight * hidden(params).astype(jnp.float32))))(params)
+    return jax.jit(jax.value_and_grad(lambda params: jnp.sum(weight * hidden(params))))(params)
 
   expected = answers("xla")
   monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
-  monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+  monkeypatch.setattr(attention, "choose", lambda *_, **__: "cudnn")  # in float32, to be compared
   with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(**mesh))) if mesh else contextlib.nullcontext():
     found = answers("cudnn")
   lengths = ["query_seq_lengths", "key_value_seq_lengths"]
@@ -177,7 +175,7 @@ def test_a_model_with_cudnn_is_one_with_xla(monkeypatch, segments, G, causal, me
   told = sorted(told + ["is_causal"] * (causal and segments != "any"))
   assert set(handed) == {("cudnn", *told)}
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-    np.testing.assert_allclose(a, b, atol=0.03 * np.abs(b).max())
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -207,9 +205,17 @@ def lowered_gradient(monkeypatch, segments, **fields):
   return grad.trace(params).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("mesh", [None, {"data": 2, "tensor": 2, "context": 2}])
-@pytest.mark.parametrize("segments", ["none", "right", "any"])
-@pytest.mark.parametrize(("remat", "forward"), [("none", 1), ("dots", 1), ("attention", 1), ("full", 2)])
+@pytest.mark.parametrize(
+  ("remat", "forward", "segments", "mesh"),
+  [
+    ("none", 1, "right", None),
+    ("dots", 1, "right", None),
+    ("attention", 1, "right", None),
+    ("attention", 1, "any", None),
+    ("attention", 1, "right", {"data": 2, "tensor": 2, "context": 2}),
+    ("full", 2, "right", None),
+  ],
+)
 def test_the_forward_kernel_runs_again_only_where_all_is_computed_again(monkeypatch, remat, forward, segments, mesh):
   """Layers are a loop: each of its bodies, forward and backward, stands once in the text."""
   with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(**mesh))) if mesh else contextlib.nullcontext():
