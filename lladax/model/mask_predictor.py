@@ -328,7 +328,7 @@ class MaskPredictor(nnx.Module):
       visible = dataclasses.replace(visible, segment_BL=jnp.broadcast_to(visible.segment_BL, (B, visible.L)))
     kernel = attention.choose(
       c.attention, visible, K=c.K, dtype=c.compute_dtype, platform=sharding.platform(),
-      context=sharding.axis_size("context"),
+      capability=sharding.capability(), context=sharding.axis_size("context"),
     )  # fmt: skip
     reads = visible.reuse_L is not None
     write_at = None if reads else visible.start
