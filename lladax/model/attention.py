@@ -107,8 +107,8 @@ class Visible:
 
 
 def choose(
-  kernel: str, visible: Visible, *, K: int, dtype: jnp.dtype, platform: str, context: int = 1,
-  capability: tuple[int, int] | None = None,
+  kernel: str, visible: Visible, *, K: int, dtype: jnp.dtype, platform: str, capability: tuple[int, ...] | None = None,
+  context: int = 1,
 ) -> str:  # fmt: skip
   """The kernel that runs: the one asked for, or for "auto" the fastest that is exact for the input.
 
@@ -119,8 +119,8 @@ def choose(
     K: head width.
     dtype: of the queries.
     platform: "cpu", "gpu" or "tpu".
+    capability: of the GPU, (9, 0), where it is known.
     context: into how many parts the mesh slices the queries.
-    capability: of a GPU, as in (9, 0); None: not known, taken for one that can.
 
   Raises:
     Mistake: the kernel asked for cannot do it; the message says why.
@@ -134,7 +134,7 @@ def choose(
     if visible.order == "causal" and context > 1:
       return f"it cannot be causal with mesh.context={context}"
     if name == "cudnn" and capability and capability < (8, 0):
-      return f"it needs a GPU of compute capability 8.0, and this one's is {capability[0]}.{capability[1]}"
+      return f"it needs a GPU of capability 8.0, and this one has {'.'.join(map(str, capability))}"
     if name == "cudnn" and dtype not in (jnp.bfloat16, jnp.float16):
       return f"it computes in 16 bits, not in {jnp.dtype(dtype)}"
     if name == "cudnn" and (K % 8 or K > 128):

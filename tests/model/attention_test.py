@@ -76,10 +76,11 @@ def test_where_all_may_look_at_all_there_is_no_table():
   np.testing.assert_array_equal(Visible(6, 2, "causal", start=3).drawn().table_BWK, forward_LL[None, 3:5])
 
 
+RUNS = (range(256), range(99, 256), range(253, 256), range(40, 200))
 SEGMENTS = {
   "none": None,
   "right": (np.arange(256) < [[256], [100], [3], [256]]).astype(np.int32),
-  "run": np.array([[b <= i < e for i in range(256)] for b, e in ((0, 256), (99, 256), (253, 256), (40, 200))], np.int32),
+  "run": np.array([[i in run for i in range(256)] for run in RUNS], np.int32),
   "row": np.repeat([[1, 2]], 128, axis=1).astype(np.int32),
   "any": np.stack([np.sort(np.random.default_rng(i).integers(0, 3, 256)) for i in range(4)]).astype(np.int32),
 }
@@ -235,14 +236,12 @@ def test_segments_may_be_one_row_for_all(monkeypatch, kernel, platform):
 
 
 def choose(
-  kernel, platform, *, W=256, L=256, causal=False, segments="none", K=64, dtype=jnp.bfloat16, context=1, capability=None
-):
+  kernel, platform, *, W=256, L=256, causal=False, segments="none", K=64, dtype=jnp.bfloat16, **where
+):  # fmt: skip
   segment_BL = None if segments == "none" else jax.ShapeDtypeStruct((1, L), jnp.int32)
   order, padded = "causal" if causal else "full", {"right_padded": segments == "right", "contiguous": segments == "run"}
   visible = Visible(L, W, order, segment_BL, **padded)
-  return attention.choose(
-    kernel, visible, K=K, dtype=dtype, platform=platform, context=context, capability=capability
-  )
+  return attention.choose(kernel, visible, K=K, dtype=dtype, platform=platform, **where)
 
 
 @pytest.mark.parametrize(
@@ -258,8 +257,6 @@ def choose(
     ("gpu", {"segments": "right"}, "cudnn"),
     ("gpu", {"segments": "run"}, "cudnn"),
     ("gpu", {"segments": "run", "causal": True}, "xla"),  # few tokens, and their places matter
-    ("gpu", {"capability": (7, 5), "dtype": jnp.float16}, "xla"),  # a T4
-    ("gpu", {"capability": (8, 0), "dtype": jnp.float16}, "cudnn"),
     ("gpu", {"segments": "any"}, "xla"),
     ("gpu", {"segments": "any", "W": 4096, "L": 4096}, "cudnn"),
     ("gpu", {"segments": "any", "W": 4095, "L": 4095}, "xla"),
@@ -267,6 +264,9 @@ def choose(
     ("gpu", {"W": 128}, "xla"),
     ("gpu", {"dtype": jnp.float32}, "xla"),
     ("gpu", {"K": 256}, "xla"),
+    ("gpu", {"capability": (7, 5)}, "xla"),
+    ("gpu", {"capability": (8, 0), "dtype": jnp.float16}, "cudnn"),
+    ("gpu", {"capability": (10, 0)}, "cudnn"),
   ],
 )
 def test_the_fastest_exact_kernel_is_chosen(platform, changes, chosen):
@@ -280,10 +280,10 @@ def test_the_fastest_exact_kernel_is_chosen(platform, changes, chosen):
     ("splash", "cpu", {}, "it runs on a tpu, and this is a cpu"),
     ("cudnn", "tpu", {}, "it runs on a gpu, and this is a tpu"),
     ("cudnn", "gpu", {"dtype": jnp.dtype("float32")}, "it computes in 16 bits, not in float32"),
-    ("cudnn", "gpu", {"capability": (7, 5)}, "it needs a GPU of compute capability 8.0, and this one's is 7.5"),
     ("cudnn", "gpu", {"K": 200}, "model.K=200 is not a multiple of 8 up to 128"),
     ("cudnn", "gpu", {"causal": True, "context": 4}, "it cannot be causal with mesh.context=4"),
     ("cudnn", "gpu", {"segments": "any", "L": 255, "W": 255}, "there are segments, and the length 255 .* is not even"),
+    ("cudnn", "gpu", {"capability": (7, 5)}, "it needs a GPU of capability 8.0, and this one has 7.5"),
     ("splash", "tpu", {"L": 192, "W": 192}, "the length 192 on 1 devices is not a multiple of 128"),
   ],
 )
