@@ -156,6 +156,7 @@ class MaskPredictorConfig:
       blocks[name] = (w32 + self.lora_alpha / self.R * update.reshape(w32.shape)).astype(blocks[name].dtype)
     return dataclasses.replace(self, lora_rank=0), frozen | {"blocks": blocks}
 
+  @functools.cache  # noqa: B019  (configs are few, and small)
   def num_params(self, embedding: bool = True) -> int:
     """Parameter count; without `embedding`, neither the embedding nor the head."""
     shapes = jax.eval_shape(self.init, jax.random.key(0))
