@@ -360,6 +360,8 @@ def test_a_field_from_its_text(text, value):
     ("--config=configs/nowhere.py --workdir=run --config.steps=2", "--config=configs/nowhere.py: there is no such rec"),
     ("--config=quickstart --workdir=run --config.data.batch_size=12", "data.batch_size.*=12 does not divide over .* 8"),
     ("--config=quickstart --workdir=run --mode=evaluate", "--workdir=run: there is no run in it; train one first"),
+    ("--mode=import --workdir=run", "--source is missing: --mode=import needs it"),
+    ("--mode=export --workdir=run", "--target is missing: --mode=export needs it"),
     ("--config=quickstart --workdir=run --config.stpes 3", "config.stpes: there is no such field; did you mean"),
     ("--config=quickstart --config.data.batch_size=None", "flag --config.data.batch_size=None: invalid literal"),
     ("--config=base --workdir=run --config.sample.threshold=high", "config.sample.threshold=.high.: expected float"),
