@@ -219,11 +219,12 @@ def test_evaluate(workdir):
 
 
 @pytest.mark.slow
-def test_fields_without_a_config_are_those_of_the_workdir(workdir):
-  values = ("--config.evaluate.tasks=('reversal',)", "--config.evaluate.num_samples=1")
+def test_fields_without_a_config_are_those_of_the_workdir(workdir, tmp_path):
+  (tmp_path / "couplets.json").write_text(json.dumps([{"first": "red", "second": "blue"}]))
+  values = (f"--config.evaluate.tasks=('poems:{tmp_path}/couplets.json',)", "--config.evaluate.num_samples=1")
   done = run("--mode=evaluate", f"--workdir={workdir}", *values)
   assert done.returncode == 0, done.stderr
-  assert "backward, other sentence" in done.stderr
+  assert "poems" in done.stderr and "backward" in done.stderr
   lost = run("--mode=sample", f"--workdir={workdir}/nothing", "--config.sample.steps=1", "--prompt=x")
   assert lost.returncode == 1 and lost.stderr.startswith(f"lladax: --workdir={workdir}/nothing: there is no run in it")
 
