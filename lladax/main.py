@@ -51,6 +51,7 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Number of this one, from 0
 _TOPOLOGY = flags.DEFINE_string("topology", "v5p:4x4x4", "mode=plan: the TPUs to plan for.")
 _SLICES = flags.DEFINE_integer("slices", 1, "mode=plan: so many of that topology, over the data-centre network.")
 _UTILISATION = flags.DEFINE_float("utilisation", 0.4, "mode=plan: of the peak FLOP/s, for the times.")
+_EXPLAIN = flags.DEFINE_bool("explain", False, "mode=plan: estimate where the time of the step goes, too.")
 _JSON = flags.DEFINE_bool("json", False, "mode=plan: print JSON.")
 _SYSTEM = flags.DEFINE_string("system", "", "mode=chat: the system prompt.")
 
@@ -136,7 +137,9 @@ def _plan(given: ConfigDict) -> int:
   from lladax.training import plan
 
   c = config.parse(given.to_dict())
-  return plan.run(c, _TOPOLOGY.value, _SLICES.value, utilisation=_UTILISATION.value, as_json=_JSON.value)
+  return plan.run(
+    c, _TOPOLOGY.value, _SLICES.value, utilisation=_UTILISATION.value, as_json=_JSON.value, explain=_EXPLAIN.value
+  )
 
 
 def _show(given: ConfigDict) -> int:

@@ -25,7 +25,7 @@ from lladax.devices.ahead import Program, chips, compiled, devices, limit
 from lladax.inference import engine
 from lladax.mistake import Mistake
 from lladax.storage import metrics
-from lladax.training import step
+from lladax.training import roofline, step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,15 +178,21 @@ def nearest(plan: Plan) -> Iterator[tuple[str, Plan]]:
       logging.warning("--topology=%s: %s", topology, error)
 
 
-def run(config: Config, topology: str, slices: int, *, utilisation: float, as_json: bool) -> int:
+def run(config: Config, topology: str, slices: int, *, utilisation: float, as_json: bool, explain: bool = False) -> int:
   """Prints the plan, to stdout; returns 0 where it fits, 1 where it does not."""
   console = Console(stderr=True, highlight=False, soft_wrap=True)
-  devices(topology, slices)  # says what is wrong with them
+  found = devices(topology, slices)  # says what is wrong with them
   console.print(f"compiling the train step and the sampler for {slices} x {topology}: minutes for a large model")
   plan = make(config, topology, slices, utilisation=utilisation)
-  report = plan.to_dict()
+  report, explained = plan.to_dict(), None
+  if explain and plan.train.hlo:
+    device = roofline.device(found[0], len(found) // slices)
+    explained = roofline.analyse(plan.train.hlo, device, plan.flops_per_step / len(found))
+    report["roofline"] = explained.to_dict()
   if not as_json:
     show(plan)
+    if explained:
+      roofline.show(explained)
   if not plan.fits:
     for change, other in nearest(plan):
       console.print(
