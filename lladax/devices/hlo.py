@@ -96,11 +96,18 @@ class Program:
     return {name: {x.name: x for x in lines} for name, lines in self.computations.items()}
 
   def trips(self, loop: Instruction) -> int:
-    """How often a loop runs: what the compiler knows, or the largest constant of its condition; 1 if there is none."""
-    known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')
-    condition = self.computations.get(loop.attribute(r"condition=%?([\w.\-]+)"), ())
-    found = [int(x.literal) for x in condition if x.op == "constant" and re.match(r"[su]32\[\]", x.result)]
-    return int(known) if known else max(found, default=1)
+    """How often a loop runs: what the compiler knows, or what its condition and its counter say; 1 if they do not."""
+    if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
+      return int(known)
+    condition, body = (self.named.get(loop.attribute(rf"{name}=%?([\w.\-]+)"), {}) for name in ("condition", "body"))
+    limits = [int(x.literal) for x in condition.values() if x.op == "constant" and re.match(r"[su]32\[\]", x.result)]
+    # libtpu unrolls loops by two: the counter is the element of the body's result that the condition reads.
+    at = [int(x.attribute(r"index=(\d+)")) for x in condition.values() if x.op == "get-tuple-element"]
+    root = next((x for x in body.values() if x.root and x.op == "tuple"), None)
+    counter = body.get(root.operands[at[0]]) if root and len(at) == 1 else None
+    steps = [body[name] for name in counter.operands if name in body] if counter and counter.op == "add" else []
+    step = next((int(x.literal) for x in steps if x.op == "constant"), 1)
+    return -(-max(limits, default=1) // max(step, 1))
 
   def inside(self, name: str) -> Iterator[tuple[str, Instruction]]:
     """(computation, instruction) of a computation, and of all that it calls."""

@@ -8,6 +8,7 @@ reach half of the peak are all left out. So the time is a lower bound, and the u
 
 import collections
 import dataclasses
+import functools
 import math
 import re
 import sys
@@ -25,6 +26,7 @@ from lladax.storage import metrics
 
 KINDS = ("matmul", "attention", "head: matmul", "head: softmax", "element-wise", "optimizer", "copies")
 HIDDEN, EXPOSED = "collectives, hidden", "collectives, exposed"
+COPIES = "copies, hidden"
 
 
 class Device(NamedTuple):
@@ -35,6 +37,7 @@ class Device(NamedTuple):
   link: float  # bytes a second that it sends to its neighbours: NVLink, ICI
   network: float  # and to other nodes or slices
   neighbours: int  # devices of a node or slice
+  align: int = 1  # a matmul whose sizes are no multiples of it gets a slow kernel
 
 
 # Bytes a second of a device, the first key that is part of `device_kind`: of the memory, one way to its neighbours (all
@@ -62,7 +65,7 @@ def device(of_jax: jax.Device, neighbours: int) -> Device:
   peak = metrics.peak_flops(of_jax)
   speeds = next(x for kind, x in SPEEDS.items() if kind in of_jax.device_kind)
   assert peak is not None
-  return Device(peak, *speeds, neighbours)
+  return Device(peak, *speeds, neighbours, 8 if of_jax.platform == "gpu" else 1)
 
 
 # Matmuls of these types run at so many times the bfloat16 peak: float32 as TF32 (on TPUs it is cut to bfloat16).
@@ -79,6 +82,7 @@ class Kernel(NamedTuple):
   bytes: float
   seconds: float
   origin: str  # pass, operation, line of the source
+  doubt: str = ""  # why it will take longer than that
 
   @property
   def total(self) -> float:
@@ -139,13 +143,31 @@ def analyse(text: str, device: Device, model_flops: float = 0.0) -> Roofline:
     device: that it was compiled for.
     model_flops: of a run, for one device.
   """
-  walk = _Walk(hlo.parse(text), device)
-  walk.run(walk.program.entry, 1)
-  seconds = dict.fromkeys(KINDS, 0.0) | {HIDDEN: walk.hidden, EXPOSED: walk.exposed}
-  for x in walk.kernels:
+  program = hlo.parse(text)
+  found = _Walk(program, device).run(program.entry)
+  seconds = dict.fromkeys(KINDS, 0.0)
+  for x in found.kernels:
     if x.kind in seconds:
       seconds[x.kind] += x.total
-  return Roofline(tuple(walk.kernels), seconds, device, model_flops)
+  return Roofline(found.kernels, seconds | {HIDDEN: found.hidden, EXPOSED: found.exposed}, device, model_flops)
+
+
+class _Part(NamedTuple):
+  """A run of a part of a program."""
+
+  seconds: float = 0.0
+  hidden: float = 0.0  # of the seconds that its collectives take
+  exposed: float = 0.0
+  kernels: tuple[Kernel, ...] = ()
+
+  def again(self, times: int) -> "_Part":
+    """So many runs, one behind the other."""
+    kernels = tuple(x._replace(times=times * x.times) for x in self.kernels)
+    return _Part(times * self.seconds, times * self.hidden, times * self.exposed, kernels)
+
+  def then(self, other: "_Part") -> "_Part":
+    """One behind the other."""
+    return _Part(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 class _Walk:
@@ -153,42 +175,40 @@ class _Walk:
 
   def __init__(self, program: hlo.Program, device: Device):
     self.program, self.device = program, device
-    self.kernels: list[Kernel] = []
-    self.hidden = self.exposed = 0.0
 
-  def run(self, name: str, times: int) -> float:
-    """Adds what a computation does, `times` times over; returns the seconds of one run."""
+  def run(self, name: str) -> _Part:
+    """What a computation does."""
     lines, named = self.program.computations.get(name, ()), self.program.named.get(name, {})
     on_the_way = [self._on_the_way(x, named) for x in lines]
     last = {key: i for i, started in enumerate(on_the_way) for key in started}
-    now, free, ends = 0.0, {"link": 0.0, "copy": 0.0}, {}  # when the links and the copy engine are, and what is on them
+    free, ends = dict.fromkeys((HIDDEN, COPIES), 0.0), {}  # when the links are, and the copy engine; what is on them
+    part = _Part()
     for i, (x, started) in enumerate(zip(lines, on_the_way, strict=True)):
       for key, kernel in started.items():
         if key not in ends:
-          way = "link" if kernel.kind == HIDDEN else "copy"
-          ends[key] = free[way] = max(now, free[way]) + kernel.seconds
-          self.kernels.append(kernel._replace(times=times))
-          self.hidden += times * kernel.seconds if way == "link" else 0.0
-      if x.op == "while":
-        trips = self.program.trips(x)
-        now += trips * self.run(x.attribute(r"body=%?([\w.\-]+)"), times * trips)
-      elif x.op == "call":
-        now += sum(self.run(called, times) for called in x.called())
-      elif x.op == "conditional":
-        now += max((self.run(called, times) for called in x.called()), default=0.0)
-      elif x.op not in _FREE and not x.op.endswith(("-start", "-done", "-update")) and not x.collective:
-        kernel = self._kernel(x, named)._replace(times=times)
-        if kernel.seconds:
-          self.kernels.append(kernel)
-          now += kernel.seconds
+          free[kernel.kind] = ends[key] = max(part.seconds, free[kernel.kind]) + kernel.seconds
+          part = part.then(_Part(0.0, kernel.seconds if kernel.kind == HIDDEN else 0.0, 0.0, (kernel,)))
+      part = part.then(self._instruction(x, named))
       for key in [key for key in ends if last[key] == i]:
-        waited = max(0.0, ends.pop(key) - now)
-        now += waited
-        if started[key].kind == HIDDEN:
-          self.exposed, self.hidden = self.exposed + times * waited, self.hidden - times * waited
+        waited, kernel = max(0.0, ends.pop(key) - part.seconds), started[key]
+        if kernel.kind == HIDDEN:
+          part = part.then(_Part(waited, -waited, waited))
         else:
-          self.kernels.append(started[key]._replace(kind="copies", seconds=waited, times=times))
-    return now
+          part = part.then(_Part(waited, kernels=(kernel._replace(kind="copies", seconds=waited),)))
+    return part
+
+  def _instruction(self, x: Instruction, named: Mapping[str, Instruction]) -> _Part:
+    """What a line does that the next one waits for."""
+    if x.op == "while":
+      return self.run(x.attribute(r"body=%?([\w.\-]+)")).again(self.program.trips(x))
+    if x.op == "call":
+      return functools.reduce(_Part.then, map(self.run, x.called()), _Part())
+    if x.op == "conditional":  # the longest of its branches
+      return max(map(self.run, x.called()), key=lambda part: part.seconds, default=_Part())
+    if x.op in _FREE or x.op.endswith(("-start", "-done", "-update")) or x.collective:
+      return _Part()
+    kernel = self._kernel(x, named)
+    return _Part(kernel.seconds, kernels=(kernel,)) if kernel.seconds else _Part()
 
   def _on_the_way(self, x: Instruction, named: Mapping[str, Instruction]) -> dict[str, Kernel]:
     """What a line starts, carries on or ends beside the kernels: a name -> the collective, or the copy.
@@ -204,9 +224,10 @@ class _Walk:
       inside = [(where, y) for called in x.called() for where, y in self.program.inside(called) if y.collective]
       if inside:
         return {x.name: self._collective(x, inside[0][1], self.program.named[inside[0][0]])}
-      far = 2 * sum(a.bytes for a in x.results[-2:-1] if a.dtype != "u32")
+      target, source = x.results[0:2] if x.op == "copy-start" else (x.results[-2], x.results[0])
+      far = target.bytes * ((not target.near) + (not source.near))
       seconds = far / self.device.bandwidth
-      return {x.name: Kernel(x.name, "copies, hidden", 1, 0.0, far, seconds, self._origin(x))}
+      return {x.name: Kernel(x.name, COPIES, 1, 0.0, far, seconds, self._origin(x))}
     found = {}
     if x.op == "fusion":
       for called in x.called():
@@ -239,7 +260,23 @@ class _Walk:
     flops = sum(n for n, _ in dots)
     size = self._fusion_bytes(x, named) if x.op == "fusion" else _plain_bytes(x, named)
     seconds = max(sum(n / _speedup(dtype) for n, dtype in dots) / self.device.flops, size / self.device.bandwidth)
-    return Kernel(x.name, self._kind(x, bool(dots)), 1, flops, size, seconds, self._origin(x))
+    return Kernel(x.name, self._kind(x, bool(dots)), 1, flops, size, seconds, self._origin(x), self._doubt(x, named))
+
+  def _doubt(self, x: Instruction, named: Mapping[str, Instruction]) -> str:
+    """What the roofline of a kernel leaves out, where it is known to be much."""
+    inside = [(self.program.named[where], y) for called in x.called() for where, y in self.program.inside(called)]
+    if x.op in ("dot", "scatter"):
+      inside.append((named, x))
+    found = []
+    for where, y in inside:
+      if y.op == "scatter":
+        found.append("adds up one by one where indices repeat")
+      if y.op == "dot":
+        sizes = [n for name in y.operands if name in where for n in where[name].results[0].dims[-2:]]
+        found += [f"{n} is no multiple of {self.device.align}" for n in sizes if n > 1 and n % self.device.align]
+    if any(y.op == "dot" for _, y in inside) and any(y.op == "exponential" for _, y in inside):
+      found.append("exponentials in every tile of a matmul")
+    return ", ".join(dict.fromkeys(found))
 
   def _dots(self, x: Instruction, named: Mapping[str, Instruction]) -> Iterator[tuple[float, str]]:
     """(FLOPs, type of the factors) of every matmul of an instruction."""
@@ -419,6 +456,12 @@ def show(found: Roofline) -> None:
     table.add_row(f"{1e3 * x.total:,.1f}", str(x.times), f"{x.flops / 1e9:,.1f}" if x.flops else "",
                   f"{x.bytes / 2**20:,.0f}", x.kind, f"{x.origin}  ({x.name})")  # fmt: skip
   console.print(table)
+  doubts: dict[str, float] = collections.Counter()
+  for x in found.kernels:
+    doubts[x.doubt] += x.total
+  for doubt, seconds in doubts.items():
+    if doubt:
+      console.print(f"{1e3 * seconds:,.1f} ms of it will take much longer: {doubt}")
   console.print(
     f"an estimate, nothing was run: no less than {1e3 * found.total:,.1f} ms a step, at most {found.utilisation:.1%} of"
     f" the peak ({found.device.flops / 1e12:,.0f} TFLOP/s) for the model's FLOPs"
