@@ -22,6 +22,7 @@ from rich.table import Table
 
 from lladax.devices import hlo
 from lladax.devices.hlo import Instruction
+from lladax.drawing import pages
 from lladax.storage import metrics
 
 KINDS = ("matmul", "attention", "head: matmul", "head: softmax", "element-wise", "optimizer", "copies")
@@ -109,14 +110,17 @@ class Roofline:
     """At most so much of the peak is spent on the model's FLOPs."""
     return self.model_flops / (self.device.flops * self.total) if self.total else 0.0
 
-  def to_dict(self, largest: int = 10) -> dict[str, Any]:
+  def to_dict(self) -> dict[str, Any]:
     """Plain values, for JSON."""
-    rows = sorted(self.kernels, key=lambda x: -x.total)[:largest]
     return {
       "estimated_seconds": self.total, "utilisation_at_most": self.utilisation, "seconds": self.seconds,
       "exposed": self.seconds[EXPOSED] / self.total if self.total else 0.0, "flops": self.flops, "bytes": self.bytes,
-      "largest": [x._asdict() | {"total": x.total} for x in rows],
+      "largest": [x._asdict() | {"total": x.total} for x in self.largest()],
     }  # fmt: skip
+
+  def largest(self, count: int = 10) -> list[Kernel]:
+    """The kernels that take longest, of those that the others wait for."""
+    return sorted((x for x in self.kernels if x.kind in KINDS), key=lambda x: -x.total)[:count]
 
   @property
   def flops(self) -> dict[str, float]:
@@ -441,6 +445,49 @@ def _plain_bytes(x: Instruction, named: Mapping[str, Instruction]) -> float:
   return results + sum(a.bytes for y in given for a in y.results if not a.near)
 
 
+_COLOURS = {
+  "matmul": "#3a65d6", "attention": "#8755d6", "head: matmul": "#c149ac", "head: softmax": "#e04f65",
+  "element-wise": "#dd6e36", "optimizer": "#cd851a", "copies": "#8d9099", EXPOSED: "#0b7a3e", HIDDEN: "#7fc79d",
+}  # fmt: skip
+_HEADER = ("ms", "runs", "GFLOPs a run", "MiB a run", "kind", "where it comes from")
+
+
+def picture(rows: Mapping[str, Roofline]) -> str:
+  """Bars of the time by kind, one for each title, as SVG; the mark is where the model's FLOPs alone would end."""
+  return pages.fill("roofline.svg", **_drawn(rows))
+
+
+def _drawn(rows: Mapping[str, Roofline]) -> dict[str, Any]:
+  longest, bars = max(x.total for x in rows.values()), []
+  for title, x in rows.items():
+    parts, left = [], 0.0
+    for kind, seconds in x.seconds.items():
+      if kind != HIDDEN and seconds:
+        width = round(700 * seconds / longest, 1)
+        parts.append({"kind": kind, "x": round(left, 1), "width": width, "time": clock(seconds)})
+        left += width
+    bars.append({
+      "title": title, "parts": parts, "hidden": round(700 * x.seconds[HIDDEN] / longest, 1),
+      "words": f"at least {clock(x.total)}, at most {x.utilisation:.1%} of the peak",
+      "peak": round(700 * x.utilisation * x.total / longest, 1),
+    })  # fmt: skip
+  used = {part["kind"] for bar in bars for part in bar["parts"]} | {HIDDEN for bar in bars if bar["hidden"]}
+  return {"bars": bars, "colours": {kind: colour for kind, colour in _COLOURS.items() if kind in used}}
+
+
+def clock(seconds: float) -> str:
+  """0.5623 -> "562 ms"; 50.854 -> "50.9 s"."""
+  return f"{1e3 * seconds:,.0f} ms" if seconds < 2 else f"{seconds:,.1f} s"
+
+
+def page(found: Roofline, title: str) -> str:
+  """Picture, largest kernels and doubts as a page; the title says what was compiled."""
+  return pages.fill(
+    "roofline.html", title=title, words=_words(found), header=_HEADER, **_drawn({"": found}),
+    rows=_largest(found), doubts=_doubts(found),
+  )  # fmt: skip
+
+
 def show(found: Roofline) -> None:
   """Tables on stdout: the time by kind, and the ten longest kernels."""
   console = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
@@ -451,18 +498,31 @@ def show(found: Roofline) -> None:
     table.add_row(kind, f"{1e3 * seconds:,.1f}", share, *(f"{x.get(kind, 0) / n:,.1f}" if x.get(kind) else ""
                   for x, n in ((flops, 1e12), (size, 2**30))))  # fmt: skip
   console.print(table)
-  table = Table("ms", "runs", "GFLOPs a run", "MiB a run", "kind", "where it comes from", title="the longest kernels")
-  for x in sorted(found.kernels, key=lambda x: -x.total)[:10]:
-    table.add_row(f"{1e3 * x.total:,.1f}", str(x.times), f"{x.flops / 1e9:,.1f}" if x.flops else "",
-                  f"{x.bytes / 2**20:,.0f}", x.kind, f"{x.origin}  ({x.name})")  # fmt: skip
+  table = Table(*_HEADER, title="the longest kernels")
+  for row in _largest(found):
+    table.add_row(*row)
   console.print(table)
+  for line in (*_doubts(found), _words(found)):
+    console.print(line, markup=False)
+
+
+def _largest(found: Roofline) -> list[tuple[str, ...]]:
+  return [
+    (f"{1e3 * x.total:,.1f}", f"{x.times:,}", f"{x.flops / 1e9:,.1f}", f"{x.bytes / 2**20:,.0f}", x.kind,
+     f"{x.origin} ({x.name})")
+    for x in found.largest()
+  ]  # fmt: skip
+
+
+def _doubts(found: Roofline) -> list[str]:
   doubts: dict[str, float] = collections.Counter()
   for x in found.kernels:
     doubts[x.doubt] += x.total
-  for doubt, seconds in doubts.items():
-    if doubt:
-      console.print(f"{1e3 * seconds:,.1f} ms of it will take much longer: {doubt}")
-  console.print(
-    f"an estimate, nothing was run: no less than {1e3 * found.total:,.1f} ms a step, at most {found.utilisation:.1%} of"
-    f" the peak ({found.device.flops / 1e12:,.0f} TFLOP/s) for the model's FLOPs"
+  return [f"{clock(seconds)} of it will take longer: {doubt}" for doubt, seconds in doubts.items() if doubt]
+
+
+def _words(found: Roofline) -> str:
+  return (
+    f"an estimate, nothing was run: no less than {clock(found.total)} a step, at most {found.utilisation:.1%} of the"
+    f" peak ({found.device.flops / 1e12:,.0f} TFLOP/s) for the model's FLOPs"
   )
