@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 import math
 import os
@@ -13,54 +12,18 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from shutil import which
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
+from lladax.devices import sharding
+from lladax.devices.gpus import GPUS, named
+from lladax.devices.hlo import collectives, parse
 from lladax.mistake import Mistake
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-
-
-class Gpu(NamedTuple):
-  """What XLA's compiler asks of a GPU."""
-
-  name: str  # as it calls itself, `device_kind`
-  capability: str
-  cores: int  # streaming multiprocessors
-  units: int  # for float32, of each
-  threads: int  # resident in each at once
-  ghz: float
-  bandwidth: int  # bytes a second
-  memory: int  # bytes that a program sees
-  cache: int  # bytes, of the second level
-  shared: int  # bytes of shared memory of a multiprocessor
-  block: int  # bytes of it that one block may ask for
-
-
-# A100 to B200: the target configurations in XLA's sources (xla/backends/gpu/target_config/specs, openxla/xla at
-# 4336d12; B200 at 300ec95). The others: NVIDIA's data sheets and tuning guides (capability 7.5, 8.9), and what
-# deviceQuery, PyTorch or nvbench print of such a card: T4 of Colab; L4, bottlerocket-kernel-kit#139; RTX 4090,
-# NVIDIA/nvbench#207.
-GPUS = {
-  "t4": Gpu("Tesla T4", "7.5", 40, 64, 1024, 1.59, 320_064_000_000, 15_828_320_256, 4_194_304, 65_536, 65_536),
-  "l4": Gpu("NVIDIA L4", "8.9", 58, 128, 1536, 2.04, 300_048_000_000, 23_583_784_960, 50_331_648, 102_400, 101_376),
-  "rtx4090": Gpu("NVIDIA GeForce RTX 4090", "8.9", 128, 128, 1536, 2.52, 1_008_096_000_000, 25_756_172_288, 75_497_472,
-                 102_400, 101_376),
-  "a100-40": Gpu("NVIDIA A100-SXM4-40GB", "8.0", 108, 64, 2048, 1.41, 1_555_200_000_000, 42_331_013_120, 41_943_040,
-                 167_936, 166_912),
-  "a100": Gpu("NVIDIA A100-SXM4-80GB", "8.0", 108, 64, 2048, 1.41, 2_039_040_000_000, 85_100_068_864, 41_943_040,
-              167_936, 166_912),
-  "h100": Gpu("NVIDIA H100 80GB HBM3", "9.0", 132, 128, 2048, 1.98, 3_352_320_000_000, 84_942_979_072, 52_428_800,
-              233_472, 232_448),
-  "h200": Gpu("NVIDIA H200", "9.0", 132, 128, 2048, 1.98, 4_800_000_000_000, 151_397_597_184, 52_428_800, 233_472,
-              232_448),
-  "b200": Gpu("NVIDIA B200", "10.0", 148, 128, 2048, 1.965, 7_672_320_000_000, 191_514_411_008, 132_644_864, 233_472,
-              232_448),
-}  # fmt: skip
 _CUDNN = (9, 14, 0)  # the version that programs are compiled for
 
 
@@ -80,11 +43,6 @@ class Program:
   def total(self) -> int:
     """The larger of arguments and temporaries (what is donated is counted once), and of libtpu's own sum."""
     return max(self.arguments + self.temporaries, self.reported)
-
-
-def gpu(device: jax.Device) -> Gpu | None:
-  """The facts of a GPU; None of one that is not known, and of other devices."""
-  return next((x for x in GPUS.values() if x.name == device.device_kind), None)
 
 
 def devices(topology: str, slices: int = 1) -> list[jax.Device]:
@@ -182,7 +140,7 @@ def limit(device: jax.Device, count: int = 1) -> int:
   Of a GPU: `fraction` of its memory less the reserve. Of a TPU: the compiler says so when it is asked for far too much.
   """
   if device.platform == "gpu":
-    facts = gpu(device)
+    facts = named(device.device_kind)
     assert facts
     return int(facts.memory * fraction()) - RESERVE - (NCCL_RESERVE if count > 1 else 0)
   huge = jax.ShapeDtypeStruct((2**42,), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
@@ -221,7 +179,7 @@ def _compiled_for_tpus(lower: Callable[[], Any], device: jax.Device) -> Program:
   reported = re.search(r"color=0\)\s*Total bytes: (\d+)", report)
   return Program(
     time.monotonic() - began, memory.argument_size_in_bytes, memory.temp_size_in_bytes,
-    int(reported[1]) if reported else 0, collectives(hlo), hlo=hlo,
+    int(reported[1]) if reported else 0, collectives(parse(hlo)), hlo=hlo,
   )  # fmt: skip
 
 
@@ -234,7 +192,7 @@ def _compiled_for_gpus(lower: Callable[[], Any], device: jax.Device) -> Program:
   new = memory.output_size_in_bytes - memory.alias_size_in_bytes  # results that take no argument's place
   return Program(
     time.monotonic() - began, memory.argument_size_in_bytes, memory.temp_size_in_bytes + new,
-    collectives=collectives(hlo), hlo=hlo,
+    collectives=collectives(parse(hlo)), hlo=hlo,
   )  # fmt: skip
 
 
@@ -246,13 +204,12 @@ def _cudnn_of(device: jax.Device) -> Iterator[None]:
   """
   from jax._src.cudnn import fused_attention_stablehlo as attention
 
-  facts = gpu(device)
-  assert facts
-  here = _version(facts.capability)
+  here = sharding.capability(device)
+  assert here
   answers = {
     "check_cudnn_version": lambda: 10_000 * _CUDNN[0] + 100 * _CUDNN[1] + _CUDNN[2],
-    "check_compute_capability": lambda least: here >= _version(least),
-    "is_cuda_compute_capability_equal": lambda other: here == _version(other),
+    "check_compute_capability": lambda least: here >= sharding.version(least),
+    "is_cuda_compute_capability_equal": lambda other: here == sharding.version(other),
   }
   before = {name: getattr(attention, name) for name in answers}
   try:
@@ -262,10 +219,6 @@ def _cudnn_of(device: jax.Device) -> Iterator[None]:
   finally:
     for name, answer in before.items():
       setattr(attention, name, answer)
-
-
-def _version(capability: str) -> tuple[int, ...]:
-  return tuple(map(int, capability.split(".")))
 
 
 @contextlib.contextmanager
@@ -279,67 +232,3 @@ def _uncached() -> Iterator[None]:
   finally:
     jax.config.update("jax_enable_compilation_cache", before)
     compilation_cache.reset_cache()
-
-
-def collectives(hlo: str) -> dict[str, tuple[int, int]]:
-  """How often a device takes part in each kind of collective, and the bytes of the whole arrays; loops are multiplied.
-
-  A loop's count is the compiler's, or else the constant that its condition compares with; one without is counted once.
-  """
-  computations: dict[str, list[str]] = {}
-  entry, lines = "", []
-  for line in hlo.splitlines():
-    if header := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
-      lines = computations.setdefault(header[2], [])
-      entry = header[2] if header[1] else entry
-    else:
-      lines.append(line)
-
-  def trips(condition: str, line: str) -> int:
-    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
-      return int(known[1])
-    found = [
-      int(n) for line in computations.get(condition, []) for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)
-    ]
-    return max(found, default=1)
-
-  @functools.cache
-  def count(name: str) -> dict[tuple[str, str], tuple[int, int]]:
-    """(kind, channel) -> (how many, bytes); the fusions that start, carry and end one collective share its channel."""
-    total: dict[tuple[str, str], tuple[int, int]] = {}
-    for line in computations.get(name, []):
-      for kind in COLLECTIVES:
-        if found := re.search(rf"= (.*?) {kind}(-start)?\((.*?)\)", line):
-          results, started, operands = found.groups()
-          sizes, n = _bytes(results), max(operands.count("%"), 1)
-          if kind == "reduce-scatter" and not started:  # what goes in is the whole array
-            given = re.findall(r"%([\w.\-]+)", operands)
-            sizes = [size for x in computations[name] if x.split(" = ")[0].split("%")[-1] in given
-                     for size in _bytes(x.split(" = ")[1].partition("(%")[0])] or sizes  # fmt: skip
-          elif started and kind != "all-reduce":  # a start lists its operands before its results
-            sizes = max(sizes[:n], sizes[n : 2 * n], key=sum)
-          # libtpu writes a reduce-scatter as a fusion of this name around an all-reduce.
-          kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
-          channel = re.search(r"channel_id=(\d+)", line)
-          total[kind, channel[1] if channel else line] = (1, sum(sizes))
-      loop = re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
-      inside = [(loop[2], trips(loop[1], line))] if loop else []
-      inside += [(called, 1) for called in re.findall(r"(?:calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", line)]
-      for called, times in inside:
-        total |= {key: (times * n, times * size) for key, (n, size) in count(called).items()}
-    return total
-
-  result: dict[str, tuple[int, int]] = {}
-  for (kind, _), (n, size) in count(entry).items() if entry else ():
-    before = result.get(kind, (0, 0))
-    result[kind] = (before[0] + n, before[1] + size)
-  return result
-
-
-def _bytes(shapes: str) -> list[int]:
-  """Of each of "(bf16[8,128]{1,0}, ...)"."""
-  width = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "f32": 4, "s32": 4, "u32": 4}
-  return [
-    width.get(kind, 8) * math.prod(map(int, filter(None, dims.split(","))))
-    for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-  ]

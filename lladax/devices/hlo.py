@@ -228,3 +228,27 @@ def whole(x: Instruction, computation: Mapping[str, Instruction]) -> int:
   if x.collective == "reduce-scatter":
     return sum(computation[name].bytes for name in x.operands if name in computation) or sum(sizes)
   return sum(sizes)
+
+
+def collectives(program: Program) -> dict[str, tuple[int, int]]:
+  """How often a device takes part in each kind of collective, loops multiplied, and the bytes of the whole arrays."""
+
+  @functools.cache
+  def count(name: str) -> dict[tuple[str, str], tuple[int, int]]:
+    """(kind, channel) -> (how many, bytes); the fusions that start, carry and end one collective share its channel."""
+    total: dict[tuple[str, str], tuple[int, int]] = {}
+    for x in program.computations.get(name, ()):
+      if x.collective:
+        # libtpu writes a reduce-scatter as a fusion of this name around an all-reduce.
+        kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else x.collective
+        total[kind, x.attribute(r"channel_id=(\d+)") or x.name] = (1, whole(x, program.named[name]))
+      times = program.trips(x) if x.op == "while" else 1
+      for called in x.called():
+        total |= {key: (times * n, times * size) for key, (n, size) in count(called).items()}
+    return total
+
+  result: dict[str, tuple[int, int]] = {}
+  for (kind, _), (n, size) in count(program.entry).items():
+    before = result.get(kind, (0, 0))
+    result[kind] = (before[0] + n, before[1] + size)
+  return result
