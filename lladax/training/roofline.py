@@ -11,23 +11,18 @@ import dataclasses
 import functools
 import math
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
-from lladax.devices import hlo
+from lladax.devices import gpus, hlo
 from lladax.devices.hlo import Instruction
-from lladax.drawing import pages
 from lladax.storage import metrics
 
 KINDS = ("matmul", "attention", "head: matmul", "head: softmax", "element-wise", "optimizer", "copies")
 HIDDEN, EXPOSED = "collectives, hidden", "collectives, exposed"
-COPIES = "copies, hidden"
 
 
 class Device(NamedTuple):
@@ -41,32 +36,24 @@ class Device(NamedTuple):
   align: int = 1  # a matmul whose sizes are no multiples of it gets a slow kernel
 
 
-# Bytes a second of a device, the first key that is part of `device_kind`: of the memory, one way to its neighbours (all
-# of NVLink's, ICI's or PCIe's lanes), and one way to another node. From the makers' data sheets; the network is what
-# machines are sold with: 200 Gbit/s a GPU with A100, 400 with H100 and newer, and 200 a host of TPUs.
-SPEEDS = {
-  "TPU v4": (1228e9, 300e9, 6e9),
-  "TPU v5 lite": (819e9, 200e9, 6e9),
-  "TPU v5": (2765e9, 600e9, 6e9),
-  "TPU v6 lite": (1640e9, 400e9, 6e9),
-  "TPU7x": (3690e9, 300e9, 6e9),
-  "T4": (320e9, 16e9, 6e9),
-  "L4": (300e9, 32e9, 6e9),
-  "4090": (1008e9, 32e9, 6e9),
-  "A100-SXM4-40GB": (1555e9, 300e9, 25e9),
-  "A100": (2039e9, 300e9, 25e9),
-  "H100": (3352e9, 450e9, 50e9),
-  "H200": (4800e9, 450e9, 50e9),
-  "B200": (7672e9, 900e9, 50e9),
-}
+# Bytes a second of a device, the first key that is part of `device_kind`: one way to its neighbours, over all lanes of
+# NVLink, ICI or PCIe, and one way to another node. From the makers' data sheets; the network is what machines are sold
+# with: 200 Gbit/s a GPU with A100, 400 with H100 and newer, 200 a host of four TPUs. And the memory of TPUs.
+LINKS = {
+  "TPU v4": (300e9, 6e9), "TPU v5 lite": (200e9, 6e9), "TPU v5": (600e9, 6e9), "TPU v6 lite": (400e9, 6e9),
+  "TPU7x": (300e9, 6e9), "T4": (16e9, 6e9), "L4": (32e9, 6e9), "4090": (32e9, 6e9), "A100": (300e9, 25e9),
+  "H100": (450e9, 50e9), "H200": (450e9, 50e9), "B200": (900e9, 50e9),
+}  # fmt: skip
+MEMORY = {"TPU v4": 1228e9, "TPU v5 lite": 819e9, "TPU v5": 2765e9, "TPU v6 lite": 1640e9, "TPU7x": 3690e9}
 
 
 def device(of_jax: jax.Device, neighbours: int) -> Device:
   """What a device of JAX can do, `neighbours` of which (itself among them) are a node or slice."""
-  peak = metrics.peak_flops(of_jax)
-  speeds = next(x for kind, x in SPEEDS.items() if kind in of_jax.device_kind)
+  kind, peak, gpu = of_jax.device_kind, metrics.peak_flops(of_jax), gpus.named(of_jax.device_kind)
   assert peak is not None
-  return Device(peak, *speeds, neighbours, 8 if of_jax.platform == "gpu" else 1)
+  bandwidth = gpu.bandwidth if gpu else next(x for name, x in MEMORY.items() if name in kind)
+  link, network = next(x for name, x in LINKS.items() if name in kind)
+  return Device(peak, bandwidth, link, network, neighbours, 8 if gpu else 1)
 
 
 # Matmuls of these types run at so many times the bfloat16 peak: float32 as TF32 (on TPUs it is cut to bfloat16).
@@ -133,7 +120,7 @@ class Roofline:
     return self._sum(lambda x: x.times * x.bytes)
 
   def _sum(self, value) -> dict[str, float]:
-    found: dict[str, float] = collections.Counter()
+    found = collections.defaultdict[str, float](float)
     for x in self.kernels:
       found[x.kind] += value(x)
     return dict(found)
@@ -171,7 +158,8 @@ class _Part(NamedTuple):
 
   def then(self, other: "_Part") -> "_Part":
     """One behind the other."""
-    return _Part(*(a + b for a, b in zip(self, other, strict=True)))
+    kernels = self.kernels + other.kernels
+    return _Part(self.seconds + other.seconds, self.hidden + other.hidden, self.exposed + other.exposed, kernels)
 
 
 class _Walk:
@@ -185,20 +173,19 @@ class _Walk:
     lines, named = self.program.computations.get(name, ()), self.program.named.get(name, {})
     on_the_way = [self._on_the_way(x, named) for x in lines]
     last = {key: i for i, started in enumerate(on_the_way) for key in started}
-    free, ends = dict.fromkeys((HIDDEN, COPIES), 0.0), {}  # when the links are, and the copy engine; what is on them
+    free, ends = {HIDDEN: 0.0, "copies": 0.0}, {}  # when the links are, and the copy engine; what is on them
     part = _Part()
     for i, (x, started) in enumerate(zip(lines, on_the_way, strict=True)):
       for key, kernel in started.items():
         if key not in ends:
           free[kernel.kind] = ends[key] = max(part.seconds, free[kernel.kind]) + kernel.seconds
-          part = part.then(_Part(0.0, kernel.seconds if kernel.kind == HIDDEN else 0.0, 0.0, (kernel,)))
       part = part.then(self._instruction(x, named))
       for key in [key for key in ends if last[key] == i]:
         waited, kernel = max(0.0, ends.pop(key) - part.seconds), started[key]
         if kernel.kind == HIDDEN:
-          part = part.then(_Part(waited, -waited, waited))
+          part = part.then(_Part(waited, kernel.seconds - waited, waited, (kernel,)))
         else:
-          part = part.then(_Part(waited, kernels=(kernel._replace(kind="copies", seconds=waited),)))
+          part = part.then(_Part(waited, kernels=(kernel._replace(seconds=waited),)))
     return part
 
   def _instruction(self, x: Instruction, named: Mapping[str, Instruction]) -> _Part:
@@ -231,7 +218,7 @@ class _Walk:
       target, source = x.results[0:2] if x.op == "copy-start" else (x.results[-2], x.results[0])
       far = target.bytes * ((not target.near) + (not source.near))
       seconds = far / self.device.bandwidth
-      return {x.name: Kernel(x.name, COPIES, 1, 0.0, far, seconds, self._origin(x))}
+      return {x.name: Kernel(x.name, "copies", 1, 0.0, far, seconds, self._origin(x))}
     found = {}
     if x.op == "fusion":
       for called in x.called():
@@ -268,16 +255,15 @@ class _Walk:
 
   def _doubt(self, x: Instruction, named: Mapping[str, Instruction]) -> str:
     """What the roofline of a kernel leaves out, where it is known to be much."""
-    inside = [(self.program.named[where], y) for called in x.called() for where, y in self.program.inside(called)]
-    if x.op in ("dot", "scatter"):
-      inside.append((named, x))
+    inside: list[tuple[Mapping[str, Instruction], Instruction]] = [(named, x)]
+    inside += [(self.program.named[where], y) for called in x.called() for where, y in self.program.inside(called)]
     found = []
     for where, y in inside:
       if y.op == "scatter":
         found.append("adds up one by one where indices repeat")
       if y.op == "dot":
-        sizes = [n for name in y.operands if name in where for n in where[name].results[0].dims[-2:]]
-        found += [f"{n} is no multiple of {self.device.align}" for n in sizes if n > 1 and n % self.device.align]
+        widths = [z.results[0].dims[-1] for z in (y, *(where[name] for name in y.operands if name in where))]
+        found += [f"{n} is no multiple of {self.device.align}" for n in widths if n > 1 and n % self.device.align]
     if any(y.op == "dot" for _, y in inside) and any(y.op == "exponential" for _, y in inside):
       found.append("exponentials in every tile of a matmul")
     return ", ".join(dict.fromkeys(found))
@@ -443,86 +429,3 @@ def _plain_bytes(x: Instruction, named: Mapping[str, Instruction]) -> float:
   if x.op in ("dynamic-update-slice", "scatter"):
     return 2.0 * given[1 if x.op == "dynamic-update-slice" else -1].bytes
   return results + sum(a.bytes for y in given for a in y.results if not a.near)
-
-
-_COLOURS = {
-  "matmul": "#3a65d6", "attention": "#8755d6", "head: matmul": "#c149ac", "head: softmax": "#e04f65",
-  "element-wise": "#dd6e36", "optimizer": "#cd851a", "copies": "#8d9099", EXPOSED: "#0b7a3e", HIDDEN: "#7fc79d",
-}  # fmt: skip
-_HEADER = ("ms", "runs", "GFLOPs a run", "MiB a run", "kind", "where it comes from")
-
-
-def picture(rows: Mapping[str, Roofline]) -> str:
-  """Bars of the time by kind, one for each title, as SVG; the mark is where the model's FLOPs alone would end."""
-  return pages.fill("roofline.svg", **_drawn(rows))
-
-
-def _drawn(rows: Mapping[str, Roofline]) -> dict[str, Any]:
-  longest, bars = max(x.total for x in rows.values()), []
-  for title, x in rows.items():
-    parts, left = [], 0.0
-    for kind, seconds in x.seconds.items():
-      if kind != HIDDEN and seconds:
-        width = round(700 * seconds / longest, 1)
-        parts.append({"kind": kind, "x": round(left, 1), "width": width, "time": clock(seconds)})
-        left += width
-    bars.append({
-      "title": title, "parts": parts, "hidden": round(700 * x.seconds[HIDDEN] / longest, 1),
-      "words": f"at least {clock(x.total)}, at most {x.utilisation:.1%} of the peak",
-      "peak": round(700 * x.utilisation * x.total / longest, 1),
-    })  # fmt: skip
-  used = {part["kind"] for bar in bars for part in bar["parts"]} | {HIDDEN for bar in bars if bar["hidden"]}
-  return {"bars": bars, "colours": {kind: colour for kind, colour in _COLOURS.items() if kind in used}}
-
-
-def clock(seconds: float) -> str:
-  """0.5623 -> "562 ms"; 50.854 -> "50.9 s"."""
-  return f"{1e3 * seconds:,.0f} ms" if seconds < 2 else f"{seconds:,.1f} s"
-
-
-def page(found: Roofline, title: str) -> str:
-  """Picture, largest kernels and doubts as a page; the title says what was compiled."""
-  return pages.fill(
-    "roofline.html", title=title, words=_words(found), header=_HEADER, **_drawn({"": found}),
-    rows=_largest(found), doubts=_doubts(found),
-  )  # fmt: skip
-
-
-def show(found: Roofline) -> None:
-  """Tables on stdout: the time by kind, and the ten longest kernels."""
-  console = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
-  flops, size = found.flops, found.bytes
-  table = Table("kind of kernel", "ms", "of the step", "TFLOPs", "GiB", title="roofline of the train step, an estimate")
-  for kind, seconds in found.seconds.items():
-    share = "beside the others" if kind == HIDDEN else f"{seconds / found.total:.1%}"
-    table.add_row(kind, f"{1e3 * seconds:,.1f}", share, *(f"{x.get(kind, 0) / n:,.1f}" if x.get(kind) else ""
-                  for x, n in ((flops, 1e12), (size, 2**30))))  # fmt: skip
-  console.print(table)
-  table = Table(*_HEADER, title="the longest kernels")
-  for row in _largest(found):
-    table.add_row(*row)
-  console.print(table)
-  for line in (*_doubts(found), _words(found)):
-    console.print(line, markup=False)
-
-
-def _largest(found: Roofline) -> list[tuple[str, ...]]:
-  return [
-    (f"{1e3 * x.total:,.1f}", f"{x.times:,}", f"{x.flops / 1e9:,.1f}", f"{x.bytes / 2**20:,.0f}", x.kind,
-     f"{x.origin} ({x.name})")
-    for x in found.largest()
-  ]  # fmt: skip
-
-
-def _doubts(found: Roofline) -> list[str]:
-  doubts: dict[str, float] = collections.Counter()
-  for x in found.kernels:
-    doubts[x.doubt] += x.total
-  return [f"{clock(seconds)} of it will take longer: {doubt}" for doubt, seconds in doubts.items() if doubt]
-
-
-def _words(found: Roofline) -> str:
-  return (
-    f"an estimate, nothing was run: no less than {clock(found.total)} a step, at most {found.utilisation:.1%} of the"
-    f" peak ({found.device.flops / 1e12:,.0f} TFLOP/s) for the model's FLOPs"
-  )

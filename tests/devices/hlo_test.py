@@ -70,7 +70,7 @@ StackFrames
 
 ENTRY %main (p: f32[8]) -> (f32[8], bf16[2,3]) {
   %p.0 = f32[8]{0} parameter(0)
-  %kernel = (s8[16]{0}, /*index=1*/bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, u32[]{:S(2)}) custom-call(%p.0, %p.0), custom_call_target="x", words="{
+  %kernel = (s8[16]{0}, /*index=1*/bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, u32[]{:S(2)}) custom-call(%p.0, %p.0), words="{
 "more":"%not.an.operand"}", metadata={op_name="jit(f)/dot" stack_frame_id=2}
   ROOT %t = (f32[8]{0}, bf16[2,3]{1,0}) tuple(%p.0, %q)
 }

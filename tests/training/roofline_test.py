@@ -1,10 +1,13 @@
 """The roofline: programs written by hand, whose times are known, and a real one, whose matmuls are counted."""
 
+import dataclasses
+from xml.etree import ElementTree
+
 import jax
 import pytest
 
 from lladax.devices import sharding
-from lladax.training import plan, roofline, step
+from lladax.training import explanation, plan, roofline, step
 from lladax.training.roofline import EXPOSED, HIDDEN, Device
 
 # A matmul of 2^30 FLOPs takes 1 s, a MiB of memory 1 s, a MiB to a neighbour 1 s, to another node 8 s.
@@ -180,3 +183,25 @@ def test_the_matmuls_of_the_real_step_are_those_of_the_formula(tiny):
   assert found.seconds["optimizer"] > 0 and found.seconds[EXPOSED] == 0
   origins = " ".join(x.origin for x in found.kernels)
   assert "backward" in origins and "mask_predictor.py" in origins
+
+
+def test_a_picture_of_two():
+  kernel = roofline.Kernel("x", "matmul", 2, 1.0, 1.0, 1.0, "")
+  times = {"matmul": 2.0, HIDDEN: 0.5, EXPOSED: 0.25}
+  one = roofline.Roofline((kernel,), times, DEVICE, 2.0**30)
+  half = dataclasses.replace(one, seconds=times | {"matmul": 1.0, EXPOSED: 0.0})
+  assert (one.total, one.utilisation, half.utilisation) == (2.25, pytest.approx(1 / 2.25), 1.0)
+  root = ElementTree.fromstring(explanation.picture({"before <b>": one, "after": half}))
+  bars = [[float(x.get("width", 0)) for x in g.findall("{*}rect")] for g in root.findall("{*}g")]
+  assert bars == [[622.2, 77.8, 155.6], [311.1, 155.6]]  # parts of 700, and the hidden ones below
+  words = [x.text for x in root.iter("{http://www.w3.org/2000/svg}text")]
+  assert {"before <b>", "after", "matmul", EXPOSED, HIDDEN, "2.0 s"} <= set(words) and "optimizer" not in words
+
+
+def test_tables_of_a_roofline(capsys):
+  kernel = roofline.Kernel("fusion.1", "matmul", 2, 3e9, 2.0**21, 1.0, "forward dot model.py:1 run", "5634 is odd")
+  explanation.show(roofline.Roofline((kernel,), {"matmul": 2.0, HIDDEN: 0.5, EXPOSED: 0.5}, DEVICE, 2.0**30))
+  text = " ".join(capsys.readouterr().out.split())
+  for words in ("matmul │ 2,000.0 │ 80.0%", "collectives, exposed │ 500.0 │ 20.0%", "3.0 │ 2 │ matmul │ forward dot",
+                "2.0 s of it will take longer: 5634 is odd", "no less than 2.5 s a step, at most 40.0%"):  # fmt: skip
+    assert words in text
