@@ -70,19 +70,17 @@ CONTENDERS: list[tuple[str, str, str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-def timed(call: Callable[[], Any], repeats: int, warmup: int = 2) -> tuple[float, float, Any]:
-  """(seconds of the first call, median of the others, what the last one returned)."""
+def once(call: Callable[[], Any]) -> tuple[float, Any]:
+  """(seconds, result)."""
   began = time.perf_counter()
   result = call()
-  first = time.perf_counter() - began
-  for _ in range(warmup - 1):
-    call()
-  seconds = []
-  for _ in range(repeats):
-    began = time.perf_counter()
-    result = call()
-    seconds.append(time.perf_counter() - began)
-  return first, statistics.median(seconds), result
+  return time.perf_counter() - began, result
+
+
+def median(call: Callable[[], Any], repeats: int) -> tuple[float, Any]:
+  """(median of the seconds, the last result)."""
+  seconds, results = zip(*(once(call) for _ in range(repeats)), strict=True)
+  return statistics.median(seconds), results[-1]
 
 
 def _training(a: dict[str, Any]) -> tuple[Any, Callable[[], float], Any]:
@@ -129,10 +127,9 @@ def lladax_train(a: dict[str, Any]) -> dict[str, Any]:
   from lladax.storage import metrics
   from lladax.training import step
 
-  began = time.perf_counter()
-  c, call, program = _training(a)
-  built = time.perf_counter() - began
-  _, seconds, loss = timed(call, a["steps"])
+  built, (c, call, program) = once(lambda: _training(a))
+  median(call, 2)
+  seconds, loss = median(call, a["steps"])
   memory, tokens = program.memory_analysis(), a["B"] * a["L"]
   peak = metrics.peak_flops(jax.devices()[0])
   return {
@@ -143,29 +140,29 @@ def lladax_train(a: dict[str, Any]) -> dict[str, Any]:
 
 
 def kernels(a: dict[str, Any]) -> dict[str, Any]:
-  """Milliseconds of a step by kernel, as the device's own timeline has them."""
+  """How often a step runs each kernel, and its milliseconds in all, as the device's own timeline has them."""
   import tempfile
 
   import jax
 
   _, call, _ = _training(a)
-  call()
-  call()
+  median(call, 2)
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
       for _ in range(3):
         call()
     (path,) = Path(folder).rglob("*.xplane.pb")
-    total: dict[str, float] = {}
+    total: dict[str, tuple[int, float]] = {}
     for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
       if not plane.name.startswith("/device:GPU"):
         continue
       for line in plane.lines:
         if line.name.startswith("Stream"):
           for event in line.events:
-            total[event.name] = total.get(event.name, 0.0) + event.duration_ns / 3e6
-  table = dict(sorted(total.items(), key=lambda x: -x[1]))
-  return {"milliseconds": table, "seconds": sum(table.values()) / 1e3} | _jax()
+            n, ms = total.get(event.name, (0, 0.0))
+            total[event.name] = (n + 1, ms + event.duration_ns / 1e6)
+  found = {name: (n / 3, ms / 3) for name, (n, ms) in sorted(total.items(), key=lambda x: -x[1][1])}
+  return {"kernels": found, "seconds": sum(ms for _, ms in found.values()) / 1e3} | _jax()
 
 
 def lladax_sample(a: dict[str, Any]) -> dict[str, Any]:
@@ -192,8 +189,8 @@ def lladax_sample(a: dict[str, Any]) -> dict[str, Any]:
   def call(steps=a["steps"]):
     return llada.sample(prompts, gen_length=a["gen"], block_length=a["block"], steps=steps, **options).nfe
 
-  first = timed(lambda: call(a["gen"] // a["block"]), 1)[0]  # the same program, with one step a block
-  _, seconds, passes = timed(call, 1 if a["rows"] > 1 else 3, warmup=0 if a["rows"] > 1 else 1)
+  first, _ = once(lambda: call(a["gen"] // a["block"]))  # the same program, with one step a block
+  seconds, passes = median(call, 1 if a["rows"] > 1 else 3)
   return {
     "seconds": seconds, "tokens_per_second": a["rows"] * a["gen"] / seconds, "passes": int(passes),
     "ms_a_pass": 1e3 * seconds / int(passes), "seconds_to_build": first,
@@ -263,9 +260,13 @@ def torch_train(a: dict[str, Any]) -> dict[str, Any]:
       block.compile()  # one program serves all layers
   optimizer = torch_baseline.make_optimizer(model, 1e-3, 0.1)
   tokens_BL = torch.randint(0, a["V"] - 1, (a["B"], a["L"]), device=device)
-  first, seconds, loss = timed(
-    lambda: float(torch_baseline.train_step(model, optimizer, tokens_BL, a["V"] - 1, torch.bfloat16)), a["steps"]
-  )
+
+  def call():
+    return float(torch_baseline.train_step(model, optimizer, tokens_BL, a["V"] - 1, torch.bfloat16))
+
+  first, _ = once(call)
+  median(call, 2)
+  seconds, loss = median(call, a["steps"])
   tokens = a["B"] * a["L"]
   matmuls = sum(p.numel() for p in model.parameters()) - a["V"] * a["D"]
   flops = tokens * (6.0 * matmuls + 12.0 * a["N"] * a["H"] * a["K"] * a["L"])
@@ -298,8 +299,8 @@ def torch_sample(a: dict[str, Any]) -> dict[str, Any]:
     )
     return int(tokens_BL.sum())
 
-  first = timed(lambda: call(a["gen"] // a["block"]), 1)[0]
-  _, seconds, _ = timed(call, 1 if a["rows"] > 1 else 3, warmup=0 if a["rows"] > 1 else 1)
+  first, _ = once(lambda: call(a["gen"] // a["block"]))
+  seconds, _ = median(call, 1 if a["rows"] > 1 else 3)
   return {
     "seconds": seconds, "tokens_per_second": a["rows"] * a["gen"] / seconds, "passes": steps,
     "ms_a_pass": 1e3 * seconds / steps, "seconds_to_build": first,
@@ -379,7 +380,7 @@ def table(results: list[dict[str, Any]]) -> str:
         cells = [f"{x['ms_a_pass']:.2f}", f"{x['passes']}", f"{x['tokens_per_second']:,.1f}",
                  _or(x["peak_gib"], "{:.1f}"), f"{x['seconds_to_build']:.0f}"]  # fmt: skip
       else:
-        cells = [", ".join(f"{name[:60]} {ms:.1f}" for name, ms in list(x["milliseconds"].items())[:10])]
+        cells = [", ".join(f"{name[:60]} {ms:.1f}" for name, (_, ms) in list(x["kernels"].items())[:10])]
       lines.append(f"| {x['name']} | {' | '.join(cells)} |")
     lines.append("")
   return "\n".join(lines)
@@ -401,7 +402,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     if (rows := [x for x in results if x["part"] == part and "skipped" not in x])
   ]  # fmt: skip
   if not panels:
-    return
+    return  # nothing was timed
   sizes = [len(rows) + 1.5 for _, rows in panels]
   figure, axes = pyplot.subplots(
     len(panels), 1, figsize=(9, 0.35 * sum(sizes) + 0.5), height_ratios=sizes, squeeze=False, layout="constrained"
@@ -449,7 +450,7 @@ def main() -> None:
       results.append(result)
       file.write(json.dumps(result) + "\n")
       file.flush()
-      said = {k: v for k, v in result.items() if k not in ("sizes", "milliseconds")}
+      said = {k: v for k, v in result.items() if k not in ("sizes", "kernels")}
       print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in said.items()), flush=True)
   (a.out / "gpu.md").write_text(table(results))
   draw(results, a.out / "gpu.svg")
