@@ -42,8 +42,8 @@ def _drawn(rows: Mapping[str, Roofline]) -> dict[str, Any]:
 
 
 def clock(seconds: float) -> str:
-  """0.5623 -> "562 ms"; 50.854 -> "50.9 s"."""
-  return f"{1e3 * seconds:,.0f} ms" if seconds < 2 else f"{seconds:,.1f} s"
+  """0.5623 -> "562 ms"; 0.00012 -> "0.12 ms"; 50.854 -> "50.9 s"."""
+  return f"{seconds:,.1f} s" if seconds >= 2 else f"{1e3 * seconds:,.{0 if seconds >= 0.02 else 2}f} ms"
 
 
 def page(found: Roofline, title: str) -> str:
@@ -84,7 +84,7 @@ def _doubts(found: Roofline) -> list[str]:
   doubts = collections.defaultdict[str, float](float)
   for x in found.kernels:
     doubts[x.doubt] += x.total
-  return [f"{clock(seconds)} of it will take longer: {doubt}" for doubt, seconds in doubts.items() if doubt]
+  return [f"{clock(seconds)} of it take longer: {doubt}" for doubt, seconds in doubts.items() if doubt]
 
 
 def _words(found: Roofline) -> str:

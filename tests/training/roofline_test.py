@@ -203,5 +203,5 @@ def test_tables_of_a_roofline(capsys):
   explanation.show(roofline.Roofline((kernel,), {"matmul": 2.0, HIDDEN: 0.5, EXPOSED: 0.5}, DEVICE, 2.0**30))
   text = " ".join(capsys.readouterr().out.split())
   for words in ("matmul │ 2,000.0 │ 80.0%", "collectives, exposed │ 500.0 │ 20.0%", "3.0 │ 2 │ matmul │ forward dot",
-                "2.0 s of it will take longer: 5634 is odd", "no less than 2.5 s a step, at most 40.0%"):  # fmt: skip
+                "2.0 s of it take longer: 5634 is odd", "no less than 2.5 s a step, at most 40.0%"):  # fmt: skip
     assert words in text
