@@ -50,8 +50,10 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Processes of the job.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Number of this one, from 0.")
-_TOPOLOGY = flags.DEFINE_string("topology", "v5p:4x4x4", "mode=plan: the TPUs to plan for.")
-_SLICES = flags.DEFINE_integer("slices", 1, "mode=plan: so many of that topology, over the data-centre network.")
+_TOPOLOGY = flags.DEFINE_string("topology", "v5p:4x4x4", "mode=plan: what to plan for: TPUs, or GPUs as in h100:8.")
+_SLICES = flags.DEFINE_integer(
+  "slices", 1, "mode=plan: so many of that topology (slices, nodes), over the data-centre network."
+)
 _UTILISATION = flags.DEFINE_float("utilisation", 0.4, "mode=plan: of the peak FLOP/s, for the times.")
 _EXPLAIN = flags.DEFINE_bool("explain", False, "mode=plan: estimate where the time of the step goes, too.")
 _JSON = flags.DEFINE_bool("json", False, "mode=plan: print JSON.")
@@ -131,6 +133,7 @@ def _plan(given: ConfigDict) -> int:
   page = _page()
   if page and not _EXPLAIN.value:
     raise Mistake(f"--html={page}: in a plan it draws what --explain finds; add that")
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before a plugin without its driver complains
   import jax
 
   jax.config.update("jax_platforms", "cpu")  # the devices of a plan are not here, and those that are stay free

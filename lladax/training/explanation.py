@@ -43,7 +43,8 @@ def _drawn(rows: Mapping[str, Roofline]) -> dict[str, Any]:
 
 def clock(seconds: float) -> str:
   """0.5623 -> "562 ms"; 0.00012 -> "0.12 ms"; 50.854 -> "50.9 s"."""
-  return f"{seconds:,.1f} s" if seconds >= 2 else f"{1e3 * seconds:,.{0 if seconds >= 0.02 else 1 if seconds >= 0.002 else 2}f} ms"
+  places = 0 if seconds >= 0.02 else 1 if seconds >= 0.002 else 2
+  return f"{seconds:,.1f} s" if seconds >= 2 else f"{1e3 * seconds:,.{places}f} ms"
 
 
 def page(found: Roofline, title: str) -> str:
