@@ -344,7 +344,7 @@ class _Walk:
     for frame in self._stack(x):
       if "optax" in frame.file:
         return "optimizer"
-      if frame.file.endswith("attention.py") and "einsum" not in frame.function:
+      if frame.function.startswith("attend"):
         return "attention"
       if re.search("cross_entropy|logits|head_DV|nll", frame.function):
         return "head: matmul" if multiplies else "head: softmax"
@@ -357,7 +357,7 @@ class _Walk:
     name = x.attribute(r'op_name="([^"]*)"')
     passes = {"rematted_computation": "again", "transpose(": "backward", "jvp(": "forward"}
     which = next((word for part, word in passes.items() if part in name), "")
-    own = [f for f in self._stack(x) if "lladax" in f.file and "einsum" not in f.function][:2]
+    own = [f for f in self._stack(x) if "lladax" in f.file and not re.search("einsum|<lambda>$", f.function)][:2]
     lines = [f"{f.file.rpartition('/')[2]}:{f.line} {f.function.rpartition('.')[2]}" for f in own]
     return " ".join(filter(None, (which, name.rpartition("/")[2], " < ".join(lines))))
 

@@ -49,6 +49,31 @@ def test_collectives_of_a_program():
   assert hlo.collectives(hlo.parse("")) == {}
 
 
+GPU_HLO = """\
+%body.1 (p: (s32[], bf16[8])) -> (s32[], bf16[8]) {
+  %a = ((bf16[4]{0}, bf16[4,8]{1,0}), (bf16[8]{0}, bf16[8,8]{1,0})) all-gather-start(%x, %y), channel_id=3
+  %a.done = (bf16[8]{0}, bf16[8,8]{1,0}) all-gather-done(%a)
+  %b = ((f32[8]{0}, f32[8,8]{1,0}), (f32[4]{0}, f32[4,8]{1,0})) reduce-scatter-start(%u, %v), channel_id=4
+  %w = f32[16,8]{1,0} fusion(%v), kind=kLoop, calls=%fused
+  %c = f32[8,8]{1,0} reduce-scatter(%w), channel_id=5, to_apply=%add
+}
+
+ENTRY %main (p: bf16[8]) -> bf16[8] {
+  %loop = (s32[]) while(%init), condition=%condition.1, body=%body.1, backend_config={"known_trip_count":{"n":"22"}}
+  %sum = (f32[2]{0}, f32[3]{0}) all-reduce-start(%d, %e), channel_id=1, to_apply=%add
+  %sum.done = (f32[2]{0}, f32[3]{0}) all-reduce-done(%sum)
+}
+"""
+
+
+def test_collectives_of_a_program_for_gpus():
+  assert hlo.collectives(hlo.parse(GPU_HLO)) == {
+    "all-gather": (22, 22 * (8 + 8 * 8) * 2),
+    "reduce-scatter": (44, 22 * (8 + 8 * 8 + 16 * 8) * 4),  # of what goes in
+    "all-reduce": (1, (2 + 3) * 4),
+  }
+
+
 def test_a_line_of_a_program():
   text = """\
 HloModule m
