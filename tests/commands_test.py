@@ -159,7 +159,8 @@ RULES = [
   ),
   Rule(
     r"meshes.py$",
-    ["--config.steps=2", "--config.data.held_out=0.0", "--config.evaluate.canvases=()", *TINY[len(RUN):-1]],
+    ["--config.steps=2", "--config.data.held_out=0.0", "--config.evaluate.canvases=()",
+     "--config.tokenizer.vocab_size=280", *TINY[len(RUN):-1]],
   ),
   Rule(r"^python benchmarks/cpu.py$", [*CPU, "--only=lladax"]),
   Rule(r"cpu.py", [*CPU, "--only=exact|lladax$"], {"pip install torch==2.13.0 && ": ""}),
