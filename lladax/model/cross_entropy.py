@@ -115,7 +115,7 @@ _weighted_nll.defvjp(_forward, _backward, symbolic_zeros=True)
 def _nll(x: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
   """(cross-entropies, logarithms of the sums of the exponentials) of logits [..., V]."""
   log_sum = _log_sum(x.astype(jnp.float32))
-  own = jnp.sum(jnp.where(_hits(x, target), x, 0.0), axis=-1, dtype=jnp.float32)
+  own = jnp.take_along_axis(x, jnp.maximum(target, 0)[..., None], axis=-1, mode="promise_in_bounds")[..., 0]
   return jnp.where(target < 0, 0.0, log_sum - own), log_sum
 
 
