@@ -3,8 +3,7 @@
 Two forms, of one mathematics: `nll`, a token's own, to score with; `weighted_nll`, their weighted sum, to train on. The
 weights are known there before the gradient is asked for, so the gradient of a chunk is made while its logits are at
 hand: three matmuls with the head in place of four, and beside the logits nothing of their size, which their gradient
-overwrites. Letters are those of `mask_predictor.py`; in einsums `g` parts of the batch and `p` of the canvas, one a
-device, `b` rows and `w` positions of such a part.
+overwrites. Letters are those of `mask_predictor.py`; `slope` is the gradient of the sum.
 """
 
 import functools
@@ -42,8 +41,8 @@ def nll(head_DV: jax.Array, hidden_BLD: jax.Array, target_BL: jax.Array, *, chun
     chunk: tokens of a device whose logits exist at once.
   """
 
-  def part(_, hidden, target):
-    return (), (_nll(logits(hidden, head_DV), target)[0],)
+  def part(_, hidden_TD, target_T):
+    return (), (_nll(logits(hidden_TD, head_DV), target_T)[0],)
 
   part = jax.checkpoint(part, prevent_cse=False)
   return _by_chunks(part, (), hidden_BLD, target_BL, chunk=chunk)[1][0]
@@ -69,8 +68,8 @@ def weighted_nll(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _weighted_nll(head_DV, hidden_BLD, target_BL, weight_BL, chunk):
-  def part(_, hidden, target):
-    return (), (_nll(logits(hidden, head_DV, hidden.dtype), target)[0],)
+  def part(_, hidden_TD, target_T):
+    return (), (_nll(logits(hidden_TD, head_DV, hidden_TD.dtype), target_T)[0],)
 
   _, (nll_BL,) = _by_chunks(part, (), hidden_BLD, target_BL, chunk=chunk)
   return jnp.sum(weight_BL * nll_BL), nll_BL
@@ -79,26 +78,28 @@ def _weighted_nll(head_DV, hidden_BLD, target_BL, weight_BL, chunk):
 def _forward(head, hidden, target, weight, chunk):
   """The sum, and its gradient: of a head that is not trained none."""
   (head_DV, trains_head), dtype = (head.value, head.perturbed), hidden.value.dtype
-  rows, parts = sharding.ways("B", len(hidden.value)), sharding.axis_size("context")
+  grid = sharding.axis_size("context"), sharding.ways("B", len(hidden.value))
 
-  def part(slope_gpDV, hidden, target, weight):
-    x = logits(hidden, head_DV, dtype)
-    nll, log_sum = _nll(x, target)
-    weight = jnp.where(target < 0, 0.0, weight)[..., None]
-    slope = (weight * (jnp.exp(x.astype(jnp.float32) - log_sum[..., None]) - _hits(x, target))).astype(dtype)
+  def part(slope_LBDV, hidden_TD, target_T, weight_T):
+    logits_TV = logits(hidden_TD, head_DV, dtype)
+    nll_T, log_sum_T = _nll(logits_TV, target_T)
+    weight_T1 = jnp.where(target_T < 0, 0.0, weight_T)[:, None]
+    p_TV = jnp.exp(logits_TV.astype(jnp.float32) - log_sum_T[:, None])
+    slope_TV = (weight_T1 * (p_TV - _hits(logits_TV, target_T))).astype(dtype)
     if trains_head:
-      group = lambda x: x.reshape(rows, -1, *x.shape[1:])  # noqa: E731
-      own_gpDV = jnp.einsum("gbpwD,gbpwV->gpDV", group(hidden), group(slope), preferred_element_type=jnp.float32)
-      slope_gpDV = sharding.constrain(slope_gpDV + own_gpDV, "BL.V")
-    return slope_gpDV, (nll, jnp.einsum("bpwV,DV->bpwD", slope, head_DV))
+      apart = (x.reshape(*grid, -1, x.shape[-1]) for x in (hidden_TD, slope_TV))
+      own_LBDV = jnp.einsum("LBTD,LBTV->LBDV", *apart, preferred_element_type=jnp.float32)
+      slope_LBDV = sharding.constrain(slope_LBDV + own_LBDV, "LB.V")
+    return slope_LBDV, (nll_T, jnp.einsum("TV,DV->TD", slope_TV, head_DV))
 
-  slope_gpDV = None
-  if trains_head:
-    slope_gpDV = sharding.constrain(jnp.zeros((rows, parts, *head_DV.shape), jnp.float32), "BL.V")
-  slope_gpDV, (nll_BL, slope_BLD) = _by_chunks(part, slope_gpDV, hidden.value, target.value, weight.value, chunk=chunk)
+  slope_LBDV = None
+  if trains_head:  # what each device adds up of its own tokens
+    slope_LBDV = sharding.constrain(jnp.zeros((*grid, *head_DV.shape), jnp.float32), "LB.V")
+  arrays = hidden.value, target.value, weight.value
+  slope_LBDV, (nll_BL, slope_BLD) = _by_chunks(part, slope_LBDV, *arrays, chunk=chunk)
   slope_DV = None
   if trains_head:  # over the mesh once, and in the dtype of every other gradient
-    slope_DV = jax.lax.reduce(slope_gpDV.astype(dtype), jnp.zeros((), dtype), jax.lax.add, (0, 1))
+    slope_DV = jax.lax.reduce(slope_LBDV.astype(dtype), jnp.zeros((), dtype), jax.lax.add, (0, 1))
   return (jnp.sum(weight.value * nll_BL), nll_BL), (slope_DV, slope_BLD, nll_BL)
 
 
@@ -112,39 +113,41 @@ def _backward(chunk, residuals, cotangents):
 _weighted_nll.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _nll(x: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(cross-entropies, logarithms of the sums of the exponentials) of logits [..., V]."""
-  log_sum = _log_sum(x.astype(jnp.float32))
-  own = jnp.take_along_axis(x, jnp.maximum(target, 0)[..., None], axis=-1, mode="promise_in_bounds")[..., 0]
-  return jnp.where(target < 0, 0.0, log_sum - own), log_sum
+def _nll(logits_TV: jax.Array, target_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(cross-entropies, logarithms of the sums of the exponentials), both float32.
+
+  On GPUs maximum, sum and the target's logit are one reduction: the logits are read once, and done with when it ends.
+  """
+  x_TV = logits_TV.astype(jnp.float32)
+  if sharding.platform() == "gpu":
+
+    def join(one, other):  # a maximum, the sum of the exponentials relative to it, a plain sum
+      (m, s, a), (n, t, b) = one, other
+      top = jnp.maximum(m, n)
+      less = jnp.exp(jnp.minimum(m, n) - top)
+      return top, jnp.where(m > n, s + less * t, less * s + t), a + b
+
+    nothing = jnp.float32(jnp.finfo(jnp.float32).min), jnp.float32(0), jnp.float32(0)  # finite: two make no NaN
+    parts = x_TV, jnp.ones_like(x_TV), jnp.where(_hits(logits_TV, target_T), x_TV, 0.0)
+    top_T, sum_T, own_T = jax.lax.reduce(parts, nothing, join, (1,))
+    log_sum_T = top_T + jnp.log(sum_T)
+  else:
+    log_sum_T = jax.nn.logsumexp(x_TV, axis=1)
+    at_T1 = jnp.maximum(target_T, 0)[:, None]
+    own_T = jnp.take_along_axis(logits_TV, at_T1, axis=1, mode="promise_in_bounds")[:, 0]
+  return jnp.where(target_T < 0, 0.0, log_sum_T - own_T), log_sum_T
 
 
-def _log_sum(x: jax.Array) -> jax.Array:
-  """Of the exponentials of float32 logits [..., V]. On GPUs maximum and sum are one reduction: they are read once."""
-  if sharding.platform() != "gpu":
-    return jax.nn.logsumexp(x, axis=-1)
-
-  def join(one, other):  # maximum, and sum of the exponentials relative to it
-    (m, s), (n, t) = one, other
-    top = jnp.maximum(m, n)
-    less = jnp.exp(jnp.minimum(m, n) - top)
-    return top, jnp.where(m > n, s + less * t, less * s + t)
-
-  lowest = jnp.float32(jnp.finfo(jnp.float32).min)  # of nothing: finite, two of them make no NaN
-  top, total = jax.lax.reduce((x, jnp.ones_like(x)), (lowest, jnp.float32(0)), join, (x.ndim - 1,))
-  return top + jnp.log(total)
-
-
-def _hits(x: jax.Array, target: jax.Array) -> jax.Array:
-  """Where the target's logit is; made within the loop that reads x, and nowhere else."""
-  return jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) == target[..., None]
+def _hits(logits_TV: jax.Array, target_T: jax.Array) -> jax.Array:
+  """Where the target is; made anew by each loop that reads the logits, and nowhere kept."""
+  return jax.lax.broadcasted_iota(jnp.int32, logits_TV.shape, 1) == target_T[:, None]
 
 
 def _by_chunks(fn: Callable[..., Any], carry: Any, *arrays: jax.Array, chunk: int) -> tuple[Any, tuple[jax.Array, ...]]:
-  """Scans `fn(carry, parts [b, p, w, ...] of the arrays) -> (carry, results)`; the results are [B, L, ...] again.
+  """Scans `fn(carry, T tokens of each array) -> (carry, results [T, ...])`; the results are [B, L, ...] again.
 
   A chunk takes the same positions of every row, and of every part of a canvas that the mesh slices: nothing moves.
-  What fills up the last one is zeros.
+  Parts come before rows: so the tokens of a device stand together. What fills up the last chunk is zeros.
   """
   B, L = arrays[0].shape[:2]
   parts = sharding.axis_size("context")
@@ -154,11 +157,14 @@ def _by_chunks(fn: Callable[..., Any], carry: Any, *arrays: jax.Array, chunk: in
 
   def cut(x):
     x = jnp.pad(x, ((0, 0), (0, parts * chunks * width - L), *[(0, 0)] * (x.ndim - 2)))
-    x = jnp.moveaxis(x.reshape(B, parts, chunks, width, *x.shape[2:]), 2, 0)
-    return sharding.constrain(x, ".BL" + "." * (x.ndim - 3))
+    x = x.reshape(B, parts, chunks, width, *x.shape[2:])
+    x = sharding.constrain(jnp.moveaxis(x, 0, 2).swapaxes(0, 1), ".LB." + "." * (x.ndim - 4))
+    return x.reshape(chunks, parts * B * width, *x.shape[4:])
 
   def join(x):
-    return jnp.moveaxis(x, 0, 2).reshape(B, -1, *x.shape[4:])[:, :L]
+    x = x.reshape(chunks, parts, B, width, *x.shape[2:])
+    x = sharding.constrain(x, ".LB." + "." * (x.ndim - 4))
+    return jnp.moveaxis(x.swapaxes(0, 1), 2, 0).reshape(B, -1, *x.shape[4:])[:, :L]
 
   pieces = tuple(map(cut, arrays))
   if chunks == 1:
