@@ -135,6 +135,7 @@ def _nll(logits_TV: jax.Array, target_T: jax.Array) -> tuple[jax.Array, jax.Arra
     log_sum_T = jax.nn.logsumexp(x_TV, axis=1)
     at_T1 = jnp.maximum(target_T, 0)[:, None]
     own_T = jnp.take_along_axis(logits_TV, at_T1, axis=1, mode="promise_in_bounds")[:, 0]
+    log_sum_T = own_T + (log_sum_T - own_T)  # of both, so that XLA reads both before it overwrites the logits
   return jnp.where(target_T < 0, 0.0, log_sum_T - own_T), log_sum_T
 
 
