@@ -62,8 +62,8 @@ def weighted_nll(
     weight_BL: float32.
     chunk: as there.
   """
-  total, nll_BL = _weighted_nll(head_DV, hidden_BLD, target_BL, weight_BL, chunk)
-  return total, jax.lax.stop_gradient(nll_BL)
+  found: Any = _weighted_nll(head_DV, hidden_BLD, target_BL, weight_BL, chunk)  # type checkers do not see the pair
+  return found[0], jax.lax.stop_gradient(found[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
