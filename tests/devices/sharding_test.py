@@ -268,6 +268,7 @@ def step_collectives(tiny, mesh):
   return config, found
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compiles")
 def test_weights_are_gathered_layer_by_layer(tiny):
   """From the compiled program: 9 weights a layer, forward and again backward, and the three outside of the layers."""
