@@ -104,7 +104,7 @@ def test_a_published_config_fits(config, topology):
 @pytest.mark.usefixtures("gpu_compiler")
 def test_the_quickstart_on_a_gpu():
   c = configs.load("quickstart")
-  c.model.update(V=4096, N=2)
+  c.update_from_flattened_dict({"model.V": 4096, "model.N": 2})
   c = parse(c.to_dict())
   found = plan.make(c, "h100:1", sampler=False)
   assert found.fits and found.train.attention == "cudnn" and not found.train.collectives
@@ -143,7 +143,7 @@ def test_what_does_not_fit_a_gpu_and_the_nearest_that_does(tmp_path):
 @pytest.mark.slow
 def test_the_8b_on_a_node_of_gpus():
   c = configs.load("llada_8b")
-  c.data.batch_size = 32
+  c.update_from_flattened_dict({"data.batch_size": 32})
   c = parse(c.to_dict())
   found = plan.make(c, "h100:8", sampler=False)
   assert found.fits and found.train.attention == "cudnn"
