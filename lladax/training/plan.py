@@ -12,6 +12,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from lladax.devices.ahead import Program, chips, compiled, devices
 from lladax.inference import engine
 from lladax.mistake import Mistake
 from lladax.storage import metrics
-from lladax.training import step
+from lladax.training import explanation, roofline, step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,15 +192,31 @@ def nearest(plan: Plan) -> Iterator[tuple[str, Plan]]:
       logging.warning("%s: %s", change, error)
 
 
-def run(config: Config, topology: str, slices: int, *, utilisation: float, as_json: bool) -> int:
-  """Prints the plan, to stdout; returns 0 where it fits, 1 where it does not."""
+def run(
+  config: Config, topology: str, slices: int, *, utilisation: float, as_json: bool, explain: bool = False,
+  page: Path | None = None,
+) -> int:  # fmt: skip
+  """Prints the plan, to stdout, and its roofline if it shall be explained, which may be drawn on a page, too.
+
+  Returns 0 where it fits, 1 where it does not.
+  """
   console = Console(stderr=True, highlight=False, soft_wrap=True)
-  devices(topology, slices)  # says what is wrong with them
+  found = devices(topology, slices)  # says what is wrong with them
   console.print(f"compiling the train step and the sampler for {slices} x {topology}: minutes for a large model")
   plan = make(config, topology, slices, utilisation=utilisation)
-  report = plan.to_dict()
+  report, estimate = plan.to_dict(), None
+  if explain and plan.train.hlo:
+    device = roofline.device(found[0], len(found) // slices)
+    estimate = roofline.analyse(plan.train.hlo, device, plan.flops_per_step / len(found))
+    report["roofline"] = estimate.to_dict()
+    if page:
+      title = f"{config.model.num_params():,} parameters on {slices} x {topology}"
+      page.parent.mkdir(parents=True, exist_ok=True)
+      page.write_text(explanation.page(estimate, title), "utf-8")
   if not as_json:
     show(plan)
+    if estimate:
+      explanation.show(estimate)
   if not plan.fits:
     for change, other in nearest(plan):
       console.print(
