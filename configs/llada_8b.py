@@ -20,6 +20,7 @@ TOPOLOGIES = {
   "v5p_4x4x4": {"micro_batches": 5, "model.remat": "dots", "model.head_chunk": 4096, "mesh.data": -1, "mesh.fsdp": 16},
   # 5 rows a chip.
   "v6e_16x16": {"model.head_chunk": 2048},
+  "h100_8": {"micro_batches": 40},  # one node: 160 rows a GPU, 4 at a time
   # 10 rows a chip, 2 at a time; each part's gradients cross the data-centre network, a sixteenth of them per chip.
   "v5p_4x4x4_x2": {
     "micro_batches": 5, "model.remat": "dots", "model.head_chunk": 4096, "mesh.slices": 2, "mesh.data": -1,
