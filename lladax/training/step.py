@@ -53,14 +53,16 @@ def train_step(
   if M == 1:
     grads, loss, means = gradient(batch)
   else:  # weights are normalised over the whole batch: the parts simply add up
-    parts = {
-      name: sharding.constrain(x.reshape(M, B // M, *x.shape[1:]), ".BL"[: x.ndim + 1]) for name, x in batch.items()
-    }
-    shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (grads, loss, means), _ = jax.lax.scan(
-      lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None), zeros, parts
-    )
+
+    def add_up(batch):
+      parts = {
+        name: sharding.constrain(x.reshape(M, -1, *x.shape[1:]), ".BL"[: x.ndim + 1]) for name, x in batch.items()
+      }
+      shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
+      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+      return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None), zeros, parts)[0]
+
+    grads, loss, means = sharding.sum_over_copies(add_up, batch)
 
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   scalars = {"loss": loss} | {name: total / jnp.maximum(count, 1) for name, (total, count) in means.items()}
