@@ -197,6 +197,40 @@ def _flat(x: jax.Array) -> jax.Array:
   return x.reshape(-1, x.shape[-1])
 
 
+def _aligned(x: jax.Array, letters: str) -> jax.Array:
+  """On a GPU, with zeros behind an F that is no multiple of 8: it has no fast matmuls for such (LLaDA 1B's 5634).
+
+  What the zeros stand for is silu(0) * 0, and nothing of it comes out of `down`. A mesh's parts of F are padded each.
+  """
+  parts = sharding.axis_size("tensor")
+  F = x.shape[letters.index("F")] // parts if "F" in letters else 0
+  if sharding.platform() != "gpu" or F % 8 == 0:
+    return x
+  axis = letters.index("F")
+  before, behind = x.shape[:axis], x.shape[axis + 1 :]
+  pad = [(0, 0)] * (axis + 1) + [(0, -F % 64)] + [(0, 0)] * len(behind)
+  return jnp.pad(x.reshape(*before, parts, F, *behind), pad).reshape(*before, -1, *behind)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _look_up(embedding_VD: jax.Array, tokens_BW: jax.Array, V: int) -> jax.Array:
+  """Rows of the embedding, whose gradient adds up in float32 and is rounded once.
+
+  In bfloat16 the sum for [MASK], half of all tokens, would soon stand still, and a GPU, which has no such addition in
+  memory, would spend longer on it than on the head.
+  """
+  return embedding_VD[tokens_BW]
+
+
+def _look_up_backward(V, tokens_BW, gradient_BWD):
+  zeros_VD = sharding.constrain(jnp.zeros((V, gradient_BWD.shape[-1]), jnp.float32), "V.")
+  sum_VD = sharding.constrain(zeros_VD.at[tokens_BW].add(gradient_BWD.astype(jnp.float32)), "V.")
+  return sum_VD.astype(gradient_BWD.dtype), None
+
+
+_look_up.defvjp(lambda embedding_VD, tokens_BW, V: (embedding_VD[tokens_BW], tokens_BW), _look_up_backward)
+
+
 class Block(nnx.Module):
   """x += out(attention(norm(x))); x += down(silu(gate(norm(x))) * up(norm(x)))."""
 
@@ -244,7 +278,9 @@ class Block(nnx.Module):
   def weight(self, name: str, dtype: jnp.dtype) -> jax.Array:
     """A parameter in the compute dtype, gathered along its width: cast first, so that half the bytes travel."""
     letters = Block.letters(self.c)[name]
-    return checkpoint_name(sharding.gather(getattr(self, name)[...].astype(dtype), letters), "gathered")
+    return checkpoint_name(
+      _aligned(sharding.gather(getattr(self, name)[...].astype(dtype), letters), letters), "gathered"
+    )
 
   def __call__(self, x_BWD, cache: Cache | None, *, cos, sin, start, attend):
     """Returns the new stream, and the layer's keys and values over the canvas if there is a cache to write.
@@ -260,7 +296,8 @@ class Block(nnx.Module):
       if c.lora_rank and name in c.lora_targets:
         low = x_I @ self.weight(name + "_a", dtype).reshape(-1, c.R)
         out += (c.lora_alpha / c.R) * (low @ self.weight(name + "_b", dtype).reshape(c.R, -1))
-      out = out.reshape(*x.shape[:2], *(getattr(c, letter) for letter in letters))
+      widths = (-1,) if letters == "F" else (getattr(c, letter) for letter in letters)  # F may be padded
+      out = out.reshape(*x.shape[:2], *widths)
       return sharding.constrain(out, "BL" + letters)
 
     n_BWD = rms_norm(x_BWD, self.weight("attention_norm", dtype), c.norm_eps)
@@ -345,7 +382,7 @@ class MaskPredictor(nnx.Module):
       body = jax.checkpoint(body, policy=REMAT[c.remat], prevent_cse=False)
     # Not `gather`: a gradient sliced along the width would have the scatter-add gather the stream's.
     embedding_VD = sharding.constrain(self.embedding[...].astype(c.compute_dtype), "V.")
-    x_BWD = sharding.constrain(embedding_VD[sharding.constrain(tokens_BW, "BL")], "BLD")
+    x_BWD = sharding.constrain(_look_up(embedding_VD, sharding.constrain(tokens_BW, "BL"), c.V), "BLD")
     # XLA's CPU backend copies the residuals of a loop into stacked arrays: unrolled, a step takes 0.75 of the time.
     unroll = c.N if sharding.platform() == "cpu" and c.N <= 8 else 1
     x_BWD, written = jax.lax.scan(body, x_BWD, (self.blocks, cache), unroll=unroll)
