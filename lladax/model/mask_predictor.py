@@ -30,10 +30,14 @@ Params = dict[str, Any]
 Cache = dict[str, jax.Array]  # {"k": k_NBLGK, "v": v_NBLGK}
 
 # What the backward pass finds ready; the rest is computed again. Gathered weights are gathered again in every case.
+# Only fused kernels name what they leave: of XLA's attention nothing is worth its place.
+_ATTENTION = jax.checkpoint_policies.save_only_these_names("attention")
 REMAT = {
   "none": jax.checkpoint_policies.save_anything_except_these_names("gathered"),
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+  "dots": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _ATTENTION
+  ),
+  "attention": _ATTENTION,
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -56,7 +60,8 @@ class MaskPredictorConfig:
   max_length: int = 4096  # longest canvas
   dtype: str = "auto"  # of the computation: "auto", bfloat16 on accelerators, float32 on a CPU | "float32" | "bfloat16"
   attention: str = "auto"  # kernel of full passes: "auto", the fastest exact one | "xla" | "cudnn" | "splash"
-  # What the backward pass computes again: "none" | "dots" (all but matmuls) | "attention" (all but it) | "full" (all).
+  # What the backward pass computes again: "none" | "dots" (all but matmuls and fused attention) | "attention" (all but
+  # fused attention) | "full" (all).
   remat: str = "none"
   head_chunk: int = 8192  # tokens of a device whose logits exist at once
   lora_rank: int = 0  # of adapters (LoRA, arXiv 2106.09685), which alone are trained then, on init_from; 0: none
@@ -151,6 +156,7 @@ class MaskPredictorConfig:
       blocks[name] = (w32 + self.lora_alpha / self.R * update.reshape(w32.shape)).astype(blocks[name].dtype)
     return dataclasses.replace(self, lora_rank=0), frozen | {"blocks": blocks}
 
+  @functools.cache  # noqa: B019  (configs are few, and small)
   def num_params(self, embedding: bool = True) -> int:
     """Parameter count; without `embedding`, neither the embedding nor the head."""
     shapes = jax.eval_shape(self.init, jax.random.key(0))
@@ -365,13 +371,14 @@ class MaskPredictor(nnx.Module):
       visible = dataclasses.replace(visible, segment_BL=jnp.broadcast_to(visible.segment_BL, (B, visible.L)))
     kernel = attention.choose(
       c.attention, visible, K=c.K, dtype=c.compute_dtype, platform=sharding.platform(),
-      context=sharding.axis_size("context"),
+      capability=sharding.capability(), context=sharding.axis_size("context"),
     )  # fmt: skip
     reads = visible.reuse_L is not None
     write_at = None if reads else visible.start
     attend = functools.partial(
-      attention.attend, visible=visible.drawn(), kernel=kernel, on_each_device=sharding.on_each_device
-    )
+      attention.attend, visible=visible.drawn(kernel, c.compute_dtype), kernel=kernel,
+      on_each_device=sharding.on_each_device,
+    )  # fmt: skip
 
     def body(x_BWD, layer):
       block, layer_cache = layer
