@@ -24,6 +24,7 @@ from lladax.mistake import Mistake
 # Letters as in mask_predictor.py. A letter that is not here is on every device.
 AXES = {
   "B": ("slices", "data", "fsdp"),  # the batch
+  "C": ("slices", "data"),  # the batch, sliced among the copies of the parameters alone
   "L": ("context",),  # the canvas
   "D": ("fsdp",),  # parameters are sliced along the width, and gathered layer by layer
   "H": ("tensor",),
@@ -210,20 +211,20 @@ def on_each_device(fn: Callable[..., jax.Array], *arrays: tuple[jax.Array, str])
   return jax.shard_map(fn, in_specs=specs, out_specs=specs[0], axis_names=axes, check_vma=False)(*args)
 
 
-def sum_over_copies(fn: Callable[[Any], Any], batch: Any) -> Any:
-  """The sum of `fn` of the parts of a batch, one for each copy of the parameters.
+def sum_over_copies(fn: Callable[[Any, Any], Any], batch: Any, copied: Any) -> Any:
+  """The sum of `fn(part, copied)` over the parts of a batch, one for each copy of the parameters.
 
-  Within `fn` the copies know nothing of each other: whatever it adds up is added up in each of them alone, and they
-  meet once, at its end. A plain sum over the batch would meet in every gradient of a loop, over the network.
+  Within `fn` the copies know nothing of each other: what a loop adds up is added up in each of them alone, and they
+  meet once, behind it. A plain sum over the batch would have them meet in every round of it, over the network.
   """
-  axes = tuple(axis for axis in ("slices", "data") if axis_size(axis) > 1)
+  axes = tuple(axis for axis in AXES["C"] if axis_size(axis) > 1)
   if not axes:
-    return fn(batch)
+    return fn(batch, copied)
   total = jax.shard_map(
-    lambda part: jax.lax.psum(fn(part), axes), in_specs=PartitionSpec(axes), out_specs=PartitionSpec(),
-    axis_names=set(axes), check_vma=False,
+    lambda *args: jax.lax.psum(fn(*args), axes), in_specs=(PartitionSpec(axes), PartitionSpec()),
+    out_specs=PartitionSpec(), axis_names=set(axes), check_vma=False,
   )  # fmt: skip
-  return total(batch)
+  return total(batch, copied)
 
 
 def on_mesh_of(tree: Any) -> contextlib.AbstractContextManager:
