@@ -130,12 +130,19 @@ def test_gpus_of_any_nodes_and_what_crosses_between_them(n, sizes, shape, crossi
     assert ("mesh.slices=-1 leaves it" in line) == (axis != "data")
 
 
-def test_the_8b_run_starts_on_eight_nodes_of_eight_gpus():
+def test_the_8b_run_starts_on_eight_nodes_of_eight_gpus(said):
   for slices in (1, -1):
     values = llada_8b.get_config()
     values.mesh.slices = slices
     config = parse(values.to_dict())
     step.check_mesh(config, sharding.make_mesh(config.mesh, nodes(8)))
+  said.clear()
+  for topology, n in (("h100_8", 1), ("h100_8x8", 8)):
+    config = parse(llada_8b.get_config(topology).to_dict())
+    mesh = sharding.make_mesh(config.mesh, nodes(n))
+    step.check_mesh(config, mesh)
+    assert (mesh.shape["slices"], mesh.shape["fsdp"]) == (n, 8)
+  assert not said.messages  # nothing but gradients crosses
 
 
 @pytest.mark.parametrize("n", [1, 2, 8])
@@ -240,10 +247,10 @@ def test_large_replicated_arrays_are_found():
 COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 
 
-def step_collectives(tiny, mesh):
-  """(config, [(kind, [shape, ...]), ...]) of the collectives of the compiled train step."""
+def compiled_step(tiny, mesh, **more):
+  """(config, the text of its compiled train step)."""
   changes = {"model.N": 12, "model.D": 32, "model.F": 64, "model.V": 384, "model.head_chunk": 8, "model.remat": "full"}
-  config = tiny(changes | {f"mesh.{axis}": size for axis, size in mesh.items()})
+  config = tiny(changes | more | {f"mesh.{axis}": size for axis, size in mesh.items()})
   grid = sharding.make_mesh(config.mesh)
   tx, init, at, batch_at = step.program(config, grid)
   dtypes = {"tokens": "int32", "weight": "float32", "segment": "int32", "index": "int32"}
@@ -253,33 +260,83 @@ def step_collectives(tiny, mesh):
       name: jax.ShapeDtypeStruct((32,) if name == "index" else (32, 16), dtype, sharding=batch_at[name])
       for name, dtype in dtypes.items()
     }
-    hlo = step.jit_step(config, tx, at, mask_id=3, eos_id=2).lower(state, batch).compile().as_text()
+    return config, step.jit_step(config, tx, at, mask_id=3, eos_id=2).lower(state, batch).compile().as_text()
+
+
+def collectives(hlo):
+  """[(kind, [shape, ...], the line), ...] of a compiled program."""
   found = []
-  for line in hlo.replace("/*index=5*/", "").splitlines():
+  for line in re.sub(r"/\*index=\d+\*/", "", hlo).splitlines():
     if match := COLLECTIVE.search(line):
       dims = re.findall(r"[a-z]\w*\[([\d,]*)\]", match[1])
-      found.append((match[2], [tuple(map(int, filter(None, x.split(",")))) for x in dims]))
-  return config, found
+      found.append((match[2], [tuple(map(int, filter(None, x.split(",")))) for x in dims], line))
+  return found
+
+
+def together(line):
+  """Places in the mesh of the devices that meet in a collective, group by group; XLA has three spellings."""
+
+  def numbers(text):
+    return [int(n) for n in re.findall(r"\d+", text or "")]
+
+  def places(text):  # "[2,4]T(1,0)": 0 .. 7 as a table, transposed
+    sizes, order = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+    return np.arange(math.prod(numbers(sizes))).reshape(numbers(sizes)).transpose(numbers(order) or None).ravel()
+
+  if groups := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", line):
+    return [numbers(group) for group in groups[1].split("},{")]
+  if groups := re.search(r"replica_groups=(\[[\d,]+\])<=(\[[\d,]+\](?:T\([\d,]+\))?)", line):
+    return places(groups[2]).reshape(numbers(groups[1])).tolist()
+  axes, table, over = re.search(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? \{([^}]*)\}", line
+  ).groups()
+  sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", axes)}
+  taken = [name in re.findall(r"'(\w+)'", over) for name in sizes]
+  ids = (places(table) if table else np.arange(math.prod(sizes.values()))).reshape(list(sizes.values()))
+  ids = ids.transpose(np.argsort(taken, kind="stable"))
+  return ids.reshape(-1, math.prod(n for n, x in zip(sizes.values(), taken, strict=True) if x)).tolist()
 
 
 def test_weights_are_gathered_layer_by_layer(tiny):
-  """From the compiled program: 9 weights a layer, forward and again backward, and the three outside of the layers."""
-  config, found = step_collectives(tiny, {"data": 1, "fsdp": 8})
-  c = config.model
-  gathered = [shape for kind, shapes in found if kind == "all-gather" for shape in shapes]
+  """From the compiled program: 9 weights a layer, forward and again backward, and two outside of the layers.
+
+  The embedding is not: the tokens are gathered, forward and backward, and what is looked up is exchanged.
+  """
+  config, hlo = compiled_step(tiny, {"data": 1, "fsdp": 8})
+  c, found = config.model, collectives(hlo)
+  gathered = [shape for kind, shapes, _ in found if kind == "all-gather" for shape in shapes]
   layer = [(1, *(getattr(c, letter) for letter in letters)) for letters in Block.LETTERS.values()]
-  assert sorted(gathered) == sorted(2 * layer + [(c.V, c.D), (c.D, c.V), (c.D,)])
-  assert {kind for kind, _ in found} <= {"all-gather", "all-reduce", "reduce-scatter"}
+  assert sorted(gathered) == sorted(2 * layer + 2 * [(32, 16)] + [(c.D, c.V), (c.D,)])
+  assert {kind for kind, *_ in found} <= {"all-gather", "all-reduce", "reduce-scatter", "all-to-all"}
+  exchanged = [shapes for kind, shapes, _ in found if kind == "all-to-all"]
+  assert [sum(map(math.prod, shapes)) for shapes in exchanged] == 2 * [32 // 8 * 16 * c.D]  # rows of a device
 
 
 def test_only_keys_and_values_are_gathered_along_the_context(tiny):
   """No full activation, no tree of parameters, on a mesh with every axis."""
-  config, found = step_collectives(tiny, {"data": 1, "fsdp": 2, "tensor": 2, "context": 2})
-  c, rows = config.model, 32 // 2
-  gathered = {shape for kind, shapes in found if kind == "all-gather" for shape in shapes}
+  config, hlo = compiled_step(tiny, {"data": 1, "fsdp": 2, "tensor": 2, "context": 2})
+  c, rows, found = config.model, 32 // 2, collectives(hlo)
+  gathered = {shape for kind, shapes, _ in found if kind == "all-gather" for shape in shapes}
   kv = (rows, 16, c.G // 2, c.K)  # the rows and heads of a device, the whole canvas
   assert kv in gathered
   split = {"H": c.H // 2, "G": c.G // 2, "F": c.F // 2, "V": c.V // 2}
   layer = {(1, *(split.get(x, getattr(c, x)) for x in letters)) for letters in Block.LETTERS.values()}
-  assert gathered - {kv} <= layer | {(c.V // 2, c.D), (c.D, c.V // 2), (c.D,)}
-  assert "all-to-all" not in {kind for kind, _ in found}
+  assert gathered - {kv} <= layer | {(32, 16 // 2), (c.D, c.V // 2), (c.D,)}
+  # The look-up, and its gradient: the canvas of a device, of one row or its half of the width at a time.
+  exchanged = [shapes for kind, shapes, _ in found if kind == "all-to-all"]
+  assert [sum(map(math.prod, shapes)) for shapes in exchanged] == 2 * [rows * 16 // 2 * c.D]
+
+
+@pytest.mark.parametrize("parts", [4, pytest.param(2, marks=pytest.mark.slow)])
+def test_gradients_of_micro_batches_cross_between_slices_once(tiny, parts):
+  """From the compiled program: so many bytes, whatever the micro-batches, and none of them in a loop."""
+  config, hlo = compiled_step(tiny, {"slices": 2, "data": 1, "fsdp": 4}, micro_batches=parts)
+  crossing = [
+    (kind, shapes, line)
+    for kind, shapes, line in collectives(hlo)
+    if any(len({place // 4 for place in group}) > 1 for group in together(line))
+  ]
+  assert {kind for kind, *_ in crossing} == {"all-reduce"}
+  assert not any("while" in re.findall(r'op_name="([^"]*)"', line)[0] for *_, line in crossing)
+  numbers = sum(math.prod(shape) for _, shapes, _ in crossing for shape in shapes)
+  assert numbers == config.model.num_params() // 4 + 3  # a device's part; the loss, and a metric's sum and count
