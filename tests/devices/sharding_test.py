@@ -297,6 +297,7 @@ def together(line):
   return ids.reshape(-1, math.prod(n for n, x in zip(sizes.values(), taken, strict=True) if x)).tolist()
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_weights_are_gathered_layer_by_layer(tiny):
   """From the compiled program: 9 weights a layer, forward and again backward, and two outside of the layers.
 
@@ -312,6 +313,7 @@ def test_weights_are_gathered_layer_by_layer(tiny):
   assert [sum(map(math.prod, shapes)) for shapes in exchanged] == 2 * [32 // 8 * 16 * c.D]  # rows of a device
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_only_keys_and_values_are_gathered_along_the_context(tiny):
   """No full activation, no tree of parameters, on a mesh with every axis."""
   config, hlo = compiled_step(tiny, {"data": 1, "fsdp": 2, "tensor": 2, "context": 2})
