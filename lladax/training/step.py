@@ -31,7 +31,7 @@ def train_step(
   eos_id: int,
 ) -> tuple[State, dict[str, jax.Array]]:  # fmt: skip
   """One update. Noise is drawn here, on the device, from (seed, step, example index)."""
-  L, M = config.data.length, config.micro_batches
+  B, L, M = config.data.batch_size, config.data.length, config.micro_batches
   letters, _ = config.model.split(config.model.letters())
 
   def gradient(batch, state):
@@ -43,8 +43,8 @@ def train_step(
         L, batch["segment"] if config.masks_attention else None, right_padded=not config.data.separates
       )
       model = config.model.bind(config.model.join(params, state.frozen))
-      nll = functools.partial(model.nll, visible=visible, per_pair=config.aim.targets_per_pair(L))
-      return config.aim.loss(nll, batch, rng, mask_id=mask_id, eos_id=eos_id, batch_size=config.data.batch_size)
+      weighted_nll = functools.partial(model.weighted_nll, visible=visible, per_pair=config.aim.targets_per_pair(L))
+      return config.aim.loss(weighted_nll, batch, rng, mask_id=mask_id, eos_id=eos_id, batch_size=B)
 
     (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     return jax.tree.map(sharding.constrain, grads, letters), loss, aux

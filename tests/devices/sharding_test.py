@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from lladax.config import parse
 from lladax.configs import llada_8b
-from lladax.devices import sharding
+from lladax.devices import hlo, sharding
 from lladax.devices.sharding import MeshConfig
 from lladax.model.mask_predictor import Block
 from lladax.storage import checkpoint
@@ -247,6 +247,11 @@ def test_large_replicated_arrays_are_found():
 COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 
 
+def without_ones(shape):
+  """A layer's slice may have the axis of the layers, or not."""
+  return tuple(n for n in shape if n > 1)
+
+
 def compiled_step(tiny, mesh, **more):
   """(config, the text of its compiled train step)."""
   changes = {"model.N": 12, "model.D": 32, "model.F": 64, "model.V": 384, "model.head_chunk": 8, "model.remat": "full"}
@@ -263,82 +268,68 @@ def compiled_step(tiny, mesh, **more):
     return config, step.jit_step(config, tx, at, mask_id=3, eos_id=2).lower(state, batch).compile().as_text()
 
 
-def collectives(hlo):
-  """[(kind, [shape, ...], the line), ...] of a compiled program."""
+def collectives(text):
+  """[(kind, [shape, ...]), ...] of a compiled program."""
   found = []
-  for line in re.sub(r"/\*index=\d+\*/", "", hlo).splitlines():
+  for line in re.sub(r"/\*index=\d+\*/", "", text).splitlines():
     if match := COLLECTIVE.search(line):
       dims = re.findall(r"[a-z]\w*\[([\d,]*)\]", match[1])
-      found.append((match[2], [tuple(map(int, filter(None, x.split(",")))) for x in dims], line))
+      shapes = [tuple(map(int, filter(None, x.split(",")))) for x in dims]
+      found.append((match[2], list(map(without_ones, shapes))))
   return found
 
 
-def together(line):
-  """Places in the mesh of the devices that meet in a collective, group by group; XLA has three spellings."""
-
-  def numbers(text):
-    return [int(n) for n in re.findall(r"\d+", text or "")]
-
-  def places(text):  # "[2,4]T(1,0)": 0 .. 7 as a table, transposed
-    sizes, order = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
-    return np.arange(math.prod(numbers(sizes))).reshape(numbers(sizes)).transpose(numbers(order) or None).ravel()
-
-  if groups := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", line):
-    return [numbers(group) for group in groups[1].split("},{")]
-  if groups := re.search(r"replica_groups=(\[[\d,]+\])<=(\[[\d,]+\](?:T\([\d,]+\))?)", line):
-    return places(groups[2]).reshape(numbers(groups[1])).tolist()
-  axes, table, over = re.search(
-    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? \{([^}]*)\}", line
-  ).groups()
-  sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", axes)}
-  taken = [name in re.findall(r"'(\w+)'", over) for name in sizes]
-  ids = (places(table) if table else np.arange(math.prod(sizes.values()))).reshape(list(sizes.values()))
-  ids = ids.transpose(np.argsort(taken, kind="stable"))
-  return ids.reshape(-1, math.prod(n for n, x in zip(sizes.values(), taken, strict=True) if x)).tolist()
-
-
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compiles")
 def test_weights_are_gathered_layer_by_layer(tiny):
   """From the compiled program: 9 weights a layer, forward and again backward, and two outside of the layers.
 
   The embedding is not: the tokens are gathered, forward and backward, and what is looked up is exchanged.
   """
-  config, hlo = compiled_step(tiny, {"data": 1, "fsdp": 8})
-  c, found = config.model, collectives(hlo)
-  gathered = [shape for kind, shapes, _ in found if kind == "all-gather" for shape in shapes]
-  layer = [(1, *(getattr(c, letter) for letter in letters)) for letters in Block.LETTERS.values()]
+  config, text = compiled_step(tiny, {"data": 1, "fsdp": 8})
+  c, found = config.model, collectives(text)
+  gathered = [shape for kind, shapes in found if kind == "all-gather" for shape in shapes]
+  layer = [without_ones(getattr(c, letter) for letter in letters) for letters in Block.LETTERS.values()]
   assert sorted(gathered) == sorted(2 * layer + 2 * [(32, 16)] + [(c.D, c.V), (c.D,)])
-  assert {kind for kind, *_ in found} <= {"all-gather", "all-reduce", "reduce-scatter", "all-to-all"}
-  exchanged = [shapes for kind, shapes, _ in found if kind == "all-to-all"]
+  assert {kind for kind, _ in found} <= {"all-gather", "all-reduce", "reduce-scatter", "all-to-all"}
+  exchanged = [shapes for kind, shapes in found if kind == "all-to-all"]
   assert [sum(map(math.prod, shapes)) for shapes in exchanged] == 2 * [32 // 8 * 16 * c.D]  # rows of a device
 
 
 @pytest.mark.usefixtures("quick_compiles")
 def test_only_keys_and_values_are_gathered_along_the_context(tiny):
   """No full activation, no tree of parameters, on a mesh with every axis."""
-  config, hlo = compiled_step(tiny, {"data": 1, "fsdp": 2, "tensor": 2, "context": 2})
-  c, rows, found = config.model, 32 // 2, collectives(hlo)
-  gathered = {shape for kind, shapes, _ in found if kind == "all-gather" for shape in shapes}
-  kv = (rows, 16, c.G // 2, c.K)  # the rows and heads of a device, the whole canvas
+  config, text = compiled_step(tiny, {"data": 1, "fsdp": 2, "tensor": 2, "context": 2})
+  c, rows, found = config.model, 32 // 2, collectives(text)
+  gathered = {shape for kind, shapes in found if kind == "all-gather" for shape in shapes}
+  kv = without_ones((rows, 16, c.G // 2, c.K))  # the rows and heads of a device, the whole canvas
   assert kv in gathered
   split = {"H": c.H // 2, "G": c.G // 2, "F": c.F // 2, "V": c.V // 2}
-  layer = {(1, *(split.get(x, getattr(c, x)) for x in letters)) for letters in Block.LETTERS.values()}
+  layer = {without_ones(split.get(x, getattr(c, x)) for x in letters) for letters in Block.LETTERS.values()}
   assert gathered - {kv} <= layer | {(32, 16 // 2), (c.D, c.V // 2), (c.D,)}
   # The look-up, and its gradient: the canvas of a device, of one row or its half of the width at a time.
-  exchanged = [shapes for kind, shapes, _ in found if kind == "all-to-all"]
+  exchanged = [shapes for kind, shapes in found if kind == "all-to-all"]
   assert [sum(map(math.prod, shapes)) for shapes in exchanged] == 2 * [rows * 16 // 2 * c.D]
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("parts", [4, pytest.param(2, marks=pytest.mark.slow)])
 def test_gradients_of_micro_batches_cross_between_slices_once(tiny, parts):
   """From the compiled program: so many bytes, whatever the micro-batches, and none of them in a loop."""
-  config, hlo = compiled_step(tiny, {"slices": 2, "data": 1, "fsdp": 4}, micro_batches=parts)
-  crossing = [
-    (kind, shapes, line)
-    for kind, shapes, line in collectives(hlo)
-    if any(len({place // 4 for place in group}) > 1 for group in together(line))
-  ]
-  assert {kind for kind, *_ in crossing} == {"all-reduce"}
-  assert not any("while" in re.findall(r'op_name="([^"]*)"', line)[0] for *_, line in crossing)
-  numbers = sum(math.prod(shape) for _, shapes, _ in crossing for shape in shapes)
-  assert numbers == config.model.num_params() // 4 + 3  # a device's part; the loss, and a metric's sum and count
+  config, text = compiled_step(tiny, {"slices": 2, "data": 1, "fsdp": 4}, micro_batches=parts)
+  program = hlo.parse(text)
+
+  def crossing(name, times):  # (kind, bytes, how often) of what a computation moves between the slices
+    for x in program.computations[name]:
+      groups = [pair.split(",") for pair in re.findall(r"[{](\d+,\d+)[}]", x.rest)] or [hlo.members(x)]
+      if x.collective and any(len({int(place) // 4 for place in group}) > 1 for group in groups):
+        yield x.collective, x.bytes, times
+      for called in x.called():
+        yield from crossing(called, times * program.trips(x) if x.op == "while" else times)
+
+  kinds, sizes, times = zip(*crossing(program.entry, 1), strict=True)
+  assert set(kinds) == {"all-reduce"} and set(times) == {1}
+  # A device's part of the parameters in float32; the loss, and a metric's sum and count.
+  assert sum(sizes) == 4 * (config.model.num_params() // 4 + 3)
+  loops = [program.trips(x) for lines in program.computations.values() for x in lines if x.op == "while"]
+  assert parts in loops and config.model.N in loops

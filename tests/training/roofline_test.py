@@ -1,6 +1,10 @@
 """The roofline: programs written by hand, whose times are known, and a real one, whose matmuls are counted."""
 
 import dataclasses
+import json
+import runpy
+import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import jax
@@ -205,3 +209,17 @@ def test_tables_of_a_roofline(capsys):
   for words in ("matmul │ 2,000.0 │ 80.0%", "collectives, exposed │ 500.0 │ 20.0%", "3.0 │ 2 │ matmul │ forward dot",
                 "2.0 s of it take longer: 5634 is odd", "no less than 2.5 s a step, at most 40.0%"):  # fmt: skip
     assert words in text
+
+
+def test_rooflines_beside_each_other(tmp_path, monkeypatch, capsys):
+  kernel = roofline.Kernel("fusion.1", "matmul", 2, 3e9, 2.0**21, 1.0, "forward dot")
+  one = roofline.Roofline((kernel,), {"matmul": 2.0, HIDDEN: 0.0, EXPOSED: 0.5}, DEVICE, 2.0**30)
+  record = {"train": {"total": 3 * 2**30}, "roofline": one.to_dict()}
+  (tmp_path / "one.json").write_text(json.dumps(record))
+  picture = tmp_path / "both.svg"
+  monkeypatch.setattr(sys, "argv", ["x", f"a, remat=full={tmp_path}/one.json", f"b={tmp_path}/one.json", str(picture)])
+  runpy.run_path(str(Path(__file__).parents[2] / "launch" / "rooflines.py"), run_name="__main__")
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0] == "| program | GiB a device | matmul | collectives, exposed | at least | of the peak at most |"
+  assert lines[2:] == [f"| {x} | 3.0 | 2.0 s | 500 ms | 2.5 s | 40.0% |" for x in ("a, remat=full", "b")]
+  assert len(ElementTree.parse(picture).getroot().findall("{*}g")) == 2
