@@ -62,8 +62,8 @@ def weighted_nll(
     weight_BL: float32.
     chunk: as there.
   """
-  total, nll_BL = _weighted_nll(head_DV, hidden_BLD, target_BL, weight_BL, chunk)
-  return total, jax.lax.stop_gradient(nll_BL)
+  found: Any = _weighted_nll(head_DV, hidden_BLD, target_BL, weight_BL, chunk)  # type checkers do not see the pair
+  return found[0], jax.lax.stop_gradient(found[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -100,7 +100,8 @@ def _forward(head, hidden, target, weight, chunk):
   slope_DV = None
   if trains_head:  # over the mesh once, and in the dtype of every other gradient
     slope_DV = jax.lax.reduce(slope_LBDV.astype(dtype), jnp.zeros((), dtype), jax.lax.add, (0, 1))
-    # And before the layers' backward pass begins: what a device adds up of its own is as large as many layers.
+  if trains_head and sharding.axis_size("fsdp") > 1:
+    # Scattered before the layers' backward pass begins: what a device adds up of its own is as large as many layers.
     slope_DV, slope_BLD = jax.lax.optimization_barrier((sharding.constrain(slope_DV, "DV"), slope_BLD))
   return (jnp.sum(weight.value * nll_BL), nll_BL), (slope_DV, slope_BLD, nll_BL)
 

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
+from lladax import configs
 from lladax.config import parse
-from lladax.configs import llada_8b, quickstart
 from lladax.devices import ahead
 from lladax.training import plan, roofline, step
 
@@ -103,7 +103,7 @@ def test_a_published_config_fits(config, topology):
 
 @pytest.mark.usefixtures("gpu_compiler")
 def test_the_quickstart_on_a_gpu():
-  c = quickstart.get_config()
+  c = configs.load("quickstart")
   c.model.update(V=4096, N=2)
   c = parse(c.to_dict())
   found = plan.make(c, "h100:1", sampler=False)
@@ -142,7 +142,7 @@ def test_what_does_not_fit_a_gpu_and_the_nearest_that_does(tmp_path):
 @pytest.mark.usefixtures("gpu_compiler")
 @pytest.mark.slow
 def test_the_8b_on_a_node_of_gpus():
-  c = llada_8b.get_config()
+  c = configs.load("llada_8b")
   c.data.batch_size = 32
   c = parse(c.to_dict())
   found = plan.make(c, "h100:8", sampler=False)
