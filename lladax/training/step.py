@@ -50,9 +50,7 @@ def train_step(
     return jax.tree.map(sharding.constrain, grads, letters), loss, aux
 
   def add_up(batch, state):  # weights are normalised over the whole batch: the parts simply add up
-    parts = {
-      name: sharding.constrain(x.reshape(M, -1, *x.shape[1:]), ".BL"[: x.ndim + 1]) for name, x in batch.items()
-    }
+    parts = {name: sharding.constrain(x.reshape(M, -1, *x.shape[1:]), ".BL"[: x.ndim + 1]) for name, x in batch.items()}
     shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts), state)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(part, state)), None)  # noqa: E731
