@@ -218,7 +218,7 @@ def _look_up(embedding_VD: jax.Array, tokens_BW: jax.Array, V: int) -> jax.Array
   """Rows of the embedding, whose gradient adds up in float32 and is rounded once.
 
   In bfloat16 the sum for [MASK], half of all tokens, would soon stand still, and a GPU, which has no such addition in
-  memory, would spend longer on it than on the head. Devices that hold parts of the width look them up for each other:
+  memory, would spend a twentieth of a step on it. Devices that hold parts of the width look them up for each other:
   activations travel, a fraction of the matrix, and of its gradient each device makes its part and no more.
   """
   return sharding.constrain(embedding_VD[sharding.constrain(tokens_BW, "CL")], "CLD")
