@@ -324,7 +324,8 @@ def slurm(tmp_path, python, *flags, **env):
     srun=NOTE + run,
     scontrol=NOTE,
     sleep="",
-    python=f'{NOTE}echo "$XLA_PYTHON_CLIENT_MEM_FRACTION" >"$SEEN/fraction"; try=$(grep -c lladax.main "$SEEN/python")\n{python}',
+    python=f'{NOTE}echo "$XLA_PYTHON_CLIENT_MEM_FRACTION" >"$SEEN/fraction"\n'
+    f'try=$(grep -c lladax.main "$SEEN/python")\n{python}',
   )
   env = {"VENV": str(tmp_path / "venv"), "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "77", **env}
   env |= {"PATH": f"{bin}{os.pathsep}{os.environ['PATH']}", "SEEN": str(tmp_path / "seen")}
