@@ -90,8 +90,8 @@ def test_devices_and_what_they_hold(topology, slices, count, gib):
 
 
 @pytest.mark.usefixtures("libtpu")
-def test_what_libtpu_takes_fits():
-  """A step of momentum, its arrays donated: 14.4 of 15.75 GiB as libtpu counts, 17 by the sizes that JAX gives."""
+def test_what_is_donated_is_counted_once():
+  """A step of momentum: by the sizes that JAX gives, it would hold the new momenta beside the old ones, too."""
   device = ahead.devices("v5e:1x1")[0]
 
   def step(w_NDD, m_NDD, x_BD):
@@ -103,10 +103,9 @@ def test_what_libtpu_takes_fits():
     return w_NDD - m_NDD, m_NDD
 
   at = jax.sharding.SingleDeviceSharding(device)
-  w_NDD = jax.ShapeDtypeStruct((41, 4096, 4096), jnp.float32, sharding=at)
+  w_NDD = jax.ShapeDtypeStruct((8, 4096, 4096), jnp.float32, sharding=at)
   x_BD = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16, sharding=at)
   found = ahead.compiled(lambda: jax.jit(step, donate_argnums=(0, 1)).lower(w_NDD, w_NDD, x_BD), device)
-  limit, _ = ahead.limit(device)
-  assert not found.refusal and found.total <= limit
-  held = 3 * 4 * w_NDD.size  # weights, momenta and gradients
-  assert held <= found.total and found.arguments == 2 * 4 * w_NDD.size + 2 * x_BD.size
+  part = 4 * w_NDD.size
+  assert found.arguments == 2 * part + 2 * x_BD.size
+  assert found.arguments + part <= found.total <= found.arguments + 4 * part  # 3.5; JAX says 4.5
