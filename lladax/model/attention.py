@@ -386,9 +386,7 @@ def _kept_forward(fn, qkv, rest):
     return checkpoint_name(x.reshape(*x.shape[:-2], -1), "attention").reshape(x.shape)
 
   named = name(out)
-  return named, jax.tree.map(
-    lambda x: named if x is out else x if any(x is y for y in given) else name(x), backward
-  )
+  return named, jax.tree.map(lambda x: named if x is out else x if any(x is y for y in given) else name(x), backward)
 
 
 _kept.defvjp(_kept_forward, lambda fn, backward, cotangent: (backward(cotangent), None))

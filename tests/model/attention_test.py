@@ -129,7 +129,9 @@ def test_a_model_with_splash_is_one_with_xla(monkeypatch, segments, G, causal, c
     weight = weight * (SEGMENTS[segments] > 0)[:, :, None]
 
   def answers(kernel):
-    hidden, shapes = hidden_of(segments, kernel, cached=cached, G=G, K=16, causal=causal, dtype="float32", remat="attention")
+    hidden, shapes = hidden_of(
+      segments, kernel, cached=cached, G=G, K=16, causal=causal, dtype="float32", remat="attention"
+    )
     params = jax.tree.map(lambda x: np.float32(0.3 * np.random.default_rng(0).standard_normal(x.shape)), shapes)
     return jax.jit(jax.value_and_grad(lambda params: jnp.sum(weight * hidden(params))))(params)
 
