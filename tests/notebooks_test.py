@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import conftest
 import pytest
 
 import lladax
@@ -28,7 +29,7 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
   pytest.importorskip("ipykernel")
   monkeypatch.setenv("LLADAX_STEPS", "8")
   monkeypatch.setenv("LLADAX_WORKDIR", str(tmp_path / "run"))
-  monkeypatch.setenv("XLA_FLAGS", "")
+  monkeypatch.setenv("XLA_FLAGS", conftest.XLA_FLAGS)
   monkeypatch.setenv("MPLBACKEND", "agg")
   notebook = nbformat.read(path, as_version=4)
   assert "import lladax" in "".join(code(path))
