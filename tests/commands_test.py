@@ -279,10 +279,12 @@ def write(path, rows):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_it_runs(checkout, command):
+def test_it_runs(checkout, command, request):
   x = rule(command)
   if x.needs:
     pytest.importorskip(x.needs)
+  if x.needs == "libtpu":
+    request.getfixturevalue("quick_plans")
   command = as_run(command)
   env = os.environ | {
     "PATH": f"{checkout / 'bin'}{os.pathsep}{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",

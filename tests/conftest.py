@@ -38,6 +38,19 @@ import jax  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = pathlib.Path(__file__).parent.parent
+# They take minutes, by default or with the slow ones, and are begun first: one that came last would leave a core idle.
+LONGEST = [
+  f"tests/{name}_test.py"
+  for name in (
+    "commands", "training/plan", "inference/samplers", "lowering", "notebooks", "inference/llada", "main",
+    "storage/safetensors", "scaling", "devices/distributed", "evaluation/adapter", "wheel", "training/step",
+  )
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+  order = {str(ROOT / name): i for i, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: order.get(str(item.path), len(order)))
 
 
 @pytest.fixture(scope="session")
@@ -178,6 +191,16 @@ def data_dir(tmp_path_factory):
 @pytest.fixture
 def libtpu():
   pytest.importorskip("libtpu")
+
+
+@pytest.fixture
+def quick_plans(libtpu, monkeypatch):
+  """libtpu compiles in half the time: for tests of what is told of a program, not of how good it is."""
+  monkeypatch.setenv("JAX_EXEC_TIME_OPTIMIZATION_EFFORT", "-1.0")  # for the commands that a test starts
+  before = jax.config.jax_exec_time_optimization_effort
+  jax.config.update("jax_exec_time_optimization_effort", -1.0)
+  yield
+  jax.config.update("jax_exec_time_optimization_effort", before)
 
 
 @pytest.fixture

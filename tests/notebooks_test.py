@@ -22,6 +22,7 @@ def code(path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore")  # the kernel's own machinery; the cells raise on their own
 def test_notebook_runs(path, tmp_path, monkeypatch):
