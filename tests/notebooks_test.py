@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import conftest
 import pytest
 
 import lladax
@@ -21,6 +22,7 @@ def code(path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore")  # the kernel's own machinery; the cells raise on their own
 def test_notebook_runs(path, tmp_path, monkeypatch):
@@ -28,7 +30,7 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
   pytest.importorskip("ipykernel")
   monkeypatch.setenv("LLADAX_STEPS", "8")
   monkeypatch.setenv("LLADAX_WORKDIR", str(tmp_path / "run"))
-  monkeypatch.setenv("XLA_FLAGS", "")
+  monkeypatch.setenv("XLA_FLAGS", conftest.XLA_FLAGS)
   monkeypatch.setenv("MPLBACKEND", "agg")
   notebook = nbformat.read(path, as_version=4)
   assert "import lladax" in "".join(code(path))
