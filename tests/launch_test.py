@@ -409,7 +409,9 @@ def test_tpu_vm_copies_the_checkout_and_runs_in_it_with_the_flags_as_they_are(tm
     ROOT / "configs" / "llada_8b.py"
   ).read_bytes()
   assert ["pip", "install", "-q", "--python=venv/bin/python", "-e", "./lladax[tpu]"] in seen(tmp_path, "uv")
-  assert tpu_vm(tmp_path, "run", *FLAGS, ACCELERATOR="v6e-256", NFS="10.0.0.2:/share", LIBTPU_INIT_ARGS="--mine")[0] == 0
+  assert (
+    tpu_vm(tmp_path, "run", *FLAGS, ACCELERATOR="v6e-256", NFS="10.0.0.2:/share", LIBTPU_INIT_ARGS="--mine")[0] == 0
+  )
   assert seen(tmp_path, "python") == [["-m", "lladax.main", *FLAGS]]
   where, args, cache = (tmp_path / "seen" / "env").read_text().splitlines()
   assert where == str(tmp_path / "home" / "lladax") and args == "--mine" and cache == "/mnt/lladax/jax_cache"
@@ -439,7 +441,12 @@ def test_tpu_vm_without_an_action_or_flags_says_how(tmp_path):
 def test_the_jobset_s_script_is_a_command_of_lladax(tmp_path, jobset):
   (container,) = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
   bin = put(tmp_path / "bin", python=NOTE + 'echo "$JAX_COMPILATION_CACHE_DIR" >"$SEEN/cache"')
-  env = {"JAX_COMPILATION_CACHE_DIR": "", "XDG_CACHE_HOME": "/cache", "PATH": f"{bin}{os.pathsep}{os.environ['PATH']}", "SEEN": str(tmp_path / "seen")}
+  env = {
+    "JAX_COMPILATION_CACHE_DIR": "",
+    "XDG_CACHE_HOME": "/cache",
+    "PATH": f"{bin}{os.pathsep}{os.environ['PATH']}",
+    "SEEN": str(tmp_path / "seen"),
+  }
   code, out = (
     subprocess.run([*container["command"], *container["args"]], cwd=ROOT, env=os.environ | env, timeout=60).returncode,
     seen(tmp_path, "python"),

@@ -180,8 +180,8 @@ def compiled(lower: Callable[[], Any], device: jax.Device) -> Program:
 def _compiled_for_tpus(lower: Callable[[], Any], device: jax.Device) -> Program:
   """JAX cannot always read libtpu's program back, so libtpu writes it to a file.
 
-  Its memory, too: the sum of libtpu's report is what it refuses programs by. JAX's sizes leave out results that are
-  new, and count arguments a second time that are donated to a loop's results (half of a large model's state).
+  Its memory, too: by the sum of its report libtpu refuses programs. JAX's sizes leave out results that are new, and its
+  temporaries can hold a part of what is donated a second time.
   """
   began = time.monotonic()
   with tempfile.TemporaryDirectory() as folder:
