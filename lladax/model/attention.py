@@ -397,7 +397,8 @@ def _splash(q_BWHK, k_BLGK, v_BLGK, query_segment_BW=None, segment_BL=None, *, c
   q_BHWK, k_BGLK, v_BGLK = (x.transpose(0, 2, 1, 3) for x in (q_BWHK * q_BWHK.shape[-1] ** -0.5, k_BLGK, v_BLGK))
   segments = {} if segment_BL is None else {"query_segment_BW": query_segment_BW, "segment_BL": segment_BL}
   fn = functools.partial(_splash_kernel, causal=causal, interpret=interpret)
-  return _kept(fn, (q_BHWK, k_BGLK, v_BGLK), segments).transpose(0, 2, 1, 3)
+  out_BHWK: Any = _kept(fn, (q_BHWK, k_BGLK, v_BGLK), segments)  # type checkers do not see an array
+  return out_BHWK.transpose(0, 2, 1, 3)
 
 
 def _splash_kernel(q_BHWK, k_BGLK, v_BGLK, query_segment_BW=None, segment_BL=None, *, causal, interpret):
