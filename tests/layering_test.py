@@ -16,7 +16,7 @@ ORDER = [
     ("devices", "sharding distributed ahead"),
     ("data", "template vocabularies tokenizer facts reading contamination corpus"),
     ("data", "windows records dialogues sources batches prepare"),
-    ("model", "attention mask_predictor"),
+    ("model", "attention quantized mask_predictor"),
     ("storage", "metrics checkpoint safetensors layout published transfer"),
     ("", "config recipes"),
     ("inference", "engine llada load convert show chat"),

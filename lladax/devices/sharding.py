@@ -147,6 +147,20 @@ def platform() -> str:
   return device.platform if device else jax.default_backend()
 
 
+# Of GPUs, in `device_kind`: those before Ampere (capability 8.0), for where there is a name alone.
+_WITHOUT_BFLOAT16 = ("Tesla", "Quadro", "GTX", "RTX 20", "TITAN")
+
+
+def has_bfloat16() -> bool:
+  """Whether what is traced will run on devices that multiply bfloat16: of GPUs those from capability 8.0 on."""
+  if platform() != "gpu":
+    return True
+  device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+  if device is None or device.device_kind == jax.devices()[0].device_kind:
+    return float(getattr(jax.devices()[0], "compute_capability", "8.0")) >= 8.0
+  return not any(name in device.device_kind for name in _WITHOUT_BFLOAT16)
+
+
 def fit(letters: str, shape: Sequence[int]) -> PartitionSpec:
   """`spec` on the mesh that is traced on, without the axes that do not divide their dimension (a batch of one)."""
   parts = []

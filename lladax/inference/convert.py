@@ -73,7 +73,7 @@ def to_published(workdir: Path, target: Path, dtype: str | None = None) -> None:
     raise Mistake(f"--target={target} is not empty: an export needs a new folder")
   model = MaskPredictorConfig(**checkpoint.config(workdir)["model"])
   layout.check_exportable(model)
-  found = load.load(workdir)  # adapters are merged
+  found = load.load(workdir, weights="full")  # adapters are merged, with what they were trained over
   model, params = found.model, found.params
   target.mkdir(parents=True, exist_ok=True)
   if (workdir / "published").is_dir():

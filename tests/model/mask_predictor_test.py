@@ -272,7 +272,7 @@ def test_bfloat16_computes_float32_logits():
     ({"H": 3}, "model.H=3 is not a multiple of model.G=2"),
     ({"K": 5}, "model.K=5"),
     ({"remat": "some"}, "model.remat='some': use one of none, dots, attention, full"),
-    ({"dtype": "float16"}, "model.dtype='float16': use auto, float32 or bfloat16"),
+    ({"dtype": "float64"}, "model.dtype='float64': use auto, float32, bfloat16 or float16"),
   ],
 )
 def test_a_bad_config_is_one_clear_line(fields, said):
