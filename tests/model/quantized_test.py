@@ -7,19 +7,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from layouts import GOLDEN
 
+import lladax
 from lladax.devices import sharding
 from lladax.mistake import Mistake
 from lladax.model import quantized
 from lladax.model.mask_predictor import Block, MaskPredictorConfig
 
 pytest.importorskip("qwix")
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 KINDS = quantized.KINDS[1:]
-TINY = MaskPredictorConfig(D=64, N=3, H=4, G=2, K=16, F=96, V=128, max_length=64)
+TINY = MaskPredictorConfig(D=64, N=2, H=4, G=2, K=16, F=96, V=128, max_length=64)
 
 
-def params_of(c, seed=0):
-  return jax.jit(c.init)(jax.random.key(seed))
+def params_of(c):
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(c.init, jax.random.key(0))
+  return jax.tree.map(lambda x: (rng.standard_normal(x.shape) / 8).astype(np.float32), shapes)
 
 
 def multiplied_out(c, params):
@@ -80,7 +85,7 @@ def test_a_model_in_bits_is_the_model_of_what_they_mean(kind):
     np.testing.assert_array_equal(params[name], full[name])
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", *(pytest.param(x, marks=pytest.mark.slow) for x in ("dots", "full"))])
 def test_the_gradient_of_adapters_over_bits(remat):
   """It is that over what the bits mean, and no layer's matrix is kept for it."""
   c = dataclasses.replace(TINY, weights="nf4", lora_rank=2, remat=remat)
@@ -88,7 +93,7 @@ def test_the_gradient_of_adapters_over_bits(remat):
   trained = {"blocks": adapters(c, 0.1, rank=2)}
   plain_c = dataclasses.replace(c, weights="full")
   plain = multiplied_out(dataclasses.replace(c, lora_rank=0), frozen)
-  tokens_BL = np.random.default_rng(0).integers(0, 128, (2, 32))
+  tokens_BL = np.random.default_rng(0).integers(0, 128, (2, 12))
 
   def loss(c, trained, frozen):
     return c.bind(c.join(trained, frozen)).nll(tokens_BL, tokens_BL).mean()
@@ -103,7 +108,7 @@ def test_the_gradient_of_adapters_over_bits(remat):
   assert kept and not {full.shape for full in jax.tree.leaves(params_of(TINY)["blocks"]) if full.ndim > 2} & {*kept}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["int4", *(pytest.param(x, marks=pytest.mark.slow) for x in ("int8", "nf4"))])
 def test_on_a_mesh(kind):
   c = dataclasses.replace(TINY, weights=kind)
   params = jax.jit(c.freeze)(params_of(TINY))
@@ -124,4 +129,6 @@ def test_without_the_library(monkeypatch):
   monkeypatch.setattr(quantized.importlib, "import_module", lambda name: exec("raise ImportError(name)"))
   quantized.library.cache_clear()
   with pytest.raises(Mistake, match=r"model.weights .*needs qwix: pip install 'lladax\[quantize\]'$"):
-    jax.eval_shape(dataclasses.replace(TINY, weights="int8").freeze, jax.eval_shape(TINY.init, jax.random.key(0)))
+    lladax.load(GOLDEN, weights="int8")
+  monkeypatch.undo()
+  quantized.library.cache_clear()
