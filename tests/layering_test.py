@@ -13,7 +13,7 @@ ORDER = [
   for room, names in (
     ("", "mistake fields configs sampling diffusion autoregressive optimizer"),
     ("drawing", "pages unmasking animation report"),
-    ("devices", "sharding distributed ahead"),
+    ("devices", "gpus sharding distributed ahead"),
     ("data", "template vocabularies tokenizer facts reading contamination corpus"),
     ("data", "windows records dialogues sources batches prepare"),
     ("model", "attention quantized mask_predictor"),

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import logging
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lladax.devices import gpus
 from lladax.mistake import Mistake
 
 # Letters as in mask_predictor.py. A letter that is not here is on every device.
@@ -147,18 +149,21 @@ def platform() -> str:
   return device.platform if device else jax.default_backend()
 
 
-# Of GPUs, in `device_kind`: those before Ampere (capability 8.0), for where there is a name alone.
-_WITHOUT_BFLOAT16 = ("Tesla", "Quadro", "GTX", "RTX 20", "TITAN")
+def capability(device: jax.Device | None = None) -> tuple[int, ...] | None:
+  """(9, 0) of an NVIDIA GPU with compute capability 9.0: one that is given, or that is traced for; None of others."""
+  if device is None:
+    traced: Any = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    device = here = jax.devices()[0]
+    if traced and traced.device_kind != here.device_kind:  # a plan's
+      facts = gpus.named(traced.device_kind)
+      return version(facts.capability) if facts else None
+  said = getattr(device, "compute_capability", "")
+  return version(said) if re.fullmatch(r"\d+\.\d+", said) else None
 
 
-def has_bfloat16() -> bool:
-  """Whether what is traced will run on devices that multiply bfloat16: of GPUs those from capability 8.0 on."""
-  if platform() != "gpu":
-    return True
-  device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-  if device is None or device.device_kind == jax.devices()[0].device_kind:
-    return float(getattr(jax.devices()[0], "compute_capability", "8.0")) >= 8.0
-  return not any(name in device.device_kind for name in _WITHOUT_BFLOAT16)
+def version(dotted: str) -> tuple[int, ...]:
+  """(9, 0) of "9.0"."""
+  return tuple(map(int, dotted.split(".")))
 
 
 def fit(letters: str, shape: Sequence[int]) -> PartitionSpec:

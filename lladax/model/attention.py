@@ -93,7 +93,10 @@ class Visible:
     return dataclasses.replace(self, table_BWK=table_BWK)
 
 
-def choose(kernel: str, visible: Visible, *, K: int, dtype: jnp.dtype, platform: str, context: int = 1) -> str:
+def choose(
+  kernel: str, visible: Visible, *, K: int, dtype: jnp.dtype, platform: str, capability: tuple[int, ...] | None = None,
+  context: int = 1,
+) -> str:  # fmt: skip
   """The kernel that runs: the one asked for, or for "auto" the fastest that is exact for the input.
 
   Args:
@@ -103,6 +106,7 @@ def choose(kernel: str, visible: Visible, *, K: int, dtype: jnp.dtype, platform:
     K: head width.
     dtype: of the queries.
     platform: "cpu", "gpu" or "tpu".
+    capability: of the GPU, (9, 0), where it is known.
     context: into how many parts the mesh slices the queries.
 
   Raises:
@@ -116,7 +120,9 @@ def choose(kernel: str, visible: Visible, *, K: int, dtype: jnp.dtype, platform:
       return f"it runs on a {home}, and this is a {platform}"
     if visible.order == "causal" and context > 1:
       return f"it cannot be causal with mesh.context={context}"
-    if name == "cudnn" and dtype != jnp.bfloat16:  # where float16 is in use, GPUs are too old for it
+    if name == "cudnn" and capability and capability < (8, 0):
+      return f"it needs a GPU of capability 8.0, and this one has {'.'.join(map(str, capability))}"
+    if name == "cudnn" and dtype not in (jnp.bfloat16, jnp.float16):
       return f"it computes in bfloat16, not {dtype}"
     if name == "cudnn" and (K % 8 or K > 128):
       return f"model.K={K} is not a multiple of 8 up to 128"

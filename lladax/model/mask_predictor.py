@@ -113,8 +113,9 @@ class MaskPredictorConfig:
     """`dtype`, with "auto" resolved for the devices of the mesh, or of the backend at hand."""
     if self.dtype != "auto":
       return jnp.dtype(self.dtype)
-    narrow = "bfloat16" if sharding.has_bfloat16() else "float16"
-    return jnp.dtype("float32" if sharding.platform() == "cpu" else narrow)
+    if sharding.platform() == "cpu":
+      return jnp.dtype("float32")
+    return jnp.dtype("float16" if (sharding.capability() or (8, 0)) < (8, 0) else "bfloat16")
 
   @property
   def stream_dtype(self) -> jnp.dtype:
@@ -370,7 +371,7 @@ class MaskPredictor(nnx.Module):
       visible = dataclasses.replace(visible, segment_BL=jnp.broadcast_to(visible.segment_BL, (B, visible.L)))
     kernel = attention.choose(
       c.attention, visible, K=c.K, dtype=c.compute_dtype, platform=sharding.platform(),
-      context=sharding.axis_size("context"),
+      capability=sharding.capability(), context=sharding.axis_size("context"),
     )  # fmt: skip
     reads = visible.reuse_L is not None
     write_at = None if reads else visible.start

@@ -70,15 +70,20 @@ class Plan:
 
 
 def _plain(program: Program | None) -> dict[str, Any] | None:
-  return program and dataclasses.asdict(program) | {"total": program.total}
+  if program is None:
+    return None
+  plain = dataclasses.asdict(program) | {"total": program.total}
+  del plain["hlo"]
+  return plain
 
 
 def make(config: Config, topology: str, slices: int = 1, *, utilisation: float = 0.4, sampler: bool = True) -> Plan:
   """Compiles the config's train step and sampler for a topology.
 
   Args:
-    config: of the run; `model.V` must be known. `mesh.slices` is taken from `slices`.
-    topology: as in "v5p:4x4x4".
+    config: of the run; `model.V` must be known. `mesh.slices` is taken from `slices`: of TPUs always, of GPUs where it
+      is -1.
+    topology: as in "v5p:4x4x4", or "h100:8".
     slices: so many of it, over the data-centre network.
     utilisation: of the peak FLOP/s, for the times.
     sampler: whether to compile the sampler, too: `config.sample` on one row for every part of a batch.
@@ -88,19 +93,21 @@ def make(config: Config, topology: str, slices: int = 1, *, utilisation: float =
   """
   if not config.model.V:
     raise Mistake("model.V=0: a plan needs the rows of the embedding; set it, as in --config.model.V=126464")
-  config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, slices=slices))
   found = devices(topology, slices)
+  # GPUs that are not here do not say in which node they are, and any axis of theirs may cross from one to another.
+  if found[0].platform == "tpu" or config.mesh.slices == -1:
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, slices=slices))
   mesh = sharding.make_mesh(config.mesh, found)
   step.check_mesh(config, mesh)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # constants of the traced programs are made here
-    stepping = compiled(functools.partial(_lower_step, config, mesh))
-    sampling_ = compiled(functools.partial(_lower_sampler, config, mesh)) if sampler else None
+    stepping = compiled(functools.partial(_lower_step, config, mesh), found[0])
+    sampling_ = compiled(functools.partial(_lower_sampler, config, mesh), found[0]) if sampler else None
   flops = step.flops_per_token(config) * config.data.batch_size * config.data.length
   peak = metrics.peak_flops(found[0])
   assert peak is not None
   return Plan(
-    topology, slices, chips(topology) * slices, len(found), limit(found[0]), config, stepping, sampling_, flops,
-    config.data.batch_size * config.data.length, flops / (peak * len(found) * utilisation), utilisation,
+    topology, slices, chips(topology) * slices, len(found), limit(found[0], len(found)), config, stepping, sampling_,
+    flops, config.data.batch_size * config.data.length, flops / (peak * len(found) * utilisation), utilisation,
   )  # fmt: skip
 
 

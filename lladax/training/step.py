@@ -92,7 +92,8 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
   segment_BL = jax.ShapeDtypeStruct((part, L), jnp.int32)
   attention.choose(
     c.attention, c.visible(L, segment_BL, right_padded=not config.data.separates), K=c.K, dtype=c.compute_dtype,
-    platform=mesh.devices.flat[0].platform, context=mesh.shape["context"],
+    platform=mesh.devices.flat[0].platform, capability=sharding.capability(mesh.devices.flat[0]),
+    context=mesh.shape["context"],
   )  # fmt: skip
 
 

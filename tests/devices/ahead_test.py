@@ -51,8 +51,8 @@ def test_collectives_of_a_program():
 @pytest.mark.parametrize(
   ("topology", "slices", "message"),
   [
-    ("v5p", 1, "--topology=v5p --slices=1: name them as in"),
-    ("v5p:4x4x4", 0, "--slices=0: name them as in"),
+    ("v5p", 1, "--topology=v5p --slices=1: name slices of TPUs as in"),
+    ("v5p:4x4x4", 0, "--slices=0: name slices of TPUs as in"),
     ("v99:2x2", 1, "--topology=v99:2x2 --slices=1: "),
   ],
 )

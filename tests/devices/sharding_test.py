@@ -39,6 +39,18 @@ def test_a_mesh_of_some_devices():
   assert list(mesh.devices.flat) == jax.devices()[2:5]
 
 
+class _Gpu:
+  device_kind, compute_capability = "NVIDIA L4", "8.9"
+
+
+def test_the_capability_of_a_gpu(monkeypatch):
+  assert sharding.capability() is None and sharding.capability(jax.devices()[0]) is None
+  monkeypatch.setattr(jax, "devices", lambda: [_Gpu()])
+  assert sharding.capability() == (8, 9)
+  monkeypatch.setattr(_Gpu, "compute_capability", "gfx942")
+  assert sharding.capability() is None
+
+
 @pytest.mark.parametrize(
   ("sizes", "message"),
   [

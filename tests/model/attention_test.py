@@ -162,10 +162,12 @@ def test_segments_may_be_one_row_for_all(monkeypatch, kernel, platform):
   assert jax.eval_shape(hidden, params).shape == (4, 256, 32)
 
 
-def choose(kernel, platform, *, W=256, L=256, causal=False, segments="none", K=64, dtype=jnp.bfloat16, context=1):
+def choose(
+  kernel, platform, *, W=256, L=256, causal=False, segments="none", K=64, dtype=jnp.bfloat16, **where
+):  # fmt: skip
   segment_BL = None if segments == "none" else jax.ShapeDtypeStruct((1, L), jnp.int32)
   visible = Visible(L, W, "causal" if causal else "full", segment_BL, right_padded=segments == "right")
-  return attention.choose(kernel, visible, K=K, dtype=dtype, platform=platform, context=context)
+  return attention.choose(kernel, visible, K=K, dtype=dtype, platform=platform, **where)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +188,9 @@ def choose(kernel, platform, *, W=256, L=256, causal=False, segments="none", K=6
     ("gpu", {"W": 128}, "xla"),
     ("gpu", {"dtype": jnp.float32}, "xla"),
     ("gpu", {"K": 256}, "xla"),
+    ("gpu", {"capability": (7, 5)}, "xla"),
+    ("gpu", {"capability": (8, 0)}, "cudnn"),
+    ("gpu", {"capability": (10, 0)}, "cudnn"),
   ],
 )
 def test_the_fastest_exact_kernel_is_chosen(platform, changes, chosen):
@@ -202,6 +207,7 @@ def test_the_fastest_exact_kernel_is_chosen(platform, changes, chosen):
     ("cudnn", "gpu", {"K": 200}, "model.K=200 is not a multiple of 8 up to 128"),
     ("cudnn", "gpu", {"causal": True, "context": 4}, "it cannot be causal with mesh.context=4"),
     ("cudnn", "gpu", {"segments": "any", "L": 255, "W": 255}, "there are segments, and the length 255 .* is not even"),
+    ("cudnn", "gpu", {"capability": (7, 5)}, "it needs a GPU of capability 8.0, and this one has 7.5"),
     ("splash", "tpu", {"L": 192, "W": 192}, "the length 192 on 1 devices is not a multiple of 128"),
   ],
 )
