@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from lladax import fields
 from lladax.data import tokenizer as tokenizers
@@ -45,8 +45,8 @@ def load(
       is not installed, and `weights` needs it.
   """
   step = fields.typed(step, int | None, "step")
-  said = {"dtype": fields.typed(dtype, str | None, "dtype"), "weights": fields.typed(weights, str | None, "weights")}
-  said = {name: value for name, value in said.items() if value is not None}
+  both = {"dtype": fields.typed(dtype, str | None, "dtype"), "weights": fields.typed(weights, str | None, "weights")}
+  said: dict[str, Any] = {name: value for name, value in both.items() if value is not None}
   if not isinstance(path, str | os.PathLike):
     raise Mistake(f"path={path!r}: give a folder, or hf://OWNER/NAME")
   given = Path(os.path.expanduser(path))
@@ -106,14 +106,15 @@ def load(
     return checkpoint.restore(workdir, step, {"params": abstract})["params"]
 
   if not model.lora_rank:
-    return LLaDA(model, _narrowed(model, read, abstract) if _narrows(model) else read(abstract), **identity)
+    params = _narrowed(model, read, abstract, mesh) if _narrows(model) else read(abstract)
+    return LLaDA(model, params, **identity)
   if not checkpoint.folder(Path(saved["base"]).parent.parent).is_dir():
     raise Missing(
       f"{workdir} holds adapters of {saved['base']}, which is not there: put it back, or train on with"
       " init_from=the place where it is now"
     )
   over = trained if model.weights == "full" else model  # what is merged is merged with what it was trained over
-  base = load(saved["base"], mesh=mesh, **said | {"weights": over.weights}).params
+  base = load(saved["base"], mesh=mesh, dtype=dtype, weights=over.weights).params
   params = read(abstract)
   if model.weights != "full":
     return LLaDA(model, model.join(params, base), **identity)
@@ -121,7 +122,7 @@ def load(
   return LLaDA(dataclasses.replace(model, lora_rank=0), params, **identity)
 
 
-def _model(model: MaskPredictorConfig, said: dict[str, str]) -> MaskPredictorConfig:
+def _model(model: MaskPredictorConfig, said: dict[str, Any]) -> MaskPredictorConfig:
   """The model with what is said of it, checked before anything is read."""
   model = dataclasses.replace(model, **said)
   if model.weights != "full":
@@ -134,22 +135,20 @@ def _narrows(model: MaskPredictorConfig) -> bool:
   return model.weights != "full" or model.compute_dtype == jnp.float16
 
 
-def _narrowed(model: MaskPredictorConfig, read: Callable[[Any], Any], abstract: Any) -> Any:
+def _narrowed(model: MaskPredictorConfig, read: Callable[[Any], Any], abstract: Any, mesh: Mesh | None) -> Any:
   """A checkpoint's parameters, read and narrowed one by one: no two are there as they were written."""
   letters, params = model.letters(), {"blocks": {}}
   for path, x in checkpoint.flat(abstract):
     *group, name = path.split("/")
     alone = {"blocks": {name: x}} if group else {name: x}
     of_x, kept = (letters["blocks"], params["blocks"]) if group else (letters, params)
-    at = x.sharding
-    if isinstance(at, NamedSharding):
-      at = sharding.shardings(at.mesh, of_x[name])
+    at = x.sharding if mesh is None else sharding.shardings(mesh, of_x[name])
     keep = functools.partial(model.keep, name, dtype=model.compute_dtype)
     kept[name] = jax.block_until_ready(jax.jit(keep, out_shardings=at)(*jax.tree.leaves(read(alone))))
   return params
 
 
-def asked(model: MaskPredictorConfig) -> dict[str, str]:
+def asked(model: MaskPredictorConfig) -> dict[str, Any]:
   """How a command's config asks for its model: what `load` takes, and a checkpoint does not decide."""
   return {name: getattr(model, name) for name in ("dtype", "weights")}
 

@@ -157,7 +157,7 @@ class MaskPredictorConfig:
     return {"blocks": {name: blocks[name] for name in sorted(own)}}, params | {"blocks": rest}
 
   def keep(self, name: str, x: jax.Array, dtype: Any, group: int = quantized.GROUP) -> Any:
-    """A stacked parameter of the layers where it is not trained: a matrix in the bits of `weights`, others in `dtype`."""
+    """A stacked parameter of the layers where it is not trained: a matrix in the bits of `weights`, else in `dtype`."""
     if self.weights == "full" or name not in Block.MATRICES:
       return x.astype(dtype)
     one = functools.partial(
@@ -292,6 +292,7 @@ class Block(nnx.Module):
     def project(x, name, letters, out_dtype=dtype):  # the axes behind B and W times the weight, to these letters
       x_BWI = x.reshape(*x.shape[:2], -1)
       x_I = _flat(x_BWI) if sharding.axis_size("context") == 1 else x_BWI
+      out: Any
       if c.weights == "full":
         weight = self.weight(name, x.dtype).reshape(x_BWI.shape[-1], -1)
         out = jnp.matmul(x_I, weight, preferred_element_type=out_dtype)

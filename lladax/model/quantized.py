@@ -76,7 +76,7 @@ def dequantize(matrix: Any, dtype: Any) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def matmul(x: jax.Array, matrix: Any, of_matrix: str, dtype: Any) -> jax.Array:
+def matmul(x: Any, matrix: Any, of_matrix: str, dtype: Any) -> Any:
   """[..., I] times a QArray with these letters, in `dtype`.
 
   The backward pass multiplies it out again: kept, the matrices of all layers would be the model in 16 bits.
@@ -96,6 +96,4 @@ def _backward(of_matrix, dtype, residuals, cotangent):
   return jnp.matmul(cotangent.astype(like_x.dtype), whole.T), None
 
 
-matmul.defvjp(
-  lambda x, matrix, of_matrix, dtype: (matmul(x, matrix, of_matrix, dtype), (matrix, x[:0])), _backward
-)
+matmul.defvjp(lambda x, matrix, of_matrix, dtype: (matmul(x, matrix, of_matrix, dtype), (matrix, x[:0])), _backward)

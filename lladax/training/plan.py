@@ -24,6 +24,7 @@ from lladax.devices import sharding
 from lladax.devices.ahead import Program, chips, compiled, devices, limit
 from lladax.inference import engine
 from lladax.mistake import Mistake
+from lladax.model import quantized
 from lladax.storage import metrics
 from lladax.training import step
 
@@ -38,7 +39,7 @@ class Plan:
   devices: int
   limit: int  # bytes of a device that a program may use
   config: Config
-  train: Program
+  train: Program | None  # None: the model is one to sample from, in bits without adapters
   sample: Program | None
   flops_per_step: float
   tokens_per_step: int
@@ -48,8 +49,12 @@ class Plan:
   @property
   def fits(self) -> bool:
     """Whether every program fits its devices."""
-    programs = [self.train] + ([self.sample] if self.sample else [])
-    return all(not x.refusal and x.total <= self.limit for x in programs)
+    return all(not x.refusal and x.total <= self.limit for _, x in self.programs)
+
+  @property
+  def programs(self) -> list[tuple[str, Program]]:
+    """Those that were compiled, by name."""
+    return [(name, x) for name, x in (("train step", self.train), ("sampler", self.sample)) if x]
 
   def to_dict(self) -> dict[str, Any]:
     """Plain values, for JSON; times in seconds, sizes in bytes."""
@@ -99,9 +104,15 @@ def make(config: Config, topology: str, slices: int = 1, *, utilisation: float =
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, slices=slices))
   mesh = sharding.make_mesh(config.mesh, found)
   step.check_mesh(config, mesh)
+  trains = config.model.weights == "full" or config.model.lora_rank > 0
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # constants of the traced programs are made here
-    stepping = compiled(functools.partial(_lower_step, config, mesh), found[0])
-    sampling_ = compiled(functools.partial(_lower_sampler, config, mesh), found[0]) if sampler else None
+    stepping = None
+    if trains:
+      step.check_trains(config.model)
+      stepping = compiled(functools.partial(_lower_step, config, mesh), found[0])
+    sampling_ = None
+    if sampler or not trains:
+      sampling_ = compiled(functools.partial(_lower_sampler, config, mesh), found[0])
   flops = step.flops_per_token(config) * config.data.batch_size * config.data.length
   peak = metrics.peak_flops(found[0])
   assert peak is not None
@@ -128,10 +139,8 @@ def _lower_sampler(config: Config, mesh: jax.sharding.Mesh) -> Any:
   rows = math.prod(mesh.shape[axis] for axis in sharding.AXES["B"])
   length = prompt + (c.gen_length or 4 * c.block_length)
   at = sharding.shardings(mesh, config.model.letters())
-  params = jax.eval_shape(config.model.init, jax.random.key(0))
-  params = jax.tree.map(
-    lambda x, at: jax.ShapeDtypeStruct(x.shape, config.model.compute_dtype, sharding=at), params, at
-  )
+  params = jax.eval_shape(lambda: config.model.freeze(config.model.init(jax.random.key(0))))
+  params = jax.tree.map(_abstract, params, at)
   cache = None
   if c.cache:
     cache = jax.eval_shape(lambda: config.model.new_cache(rows * (2 if c.guidance_scale else 1), length))
@@ -155,11 +164,15 @@ def nearest(plan: Plan) -> Iterator[tuple[str, Plan]]:
   """Changes to a plan that does not fit, the nearest first: each is compiled when it is asked for."""
   c, make_again = plan.config, functools.partial(make, utilisation=plan.utilisation, sampler=plan.sample is not None)
   said = []
-  if c.model.remat != "full":
+  if plan.train is None:
+    for weights in quantized.KINDS[quantized.KINDS.index(c.model.weights) + 1 :]:
+      c = dataclasses.replace(c, model=dataclasses.replace(c.model, weights=weights))
+      yield f"model.weights={weights}", make_again(c, plan.topology, plan.slices)
+  elif c.model.remat != "full":
     c = dataclasses.replace(c, model=dataclasses.replace(c.model, remat="full"))
     said.append("model.remat=full")
     yield ", ".join(said), make_again(c, plan.topology, plan.slices)
-  while True:
+  while plan.train:
     try:
       c = dataclasses.replace(c, micro_batches=2 * c.micro_batches)
       again = make_again(c, plan.topology, plan.slices)
@@ -192,7 +205,7 @@ def run(config: Config, topology: str, slices: int, *, utilisation: float, as_js
       console.print(
         f"with {change}: "
         + ("fits" if other.fits else "does not fit")
-        + f" ({other.train.refusal or _size(other.train.total)})"
+        + f" ({', '.join(x.refusal or _size(x.total) for _, x in other.programs)})"
       )
       if other.fits:
         report["nearest"] = {"change": change} | other.to_dict()
@@ -221,17 +234,18 @@ def show(plan: Plan) -> None:
     f" devices ({mesh.replace('-1', 'the rest')}), {_size(plan.limit)} each"
   )
   table = Table("per device", "arguments", "temporaries", "total", "of the limit", "compiled in")
-  for name, program in (("train step", plan.train), ("sampler", plan.sample)):
-    if program is None:
-      continue
+  for name, program in plan.programs:
     sizes = [_size(x) for x in (program.arguments, program.temporaries, program.total)]
     share = f"{program.total / plan.limit:.0%}"
     table.add_row(name, *(["?"] * 3 if program.refusal else sizes), "too much" if program.refusal else share,
                   f"{program.seconds:.0f} s")  # fmt: skip
   console.print(table)
-  for name, program in (("train step", plan.train), ("sampler", plan.sample)):
-    if program and program.refusal:
+  for name, program in plan.programs:
+    if program.refusal:
       console.print(f"{name}: {program.refusal}", markup=False)
+  if plan.train is None:
+    print("it fits" if plan.fits else "it does not fit")
+    return
   if plan.train.collectives:
     table = Table("collectives of a step", "how many", "arrays, in all")
     for kind, (n, size) in sorted(plan.train.collectives.items()):

@@ -53,7 +53,9 @@ def prepare(config: Config, workdir: Path) -> Run:
   if base:
     begun = saved or checkpoint.config(_workdir_of(base))
     if config.model.weights != "full" and begun["model"].get("lora_rank") and not saved:
-      raise Mistake(f"model.weights={config.model.weights!r}: {base} holds adapters; export it, import that, begin there")
+      raise Mistake(
+        f"model.weights={config.model.weights!r}: {base} holds adapters: export it, import that, and begin there"
+      )
     shape = {name: begun["model"][name] for name in _SHAPE}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **shape))
     console.print(f"parameters, their shape and the tokenizer are those of {base}", markup=False)
