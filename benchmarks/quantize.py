@@ -55,7 +55,9 @@ def main(workdir: str, groups: list[int]) -> list[dict]:
   bound, log_p = measured(full, c, tokens_RL, masked_RL)
   print(f"{full.model.num_params():,} parameters, {rows} rows, {masked_RL.sum():,} masked places; full weights:"
         f" {bound['bits_per_byte']:.4f} ± {bound['bits_per_byte_stderr']:.4f} bits per byte\n")  # fmt: skip
-  print("| weights | group | bits a weight | bits per byte | more than full | same token | nats apart |\n|" + "---|" * 7)
+  print(
+    "| weights | group | bits a weight | bits per byte | more than full | same token | nats apart |\n|" + "---|" * 7
+  )
   table = []
   for kind in quantized.KINDS[1:]:
     for group in groups:

@@ -20,6 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from lladax.mistake import Mistake
 
@@ -97,7 +98,7 @@ class MaskPredictor(nn.Module):
     norm_eps: float = 1e-5,
   ):
     super().__init__()
-    self.K, self.rope_theta = K, rope_theta
+    self.K, self.rope_theta, self.remat = K, rope_theta, False  # remat: blocks are computed again in the backward pass
     transformer = nn.ModuleDict(
       {
         "wte": nn.Embedding(V, D),
@@ -129,7 +130,10 @@ class MaskPredictor(nn.Module):
     if torch.is_autocast_enabled(x_BLD.device.type):  # the residual stream too
       x_BLD = x_BLD.to(torch.get_autocast_dtype(x_BLD.device.type))
     for block in transformer["blocks"]:
-      x_BLD = block(x_BLD, cos, sin, allowed)
+      if self.remat and self.training:
+        x_BLD = checkpoint(block, x_BLD, cos, sin, allowed, use_reentrant=False)
+      else:
+        x_BLD = block(x_BLD, cos, sin, allowed)
     return transformer["ln_f"](x_BLD)
 
   def head(self, x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """One attention call, three kernels. Who may look at whom is a value (`Visible`), not code.
 
   xla     plain einsums: every case, every device; the scores of all heads exist at once
-  cudnn   NVIDIA's fused kernel: bfloat16, head widths up to 128. Padding at the right end goes by lengths; other
-          segments (packed documents, padding at the left) as a bias of one row of scores for all heads
+  cudnn   NVIDIA's fused kernel: 16 bits, head widths up to 128. Padding goes by lengths, at the left as well; packed
+          documents as a bias, one row of scores for all heads and layers
   splash  the Pallas kernel for TPUs: lengths that are multiples of 128, any head width; segments are native
 
 Letters are those of `mask_predictor.py`. Softmax runs in float32 whatever the compute dtype.
@@ -24,11 +24,12 @@ KERNELS = ("auto", "xla", "cudnn", "splash")
 
 # Finite, so that a row that may look at nothing (padding) gives garbage and never a NaN.
 _NEVER = -1e30
+_NEVER_16 = -(2.0**15)  # of the 16 bits of a bias
 
 
 @functools.partial(
   jax.tree_util.register_dataclass, data_fields=["segment_BL", "start", "reuse_L", "table_BWK"],
-  meta_fields=["L", "W", "order", "right_padded"],
+  meta_fields=["L", "W", "order", "right_padded", "contiguous"],
 )  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class Visible:
@@ -53,11 +54,12 @@ class Visible:
   order: str = "full"  # | "causal": later keys are hidden
   segment_BL: Any = None  # int32 document of every position, 0 = padding (B may be 1); None: one document, no padding
   right_padded: bool = False  # segments are 1s and then padding, which some kernels know how to use
+  contiguous: bool = False  # segments are 1s in one run, padding before it or behind it: keys are turned to the front
   start: Any = 0  # where the window begins
   # Bool: keys that are taken from a cache, which is then left as it is. The others are the window's own, and stand
   # behind the cache's. None: the window's are put into their places, and all are used.
   reuse_L: Any = None
-  table_BWK: Any = None  # what `drawn` drew
+  table_BWK: Any = None  # what `drawn` drew for the kernel
 
   @property
   def keys(self) -> int:
@@ -66,8 +68,11 @@ class Visible:
 
   @property
   def segments(self) -> str:
-    """What kernels must know of the segments: "none"; "right", 1s and then padding; "any"."""
-    return "none" if self.segment_BL is None else "right" if self.right_padded else "any"
+    """What kernels must know of the segments: "none"; "right", 1s and then padding; "run", 1s in one run; "any"."""
+    if self.segment_BL is None:
+      return "none"
+    # Later keys are those behind the query's own place: they must stay in theirs.
+    return "right" if self.right_padded else "run" if self.contiguous and self.order == "full" else "any"
 
   def window(self, array_BL: jax.Array) -> jax.Array:
     """The window's part of what there is of every position."""
@@ -75,22 +80,30 @@ class Visible:
       return array_BL
     return jax.lax.dynamic_slice_in_dim(array_BL, self.start, self.W, axis=1)
 
-  def drawn(self) -> "Visible":
-    """With `table_BWK`, bool [B or 1, W, keys]: True where a query may look; None where all may look at all."""
+  def drawn(self, kernel: str = "xla", dtype: Any = None) -> "Visible":
+    """With `table_BWK`, what the kernel reads of [B or 1, W, keys]; None where it needs none.
+
+    For XLA it is bool, True where a query may look. For cuDNN it is what is added to the scores, in `dtype`; there
+    padding looks at padding, so that no query is without a key (whose log-sum-exp would be far below 0).
+    """
+    bias = kernel == "cudnn"
+    if kernel == "splash" or (bias and self.segments != "any"):
+      return self
     if self.segment_BL is None and self.order == "full" and self.reuse_L is None:
       return self
     at_1L = jnp.arange(self.L)[None]
     # Made up for the table alone: a kernel that was chosen for no segments must not be handed any.
     segment_BL = jnp.ones_like(at_1L) if self.segment_BL is None else self.segment_BL
     table_BWK = self.window(segment_BL)[:, :, None] == segment_BL[:, None, :]
-    table_BWK &= segment_BL[:, None, :] > 0
+    if not bias:
+      table_BWK &= segment_BL[:, None, :] > 0
     if self.order == "causal":
       table_BWK &= self.window(at_1L)[:, :, None] >= at_1L[:, None, :]
     if self.reuse_L is not None:
       reuse_11L = jnp.asarray(self.reuse_L)[None, None]
       fresh_BWW = jax.lax.dynamic_slice_in_dim(table_BWK & ~reuse_11L, self.start, self.W, axis=2)
       table_BWK = jnp.concatenate([table_BWK & reuse_11L, fresh_BWW], axis=2)
-    return dataclasses.replace(self, table_BWK=table_BWK)
+    return dataclasses.replace(self, table_BWK=jnp.where(table_BWK, 0, _NEVER_16).astype(dtype) if bias else table_BWK)
 
 
 def choose(
@@ -123,7 +136,7 @@ def choose(
     if name == "cudnn" and capability and capability < (8, 0):
       return f"it needs a GPU of capability 8.0, and this one has {'.'.join(map(str, capability))}"
     if name == "cudnn" and dtype not in (jnp.bfloat16, jnp.float16):
-      return f"it computes in bfloat16, not {dtype}"
+      return f"it computes in 16 bits, not in {jnp.dtype(dtype)}"
     if name == "cudnn" and (K % 8 or K > 128):
       return f"model.K={K} is not a multiple of 8 up to 128"
     if name == "cudnn" and segments == "any" and (W // context % 2 or keys % 2):
@@ -173,15 +186,14 @@ def attend(
   qkv: Any = ((q_BWHK, "BLHK"), (k_BLGK, "B.GK"), (v_BLGK, "B.GK"))
   segments: Any = () if segment_BL is None else ((segment_BL, "BL"), (segment_BL, "B."))
   if kernel == "xla":
-    out_BWHK = _xla(q_BWHK, k_BLGK, v_BLGK, visible.table_BWK)
-  elif kernel == "splash":
-    out_BWHK = on_each_device(functools.partial(_splash, causal=causal), *qkv, *segments)
-  elif visible.segments != "any":
-    out_BWHK = on_each_device(functools.partial(_cudnn_lengths, causal=causal), *qkv, *segments)
-  else:
-    out_BWHK = on_each_device(_cudnn_bias, *qkv, (visible.table_BWK, "BL."))
-  # Splash names its own residuals, the log-sum-exp among them.
-  return out_BWHK if kernel == "splash" else checkpoint_name(out_BWHK, "attention")
+    return _xla(q_BWHK, k_BLGK, v_BLGK, visible.table_BWK)
+  if kernel == "splash":
+    return on_each_device(functools.partial(_splash, causal=causal), *qkv, *segments)
+  if visible.segments == "any":
+    return on_each_device(_cudnn_bias, *qkv, (visible.table_BWK, "BL."))
+  if visible.segments == "run":
+    return on_each_device(_cudnn_run, *qkv, segments[1])
+  return on_each_device(functools.partial(_cudnn_lengths, causal=causal), *qkv, *segments)
 
 
 def einsum32(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -230,21 +242,55 @@ def _xla(q_BWHK, k_BLGK, v_BLGK, allowed_BWL):
 
 
 def _cudnn_lengths(q_BWHK, k_BLGK, v_BLGK, query_segment_BW=None, segment_BL=None, *, causal):
+  """In rows of padding cuDNN leaves zeros, as values and as gradients (JAX's own tests say so): nothing is masked."""
+  fn = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
   if segment_BL is None:
-    return jax.nn.dot_product_attention(q_BWHK, k_BLGK, v_BLGK, is_causal=causal, implementation="cudnn")
-  assert query_segment_BW is not None
-  valid_BW = query_segment_BW > 0
-  out_BWHK = jax.nn.dot_product_attention(
-    q_BWHK, k_BLGK, v_BLGK, is_causal=causal, implementation="cudnn",
-    query_seq_lengths=valid_BW.sum(axis=1, dtype=jnp.int32),
-    key_value_seq_lengths=(segment_BL > 0).sum(axis=1, dtype=jnp.int32),
-  )  # fmt: skip
-  # What cuDNN leaves in the rows of the padding is nobody's business: neither the value nor a gradient gets through.
-  return jnp.where(valid_BW[:, :, None, None], out_BWHK, 0)
+    return _kept(fn, (q_BWHK, k_BLGK, v_BLGK), {})
+  length = {"query_seq_lengths": query_segment_BW, "key_value_seq_lengths": segment_BL}
+  length = {name: (x > 0).sum(axis=1, dtype=jnp.int32) for name, x in length.items()}
+  return _kept(fn, (q_BWHK, k_BLGK, v_BLGK), length)
 
 
-def _cudnn_bias(q_BWHK, k_BLGK, v_BLGK, allowed_BWL):
-  return jax.nn.dot_product_attention(q_BWHK, k_BLGK, v_BLGK, mask=allowed_BWL[:, None], implementation="cudnn")
+def _cudnn_run(q_BWHK, k_BLGK, v_BLGK, segment_BL):
+  """The order of the keys is nothing to a query: each row's are turned until its run is in front."""
+  (B, W), L = q_BWHK.shape[:2], k_BLGK.shape[1]
+  there_BL = segment_BL > 0
+  at_BL = jnp.minimum(jnp.argmax(there_BL, axis=1)[:, None] + jnp.arange(L)[None], L - 1)
+  turn = jax.vmap(lambda x_LGK, at_L: x_LGK.at[at_L].get(mode="promise_in_bounds"))
+  length = {
+    "query_seq_lengths": jnp.full(B, W, jnp.int32),
+    "key_value_seq_lengths": jnp.maximum(there_BL.sum(axis=1, dtype=jnp.int32), 1),  # a row of padding alone
+  }
+  fn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+  return _kept(fn, (q_BWHK, turn(k_BLGK, at_BL), turn(v_BLGK, at_BL)), length)
+
+
+def _cudnn_bias(q_BWHK, k_BLGK, v_BLGK, bias_BWL):
+  fn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+  return _kept(fn, (q_BWHK, k_BLGK, v_BLGK), {"bias": bias_BWL[:, None]})
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _kept(fn, qkv, rest):
+  """fn(*qkv, **rest), with the name "attention" for what its backward pass needs besides these: `remat` may keep it.
+
+  (cuDNN's are the result and the log-sum-exp. JAX names neither; but the function that `jax.vjp` returns is a tree of
+  them. `rest` gets no gradient.)
+  """
+  return fn(*qkv, **rest)
+
+
+def _kept_forward(fn, qkv, rest):
+  out, backward = jax.vjp(lambda *qkv: fn(*qkv, **rest), *qkv)
+  named, given = checkpoint_name(out, "attention"), jax.tree.leaves((qkv, rest))
+
+  def name(x):
+    return named if x is out else x if any(x is y for y in given) else checkpoint_name(x, "attention")
+
+  return named, jax.tree.map(name, backward)
+
+
+_kept.defvjp(_kept_forward, lambda fn, backward, cotangent: (backward(cotangent), None))
 
 
 def _splash(q_BWHK, k_BLGK, v_BLGK, query_segment_BW=None, segment_BL=None, *, causal, interpret=False):

@@ -30,10 +30,14 @@ Params = dict[str, Any]
 Cache = dict[str, jax.Array]  # {"k": k_NBLGK, "v": v_NBLGK}
 
 # What the backward pass finds ready; the rest is computed again. Gathered weights are gathered again in every case.
+# Only fused kernels name what they leave: of XLA's attention nothing is worth its place.
+_ATTENTION = jax.checkpoint_policies.save_only_these_names("attention")
 REMAT = {
   "none": jax.checkpoint_policies.save_anything_except_these_names("gathered"),
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+  "dots": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _ATTENTION
+  ),
+  "attention": _ATTENTION,
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -60,7 +64,8 @@ class MaskPredictorConfig:
   # The layers' matrices, where they are not trained: "full", as they are | in bits: "int8" | "int4" | "nf4".
   weights: str = "full"
   attention: str = "auto"  # kernel of full passes: "auto", the fastest exact one | "xla" | "cudnn" | "splash"
-  # What the backward pass computes again: "none" | "dots" (all but matmuls) | "attention" (all but it) | "full" (all).
+  # What the backward pass computes again: "none" | "dots" (all but matmuls and fused attention) | "attention" (all but
+  # fused attention) | "full" (all).
   remat: str = "none"
   head_chunk: int = 8192  # tokens of a device whose logits exist at once
   lora_rank: int = 0  # of adapters (LoRA, arXiv 2106.09685), which alone are trained then, on init_from; 0: none
@@ -187,6 +192,7 @@ class MaskPredictorConfig:
       blocks[name] = (w32 + self.lora_alpha / self.R * update.reshape(w32.shape)).astype(blocks[name].dtype)
     return dataclasses.replace(self, lora_rank=0, weights="full"), frozen | {"blocks": blocks}
 
+  @functools.cache  # noqa: B019  (configs are few, and small)
   def num_params(self, embedding: bool = True) -> int:
     """Parameter count; without `embedding`, neither the embedding nor the head."""
     shapes = jax.eval_shape(self.init, jax.random.key(0))
@@ -231,6 +237,40 @@ def rotate(x_BWHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 def _flat(x: jax.Array) -> jax.Array:
   """[..., D] as [tokens, D]: on the CPU backend, matmuls of two axes are several times faster backward."""
   return x.reshape(-1, x.shape[-1])
+
+
+def _aligned(x: jax.Array, letters: str) -> jax.Array:
+  """On a GPU, with zeros behind an F that is no multiple of 8: it has no fast matmuls for such (LLaDA 1B's 5634).
+
+  What the zeros stand for is silu(0) * 0, and nothing of it comes out of `down`. A mesh's parts of F are padded each.
+  """
+  parts = sharding.axis_size("tensor")
+  F = x.shape[letters.index("F")] // parts if "F" in letters else 0
+  if sharding.platform() != "gpu" or F % 8 == 0:
+    return x
+  axis = letters.index("F")
+  before, behind = x.shape[:axis], x.shape[axis + 1 :]
+  pad = [(0, 0)] * (axis + 1) + [(0, -F % 64)] + [(0, 0)] * len(behind)
+  return jnp.pad(x.reshape(*before, parts, F, *behind), pad).reshape(*before, -1, *behind)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _look_up(embedding_VD: jax.Array, tokens_BW: jax.Array, V: int) -> jax.Array:
+  """Rows of the embedding, whose gradient adds up in float32 and is rounded once.
+
+  In bfloat16 the sum for [MASK], half of all tokens, would soon stand still, and a GPU, which has no such addition in
+  memory, would spend longer on it than on the head.
+  """
+  return embedding_VD[tokens_BW]
+
+
+def _look_up_backward(V, tokens_BW, gradient_BWD):
+  zeros_VD = sharding.constrain(jnp.zeros((V, gradient_BWD.shape[-1]), jnp.float32), "V.")
+  sum_VD = sharding.constrain(zeros_VD.at[tokens_BW].add(gradient_BWD.astype(jnp.float32)), "V.")
+  return sum_VD.astype(gradient_BWD.dtype), None
+
+
+_look_up.defvjp(lambda embedding_VD, tokens_BW, V: (embedding_VD[tokens_BW], tokens_BW), _look_up_backward)
 
 
 class Block(nnx.Module):
@@ -280,7 +320,9 @@ class Block(nnx.Module):
   def weight(self, name: str, dtype: jnp.dtype) -> jax.Array:
     """A parameter in the compute dtype, gathered along its width: cast first, so that half the bytes travel."""
     letters = Block.letters(self.c)[name]
-    return checkpoint_name(sharding.gather(getattr(self, name)[...].astype(dtype), letters), "gathered")
+    gathered = sharding.gather(getattr(self, name)[...].astype(dtype), letters)
+    # Beside matrices in bits, which are not padded, adapters are not either.
+    return checkpoint_name(_aligned(gathered, letters) if self.c.weights == "full" else gathered, "gathered")
 
   def __call__(self, x_BWD, cache: Cache | None, *, cos, sin, start, attend):
     """Returns the new stream, and the layer's keys and values over the canvas if there is a cache to write.
@@ -294,14 +336,15 @@ class Block(nnx.Module):
       x_I = _flat(x_BWI) if sharding.axis_size("context") == 1 else x_BWI
       out: Any
       if c.weights == "full":
-        weight = self.weight(name, x.dtype).reshape(x_BWI.shape[-1], -1)
+        weight = self.weight(name, dtype).reshape(x_BWI.shape[-1], -1)
         out = jnp.matmul(x_I, weight, preferred_element_type=out_dtype)
       else:
         out = quantized.matmul(x_I, getattr(self, name).get_value(), Block.LETTERS[name], out_dtype)
       if c.lora_rank and name in c.lora_targets:
-        low = x_I @ self.weight(name + "_a", x.dtype).reshape(-1, c.R)
-        out += (c.lora_alpha / c.R) * (low @ self.weight(name + "_b", x.dtype).reshape(c.R, -1))
-      out = out.reshape(*x.shape[:2], *(getattr(c, letter) for letter in letters))
+        low = x_I @ self.weight(name + "_a", dtype).reshape(-1, c.R)
+        out += (c.lora_alpha / c.R) * (low @ self.weight(name + "_b", dtype).reshape(c.R, -1))
+      widths = (-1,) if letters == "F" else (getattr(c, letter) for letter in letters)  # F may be padded
+      out = out.reshape(*x.shape[:2], *widths)
       return sharding.constrain(out, "BL" + letters)
 
     n_BWD = rms_norm(x_BWD, self.weight("attention_norm", dtype), c.norm_eps).astype(dtype)
@@ -377,8 +420,9 @@ class MaskPredictor(nnx.Module):
     reads = visible.reuse_L is not None
     write_at = None if reads else visible.start
     attend = functools.partial(
-      attention.attend, visible=visible.drawn(), kernel=kernel, on_each_device=sharding.on_each_device
-    )
+      attention.attend, visible=visible.drawn(kernel, c.compute_dtype), kernel=kernel,
+      on_each_device=sharding.on_each_device,
+    )  # fmt: skip
 
     def body(x_BWD, layer):
       block, layer_cache = layer
@@ -389,7 +433,8 @@ class MaskPredictor(nnx.Module):
       body = jax.checkpoint(body, policy=REMAT[c.remat], prevent_cse=False)
     # Not `gather`: a gradient sliced along the width would have the scatter-add gather the stream's.
     embedding_VD = sharding.constrain(self.embedding[...].astype(c.compute_dtype), "V.")
-    x_BWD = sharding.constrain(embedding_VD[sharding.constrain(tokens_BW, "BL")], "BLD").astype(c.stream_dtype)
+    x_BWD = sharding.constrain(_look_up(embedding_VD, sharding.constrain(tokens_BW, "BL"), c.V), "BLD")
+    x_BWD = x_BWD.astype(c.stream_dtype)
     # XLA's CPU backend copies the residuals of a loop into stacked arrays: unrolled, a step takes 0.75 of the time.
     unroll = c.N if sharding.platform() == "cpu" and c.N <= 8 else 1
     x_BWD, written = jax.lax.scan(body, x_BWD, (self.blocks, cache), unroll=unroll)

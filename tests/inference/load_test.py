@@ -86,13 +86,17 @@ def test_a_workdir_is_quantised_parameter_by_parameter(tiny_workdir, monkeypatch
   assert asked == [1] * len(jax.tree.leaves(full.params))
   assert_the_same(llada.params, jax.jit(llada.model.freeze)(full.params))
   pair = ("red and ", "red 3")
-  assert llada.log_likelihood(*pair, num_samples=4) == pytest.approx(full.log_likelihood(*pair, num_samples=4), rel=0.05)
+  assert llada.log_likelihood(*pair, num_samples=4) == pytest.approx(
+    full.log_likelihood(*pair, num_samples=4), rel=0.05
+  )
   # ... and from the shell, as `--config.model.weights=int8` asks.
   c = config.load(tiny_workdir)
   c = dataclasses.replace(c, model=dataclasses.replace(c.model, weights="int8"))
   sampler = dataclasses.replace(c.sample, gen_length=8, block_length=8, steps=8)
   show.show_samples(dataclasses.replace(c, sample=sampler), tiny_workdir, ["red"], None)
-  assert capsys.readouterr().out.removesuffix("\n") == llada.sample("red", gen_length=8, block_length=8, steps=8).text[0]
+  assert (
+    capsys.readouterr().out.removesuffix("\n") == llada.sample("red", gen_length=8, block_length=8, steps=8).text[0]
+  )
 
 
 def test_an_import_that_says_so_is_loaded_in_bits(folder, tmp_path):

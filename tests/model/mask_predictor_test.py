@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lladax.devices import sharding
 from lladax.model.mask_predictor import Block, MaskPredictorConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -328,3 +329,38 @@ def test_new_adapters_change_nothing():
 def test_bad_adapters_are_named(fields, message):
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(TINY, **fields)
+
+
+def test_the_embeddings_gradient_adds_up_in_float32():
+  """Thousands of [MASK]s: a sum in bfloat16 stops at 256 times what is added."""
+  c = dataclasses.replace(TINY, dtype="bfloat16", max_length=4096)
+  tokens_BL = jnp.full((1, 4096), 3)
+
+  def gradient(c):
+    def loss(params):
+      return jnp.mean(c.bind(params).hidden(tokens_BL)[0][:, :, 0].astype(jnp.float32))
+
+    return jax.jit(jax.grad(loss))(random_params(c))["embedding"][3]
+
+  ours_D, exact_D = gradient(c), gradient(dataclasses.replace(c, dtype="float32"))
+  assert jnp.linalg.norm(ours_D - exact_D) < 0.05 * jnp.linalg.norm(exact_D)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_width_that_gpus_are_slow_with_is_padded(monkeypatch, tensor):
+  """What is computed, and every gradient, stays; the matmuls' widths are multiples of 64 on each device."""
+  c = dataclasses.replace(TINY, F=20, attention="xla", dtype="float32", lora_rank=2)
+  params, tokens_BL = random_params(c), random_tokens(c, 2, 6)
+
+  def run():
+    with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=1, tensor=tensor), jax.devices()[:tensor])):
+      program = jax.jit(jax.value_and_grad(lambda params: jnp.mean(c.bind(params)(tokens_BL)[:, :, 0]))).lower(params)
+      return program.as_text(), program.compile()(params)
+
+  text, expected = run()
+  with monkeypatch.context() as patch:
+    patch.setattr(sharding, "platform", lambda: "gpu")
+    padded_text, padded = run()
+  wide = f"x{64 * tensor}xf32"
+  assert wide not in text and wide in padded_text
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), padded, expected)
