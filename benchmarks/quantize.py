@@ -21,6 +21,7 @@ from lladax.data import sources
 from lladax.evaluation import held_out
 from lladax.inference.llada import LLaDA
 from lladax.model import quantized
+from lladax.model.mask_predictor import Block
 
 
 def likeliest(llada: LLaDA, tokens_RL: np.ndarray, masked_RL: np.ndarray) -> np.ndarray:
@@ -37,12 +38,10 @@ def measured(llada: LLaDA, c: config.Config, tokens_RL: np.ndarray, masked_RL: n
   return held_out.bound(llada, c, rows=10**9), likeliest(llada, tokens_RL, masked_RL)
 
 
-def bits_per_weight(params) -> float:
+def bits_per_weight(params, weights: int) -> float:
   """Of the matrices in bits, with their scales."""
   matrices = [x for x in params["blocks"].values() if isinstance(x, dict)]
-  width = {"int8": 8, "int4": 4, "uint4": 4}
-  total = sum(width[x["bits"].dtype.name] * x["bits"].size + 16 * x["scale"].size for x in matrices)
-  return total / sum(x["bits"].size for x in matrices)
+  return 8 * sum(x["bits"].nbytes + x["scale"].nbytes for x in matrices) / weights
 
 
 def main(workdir: str, groups: list[int]) -> list[dict]:
@@ -58,20 +57,21 @@ def main(workdir: str, groups: list[int]) -> list[dict]:
   print(
     "| weights | group | bits a weight | bits per byte | more than full | same token | nats apart |\n|" + "---|" * 7
   )
-  table = []
+  table, weights = [], sum(full.params["blocks"][name].size for name in Block.MATRICES)
   for kind in quantized.KINDS[1:]:
     for group in groups:
       model = dataclasses.replace(full.model, weights=kind)
       params = jax.jit(model.freeze, static_argnames="group")(full.params, group=group)
       # Multiplied out it says the same (a test), and one program does for all.
       whole = {
-        name: quantized.dequantize(quantized.lent(x, kind), np.float32) if isinstance(x, dict) else x
+        name: quantized.dequantize(quantized.Matrix(**x), kind, np.float32) if isinstance(x, dict) else x
         for name, x in params["blocks"].items()
       }
       llada = dataclasses.replace(full, params=params | {"blocks": whole})
       there, log_q = measured(llada, c, tokens_RL, masked_RL)
       table.append({
-        "weights": kind, "group": group, "bits": bits_per_weight(params), "bits_per_byte": there["bits_per_byte"],
+        "weights": kind, "group": group, "bits": bits_per_weight(params, weights),
+        "bits_per_byte": there["bits_per_byte"],
         "more": there["bits_per_byte"] - bound["bits_per_byte"],
         "same": float(np.mean(log_p.argmax(axis=1) == log_q.argmax(axis=1))),
         "divergence": float(np.mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=1))),

@@ -136,7 +136,7 @@ class MaskPredictorConfig:
   def bind(self, params: Params) -> "MaskPredictor":
     """A MaskPredictor that computes with `params` (inside or outside of jit)."""
     if self.weights != "full":
-      matrices = {name: quantized.lent(params["blocks"][name], self.weights) for name in Block.MATRICES}
+      matrices = {name: quantized.Matrix(**params["blocks"][name]) for name in Block.MATRICES}
       params = params | {"blocks": params["blocks"] | matrices}
     return nnx.merge(_graph(self), nnx.State(params))
 
@@ -184,7 +184,7 @@ class MaskPredictorConfig:
     """The model without adapters, W + alpha / rank A B in the dtype of W, which is multiplied out; pure: jit it."""
     blocks = dict(frozen["blocks"])
     for name in Block.MATRICES if self.weights != "full" else ():
-      blocks[name] = quantized.dequantize(quantized.lent(blocks[name], self.weights), self.compute_dtype)
+      blocks[name] = quantized.dequantize(quantized.Matrix(**blocks[name]), self.weights, self.compute_dtype)
     for name in self.lora_targets:
       a, b = (trained["blocks"][f"{name}_{x}"].astype(jnp.float32) for x in "ab")
       w32 = blocks[name].astype(jnp.float32)
@@ -339,7 +339,7 @@ class Block(nnx.Module):
         weight = self.weight(name, dtype).reshape(x_BWI.shape[-1], -1)
         out = jnp.matmul(x_I, weight, preferred_element_type=out_dtype)
       else:
-        out = quantized.matmul(x_I, getattr(self, name).get_value(), Block.LETTERS[name], out_dtype)
+        out = quantized.matmul(x_I, getattr(self, name).get_value(), c.weights, Block.LETTERS[name], out_dtype)
       if c.lora_rank and name in c.lora_targets:
         low = x_I @ self.weight(name + "_a", dtype).reshape(-1, c.R)
         out += (c.lora_alpha / c.R) * (low @ self.weight(name + "_b", dtype).reshape(c.R, -1))

@@ -1,20 +1,19 @@
 """The layers' matrices in 8 or 4 bits, for devices that 16 bits are too many for; the arithmetic is qwix's.
 
-A quantised matrix is {"bits", "scale"} in the parameters: the nearest of evenly spaced values ("int8", "int4"), or of
-the 16 that suit normal weights ("nf4", QLoRA, arXiv 2305.14314, appendix E), times a scale that `GROUP` inputs of an
-output share. It is multiplied out where it is used, a matrix at a time, in the compute dtype. Embedding, head and norms
-stay as they are: the head of an 8B is one matrix of 1 GiB, which every pass would need in 16 bits anyway.
+A quantised matrix is {"bits", "scale"} in the parameters, two values of 4 bits in a byte: the nearest of evenly spaced
+ones ("int8", "int4"), or of the 16 that suit normal weights ("nf4", QLoRA, arXiv 2305.14314, appendix E), times a scale
+that `GROUP` inputs of an output share. It is multiplied out where it is used, a matrix at a time, in the compute dtype.
+Embedding, head and norms stay in it: the head of an 8B is one matrix of 1 GiB, which every pass would have to multiply
+out whole, so that bits would save nothing of it.
 """
 
-import dataclasses
 import functools
 import importlib
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from lladax.devices import sharding
 from lladax.mistake import Mistake
@@ -35,6 +34,13 @@ def library() -> Any:
 def letters(of_matrix: str, inputs: str) -> dict[str, str]:
   """The letters of a quantised matrix's parts; scales are not cut where inputs share them."""
   return {"bits": of_matrix, "scale": of_matrix.replace(inputs[-1], ".")}
+
+
+class Matrix(NamedTuple):
+  """A quantised matrix, as it is lent to a model."""
+
+  bits: jax.Array
+  scale: jax.Array
 
 
 def quantize(x: jax.Array, of_matrix: str, inputs: str, kind: str, group: int = GROUP) -> dict[str, jax.Array]:
@@ -58,42 +64,45 @@ def quantize(x: jax.Array, of_matrix: str, inputs: str, kind: str, group: int = 
   found = library().quantize(
     x.astype(jnp.float32), kind, channelwise_axes=channels, tiled_axes=tiles, scale_dtype=jnp.bfloat16
   )
-  return {"bits": found.qvalue, "scale": found.scale}
+  bits = found.qvalue
+  if kind != "int8":  # neighbours share a byte: arrays of 4 bits are copied, transposed or refused here and there
+    pairs = (bits.astype(jnp.uint8) & 15).reshape(*bits.shape[:-1], -1, 2)
+    bits = pairs[..., 0] | pairs[..., 1] << 4
+  return {"bits": bits, "scale": found.scale}
 
 
-def lent(matrix: dict[str, jax.Array], kind: str) -> Any:
-  """A quantised matrix as qwix's QArray."""
-  return library().QArray(matrix["bits"], matrix["scale"], qtype=kind)
+def dequantize(matrix: Matrix, kind: str, dtype: Any) -> jax.Array:
+  """A matrix multiplied out."""
+  bits = matrix.bits
+  if kind != "int8":
+    shifts = jnp.array([0, 4], jnp.uint8).reshape(*[1] * bits.ndim, 2)
+    bits = (bits[..., None] >> shifts & 15).reshape(*bits.shape[:-1], -1)
+  if kind == "int4":
+    bits = (bits ^ 8).astype(jnp.int8) - 8
+  return library().dequantize(library().QArray(bits, matrix.scale.astype(dtype), qtype=kind))
 
 
-def dequantize(matrix: Any, dtype: Any) -> jax.Array:
-  """A QArray multiplied out."""
-  if matrix.qvalue.dtype == jnp.int4:
-    # Else XLA has a GPU's matmul read the layers' int4 along the inputs, and makes a transposed copy of all of them.
-    bits = with_layout_constraint(matrix.qvalue, Layout(tuple(range(matrix.ndim))))
-    matrix = dataclasses.replace(matrix, qvalue=bits)
-  return library().dequantize(matrix.astype(dtype))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def matmul(x: Any, matrix: Any, of_matrix: str, dtype: Any) -> Any:
-  """[..., I] times a QArray with these letters, in `dtype`.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def matmul(x: Any, matrix: Matrix, kind: str, of_matrix: str, dtype: Any) -> Any:
+  """[..., I] times a quantised matrix with these letters, in `dtype`.
 
   The backward pass multiplies it out again: kept, the matrices of all layers would be the model in 16 bits.
   """
-  return jnp.matmul(x, _whole(matrix, of_matrix, x), preferred_element_type=dtype)
+  return jnp.matmul(x, _whole(matrix, kind, of_matrix, x), preferred_element_type=dtype)
 
 
-def _whole(matrix: Any, of_matrix: str, x: jax.Array) -> jax.Array:
+def _whole(matrix: Matrix, kind: str, of_matrix: str, x: jax.Array) -> jax.Array:
   """[I, O], gathered along the width while it is in bits."""
   gathered = jax.tree.map(lambda part: sharding.constrain(part, of_matrix.replace("D", ".")), matrix)
-  return dequantize(gathered, x.dtype).reshape(x.shape[-1], -1)
+  return dequantize(gathered, kind, x.dtype).reshape(x.shape[-1], -1)
 
 
-def _backward(of_matrix, dtype, residuals, cotangent):
+def _backward(kind, of_matrix, dtype, residuals, cotangent):
   matrix, like_x = residuals
-  whole = _whole(matrix, of_matrix, like_x)
+  whole = _whole(matrix, kind, of_matrix, like_x)
   return jnp.matmul(cotangent.astype(like_x.dtype), whole.T), None
 
 
-matmul.defvjp(lambda x, matrix, of_matrix, dtype: (matmul(x, matrix, of_matrix, dtype), (matrix, x[:0])), _backward)
+matmul.defvjp(
+  lambda x, matrix, kind, of_matrix, dtype: (matmul(x, matrix, kind, of_matrix, dtype), (matrix, x[:0])), _backward
+)
