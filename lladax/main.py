@@ -48,8 +48,10 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Processes of the job.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Number of this one, from 0.")
-_TOPOLOGY = flags.DEFINE_string("topology", "v5p:4x4x4", "mode=plan: the TPUs to plan for.")
-_SLICES = flags.DEFINE_integer("slices", 1, "mode=plan: so many of that topology, over the data-centre network.")
+_TOPOLOGY = flags.DEFINE_string("topology", "v5p:4x4x4", "mode=plan: what to plan for: TPUs, or GPUs as in h100:8.")
+_SLICES = flags.DEFINE_integer(
+  "slices", 1, "mode=plan: so many of that topology (slices, nodes), over the data-centre network."
+)
 _UTILISATION = flags.DEFINE_float("utilisation", 0.4, "mode=plan: of the peak FLOP/s, for the times.")
 _JSON = flags.DEFINE_bool("json", False, "mode=plan: print JSON.")
 _SYSTEM = flags.DEFINE_string("system", "", "mode=chat: the system prompt.")
@@ -129,6 +131,7 @@ def _prepare(given: ConfigDict, beam_options: list[str]) -> int:
 
 
 def _plan(given: ConfigDict) -> int:
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before a plugin without its driver complains
   import jax
 
   jax.config.update("jax_platforms", "cpu")  # the devices of a plan are not here, and those that are stay free

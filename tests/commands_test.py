@@ -120,6 +120,7 @@ RULES = [
   ),
   Rule(r"benchmarks/loader.py --config=CONFIG", TINY, {"CONFIG": "configs/quickstart.py"}),
   Rule(r"--workdir=runs/stdlib ", [*TINY, "--config.mesh.fsdp=1"], makes="runs/stdlib/samples.html"),
+  Rule(r"--mode=plan .*=h100", PLAN, {"micro_batches=40": "data.batch_size=16"}, needs="jax_plugins.xla_cuda13"),
   Rule(r"--mode=plan", PLAN, {"v5e:16x16": "v5e:4x4 --config.data.batch_size=64"}, needs="libtpu"),
   Rule(r"launch/plans.py", ["llada_1b:v5e_4x4", *PLAN], {"pip install -e '.[plan]' && ": ""}, needs="libtpu"),
   Rule(
@@ -158,7 +159,8 @@ RULES = [
   ),
   Rule(
     r"meshes.py$",
-    ["--config.steps=2", "--config.data.held_out=0.0", "--config.evaluate.canvases=()", *TINY[len(RUN):-1]],
+    ["--config.steps=2", "--config.data.held_out=0.0", "--config.evaluate.canvases=()",
+     "--config.tokenizer.vocab_size=280", *TINY[len(RUN):-1]],
   ),
   Rule(r"^python benchmarks/cpu.py$", [*CPU, "--only=lladax"]),
   Rule(r"cpu.py", [*CPU, "--only=exact|lladax$"], {"pip install torch==2.13.0 && ": ""}),

@@ -173,3 +173,11 @@ def data_dir(tmp_path_factory):
 @pytest.fixture
 def libtpu():
   pytest.importorskip("libtpu")
+
+
+@pytest.fixture
+def gpu_compiler():
+  from lladax.devices import ahead
+
+  if not ahead.has_gpu_compiler():
+    pytest.skip("could not find JAX's CUDA plugin and NVIDIA's assembler: pip install -e '.[plan-gpu]'")

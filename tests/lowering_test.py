@@ -40,8 +40,9 @@ AXES = tuple(field.name for field in dataclasses.fields(sharding.MeshConfig))
 
 @pytest.fixture(autouse=True)
 def cudnn(monkeypatch):
-  """JAX asks cuDNN for its version when it lowers, and for nothing else."""
+  """JAX asks cuDNN for its version when it lowers and, for documents by their beginnings, the GPU what it can."""
   monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91400)
+  monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
 
 
 @functools.cache
@@ -93,6 +94,8 @@ def meant(platform, segments, *, causal=False):
     return {"splash" if segments == "none" else "splash_segmented"}
   padding = ("PADDING", "PADDING_CAUSAL")
   masks = {"none": ("NO_MASK", "CAUSAL"), "right": padding, "run": padding, "any": ("BIAS", "BIAS")}
+  if platform == "cuda" and segments == "any" and not causal and jax.__version_info__ >= (0, 11, 2):
+    return {"cudnn BIAS", "cudnn PADDING"}  # by their beginnings, or where they do not fit
   return {f"cudnn {masks[segments][causal]}"} if platform == "cuda" else set()
 
 

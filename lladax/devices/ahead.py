@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import math
 import os
@@ -21,7 +22,7 @@ from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
 from lladax.devices import sharding
-from lladax.devices.gpus import GPUS, named
+from lladax.devices.gpus import GPUS, Gpu, named
 from lladax.mistake import Mistake
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -41,6 +42,11 @@ class Program:
   collectives: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)  # kind -> (how many, bytes)
   refusal: str = ""  # the compiler's words where it does not fit
   hlo: str = dataclasses.field(default="", repr=False)  # the program itself, optimised and scheduled, as text
+
+  @property
+  def attention(self) -> str:
+    """The kernel of its attention (of a full pass, where there is a cache): "cudnn", "splash" or "xla"."""
+    return next((name for mark, name in (("__cudnn$fmha", "cudnn"), ("splash_m", "splash")) if mark in self.hlo), "xla")
 
   @property
   def total(self) -> int:
@@ -120,39 +126,49 @@ def chips(topology: str) -> int:
   return math.prod(map(int, topology.partition(":")[2].split("x")))
 
 
-# Of a GPU's memory, besides XLA's pool: the CUDA context and the kernels; what cuDNN's attention works in, of which the
-# compiler has not heard; and NCCL's channels and buffers, where there is more than one device.
+FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+# Of XLA's pool, what the compiler has not heard of: the CUDA context and the kernels, the workspace of cuDNN's
+# attention; and NCCL's channels and buffers, where there is more than one device. (Not measured.)
 RESERVE, NCCL_RESERVE = 2**30, 2**30
 
 
 def fraction() -> float:
-  """What XLA's pool takes of a GPU's memory: XLA_PYTHON_CLIENT_MEM_FRACTION, 0.75 where that is not set."""
-  said = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or "0.75"
+  """What XLA's pool takes of a GPU's memory."""
+  said = os.environ.get(FRACTION) or "0.75"  # XLA's default
   try:
     value = float(said)
   except ValueError:
     value = 0.0
   if not 0 < value <= 1:
-    raise Mistake(f"XLA_PYTHON_CLIENT_MEM_FRACTION={said}: it is the part of a GPU's memory for XLA, as in 0.9")
+    raise Mistake(f"{FRACTION}={said}: it is the part of a GPU's memory for XLA, as in 0.9")
   return value
 
 
-def limit(device: jax.Device, count: int = 1) -> int:
-  """Bytes of a device, one of `count`, that a program may use.
+def gpu_limit(facts: Gpu, count: int, part: float) -> tuple[int, str]:
+  """Bytes that a program may use of a GPU, one of `count`, where XLA's pool is such a part; and how they come about."""
+  reserve, names = (RESERVE, "") if count == 1 else (RESERVE + NCCL_RESERVE, "NCCL, ")
+  return int(facts.memory * part) - reserve, (
+    f"{FRACTION}={part} of {facts.memory / 2**30:.2f} GiB, less a reserve of {reserve / 2**30:.0f} GiB for"
+    f" {names}the CUDA context and cuDNN's workspace"
+  )
 
-  Of a GPU: `fraction` of its memory less the reserve. Of a TPU: the compiler says so when it is asked for far too much.
+
+def limit(device: jax.Device, count: int = 1) -> tuple[int, str]:
+  """Bytes that a program may use of a device, one of `count`, and how they come about.
+
+  Of a TPU the compiler says so when it is asked for far too much.
   """
   if device.platform == "gpu":
     facts = named(device.device_kind)
     assert facts
-    return int(facts.memory * fraction()) - RESERVE - (NCCL_RESERVE if count > 1 else 0)
+    return gpu_limit(facts, count, fraction())
   huge = jax.ShapeDtypeStruct((2**42,), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
   try:
     jax.jit(lambda x: x + 1).lower(huge).compile()
   except jax.errors.JaxRuntimeError as error:
     found = re.search(r"available HBM \(([\d.]+)([KMGT])", str(error))
     if found:
-      return int(float(found[1]) * 2 ** (10 * ("KMGT".index(found[2]) + 1)))
+      return int(float(found[1]) * 2 ** (10 * ("KMGT".index(found[2]) + 1))), ""
   raise RuntimeError("the compiler did not say how much memory a device has")
 
 
@@ -203,10 +219,9 @@ def _compiled_for_gpus(lower: Callable[[], Any], device: jax.Device) -> Program:
 def _cudnn_of(device: jax.Device) -> Iterator[None]:
   """Answers for a cuDNN and a GPU that are not here: JAX asks them what they are before it traces cuDNN's attention.
 
-  The names are private to JAX. A test says so when they go, and every other kernel is compiled without them.
+  Raises:
+    Mistake: this JAX asks in another way; what is patched here is private to it.
   """
-  from jax._src.cudnn import fused_attention_stablehlo as attention
-
   here = sharding.capability(device)
   assert here
   answers = {
@@ -214,14 +229,16 @@ def _cudnn_of(device: jax.Device) -> Iterator[None]:
     "check_compute_capability": lambda least: here >= sharding.version(least),
     "is_cuda_compute_capability_equal": lambda other: here == sharding.version(other),
   }
-  before = {name: getattr(attention, name) for name in answers}
   try:
-    for name, answer in answers.items():
-      setattr(attention, name, answer)
+    private = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    before = {name: getattr(private, name) for name in answers}
+  except (ImportError, AttributeError) as error:
+    raise Mistake(f"jax {jax.__version__} cannot plan for GPUs ({error}): use jax 0.10 to 0.12") from error
+  try:
+    vars(private).update(answers)
     yield
   finally:
-    for name, answer in before.items():
-      setattr(attention, name, answer)
+    vars(private).update(before)
 
 
 @contextlib.contextmanager

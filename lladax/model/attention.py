@@ -2,7 +2,7 @@
 
   xla     plain einsums: every case, every device; the scores of all heads exist at once
   cudnn   NVIDIA's fused kernel: 16 bits, head widths up to 128. Padding goes by lengths, at the left as well; packed
-          documents as a bias, one row of scores for all heads and layers
+          documents by where they begin, from Hopper on and with a new JAX, and else as a bias for all heads and layers
   splash  the Pallas kernel for TPUs: lengths that are multiples of 128, any head width; segments are native
 
 Letters are those of `mask_predictor.py`. Softmax runs in float32 whatever the compute dtype.
@@ -25,10 +25,12 @@ KERNELS = ("auto", "xla", "cudnn", "splash")
 # Finite, so that a row that may look at nothing (padding) gives garbage and never a NaN.
 _NEVER = -1e30
 _NEVER_16 = -(2.0**15)  # of the 16 bits of a bias
+# Documents of a row that cuDNN has room for: its workspace, 70 MB each at 4096 x 32 x 64, is there for all of them.
+_DOCUMENTS = 32
 
 
 @functools.partial(
-  jax.tree_util.register_dataclass, data_fields=["segment_BL", "start", "reuse_L", "table_BWK"],
+  jax.tree_util.register_dataclass, data_fields=["segment_BL", "start", "reuse_L", "table_BWK", "begin_BM"],
   meta_fields=["L", "W", "order", "right_padded", "contiguous"],
 )  # fmt: skip
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Visible:
   # behind the cache's. None: the window's are put into their places, and all are used.
   reuse_L: Any = None
   table_BWK: Any = None  # what `drawn` drew for the kernel
+  begin_BM: Any = None  # for "documents": see there
 
   @property
   def keys(self) -> int:
@@ -86,6 +89,8 @@ class Visible:
     For XLA it is bool, True where a query may look. For cuDNN it is what is added to the scores, in `dtype`; there
     padding looks at padding, so that no query is without a key (whose log-sum-exp would be far below 0).
     """
+    if kernel == "documents":
+      return dataclasses.replace(self, begin_BM=_beginnings(self.segment_BL))
     bias = kernel == "cudnn"
     if kernel == "splash" or (bias and self.segments != "any"):
       return self
@@ -111,6 +116,8 @@ def choose(
   context: int = 1,
 ) -> str:  # fmt: skip
   """The kernel that runs: the one asked for, or for "auto" the fastest that is exact for the input.
+
+  It is one of `KERNELS`, or "documents": cuDNN's, told where the documents of a row begin.
 
   Args:
     kernel: one of `KERNELS`.
@@ -148,15 +155,40 @@ def choose(
   if W < keys or kernel == "xla":
     return "xla"
   if kernel == "auto":
-    if platform == "tpu":
-      return _said("xla" if why_not("splash") else "splash", why_not("splash"))
-    if platform == "gpu":
-      small = segments == "any" and W * keys < 2**20 and "there are segments and few tokens"
-      return _said("xla" if why_not("cudnn") or small else "cudnn", why_not("cudnn") or small or None)
-    return "xla"
-  if reason := why_not(kernel):
+    kernel = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
+    if kernel == "xla":
+      return kernel
+    few = kernel == "cudnn" and segments == "any" and W * keys < 2**20
+    if reason := why_not(kernel) or (few and "there are segments and few tokens"):
+      return _said("xla", reason)
+  elif reason := why_not(kernel):
     raise Mistake(f"model.attention={kernel!r}: {reason}; use auto or xla")
-  return _said(kernel, None)
+  if kernel == "splash" or segments != "any":
+    return _said(kernel, None)
+  reason = _no_beginnings(visible, capability, context)
+  return _said("cudnn", f"documents in a row by a bias: {reason}") if reason else _said("documents", "of cuDNN")
+
+
+def _no_beginnings(visible: Visible, capability: tuple[int, ...] | None, context: int) -> str | None:
+  """Why cuDNN cannot be told where documents begin, if it cannot."""
+  if visible.order == "causal" or context > 1:
+    return "they are causal, or sliced"
+  if not capability or capability < (9, 0):
+    return "no GPU of capability 9.0"
+  # Before, keys were those of other tokens where heads share them (github.com/jax-ml/jax/pull/39521).
+  if jax.__version_info__ < (0, 11, 2):
+    return f"JAX {jax.__version__}, not 0.11.2"
+  return None if _cudnn() else "this JAX has no function for more"
+
+
+@functools.cache
+def _cudnn() -> Any:
+  """JAX's module of cuDNN's attention, where documents are told of without a public name; None if it is not there."""
+  try:
+    from jax._src.cudnn import fused_attention_stablehlo as module
+  except ImportError:
+    return None
+  return module if hasattr(module, "dot_product_attention") and hasattr(module, "MaskType") else None
 
 
 @functools.cache
@@ -189,6 +221,8 @@ def attend(
     return _xla(q_BWHK, k_BLGK, v_BLGK, visible.table_BWK)
   if kernel == "splash":
     return on_each_device(functools.partial(_splash, causal=causal), *qkv, *segments)
+  if kernel == "documents":
+    return on_each_device(_cudnn_documents, *qkv, segments[1], (visible.begin_BM, "B."))
   if visible.segments == "any":
     return on_each_device(_cudnn_bias, *qkv, (visible.table_BWK, "BL."))
   if visible.segments == "run":
@@ -268,6 +302,68 @@ def _cudnn_run(q_BWHK, k_BLGK, v_BLGK, segment_BL):
 def _cudnn_bias(q_BWHK, k_BLGK, v_BLGK, bias_BWL):
   fn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
   return _kept(fn, (q_BWHK, k_BLGK, v_BLGK), {"bias": bias_BWL[:, None]})
+
+
+def _beginnings(segment_BL):
+  """Int32 [B, `_DOCUMENTS` + 1]: where the runs of a row begin, padding's too, and L for those that are not there.
+
+  -1 in rows with more of them, or with a document in several.
+  """
+  L = segment_BL.shape[1]
+  new_BL = jnp.pad(segment_BL[:, 1:] != segment_BL[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+  sorted_BL = jnp.sort(segment_BL, axis=1)
+  runs_B, documents_B = new_BL.sum(axis=1), 1 + (sorted_BL[:, 1:] != sorted_BL[:, :-1]).sum(axis=1)
+  begin_BL = jnp.pad(jnp.where(new_BL, jnp.arange(L)[None], L), ((0, 0), (0, _DOCUMENTS + 1)), constant_values=L)
+  begin_BM = jnp.sort(begin_BL, axis=1)[:, : _DOCUMENTS + 1]
+  return jnp.where(((runs_B <= _DOCUMENTS) & (runs_B == documents_B))[:, None], begin_BM, -1)
+
+
+def _row_of_documents(q_LHK, k_LGK, v_LGK, _, begin_M):
+  """A row alone: the workspace is that of one row."""
+  L, _, K = q_LHK.shape
+  # Beginnings alone, -1 behind them: cuDNN is given as many as there are lengths.
+  at_M = jnp.where(begin_M < L, begin_M, -1).at[-1].set(-1).astype(jnp.int32)
+  length_M = jnp.where(begin_M[:-1] < L, jnp.diff(begin_M), -1).astype(jnp.int32)
+  q_1LHK, k_1LGK, v_1LGK, at_1M, length_1M = (x[None] for x in (q_LHK, k_LGK, v_LGK, at_M, length_M))
+  return _cudnn().dot_product_attention(
+    q_1LHK, k_1LGK, v_1LGK, q_seqlen=length_1M, kv_seqlen=length_1M, q_offsets=at_1M, kv_offsets=at_1M, scale=K**-0.5,
+    mask_type=_cudnn().MaskType.PADDING,
+  )[0]  # fmt: skip
+
+
+def _biased_documents(q_BLHK, k_BLGK, v_BLGK, segment_BL, _):
+  allowed_BLL = segment_BL[:, :, None] == segment_BL[:, None, :]
+  return jax.nn.dot_product_attention(q_BLHK, k_BLGK, v_BLGK, mask=allowed_BLL[:, None], implementation="cudnn")
+
+
+@jax.custom_vjp
+def _cudnn_documents(q_BLHK, k_BLGK, v_BLGK, segment_BL, begin_BM):
+  """Padding looks at padding. Where a row does not fit into the room for its documents, all go by a bias."""
+
+  def rows(*arrays):
+    return jax.lax.map(lambda row: _row_of_documents(*row), arrays)
+
+  return jax.lax.cond(begin_BM.min() >= 0, rows, _biased_documents, q_BLHK, k_BLGK, v_BLGK, segment_BL, begin_BM)
+
+
+def _cudnn_documents_forward(*arrays):
+  return checkpoint_name(_cudnn_documents(*arrays), "attention"), arrays
+
+
+def _cudnn_documents_backward(arrays, cotangent_BLHK):
+  """Runs the forward kernel again, an eighth of the time: the two ways to go leave things of different shapes."""
+
+  def pull(fn, q, k, v, segment, begin, cotangent):
+    return jax.vjp(lambda *qkv: fn(*qkv, segment, begin), q, k, v)[1](cotangent)
+
+  def rows(*arrays):
+    return jax.lax.map(lambda row: pull(_row_of_documents, *row), arrays)
+
+  biased = functools.partial(pull, _biased_documents)
+  return *jax.lax.cond(arrays[-1].min() >= 0, rows, biased, *arrays, cotangent_BLHK), None, None
+
+
+_cudnn_documents.defvjp(_cudnn_documents_forward, _cudnn_documents_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

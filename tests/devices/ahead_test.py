@@ -1,6 +1,8 @@
+import re
+
 import pytest
 
-from lladax.devices import ahead, sharding
+from lladax.devices import ahead, gpus, sharding
 
 HLO = """\
 HloModule jit_step, is_scheduled=true
@@ -47,6 +49,85 @@ def test_collectives_of_a_program():
   assert ahead.collectives("") == {}
 
 
+GPU_HLO = """\
+%body.1 (p: (s32[], bf16[8])) -> (s32[], bf16[8]) {
+  %a = ((bf16[4]{0}, bf16[4,8]{1,0}), (bf16[8]{0}, bf16[8,8]{1,0})) all-gather-start(%x, %y), channel_id=3
+  %a.done = (bf16[8]{0}, bf16[8,8]{1,0}) all-gather-done(%a)
+  %b = ((f32[8]{0}, f32[8,8]{1,0}), (f32[4]{0}, f32[4,8]{1,0})) reduce-scatter-start(%u, %v), channel_id=4
+  %w = f32[16,8]{1,0} fusion(%v), kind=kLoop, calls=%fused
+  %c = f32[8,8]{1,0} reduce-scatter(%w), channel_id=5, to_apply=%add
+}
+
+ENTRY %main (p: bf16[8]) -> bf16[8] {
+  %loop = (s32[]) while(%init), condition=%condition.1, body=%body.1, backend_config={"known_trip_count":{"n":"22"}}
+  %sum = (f32[2]{0}, f32[3]{0}) all-reduce-start(%d, %e), channel_id=1, to_apply=%add
+  %sum.done = (f32[2]{0}, f32[3]{0}) all-reduce-done(%sum)
+}
+"""
+
+
+def test_collectives_of_a_program_for_gpus():
+  assert ahead.collectives(GPU_HLO) == {
+    "all-gather": (22, 22 * (8 + 8 * 8) * 2),
+    "reduce-scatter": (44, 22 * (8 + 8 * 8 + 16 * 8) * 4),  # of what goes in
+    "all-reduce": (1, (2 + 3) * 4),
+  }
+
+
+class Device:
+  def __init__(self, name):
+    self.platform, self.device_kind, self.compute_capability = "gpu", gpus.GPUS[name].name, gpus.GPUS[name].capability
+
+
+def test_jax_asks_for_cudnn_where_a_plan_answers(monkeypatch):
+  from jax._src.cudnn import fused_attention_stablehlo as private
+
+  before = private.check_cudnn_version
+  with ahead._cudnn_of(Device("a100")):
+    assert private.check_cudnn_version() >= 9000
+    assert private.check_compute_capability("8.0") and not private.check_compute_capability("9.0")
+    assert private.is_cuda_compute_capability_equal("8.0") and not private.is_cuda_compute_capability_equal("10.3")
+  assert private.check_cudnn_version is before
+  monkeypatch.delattr(private, "check_cudnn_version")
+  with pytest.raises(ValueError, match="cannot plan for GPUs .*check_cudnn_version.*: use jax") as error:
+    with ahead._cudnn_of(Device("a100")):
+      pass
+  assert "\n" not in str(error.value)
+
+
+def test_what_a_gpu_leaves_to_a_program(monkeypatch):
+  monkeypatch.delenv(ahead.FRACTION, raising=False)
+  memory = gpus.GPUS["h100"].memory
+  assert ahead.limit(Device("h100"))[0] == int(0.75 * memory) - 2**30
+  monkeypatch.setenv(ahead.FRACTION, "0.9")
+  limit, because = ahead.limit(Device("h100"), 8)
+  assert limit == int(0.9 * memory) - 2**31
+  assert because.startswith("XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 of 79.11 GiB, less a reserve of 2 GiB for NCCL, ")
+  for wrong in ("90%", "0", "1.5"):
+    monkeypatch.setenv(ahead.FRACTION, wrong)
+    with pytest.raises(ValueError, match=re.escape(f"XLA_PYTHON_CLIENT_MEM_FRACTION={wrong}: it is the part")):
+      ahead.limit(Device("h100"))
+
+
+def test_gpus_that_do_not_exist_and_a_compiler_that_is_not_there(monkeypatch):
+  with pytest.raises(ValueError, match="--topology=h900:8: there is no GPU 'h900' here; known are t4, .* b200$"):
+    ahead.devices("h900:8")
+  with pytest.raises(ValueError, match="--topology=h100 --slices=1: .* nodes of GPUs as in --topology=h100:8"):
+    ahead.devices("h100")
+  monkeypatch.setattr(ahead, "has_gpu_compiler", lambda: False)
+  with pytest.raises(ValueError, match=r"^--topology=h100:8 .*: pip install 'lladax\[plan-gpu\]'$"):
+    ahead.devices("h100:8")
+
+
+@pytest.mark.usefixtures("gpu_compiler")
+@pytest.mark.parametrize("name", gpus.GPUS)
+def test_gpus_that_are_not_here(name):
+  devices = ahead.devices(f"{name}:4", 2)
+  assert len(devices) == 8 and devices[0].platform == "gpu" and devices[0].device_kind == gpus.GPUS[name].name
+  assert sharding.make_mesh(sharding.MeshConfig(slices=2), devices).devices.size == 8
+  assert ".".join(map(str, sharding.capability(devices[0]))) == gpus.GPUS[name].capability
+
+
 @pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize(
   ("topology", "slices", "message"),
@@ -72,4 +153,4 @@ def test_devices_and_what_they_hold(topology, slices, count, gib):
   devices = ahead.devices(topology, slices)
   assert len(devices) == count and devices[0].platform == "tpu"
   assert sharding.make_mesh(sharding.MeshConfig(slices=slices), devices).devices.size == count
-  assert ahead.limit(devices[0]) == pytest.approx(gib * 2**30, rel=1e-3)
+  assert ahead.limit(devices[0])[0] == pytest.approx(gib * 2**30, rel=1e-3)

@@ -262,6 +262,7 @@ def step_collectives(tiny, mesh):
   return config, found
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_weights_are_gathered_layer_by_layer(tiny):
   """From the compiled program: 9 weights a layer, forward and again backward, and the three outside of the layers."""
   config, found = step_collectives(tiny, {"data": 1, "fsdp": 8})
@@ -272,6 +273,7 @@ def test_weights_are_gathered_layer_by_layer(tiny):
   assert {kind for kind, _ in found} <= {"all-gather", "all-reduce", "reduce-scatter"}
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_only_keys_and_values_are_gathered_along_the_context(tiny):
   """No full activation, no tree of parameters, on a mesh with every axis."""
   config, found = step_collectives(tiny, {"data": 1, "fsdp": 2, "tensor": 2, "context": 2})

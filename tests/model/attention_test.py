@@ -1,5 +1,6 @@
 import contextlib
 import functools
+import inspect
 import re
 
 import jax
@@ -83,6 +84,7 @@ SEGMENTS = {
   "run": np.array([[i in run for i in range(256)] for run in RUNS], np.int32),
   "row": np.repeat([[1, 2]], 128, axis=1).astype(np.int32),
   "any": np.stack([np.sort(np.random.default_rng(i).integers(0, 3, 256)) for i in range(4)]).astype(np.int32),
+  "many": np.repeat(np.tile(np.arange(64, dtype=np.int32), (4, 1)), 4, axis=1),
 }
 
 
@@ -177,6 +179,84 @@ def test_a_model_with_cudnn_is_one_with_xla(monkeypatch, segments, G, causal, me
   assert set(handed) == {("cudnn", *told)}
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
+
+
+def beginnings_of_cudnn(q_BLHK, k_BLGK, v_BLGK, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type):
+  """What JAX's function makes of documents: as many beginnings as lengths, -1 where there is none."""
+  assert mask_type == fused_attention_stablehlo.MaskType.PADDING
+  assert (q_seqlen is kv_seqlen, q_offsets is kv_offsets, len(q_BLHK)) == (True, True, 1)
+  at_11L = jnp.arange(q_BLHK.shape[1])[None, None]
+  begin_BM1, length_BM1 = q_offsets[:, :-1, None], q_seqlen[:, :, None]
+  inside_BML = (begin_BM1 >= 0) & (at_11L >= begin_BM1) & (at_11L < begin_BM1 + length_BM1)
+  allowed_BLL = jnp.einsum("BML,BMK->BLK", inside_BML.astype(jnp.float32), inside_BML.astype(jnp.float32)) > 0
+  return jax.nn.dot_product_attention(
+    q_BLHK, k_BLGK, v_BLGK, mask=allowed_BLL[:, None], scale=scale, implementation="beginnings"
+  )
+
+
+@pytest.mark.parametrize(("segments", "fits", "G"), [("any", True, 2), ("many", False, 1)])
+def test_documents_by_their_beginnings_are_those_by_a_table(monkeypatch, segments, fits, G):
+  """Forward and gradients, with a stand-in; and those that do not fit into the room go by a bias. (Shapes differ, since
+  JAX remembers what branches were.)
+  """
+  there, weight = jax.nn.dot_product_attention, (SEGMENTS[segments] > 0)[:, :, None]
+  found, shapes = {}, None
+
+  def stand_in(*qkv, implementation, **rest):  # of the two ways, the one that is not meant would be seen
+    return there(*qkv, implementation="xla", **rest) * (1 if (implementation == "beginnings") == fits else jnp.nan)
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+  monkeypatch.setattr(fused_attention_stablehlo, "dot_product_attention", beginnings_of_cudnn)
+  for kernel in ("xla", "documents"):
+    monkeypatch.setattr(attention, "choose", lambda *_, kernel=kernel, **__: kernel)
+    hidden, shapes = hidden_of(segments, "auto", G=G, K=16, dtype="float32", remat="attention")
+    params = jax.tree.map(lambda x: np.float32(0.3 * np.random.default_rng(0).standard_normal(x.shape)), shapes)
+    found[kernel] = jax.jit(jax.value_and_grad(lambda params, f=hidden: jnp.sum(weight * f(params) ** 2)))(params)
+  for a, b in zip(*map(jax.tree.leaves, found.values()), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(a).max())
+
+
+def test_the_beginnings_of_documents():
+  segment_BL = jnp.asarray([[1, 1, 2, 2, 2, 3, 0, 0], [5] * 8, [1, 2, 1, 2, 0, 0, 0, 0]], jnp.int32)
+  begin_BM = np.asarray(attention._beginnings(segment_BL))
+  assert begin_BM.shape == (3, attention._DOCUMENTS + 1)
+  np.testing.assert_array_equal(begin_BM[:2, :5], [[0, 2, 5, 6, 8], [0, 8, 8, 8, 8]])
+  assert (begin_BM[2] == -1).all()  # a document in two parts
+  row_1L = jnp.arange(4 * attention._DOCUMENTS, dtype=jnp.int32)[None] // 4
+  assert (attention._beginnings(row_1L)[0] >= 0).all()
+  assert (attention._beginnings(jnp.pad(row_1L, ((0, 0), (0, 1)), constant_values=99)) == -1).all()  # one too many
+
+
+def test_jax_has_what_documents_need():
+  """Names that are not public: where they go, this fails, and users get the bias."""
+  module = attention._cudnn()
+  assert module.MaskType.PADDING
+  assert {"q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets"} <= set(
+    inspect.signature(module.dot_product_attention).parameters
+  )
+
+
+def test_documents_by_their_beginnings_need_hopper_and_a_new_jax(monkeypatch):
+  packed = {"segments": "any", "W": 4096, "L": 4096}
+  monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+  assert choose("auto", "gpu", **packed, capability=(9, 0)) == choose("cudnn", "gpu", **packed, capability=(10, 0))
+  assert choose("auto", "gpu", **packed, capability=(9, 0)) == "documents"
+  others = [{"capability": (8, 0)}, {"capability": None}, {"causal": True}, {"context": 2}]
+  assert {choose("auto", "gpu", **packed | {"capability": (9, 0)} | other) for other in others} == {"cudnn"}
+  monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+  assert choose("auto", "gpu", **packed, capability=(9, 0)) == "cudnn"
+  monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+  monkeypatch.setattr(attention, "_cudnn", lambda: None)
+  assert choose("auto", "gpu", **packed, capability=(9, 0)) == "cudnn"
+
+
+def test_documents_are_lowered_for_a_gpu(monkeypatch):
+  monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+  monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
+  monkeypatch.setattr(sharding, "capability", lambda: (9, 0))
+  text = lowered_gradient(monkeypatch, "any", remat="attention")
+  assert set(re.findall(r"max_seg_per_batch\\22: (\d+)", text)) == {"1", str(attention._DOCUMENTS)}
+  assert "tensor<4x1x256x256xbf16>" in text  # in the branch for rows that do not fit
 
 
 @pytest.mark.parametrize("causal", [False, True])
