@@ -121,10 +121,12 @@ RULES = [
   Rule(r"benchmarks/loader.py --config=CONFIG", TINY, {"CONFIG": "configs/quickstart.py"}),
   Rule(r"--workdir=runs/stdlib ", [*TINY, "--config.mesh.fsdp=1"], makes="runs/stdlib/samples.html"),
   Rule(
-    r"--mode=plan .*=(t4|l4)", [x for x in PLAN if "data" not in x] + ["--config.data.length=256"], {"=configs/llada_8b_sft.py:qlora": "=configs/llada_8b_sft.py:qlora --config.data.batch_size=64"},
-    needs="jax_plugins.xla_cuda13",
+    r"--mode=plan .*=(t4|l4)", PLAN, needs="jax_plugins.xla_cuda13",
   ),
-  Rule(r"llada_8b_sft.py:qlora --workdir", [*RUN, "--config.data.length=64"], makes="runs/mine_qlora/checkpoints/3", needs="qwix"),
+  Rule(
+    r"llada_8b_sft.py:qlora --workdir", [*RUN, "--config.data.length=64"], makes="runs/mine_qlora/checkpoints/3",
+    needs="qwix",
+  ),
   Rule(r"benchmarks/quantize.py runs/quickstart \[", "its command stands in results"),
   Rule(r"benchmarks/quantize.py runs/quickstart$", ["64"], needs="qwix"),
   Rule(r"--mode=plan .*=h100", PLAN, {"micro_batches=40": "data.batch_size=16"}, needs="jax_plugins.xla_cuda13"),
