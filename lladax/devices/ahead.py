@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import importlib
 import importlib.util
 import math
@@ -23,10 +22,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from lladax.devices import sharding
 from lladax.devices.gpus import GPUS, Gpu, named
+from lladax.devices.hlo import collectives, parse
 from lladax.mistake import Mistake
-
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-
 
 _CUDNN = (9, 14, 0)  # the version that programs are compiled for
 
@@ -198,7 +195,7 @@ def _compiled_for_tpus(lower: Callable[[], Any], device: jax.Device) -> Program:
   reported = re.search(r"color=0\)\s*Total bytes: (\d+)", report)
   return Program(
     time.monotonic() - began, memory.argument_size_in_bytes, memory.temp_size_in_bytes,
-    int(reported[1]) if reported else 0, collectives(hlo), hlo=hlo,
+    int(reported[1]) if reported else 0, collectives(parse(hlo)), hlo=hlo,
   )  # fmt: skip
 
 
@@ -211,7 +208,7 @@ def _compiled_for_gpus(lower: Callable[[], Any], device: jax.Device) -> Program:
   new = memory.output_size_in_bytes - memory.alias_size_in_bytes  # results that take no argument's place
   return Program(
     time.monotonic() - began, memory.argument_size_in_bytes, memory.temp_size_in_bytes + new,
-    collectives=collectives(hlo), hlo=hlo,
+    collectives=collectives(parse(hlo)), hlo=hlo,
   )  # fmt: skip
 
 
@@ -252,67 +249,3 @@ def _uncached() -> Iterator[None]:
   finally:
     jax.config.update("jax_enable_compilation_cache", before)
     compilation_cache.reset_cache()
-
-
-def collectives(hlo: str) -> dict[str, tuple[int, int]]:
-  """How often a device takes part in each kind of collective, and the bytes of the whole arrays; loops are multiplied.
-
-  A loop's count is the compiler's, or else the constant that its condition compares with; one without is counted once.
-  """
-  computations: dict[str, list[str]] = {}
-  entry, lines = "", []
-  for line in hlo.splitlines():
-    if header := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
-      lines = computations.setdefault(header[2], [])
-      entry = header[2] if header[1] else entry
-    else:
-      lines.append(line)
-
-  def trips(condition: str, line: str) -> int:
-    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
-      return int(known[1])
-    found = [
-      int(n) for line in computations.get(condition, []) for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)
-    ]
-    return max(found, default=1)
-
-  @functools.cache
-  def count(name: str) -> dict[tuple[str, str], tuple[int, int]]:
-    """(kind, channel) -> (how many, bytes); the fusions that start, carry and end one collective share its channel."""
-    total: dict[tuple[str, str], tuple[int, int]] = {}
-    for line in computations.get(name, []):
-      for kind in COLLECTIVES:
-        if found := re.search(rf"= (.*?) {kind}(-start)?\((.*?)\)", line):
-          results, started, operands = found.groups()
-          sizes, n = _bytes(results), max(operands.count("%"), 1)
-          if kind == "reduce-scatter" and not started:  # what goes in is the whole array
-            given = re.findall(r"%([\w.\-]+)", operands)
-            sizes = [size for x in computations[name] if x.split(" = ")[0].split("%")[-1] in given
-                     for size in _bytes(x.split(" = ")[1].partition("(%")[0])] or sizes  # fmt: skip
-          elif started and kind != "all-reduce":  # a start lists its operands before its results
-            sizes = max(sizes[:n], sizes[n : 2 * n], key=sum)
-          # libtpu writes a reduce-scatter as a fusion of this name around an all-reduce.
-          kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
-          channel = re.search(r"channel_id=(\d+)", line)
-          total[kind, channel[1] if channel else line] = (1, sum(sizes))
-      loop = re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
-      inside = [(loop[2], trips(loop[1], line))] if loop else []
-      inside += [(called, 1) for called in re.findall(r"(?:calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", line)]
-      for called, times in inside:
-        total |= {key: (times * n, times * size) for key, (n, size) in count(called).items()}
-    return total
-
-  result: dict[str, tuple[int, int]] = {}
-  for (kind, _), (n, size) in count(entry).items() if entry else ():
-    before = result.get(kind, (0, 0))
-    result[kind] = (before[0] + n, before[1] + size)
-  return result
-
-
-def _bytes(shapes: str) -> list[int]:
-  """Of each of "(bf16[8,128]{1,0}, ...)"."""
-  width = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "f32": 4, "s32": 4, "u32": 4}
-  return [
-    width.get(kind, 8) * math.prod(map(int, filter(None, dims.split(","))))
-    for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-  ]

@@ -143,6 +143,12 @@ def axis_size(axis: str) -> int:
   return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
 
 
+def ways(letter: str, size: int) -> int:
+  """Devices that share out a dimension of that letter and size; 1 where they do not divide it."""
+  found = math.prod(map(axis_size, AXES[letter]))
+  return 1 if size % found else found
+
+
 def platform() -> str:
   """Where what is traced will run: "cpu", "gpu" or "tpu". A plan is made for devices that are not at hand."""
   device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
@@ -192,7 +198,7 @@ def gather(x: jax.Array, letters: str) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gather(x: Any, letters: str) -> Any:
-  return constrain(x, letters.replace("D", "."))
+  return constrain(constrain(x, letters), letters.replace("D", "."))  # as it is: XLA would gather it before it is cast
 
 
 _gather.defvjp(

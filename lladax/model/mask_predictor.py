@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lladax import autoregressive, diffusion
 from lladax.devices import sharding
 from lladax.mistake import Mistake
-from lladax.model import attention, quantized
+from lladax.model import attention, cross_entropy, quantized
 from lladax.model.attention import Visible
 
 Params = dict[str, Any]
@@ -234,11 +234,6 @@ def rotate(x_BWHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BWHK.dtype)
 
 
-def _flat(x: jax.Array) -> jax.Array:
-  """[..., D] as [tokens, D]: on the CPU backend, matmuls of two axes are several times faster backward."""
-  return x.reshape(-1, x.shape[-1])
-
-
 def _aligned(x: jax.Array, letters: str) -> jax.Array:
   """On a GPU, with zeros behind an F that is no multiple of 8: it has no fast matmuls for such (LLaDA 1B's 5634).
 
@@ -333,7 +328,7 @@ class Block(nnx.Module):
 
     def project(x, name, letters, out_dtype=dtype):  # the axes behind B and W times the weight, to these letters
       x_BWI = x.reshape(*x.shape[:2], -1)
-      x_I = _flat(x_BWI) if sharding.axis_size("context") == 1 else x_BWI
+      x_I = cross_entropy.flat(x_BWI) if sharding.axis_size("context") == 1 else x_BWI
       out: Any
       if c.weights == "full":
         weight = self.weight(name, dtype).reshape(x_BWI.shape[-1], -1)
@@ -447,69 +442,49 @@ class MaskPredictor(nnx.Module):
       return sharding.gather(self.embedding[...].astype(dtype), "VD").T
     return sharding.gather(self.head[...].astype(dtype), "DV")
 
-  def logits(self, hidden: jax.Array, head_DV: jax.Array | None = None) -> jax.Array:
-    """Float32 logits [..., V] of hidden states [..., D]; `head_DV` if it is at hand already."""
-    head_DV = self.head_DV(hidden.dtype) if head_DV is None else head_DV
-    if sharding.axis_size("context") > 1:
-      axes = "abc"[: hidden.ndim - 1]
-      return attention.einsum32(f"{axes}D,DV->{axes}V", hidden, head_DV)
-    return attention.einsum32("TD,DV->TV", _flat(hidden), head_DV).reshape(*hidden.shape[:-1], self.c.V)
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """Float32 logits [..., V] of hidden states [..., D]."""
+    return cross_entropy.logits(hidden, self.head_DV(hidden.dtype))
 
   def __call__(self, tokens_BL: jax.Array, visible: Visible | None = None, position_BL=None) -> jax.Array:
     """Float32 logits [B, L, V]; see `hidden` for the arguments."""
     return self.logits(self.hidden(tokens_BL, visible, position_BL)[0])
 
-  def nll(self, input_BL, target_BL, visible: Visible | None = None, *, per_pair: int | None = None) -> jax.Array:
+  def nll(self, input_BL, target_BL, visible: Visible | None = None) -> jax.Array:
     """Cross-entropy in nats of `target` given `input`, float32 [B, L]; 0 where the target is negative.
 
     Args:
       input_BL: int32 ids that the model sees.
       target_BL: int32 ids to score, negative where nothing is asked.
       visible: as in `hidden`.
+    """
+    hidden_BLD = self.hidden(input_BL, visible)[0]
+    return cross_entropy.nll(self.head_DV(hidden_BLD.dtype), hidden_BLD, target_BL, chunk=self.c.head_chunk)
+
+  def weighted_nll(
+    self, input_BL, target_BL, weight_BL, visible: Visible | None = None, *, per_pair: int | None = None
+  ) -> tuple[jax.Array, jax.Array]:
+    """(the sum of weight x cross-entropy, the cross-entropies [B, L]), to train on: only the sum has a gradient.
+
+    Args:
+      input_BL: int32 ids that the model sees.
+      target_BL: int32 ids to score, negative where nothing is asked.
+      weight_BL: float32, what each of them counts.
+      visible: as in `hidden`.
       per_pair: at most so many targets are asked of each two neighbouring rows: the head then runs on
         those only. (With exact counts and antithetic times it is L + 1 of 2 L.)
     """
     hidden_BLD = self.hidden(input_BL, visible)[0]
+    loss = functools.partial(cross_entropy.weighted_nll, self.head_DV(hidden_BLD.dtype), chunk=self.c.head_chunk)
     if per_pair is None:
-      return self._cross_entropy(hidden_BLD, target_BL)
+      return loss(hidden_BLD, target_BL, weight_BL)
     B, L = input_BL.shape
-    target_PS = target_BL.reshape(B // 2, 2 * L)
-    asked_PA = jnp.argsort(target_PS < 0, axis=1, stable=True)[:, :per_pair]
+    hidden_BLD = sharding.constrain(hidden_BLD, "B.D")
+    asked_PA = jnp.argsort(target_BL.reshape(B // 2, 2 * L) < 0, axis=1, stable=True)[:, :per_pair]
     # Gathers and scatters within a pair: rows never leave their device, and no position is hit twice.
     unique = {"unique_indices": True, "indices_are_sorted": False, "mode": "promise_in_bounds"}
-    pick = jax.vmap(lambda x_SD, at_A: x_SD.at[at_A].get(**unique))
-    hidden_BLD = sharding.constrain(hidden_BLD, "B.D")
-    hidden_PAD = pick(hidden_BLD.reshape(B // 2, 2 * L, -1), asked_PA)
-    nll_PA = self._cross_entropy(hidden_PAD, jnp.take_along_axis(target_PS, asked_PA, axis=1))
+    pick = jax.vmap(lambda x_S, at_A: x_S.at[at_A].get(**unique))
+    pairs = (x.reshape(B // 2, 2 * L, *x.shape[2:]) for x in (hidden_BLD, target_BL, weight_BL))
+    total, nll_PA = loss(*(pick(x_PS, asked_PA) for x_PS in pairs))
     put = jax.vmap(lambda nll_A, at_A: jnp.zeros(2 * L).at[at_A].set(nll_A, **unique))
-    return put(nll_PA, asked_PA).reshape(B, L)
-
-  def _cross_entropy(self, hidden_BLD: jax.Array, target_BL: jax.Array) -> jax.Array:
-    """Logits of `head_chunk` tokens of a device at a time; recomputed in the backward pass when there are several.
-
-    A chunk takes the same positions of every row, and of every part of a canvas that the mesh slices: nothing moves.
-    """
-    head_DV = self.head_DV(hidden_BLD.dtype)
-
-    def chunk_nll(head_DV, hidden, target):
-      logits = self.logits(hidden, head_DV)
-      hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == target[..., None]
-      nll = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
-      return jnp.where(target < 0, 0.0, nll)
-
-    B, L = target_BL.shape
-    parts = sharding.axis_size("context")
-    rows = B // math.prod(map(sharding.axis_size, sharding.AXES["B"])) or 1
-    length = -(-L // parts)
-    chunks = -(-length // max(1, self.c.head_chunk // rows))
-    if chunks == 1:
-      return chunk_nll(head_DV, hidden_BLD, target_BL)
-    width = -(-length // chunks)
-    pad = parts * chunks * width - L
-    hidden = jnp.pad(hidden_BLD, ((0, 0), (0, pad), (0, 0))).reshape(B, parts, chunks, width, -1)
-    target = jnp.pad(target_BL, ((0, 0), (0, pad)), constant_values=-1).reshape(B, parts, chunks, width)
-    hidden = sharding.constrain(jnp.moveaxis(hidden, 2, 0), ".BL.D")
-    target = sharding.constrain(jnp.moveaxis(target, 2, 0), ".BL.")
-    one = functools.partial(jax.checkpoint(chunk_nll, prevent_cse=False), head_DV)
-    nll = jax.lax.map(lambda x: one(*x), (hidden, target))
-    return jnp.moveaxis(nll, 0, 2).reshape(B, -1)[:, :L]
+    return total, put(nll_PA, asked_PA).reshape(B, L)

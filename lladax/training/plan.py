@@ -12,6 +12,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ from lladax.inference import engine
 from lladax.mistake import Mistake
 from lladax.model import quantized
 from lladax.storage import metrics
-from lladax.training import step
+from lladax.training import explanation, roofline, step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +168,12 @@ LARGEST = 0.9  # fraction of a GPU's memory that is proposed for XLA's pool
 
 def nearest(plan: Plan) -> Iterator[tuple[str, Plan]]:
   """Changes to a plan that does not fit, the nearest first: each is compiled when it is asked for."""
-  c, make_again = plan.config, functools.partial(make, utilisation=plan.utilisation, sampler=plan.sample is not None)
+  c, make_again = plan.config, functools.partial(make, utilisation=plan.utilisation)
+
+  def with_step_of(c: Config) -> Plan:  # the sampler stays what it is
+    again = make_again(c, plan.topology, plan.slices, sampler=False)
+    return dataclasses.replace(again, sample=plan.sample)
+
   kind, _, dims = plan.topology.partition(":")
   if kind in gpus.GPUS and ahead.fraction() < LARGEST:
     limit, because = ahead.gpu_limit(gpus.GPUS[kind], plan.devices, LARGEST)
@@ -180,11 +186,11 @@ def nearest(plan: Plan) -> Iterator[tuple[str, Plan]]:
   elif c.model.remat != "full":
     c = dataclasses.replace(c, model=dataclasses.replace(c.model, remat="full"))
     said.append("model.remat=full")
-    yield ", ".join(said), make_again(c, plan.topology, plan.slices)
+    yield ", ".join(said), with_step_of(c)
   while plan.train:
     try:
       c = dataclasses.replace(c, micro_batches=2 * c.micro_batches)
-      again = make_again(c, plan.topology, plan.slices)
+      again = with_step_of(c)
     except Mistake:  # no more parts
       break
     yield ", ".join([*said, f"micro_batches={c.micro_batches}"]), again
@@ -198,20 +204,36 @@ def nearest(plan: Plan) -> Iterator[tuple[str, Plan]]:
     topology = f"{kind}:{'x'.join(map(str, sizes))}"
     change = f"--topology={topology}" + f" --slices={slices}" * (slices != plan.slices)
     try:
-      yield change, make_again(plan.config, topology, slices)
+      yield change, make_again(plan.config, topology, slices, sampler=plan.sample is not None)
     except Mistake as error:
       logging.warning("%s: %s", change, error)
 
 
-def run(config: Config, topology: str, slices: int, *, utilisation: float, as_json: bool) -> int:
-  """Prints the plan, to stdout; returns 0 where it fits, 1 where it does not."""
+def run(
+  config: Config, topology: str, slices: int, *, utilisation: float, as_json: bool, explain: bool = False,
+  page: Path | None = None,
+) -> int:  # fmt: skip
+  """Prints the plan, to stdout, and its roofline if it shall be explained, which may be drawn on a page, too.
+
+  Returns 0 where it fits, 1 where it does not.
+  """
   console = Console(stderr=True, highlight=False, soft_wrap=True)
-  devices(topology, slices)  # says what is wrong with them
+  found = devices(topology, slices)  # says what is wrong with them
   console.print(f"compiling the train step and the sampler for {slices} x {topology}: minutes for a large model")
   plan = make(config, topology, slices, utilisation=utilisation)
-  report = plan.to_dict()
+  report, estimate = plan.to_dict(), None
+  if explain and plan.train and plan.train.hlo:
+    device = roofline.device(found[0], len(found) // slices)
+    estimate = roofline.analyse(plan.train.hlo, device, plan.flops_per_step / len(found))
+    report["roofline"] = estimate.to_dict()
+    if page:
+      title = f"{config.model.num_params():,} parameters on {slices} x {topology}"
+      page.parent.mkdir(parents=True, exist_ok=True)
+      page.write_text(explanation.page(estimate, title), "utf-8")
   if not as_json:
     show(plan)
+    if estimate:
+      explanation.show(estimate)
   if not plan.fits:
     for change, other in nearest(plan):
       console.print(

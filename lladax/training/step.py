@@ -41,8 +41,8 @@ def train_step(
       L, batch["segment"] if config.masks_attention else None, right_padded=not config.data.separates
     )
     model = config.model.bind(config.model.join(params, state.frozen))
-    nll = functools.partial(model.nll, visible=visible, per_pair=config.aim.targets_per_pair(L))
-    return config.aim.loss(nll, batch, rng, mask_id=mask_id, eos_id=eos_id, batch_size=B)
+    weighted_nll = functools.partial(model.weighted_nll, visible=visible, per_pair=config.aim.targets_per_pair(L))
+    return config.aim.loss(weighted_nll, batch, rng, mask_id=mask_id, eos_id=eos_id, batch_size=B)
 
   letters, _ = config.model.split(config.model.letters())
 

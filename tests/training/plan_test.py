@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
+from lladax import configs
 from lladax.config import parse
-from lladax.configs import llada_8b, quickstart
-from lladax.training import plan, step
+from lladax.devices import ahead
+from lladax.training import plan, roofline, step
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +103,8 @@ def test_a_published_config_fits(config, topology):
 
 @pytest.mark.usefixtures("gpu_compiler")
 def test_the_quickstart_on_a_gpu():
-  c = quickstart.get_config()
-  c.model.update(V=4096, N=2)
+  c = configs.load("quickstart")
+  c.update_from_flattened_dict({"model.V": 4096, "model.N": 2})
   c = parse(c.to_dict())
   found = plan.make(c, "h100:1", sampler=False)
   assert found.fits and found.train.attention == "cudnn" and not found.train.collectives
@@ -113,6 +114,11 @@ def test_the_quickstart_on_a_gpu():
   assert found.seconds_per_step == pytest.approx(found.flops_per_step / (989e12 * 0.4))
   report = json.loads(json.dumps(found.to_dict()))
   assert report["limit"] == found.limit and "0.75 of 79.11 GiB" in report["because"] and "hlo" not in report["train"]
+  estimate = roofline.analyse(found.train.hlo, roofline.device(ahead.devices("h100:1")[0], 1), found.flops_per_step)
+  assert 0 < estimate.utilisation < 1 and estimate.seconds[roofline.EXPOSED] == 0
+  # cuDNN computes the scores again in its backward pass: 14 L d in place of 12.
+  width = found.config.model.N * found.config.model.H * found.config.model.K
+  assert estimate.flops["attention"] == 14 * width * found.config.data.length * found.tokens_per_step
 
 
 @pytest.mark.usefixtures("gpu_compiler")
@@ -136,8 +142,8 @@ def test_what_does_not_fit_a_gpu_and_the_nearest_that_does(tmp_path):
 @pytest.mark.usefixtures("gpu_compiler")
 @pytest.mark.slow
 def test_the_8b_on_a_node_of_gpus():
-  c = llada_8b.get_config()
-  c.data.batch_size = 32
+  c = configs.load("llada_8b")
+  c.update_from_flattened_dict({"data.batch_size": 32})
   c = parse(c.to_dict())
   found = plan.make(c, "h100:8", sampler=False)
   assert found.fits and found.train.attention == "cudnn"
@@ -148,3 +154,7 @@ def test_the_8b_on_a_node_of_gpus():
   assert gathers > 2 * c.model.N and 0.97 * twice <= size <= 1.2 * twice
   _, size = found.train.collectives["reduce-scatter"]
   assert 0.9 * twice / 2 <= size <= 1.2 * twice
+  device = roofline.device(ahead.devices("h100:8")[0], 8)
+  estimate = roofline.analyse(found.train.hlo, device, found.flops_per_step / 8)
+  assert estimate.utilisation > 0.62 and estimate.seconds[roofline.EXPOSED] < 0.05 * estimate.total
+  assert estimate.seconds[roofline.HIDDEN] > 0.1
