@@ -90,6 +90,9 @@ class MaskPredictorConfig:
       raise Mistake(f"model.dtype={self.dtype!r}: use auto, float32, bfloat16 or float16")
     if self.weights not in quantized.KINDS:
       raise Mistake(f"model.weights={self.weights!r}: use one of {', '.join(quantized.KINDS)}")
+    if self.weights in ("int4", "nf4") and (self.D % 2 or self.F % 2):
+      raise Mistake(f"model.weights={self.weights!r} keeps two values in a byte: model.D={self.D}, model.F={self.F} are"
+                    " not both even; use int8")  # fmt: skip
     object.__setattr__(self, "lora_targets", tuple(self.lora_targets))  # JSON knows lists alone
     if self.lora_rank < 0:
       raise Mistake(f"model.lora_rank={self.lora_rank}: must be at least 1, or 0 for no adapters")
