@@ -100,6 +100,9 @@ def _forward(head, hidden, target, weight, chunk):
   slope_DV = None
   if trains_head:  # over the mesh once, and in the dtype of every other gradient
     slope_DV = jax.lax.reduce(slope_LBDV.astype(dtype), jnp.zeros((), dtype), jax.lax.add, (0, 1))
+  if trains_head and sharding.axis_size("fsdp") > 1:
+    # Scattered before the layers' backward pass begins: what a device adds up of its own is as large as many layers.
+    slope_DV, slope_BLD = jax.lax.optimization_barrier((sharding.constrain(slope_DV, "DV"), slope_BLD))
   return (jnp.sum(weight.value * nll_BL), nll_BL), (slope_DV, slope_BLD, nll_BL)
 
 

@@ -149,12 +149,9 @@ def test_the_8b_on_a_node_of_gpus():
   assert found.fits and found.train.attention == "cudnn"
   state = 12 * c.model.num_params() / 8
   assert state <= found.train.arguments <= state + 2**21
+  once = 2 * c.model.num_params()  # in bfloat16
+  layers = once - 2 * 2 * c.model.V * c.model.D
   gathers, size = found.train.collectives["all-gather"]
-  twice = 2 * 2 * c.model.num_params()  # in bfloat16, forward and backward
-  assert gathers > 2 * c.model.N and 0.97 * twice <= size <= 1.2 * twice
+  assert gathers > 2 * c.model.N and 2 * layers <= size <= 2 * once  # the layers forward and again backward
   _, size = found.train.collectives["reduce-scatter"]
-  assert 0.9 * twice / 2 <= size <= 1.2 * twice
-  device = roofline.device(ahead.devices("h100:8")[0], 8)
-  estimate = roofline.analyse(found.train.hlo, device, found.flops_per_step / 8)
-  assert estimate.utilisation > 0.62 and estimate.seconds[roofline.EXPOSED] < 0.05 * estimate.total
-  assert estimate.seconds[roofline.HIDDEN] > 0.1
+  assert layers <= size <= 2 * once
