@@ -15,7 +15,7 @@ from lladax.devices.gpus import GPUS
 
 ROWS = [
   "llada_8b:v5p_4x4x4", "llada_8b:v6e_16x16", "llada_8b:v5p_4x4x4_x2", "llada_1b:v5p_1x1x1", "llada_1b:v5e_4x4",
-  "llada_1b:h100_1", "llada_8b:h100_8", "llada_8b_sft:lora@h100_1",
+  "llada_1b:h100_1", "llada_8b:h100_8", "llada_8b:h100_8x8", "llada_8b_sft:lora@h100_1",
 ]  # fmt: skip
 FIELDS = [x for x in sys.argv[1:] if x.startswith("--")]
 

@@ -324,7 +324,8 @@ def slurm(tmp_path, python, *flags, **env):
     srun=NOTE + run,
     scontrol=NOTE,
     sleep="",
-    python=f'{NOTE}echo "$XLA_FLAGS" >"$SEEN/flags"; try=$(grep -c lladax.main "$SEEN/python")\n{python}',
+    python=f'{NOTE}echo "$XLA_PYTHON_CLIENT_MEM_FRACTION" >"$SEEN/fraction"\n'
+    f'try=$(grep -c lladax.main "$SEEN/python")\n{python}',
   )
   env = {"VENV": str(tmp_path / "venv"), "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "77", **env}
   env |= {"PATH": f"{bin}{os.pathsep}{os.environ['PATH']}", "SEEN": str(tmp_path / "seen")}
@@ -343,7 +344,7 @@ def test_slurm_starts_one_process_a_task_with_the_flags_as_they_are(tmp_path):
   assert seen(tmp_path, "python") == [["-m", "lladax.main", *FLAGS]]
   ((*options, _, _, _, _, _, _),) = seen(tmp_path, "srun")
   assert {"--wait=120", "--kill-on-bad-exit=0"} <= set(options)  # the others may finish their checkpoint
-  assert (tmp_path / "seen" / "flags").read_text().count("--xla_gpu_") > 3
+  assert (tmp_path / "seen" / "fraction").read_text() == "0.9\n"  # flags.sh was sourced
 
 
 @pytest.mark.parametrize("code", [1, 130])

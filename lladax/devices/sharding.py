@@ -147,7 +147,11 @@ def axis_size(axis: str) -> int:
 
 def ways(letter: str, size: int) -> int:
   """Devices that share out a dimension of that letter and size; 1 where they do not divide it."""
-  found = math.prod(map(axis_size, AXES[letter]))
+  return _ways(AXES[letter], size)
+
+
+def _ways(axes: tuple[str, ...], size: int) -> int:
+  found = math.prod(map(axis_size, axes))
   return 1 if size % found else found
 
 
@@ -178,8 +182,7 @@ def fit(letters: str, shape: Sequence[int]) -> PartitionSpec:
   """`spec` on the mesh that is traced on, without the axes that do not divide their dimension (a batch of one)."""
   parts, apart = [], jax.sharding.get_abstract_mesh().manual_axes
   for size, axes in zip(shape, _axes(letters), strict=True):
-    ways = math.prod(map(axis_size, axes))
-    parts.append(tuple(axis for axis in axes if axis not in apart) if ways > 1 and size % ways == 0 else None)
+    parts.append(tuple(axis for axis in axes if axis not in apart) if _ways(axes, size) > 1 else None)
   return PartitionSpec(*parts)
 
 

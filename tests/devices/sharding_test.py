@@ -323,7 +323,7 @@ def test_gradients_of_micro_batches_cross_between_slices_once(tiny, parts):
     for x in program.computations[name]:
       groups = [pair.split(",") for pair in re.findall(r"[{](\d+,\d+)[}]", x.rest)] or [hlo.members(x)]
       if x.collective and any(len({int(place) // 4 for place in group}) > 1 for group in groups):
-        yield x.collective, x.bytes, times
+        yield x.collective, x.nbytes, times
       for called in x.called():
         yield from crossing(called, times * program.trips(x) if x.op == "while" else times)
 
