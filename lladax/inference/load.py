@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +58,14 @@ def load(
   workdir = published.find(path)
   if published.is_published(workdir):
     theirs = published.read(workdir)
-    model = _model(theirs.model, said)
+    model = _model(theirs.model, said, mesh)
     theirs = dataclasses.replace(theirs, model=model)
     at = None if mesh is None else sharding.shardings(mesh, model.letters())
     kept = model.compute_dtype if _narrows(model) else None
     return LLaDA(model, transfer.load_params(theirs, at, kept), **theirs.identity)
   saved = checkpoint.config(workdir)
   trained = MaskPredictorConfig(**saved["model"])
-  model = _model(trained, said)
+  model = _model(trained, said, mesh)
   imported = (workdir / "published").is_dir()
   text = None
   if saved["tokenizer_fingerprint"] or not imported:
@@ -96,37 +95,37 @@ def load(
     lambda x, kept, at: jax.ShapeDtypeStruct(x.shape, kept.dtype, sharding=at), shapes, dtypes, at
   )
 
-  def read(abstract: Any) -> Any:
-    nonlocal step
-    if step is None:  # all that is read is of the newest that can be
-      found = checkpoint.restore_latest(workdir, {"params": abstract}, set_aside=False)
-      assert found is not None
-      step = found[0]
-      return found[1]["params"]
-    return checkpoint.restore(workdir, step, {"params": abstract})["params"]
-
+  read = functools.partial(_narrowed, model, mesh) if _narrows(model) and not model.lora_rank else checkpoint.restore
+  if step is not None:
+    tree = read(workdir, step, {"params": abstract})
+  else:
+    found = checkpoint.restore_latest(workdir, {"params": abstract}, set_aside=False, read=read)
+    assert found is not None
+    tree = found[1]
+  params = tree["params"]
   if not model.lora_rank:
-    params = _narrowed(model, read, abstract, mesh) if _narrows(model) else read(abstract)
     return LLaDA(model, params, **identity)
   if not checkpoint.folder(Path(saved["base"]).parent.parent).is_dir():
     raise Missing(
       f"{workdir} holds adapters of {saved['base']}, which is not there: put it back, or train on with"
       " init_from=the place where it is now"
     )
-  over = trained if model.weights == "full" else model  # what is merged is merged with what it was trained over
-  base = load(saved["base"], mesh=mesh, dtype=dtype, weights=over.weights).params
-  params = read(abstract)
+  # What they are merged with is what they were trained over.
+  over = dataclasses.replace(trained, dtype=model.dtype) if model.weights == "full" else model
+  base = load(saved["base"], mesh=mesh, dtype=over.dtype, weights=over.weights).params
   if model.weights != "full":
     return LLaDA(model, model.join(params, base), **identity)
   params = jax.jit(lambda a, x: over.merge(a, x)[1])(params, base)
   return LLaDA(dataclasses.replace(model, lora_rank=0), params, **identity)
 
 
-def _model(model: MaskPredictorConfig, said: dict[str, Any]) -> MaskPredictorConfig:
+def _model(model: MaskPredictorConfig, said: dict[str, Any], mesh: Mesh | None) -> MaskPredictorConfig:
   """The model with what is said of it, checked before anything is read."""
   model = dataclasses.replace(model, **said)
   if model.weights != "full":
     quantized.library()
+  if mesh is not None:
+    model.check_mesh(mesh)
   return model
 
 
@@ -135,17 +134,17 @@ def _narrows(model: MaskPredictorConfig) -> bool:
   return model.weights != "full" or model.compute_dtype == jnp.float16
 
 
-def _narrowed(model: MaskPredictorConfig, read: Callable[[Any], Any], abstract: Any, mesh: Mesh | None) -> Any:
-  """A checkpoint's parameters, read and narrowed one by one: no two are there as they were written."""
+def _narrowed(model: MaskPredictorConfig, mesh: Mesh | None, workdir: Path, step: int, abstract: Any) -> Any:
+  """As `checkpoint.restore`, but read and narrowed one by one: no two parameters are there as they were written."""
   letters, params = model.letters(), {"blocks": {}}
-  for path, x in checkpoint.flat(abstract):
+  for path, x in checkpoint.flat(abstract["params"]):
     *group, name = path.split("/")
-    alone = {"blocks": {name: x}} if group else {name: x}
+    alone = {"params": {"blocks": {name: x}} if group else {name: x}}
     of_x, kept = (letters["blocks"], params["blocks"]) if group else (letters, params)
     at = x.sharding if mesh is None else sharding.shardings(mesh, of_x[name])
-    keep = functools.partial(model.keep, name, dtype=model.compute_dtype)
-    kept[name] = jax.block_until_ready(jax.jit(keep, out_shardings=at)(*jax.tree.leaves(read(alone))))
-  return params
+    keep = jax.jit(functools.partial(model.keep, name, dtype=model.compute_dtype), out_shardings=at)
+    kept[name] = jax.block_until_ready(keep(*jax.tree.leaves(checkpoint.restore(workdir, step, alone))))
+  return {"params": params}
 
 
 def asked(model: MaskPredictorConfig) -> dict[str, Any]:

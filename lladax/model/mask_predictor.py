@@ -90,7 +90,7 @@ class MaskPredictorConfig:
       raise Mistake(f"model.dtype={self.dtype!r}: use auto, float32, bfloat16 or float16")
     if self.weights not in quantized.KINDS:
       raise Mistake(f"model.weights={self.weights!r}: use one of {', '.join(quantized.KINDS)}")
-    if self.weights in ("int4", "nf4") and (self.D % 2 or self.F % 2):
+    if self.weights in quantized.PAIRED and (self.D % 2 or self.F % 2):
       raise Mistake(f"model.weights={self.weights!r} keeps two values in a byte: model.D={self.D}, model.F={self.F} are"
                     " not both even; use int8")  # fmt: skip
     object.__setattr__(self, "lora_targets", tuple(self.lora_targets))  # JSON knows lists alone
@@ -129,6 +129,11 @@ class MaskPredictorConfig:
   def stream_dtype(self) -> jnp.dtype:
     """Of what the layers add up, which outgrows float16 (65504) in trained models: there it is float32."""
     return jnp.dtype("float32") if self.compute_dtype == jnp.float16 else self.compute_dtype
+
+  def check_mesh(self, mesh: jax.sharding.Mesh, length: int = 0) -> None:
+    """Raises Mistake if the parameters, or a canvas of that length, cannot be shared out over the mesh."""
+    sizes = {letter: size for letter in "DHGFV" if (size := getattr(self, letter))}
+    sharding.check_divides(mesh, sizes, length, pairs="DF" if self.weights in quantized.PAIRED else "")
 
   def init(self, rng: jax.Array) -> Params:
     """New float32 parameters as a plain nested dict. Pure: jit it, or `jax.eval_shape` it."""

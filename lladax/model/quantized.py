@@ -19,6 +19,7 @@ from lladax.devices import sharding
 from lladax.mistake import Mistake
 
 KINDS = ("full", "int8", "int4", "nf4")
+PAIRED = ("int4", "nf4")  # two values share a byte
 GROUP = 64  # inputs that share a scale: docs/results.md compares
 
 
@@ -65,7 +66,7 @@ def quantize(x: jax.Array, of_matrix: str, inputs: str, kind: str, group: int = 
     x.astype(jnp.float32), kind, channelwise_axes=channels, tiled_axes=tiles, scale_dtype=jnp.bfloat16
   )
   bits = found.qvalue
-  if kind != "int8":  # neighbours share a byte: arrays of 4 bits are copied, transposed or refused here and there
+  if kind in PAIRED:  # neighbours share a byte: arrays of 4 bits are copied, transposed or refused here and there
     pairs = (bits.astype(jnp.uint8) & 15).reshape(*bits.shape[:-1], -1, 2)
     bits = pairs[..., 0] | pairs[..., 1] << 4
   return {"bits": bits, "scale": found.scale}
@@ -74,7 +75,7 @@ def quantize(x: jax.Array, of_matrix: str, inputs: str, kind: str, group: int = 
 def dequantize(matrix: Matrix, kind: str, dtype: Any) -> jax.Array:
   """A matrix multiplied out."""
   bits = matrix.bits
-  if kind != "int8":
+  if kind in PAIRED:
     shifts = jnp.array([0, 4], jnp.uint8).reshape(*[1] * bits.ndim, 2)
     bits = (bits[..., None] >> shifts & 15).reshape(*bits.shape[:-1], -1)
   if kind == "int4":

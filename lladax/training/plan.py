@@ -106,7 +106,7 @@ def make(config: Config, topology: str, slices: int = 1, *, utilisation: float =
   if found[0].platform == "tpu" or config.mesh.slices == -1:
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, slices=slices))
   mesh = sharding.make_mesh(config.mesh, found)
-  trains = config.model.weights == "full" or config.model.lora_rank > 0
+  trains = _trains(config)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # constants of the traced programs are made here
     step.check_mesh(config, mesh)
     stepping = sampling_ = None
@@ -123,6 +123,10 @@ def make(config: Config, topology: str, slices: int = 1, *, utilisation: float =
     sampling_, flops, config.data.batch_size * config.data.length, flops / (peak * len(found) * utilisation),
     utilisation,
   )  # fmt: skip
+
+
+def _trains(config: Config) -> bool:
+  return config.model.weights == "full" or config.model.lora_rank > 0
 
 
 def _lower_step(config: Config, mesh: jax.sharding.Mesh) -> Any:
@@ -219,7 +223,10 @@ def run(
   """
   console = Console(stderr=True, highlight=False, soft_wrap=True)
   found = devices(topology, slices)  # says what is wrong with them
-  console.print(f"compiling the train step and the sampler for {slices} x {topology}: minutes for a large model")
+  if explain and not _trains(config):
+    raise Mistake(f"model.weights={config.model.weights}: --explain is of the train step, and bits are not trained")
+  programs = "the train step and the sampler" if _trains(config) else "the sampler"
+  console.print(f"compiling {programs} for {slices} x {topology}: minutes for a large model")
   plan = make(config, topology, slices, utilisation=utilisation)
   report, estimate = plan.to_dict(), None
   if explain and plan.train and plan.train.hlo:

@@ -174,7 +174,8 @@ def begin(run: Run) -> State:
     frozen = _frozen_base(run)
     params = jax.jit(lambda: run.init().params, out_shardings=at.params, compiler_options=quick)()
   else:
-    params = _cast(load(run.base, mesh=run.mesh, weights="full").params, jnp.float32, at.params)
+    base = load(run.base, mesh=run.mesh, dtype=run.config.model.dtype, weights="full")
+    params = _cast(base.params, jnp.float32, at.params)
   opt_state = jax.jit(run.tx.init, out_shardings=at.opt_state)(params)
   return State(jax.device_put(jnp.int32(0), at.step), params, opt_state, frozen)
 

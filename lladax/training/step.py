@@ -82,8 +82,7 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
   part, field = config.data.batch_size // config.micro_batches, "data.batch_size / micro_batches"
   # The two rows of an antithetic pair live on one device.
   sharding.check_batch(mesh, part, field, multiple=2 if config.noise.times == "antithetic" else 1)
-  sizes = {letter: getattr(config.model, letter) for letter in "DHGFV" if getattr(config.model, letter)}
-  sharding.check_divides(mesh, sizes, config.data.length)
+  config.model.check_mesh(mesh, config.data.length)
   c, L = config.model, config.data.length
   segment_BL = jax.ShapeDtypeStruct((part, L), jnp.int32)
   attention.choose(

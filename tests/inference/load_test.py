@@ -73,23 +73,32 @@ def test_on_a_mesh_every_device_keeps_its_part(folder, weights):
   assert jax.tree.map(lambda x: x.sharding, sliced.params) == sharding.shardings(mesh, plain.model.letters())
 
 
-def test_a_workdir_is_quantised_parameter_by_parameter(tiny_workdir, monkeypatch, capsys):
-  full, asked = lladax.load(tiny_workdir), []
+def test_a_workdir_is_quantised_parameter_by_parameter(tiny_workdir, monkeypatch):
+  """Of a checkpoint that is torn somewhere nothing is taken."""
+  full, read, torn = lladax.load(tiny_workdir), [], []
+  *_, before, last = checkpoint.steps(tiny_workdir)
   restore = checkpoint.restore
 
   def one(workdir, step, abstract):
-    asked.append(len(jax.tree.leaves(abstract)))
+    read.append((step, len(jax.tree.leaves(abstract))))
+    if step in torn and len(read) == 3:
+      raise checkpoint.Corrupt("torn")
     return restore(workdir, step, abstract)
 
   monkeypatch.setattr(checkpoint, "restore", one)
   llada = lladax.load(tiny_workdir, weights="int8")
-  assert asked == [1] * len(jax.tree.leaves(full.params))
+  assert read == [(last, 1)] * len(jax.tree.leaves(full.params))
   assert_the_same(llada.params, jax.jit(llada.model.freeze)(full.params))
-  pair = ("red and ", "red 3")
-  assert llada.log_likelihood(*pair, num_samples=4) == pytest.approx(
-    full.log_likelihood(*pair, num_samples=4), rel=0.05
-  )
-  # ... and from the shell, as `--config.model.weights=int8` asks.
+  torn.append(last)
+  read.clear()
+  fallen_back = lladax.load(tiny_workdir, weights="int8").params
+  assert read[:3] == [(last, 1)] * 3 and {*read[3:]} == {(before, 1)}
+  assert_the_same(fallen_back, lladax.load(tiny_workdir, weights="int8", step=before).params)
+
+
+def test_samples_of_a_workdir_in_bits(tiny_workdir, capsys):
+  """From Python, and from the shell, as `--config.model.weights=int8` asks."""
+  llada = lladax.load(tiny_workdir, weights="int8")
   c = config.load(tiny_workdir)
   c = dataclasses.replace(c, model=dataclasses.replace(c.model, weights="int8"))
   sampler = dataclasses.replace(c.sample, gen_length=8, block_length=8, steps=8)
@@ -121,3 +130,19 @@ def test_what_is_not_a_kind_of_weights(folder):
     lladax.load(folder, weights="int5")
   with pytest.raises(Mistake, match="^weights=8: expected str, not int$"):
     lladax.load(folder, weights=8)
+
+
+def test_a_mesh_that_cuts_a_byte(folder):
+  mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=8))
+  theirs = LLADA | {"n_layers": 1, "d_model": 24, "n_heads": 2, "n_kv_heads": 2}
+  path = publish(folder.parent / "narrow", theirs)
+  with pytest.raises(Mistake, match="^mesh.fsdp=8 does not divide model.D=24 in pairs, which share a byte: use a div"):
+    lladax.load(path, weights="nf4", mesh=mesh)
+  with pytest.raises(Mistake, match="^mesh.tensor=8 does not divide model.H=2: use a divisor of it$"):
+    lladax.load(path, mesh=sharding.make_mesh(sharding.MeshConfig(data=1, tensor=8)))
+  values = lladax.configs.load("base").to_dict()
+  values["model"]["weights"] = "nf4"
+  odd = publish(folder.parent / "odd", theirs | {"mlp_hidden_size": 33})
+  with pytest.raises(Mistake, match="^model.weights='nf4' keeps two values in a byte: model.D=24, model.F=33 are not"):
+    convert.from_published(odd, folder.parent / "never", values)
+  assert not (folder.parent / "never" / "config.json").exists()
