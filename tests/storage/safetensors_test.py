@@ -126,7 +126,7 @@ def test_memory_while_importing(tmp_path, shape):
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
 @pytest.mark.slow
 def test_memory_while_quantising(tmp_path):
-  """On a CPU host and device are one. int8 keeps 0.53 of the files; with the model in 16 bits beside it, it were 1.53."""
+  """On a CPU host and device are one. int8 keeps 0.53 of the files; beside them it were 1.53."""
   pytest.importorskip("qwix")
   config = LLADA | SHAPES["270M"] | {"vocab_size": 2000, "embedding_size": 2000, "mask_token_id": 1999}
   source = publish(tmp_path / "source", config, files=4, seed=None)
