@@ -313,14 +313,18 @@ def test_packing_keeps_the_expected_loss(masking):
   assert total_error < 0.02 * together
 
 
-def test_adapters_over_bits(tiny, sft, tiny_workdir, tmp_path):
-  """The base is never as it was; what is trained stays beside it, and is merged with what the bits mean."""
-  pytest.importorskip("qwix")
-  fields = sft | LORA | {"model.weights": "nf4", "steps": 3, "log.tensorboard": False}
+def test_neither_bits_nor_float16_are_trained(tiny, sft, tmp_path):
   with pytest.raises(ValueError, match="model.weights='nf4': what is in bits has no gradient: train adapters over it"):
     setup.prepare(tiny(sft | {"model.weights": "nf4"}), tmp_path / "all")
   with pytest.raises(ValueError, match="model.dtype='float16' is float16 here, .*: set model.dtype=float32"):
     setup.prepare(tiny(sft | {"model.dtype": "float16"}), tmp_path / "half")
+
+
+@pytest.mark.slow
+def test_adapters_over_bits(tiny, sft, tiny_workdir, tmp_path):
+  """The base is never as it was; what is trained stays beside it, and is merged with what the bits mean."""
+  pytest.importorskip("qwix")
+  fields = sft | LORA | {"model.weights": "nf4", "steps": 3, "log.tensorboard": False}
   trainer.train(tiny(fields), tmp_path / "run")
   beside, merged = lladax.load(tmp_path / "run"), lladax.load(tmp_path / "run", weights="full")
   assert (beside.model.weights, beside.model.lora_rank) == ("nf4", 2)
