@@ -286,14 +286,16 @@ def write(path, rows):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_it_runs(checkout, command):
+def test_it_runs(checkout, command, request):
   x = rule(command)
   for name in x.needs.split():
     pytest.importorskip(name)
+  if x.needs == "libtpu":
+    request.getfixturevalue("quick_plans")
   command = as_run(command)
   env = os.environ | {
     "PATH": f"{checkout / 'bin'}{os.pathsep}{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    "PYTHONPATH": str(ROOT), "XLA_FLAGS": conftest.USER_XLA_FLAGS, "INSIDE": "\n".join(x.inside), "MPLBACKEND": "agg",
+    "PYTHONPATH": str(ROOT), "XLA_FLAGS": conftest.XLA_FLAGS, "INSIDE": "\n".join(x.inside), "MPLBACKEND": "agg",
     "HF_HUB_CACHE": str(checkout / "hub"), "HF_HUB_OFFLINE": "1", "LLADAX_EVAL_DATA": "",
   }  # fmt: skip
   run = subprocess.run(

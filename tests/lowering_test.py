@@ -272,6 +272,7 @@ def test_the_causal_sampler(platform):
   assert kernels(text) == [set(), set()]
 
 
+@pytest.mark.usefixtures("quick_plans")
 @pytest.mark.slow
 def test_a_plan_of_the_causal_baseline():
   """Compiled for a TPU, as a user asks."""

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import conftest
 import layouts
 import pytest
 
@@ -22,6 +23,7 @@ def code(path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore")  # the kernel's own machinery; the cells raise on their own
 def test_notebook_runs(path, tmp_path, monkeypatch):
@@ -35,7 +37,7 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     published = layouts.publish(tmp_path / "published", layouts.WITH_TEXT | {"max_sequence_length": 512})
     layouts.add_tokenizer(published)
     monkeypatch.setenv("LLADAX_MODEL", str(published))
-  monkeypatch.setenv("XLA_FLAGS", "")
+  monkeypatch.setenv("XLA_FLAGS", conftest.XLA_FLAGS)
   monkeypatch.setenv("MPLBACKEND", "agg")
   notebook = nbformat.read(path, as_version=4)
   assert "import lladax" in "".join(code(path))

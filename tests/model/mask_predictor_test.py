@@ -337,7 +337,7 @@ def test_bad_adapters_are_named(fields, message):
 
 def test_the_embeddings_gradient_adds_up_in_float32():
   """Thousands of [MASK]s: a sum in bfloat16 stops at 256 times what is added."""
-  c = dataclasses.replace(TINY, dtype="bfloat16", max_length=4096)
+  c = dataclasses.replace(TINY, dtype="bfloat16", N=1, max_length=4096)
   tokens_BL = jnp.full((1, 4096), 3)
 
   def gradient(c):
@@ -353,7 +353,7 @@ def test_the_embeddings_gradient_adds_up_in_float32():
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_a_width_that_gpus_are_slow_with_is_padded(monkeypatch, tensor):
   """What is computed, and every gradient, stays; the matmuls' widths are multiples of 64 on each device."""
-  c = dataclasses.replace(TINY, F=20, attention="xla", dtype="float32", lora_rank=2)
+  c = dataclasses.replace(TINY, N=1, F=20, attention="xla", dtype="float32", lora_rank=2)
   params, tokens_BL = random_params(c), random_tokens(c, 2, 6)
 
   def run():
