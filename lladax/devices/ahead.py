@@ -35,7 +35,6 @@ class Program:
   seconds: float  # that it took to compile
   arguments: int = 0
   temporaries: int = 0
-  reported: int = 0  # by libtpu's own memory report, which knows of more than JAX's
   collectives: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)  # kind -> (how many, bytes)
   refusal: str = ""  # the compiler's words where it does not fit
   hlo: str = dataclasses.field(default="", repr=False)  # the program itself, optimised and scheduled, as text
@@ -47,8 +46,8 @@ class Program:
 
   @property
   def total(self) -> int:
-    """The larger of arguments and temporaries (what is donated is counted once), and of libtpu's own sum."""
-    return max(self.arguments + self.temporaries, self.reported)
+    """What the program holds at most; what is donated is counted once."""
+    return self.arguments + self.temporaries
 
 
 def devices(topology: str, slices: int = 1) -> list[jax.Device]:
@@ -170,6 +169,7 @@ def limit(device: jax.Device, count: int = 1) -> tuple[int, str]:
 
 
 _DUMPED = ("after_optimizations", "memory-usage-report")
+_TOTAL = r"color=0\)\s*Total bytes: (\d+)"  # of the chip's main memory, in libtpu's report
 
 
 def compiled(lower: Callable[[], Any], device: jax.Device) -> Program:
@@ -178,7 +178,11 @@ def compiled(lower: Callable[[], Any], device: jax.Device) -> Program:
 
 
 def _compiled_for_tpus(lower: Callable[[], Any], device: jax.Device) -> Program:
-  """JAX cannot always read libtpu's program back, so libtpu writes it to a file."""
+  """JAX cannot always read libtpu's program back, so libtpu writes it to a file.
+
+  Its memory, too: by the sum of its report libtpu refuses programs. JAX's sizes leave out results that are new, and its
+  temporaries can hold a part of what is donated a second time.
+  """
   began = time.monotonic()
   with tempfile.TemporaryDirectory() as folder:
     options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
@@ -191,12 +195,11 @@ def _compiled_for_tpus(lower: Callable[[], Any], device: jax.Device) -> Program:
       words = [line.strip() for line in str(error).splitlines() if line.strip()]
       return Program(time.monotonic() - began, refusal=words[0].partition("RESOURCE_EXHAUSTED: ")[2] or words[0])
     hlo, report = ("".join(path.read_text() for path in Path(folder).glob(f"*{name}.txt")) for name in _DUMPED)
-  memory = program.memory_analysis()
-  reported = re.search(r"color=0\)\s*Total bytes: (\d+)", report)
+  arguments, total = program.memory_analysis().argument_size_in_bytes, re.search(_TOTAL, report)
+  assert total, "libtpu's memory report has no sum"
   return Program(
-    time.monotonic() - began, memory.argument_size_in_bytes, memory.temp_size_in_bytes,
-    int(reported[1]) if reported else 0, collectives(parse(hlo)), hlo=hlo,
-  )  # fmt: skip
+    time.monotonic() - began, arguments, int(total[1]) - arguments, collectives=collectives(parse(hlo)), hlo=hlo
+  )
 
 
 def _compiled_for_gpus(lower: Callable[[], Any], device: jax.Device) -> Program:

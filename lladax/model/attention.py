@@ -370,20 +370,23 @@ _cudnn_documents.defvjp(_cudnn_documents_forward, _cudnn_documents_backward)
 def _kept(fn, qkv, rest):
   """fn(*qkv, **rest), with the name "attention" for what its backward pass needs besides these: `remat` may keep it.
 
-  (cuDNN's are the result and the log-sum-exp. JAX names neither; but the function that `jax.vjp` returns is a tree of
-  them. `rest` gets no gradient.)
+  (These are the result and the log-sum-exp. The function that `jax.vjp` returns is a tree of them. `rest` gets no
+  gradient. Heads lie end to end while they wait: a TPU would fill up a width of 64 to 128.)
   """
   return fn(*qkv, **rest)
 
 
 def _kept_forward(fn, qkv, rest):
   out, backward = jax.vjp(lambda *qkv: fn(*qkv, **rest), *qkv)
-  named, given = checkpoint_name(out, "attention"), jax.tree.leaves((qkv, rest))
+  given = jax.tree.leaves((qkv, rest))
 
   def name(x):
-    return named if x is out else x if any(x is y for y in given) else checkpoint_name(x, "attention")
+    if x.ndim < 2 or x.shape[-1] % 128 == 0:
+      return checkpoint_name(x, "attention")
+    return checkpoint_name(x.reshape(*x.shape[:-2], -1), "attention").reshape(x.shape)
 
-  return named, jax.tree.map(name, backward)
+  named = name(out)
+  return named, jax.tree.map(lambda x: named if x is out else x if any(x is y for y in given) else name(x), backward)
 
 
 _kept.defvjp(_kept_forward, lambda fn, backward, cotangent: (backward(cotangent), None))
@@ -391,24 +394,27 @@ _kept.defvjp(_kept_forward, lambda fn, backward, cotangent: (backward(cotangent)
 
 def _splash(q_BWHK, k_BLGK, v_BLGK, query_segment_BW=None, segment_BL=None, *, causal, interpret=False):
   """Splash attention on one device. Padding looks at padding here: what it sees, nobody does."""
+  q_BHWK, k_BGLK, v_BGLK = (x.transpose(0, 2, 1, 3) for x in (q_BWHK * q_BWHK.shape[-1] ** -0.5, k_BLGK, v_BLGK))
+  segments = {} if segment_BL is None else {"query_segment_BW": query_segment_BW, "segment_BL": segment_BL}
+  fn = functools.partial(_splash_kernel, causal=causal, interpret=interpret)
+  out_BHWK: Any = _kept(fn, (q_BHWK, k_BGLK, v_BGLK), segments)  # type checkers do not see an array
+  return out_BHWK.transpose(0, 2, 1, 3)
+
+
+def _splash_kernel(q_BHWK, k_BGLK, v_BGLK, query_segment_BW=None, segment_BL=None, *, causal, interpret):
   from jax.experimental.pallas.ops.tpu import splash_attention  # Pallas takes a while to import
 
-  _, W, H, K = q_BWHK.shape
-  L = k_BLGK.shape[1]
+  (_, H, W, _), L = q_BHWK.shape, k_BGLK.shape[2]
   mask = splash_attention.CausalMask((W, L)) if causal else splash_attention.FullMask((W, L))
   q_tile, k_tile = (next(n for n in (512, 256, 128) if size % n == 0) for size in (W, L))
   kernel = splash_attention.make_splash_mha(
     splash_attention.MultiHeadMask([mask] * H), head_shards=1, q_seq_shards=1, interpret=interpret,
-    residual_checkpoint_name="attention",
     block_sizes=splash_attention.BlockSizes(
       block_q=q_tile, block_kv=k_tile, block_kv_compute=k_tile, block_q_dkv=q_tile, block_kv_dkv=k_tile,
       block_kv_dkv_compute=k_tile, block_q_dq=q_tile, block_kv_dq=k_tile,
     ),
   )  # fmt: skip
-  q_BHWK, k_BGLK, v_BGLK = (x.transpose(0, 2, 1, 3) for x in (q_BWHK * K**-0.5, k_BLGK, v_BLGK))
   if segment_BL is None:
-    out_BHWK: Any = jax.vmap(kernel)(q_BHWK, k_BGLK, v_BGLK)
-  else:
-    assert query_segment_BW is not None
-    out_BHWK = jax.vmap(kernel)(q_BHWK, k_BGLK, v_BGLK, splash_attention.SegmentIds(query_segment_BW, segment_BL))
-  return out_BHWK.transpose(0, 2, 1, 3)
+    return jax.vmap(kernel)(q_BHWK, k_BGLK, v_BGLK)
+  assert query_segment_BW is not None
+  return jax.vmap(kernel)(q_BHWK, k_BGLK, v_BGLK, splash_attention.SegmentIds(query_segment_BW, segment_BL))

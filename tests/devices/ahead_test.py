@@ -1,5 +1,7 @@
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from lladax.devices import ahead, gpus, sharding
@@ -85,3 +87,25 @@ def test_devices_and_what_they_hold(topology, slices, count, gib):
   assert len(devices) == count and devices[0].platform == "tpu"
   assert sharding.make_mesh(sharding.MeshConfig(slices=slices), devices).devices.size == count
   assert ahead.limit(devices[0])[0] == pytest.approx(gib * 2**30, rel=1e-3)
+
+
+@pytest.mark.usefixtures("libtpu")
+def test_what_is_donated_is_counted_once():
+  """A step of momentum: by the sizes that JAX gives, it would hold the new momenta beside the old ones, too."""
+  device = ahead.devices("v5e:1x1")[0]
+
+  def step(w_NDD, m_NDD, x_BD):
+    def loss(w_NDD):
+      layer = lambda x_BD, w_DD: (jnp.tanh(x_BD @ w_DD.astype(x_BD.dtype)), None)  # noqa: E731
+      return jnp.sum(jnp.square(jax.lax.scan(layer, x_BD, w_NDD)[0].astype(jnp.float32)))
+
+    m_NDD = 0.9 * m_NDD + jax.grad(loss)(w_NDD)
+    return w_NDD - m_NDD, m_NDD
+
+  at = jax.sharding.SingleDeviceSharding(device)
+  w_NDD = jax.ShapeDtypeStruct((8, 4096, 4096), jnp.float32, sharding=at)
+  x_BD = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16, sharding=at)
+  found = ahead.compiled(lambda: jax.jit(step, donate_argnums=(0, 1)).lower(w_NDD, w_NDD, x_BD), device)
+  part = 4 * w_NDD.size
+  assert found.arguments == 2 * part + 2 * x_BD.size
+  assert found.arguments + part <= found.total <= found.arguments + 4 * part  # 3.5; JAX says 4.5

@@ -113,7 +113,7 @@ def hidden_of(segments, kernel, *, cached=False, B=4, L=256, **fields):
 )
 def test_a_model_with_splash_is_one_with_xla(monkeypatch, segments, G, causal, cached, mesh):
   """Forward and gradients, in Pallas's interpreter, of what the mask predictor hands over: with a cache, too, if the
-  window is the canvas.
+  window is the canvas. What the model keeps for the backward pass changes neither.
   """
   handed, interpreted = [], functools.partial(attention._splash, interpret=True)
 
@@ -129,7 +129,9 @@ def test_a_model_with_splash_is_one_with_xla(monkeypatch, segments, G, causal, c
     weight = weight * (SEGMENTS[segments] > 0)[:, :, None]
 
   def answers(kernel):
-    hidden, shapes = hidden_of(segments, kernel, cached=cached, G=G, K=16, causal=causal, dtype="float32")
+    hidden, shapes = hidden_of(
+      segments, kernel, cached=cached, G=G, K=16, causal=causal, dtype="float32", remat="attention"
+    )
     params = jax.tree.map(lambda x: np.float32(0.3 * np.random.default_rng(0).standard_normal(x.shape)), shapes)
     return jax.jit(jax.value_and_grad(lambda params: jnp.sum(weight * hidden(params))))(params)
 
@@ -279,13 +281,14 @@ def test_cudnn_is_asked_for_what_is_meant(monkeypatch, segments, G, causal):
   assert len(re.findall(r"select .*tensor<4x256x256x", text)) == bias
 
 
-def lowered_gradient(monkeypatch, segments, **fields):
-  """The text of a model's gradient for a GPU that is not here."""
+def lowered_gradient(monkeypatch, segments, kernel="cudnn", **fields):
+  """The text of a model's gradient for a GPU or a TPU that is not here."""
+  platform = {"cudnn": "gpu", "splash": "tpu"}[kernel]
   monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-  monkeypatch.setattr(sharding, "platform", lambda: "gpu")
-  hidden, params = hidden_of(segments, "cudnn", **({"K": 32, "G": 2, "dtype": "bfloat16"} | fields))
+  monkeypatch.setattr(sharding, "platform", lambda: platform)
+  hidden, params = hidden_of(segments, kernel, **({"K": 32, "G": 2, "dtype": "bfloat16"} | fields))
   grad = jax.jit(jax.grad(lambda params: hidden(params).astype(jnp.float32).sum()))
-  return grad.trace(params).lower(lowering_platforms=("cuda",)).as_text()
+  return grad.trace(params).lower(lowering_platforms=({"gpu": "cuda"}.get(platform, platform),)).as_text()
 
 
 @pytest.mark.parametrize(
@@ -305,6 +308,15 @@ def test_the_forward_kernel_runs_again_only_where_all_is_computed_again(monkeypa
     text = lowered_gradient(monkeypatch, segments, N=9, remat=remat)
   assert len(re.findall(r"custom_call @__cudnn\$fmha\w*Softmax\(", text)) == forward
   assert len(re.findall(r"custom_call @__cudnn\$fmha\w*SoftmaxBackward\(", text)) == 1
+
+
+@pytest.mark.parametrize(("remat", "forward"), [("dots", 1), ("full", 2)])
+def test_what_splash_leaves_waits_without_the_filling_of_a_tpu(monkeypatch, remat, forward):
+  """Heads of a width below 128 lie end to end from the forward pass to the backward pass, of all layers."""
+  text = lowered_gradient(monkeypatch, "right", "splash", N=9, remat=remat)
+  assert len(re.findall(r"custom_call @tpu_custom_call\(.*splash_mha_fwd", text)) == forward
+  assert ("tensor<9x4x4x8192xbf16>" in text) == (remat == "dots")
+  assert "tensor<9x4x4x256x32xbf16>" not in text and "tensor<9x4x256x4x32xbf16>" not in text
 
 
 @pytest.mark.parametrize(("kernel", "platform"), [("xla", "cpu"), ("splash", "tpu"), ("cudnn", "gpu")])
