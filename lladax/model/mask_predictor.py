@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -179,8 +180,14 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   return x32.astype(x.dtype) * jnp.expand_dims(scale.astype(x.dtype), range(x.ndim - 1))
 
 
-def rotary(position_BW: jax.Array, c: MaskPredictorConfig) -> tuple[jax.Array, jax.Array]:
-  """Cosine and sine [B, W, 1, K/2] of RoPE in float32; half-split layout."""
+def rotary(position_BW: Any, c: MaskPredictorConfig, length: int) -> tuple[jax.Array, jax.Array]:
+  """Cosine and sine [B, W, 1, K/2] of RoPE in float32, of positions below `length`; half-split layout."""
+  if sharding.platform() == "cpu":
+    # A table: where XLA's CPU backend can compute cosines it does so within every loop that turns a query or a key,
+    # for each head of each row again, and one by one.
+    frequency = np.float32(c.rope_theta) ** (-np.arange(0, c.K, 2, dtype=np.float32) / np.float32(c.K))
+    angle = np.arange(length, dtype=np.float32)[:, None] * frequency
+    return tuple(jnp.asarray(f(angle))[position_BW][:, :, None] for f in (np.cos, np.sin))  # pyright: ignore
   frequency = c.rope_theta ** (-jnp.arange(0, c.K, 2, dtype=jnp.float32) / c.K)
   angle = position_BW.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
   return jnp.cos(angle), jnp.sin(angle)
@@ -360,7 +367,7 @@ class MaskPredictor(nnx.Module):
     visible = c.visible(W) if visible is None else visible
     assert (visible.W, visible.L) == (W, W if cache is None else cache["k"].shape[2])
     position_BW = visible.window(jnp.arange(visible.L)[None] if position_BL is None else position_BL)
-    cos, sin = rotary(position_BW, c)
+    cos, sin = rotary(position_BW, c, visible.L)
     if visible.segment_BL is not None:  # kernels read a row each
       visible = dataclasses.replace(visible, segment_BL=jnp.broadcast_to(visible.segment_BL, (B, visible.L)))
     kernel = attention.choose(
