@@ -284,7 +284,7 @@ def _run(
 ) -> State:
   """`segment_BL` None: no row is padded, attention needs no mask. If canvases grow nothing behind a block is seen."""
   bound, (B, L) = model.bind(params), state.canvas.tokens_BL.shape
-  at_L = jnp.arange(L)
+  layers, at_L = model.apart(bound.blocks), jnp.arange(L)
   position_BL = None if segment_BL is None else _positions(segment_BL)
   given_BL = (state.canvas.tokens_BL != mask_id) & (state.canvas.unmasked_at_BL == 0)
 
@@ -299,12 +299,12 @@ def _run(
     def hidden(size, window_start, reuse_L):  # of the block, from a window that holds it
       tokens_BW = jax.lax.dynamic_slice_in_dim(canvas_BL, window_start, size, axis=1)
       visible = model.visible(L, segment, W=size, start=window_start, reuse_L=reuse_L)
-      hidden_BWD, _ = bound.hidden(tokens_BW, visible, position, cache)
+      hidden_BWD, _ = bound.hidden(tokens_BW, visible, position, cache, layers)
       return jax.lax.dynamic_slice_in_dim(hidden_BWD, start - window_start, W, axis=1)
 
     if cache is None:
       empty = model.new_cache(canvas_BL.shape[0], L) if shape.cache else None
-      hidden_BLD, cache = bound.hidden(canvas_BL, model.visible(L, segment), position, empty)
+      hidden_BLD, cache = bound.hidden(canvas_BL, model.visible(L, segment), position, empty, layers)
       hidden_BWD = jax.lax.dynamic_slice_in_dim(hidden_BLD, start, W, axis=1)
     elif shape.cache == "dual" or shape.grows:
       hidden_BWD = hidden(W, start, (at_L < start) | (at_L >= start + W))
@@ -324,7 +324,7 @@ def _run(
   state = sampling.run(
     predict, state, sampling.keys(settings), settings, shape, mask_id=mask_id,
     allowed_V=_allowed(model.V, mask_id, vocab_size), ends=ends, origin=origin, first=first, alike=alike,
-    until_nfe=until_nfe, until_block=until_block,
+    until_nfe=until_nfe, until_block=until_block, reading=model.reading,
   )  # fmt: skip
   return _laid_out(state)
 

@@ -129,6 +129,22 @@ class MaskPredictorConfig:
     shape = (self.N, batch_size, length, self.G, self.K)
     return {name: sharding.constrain(jnp.zeros(shape, self.compute_dtype), ".B.GK") for name in ("k", "v")}
 
+  @property
+  def unrolled(self) -> bool:
+    """Whether a program has its layers one behind the other, and no loop over them: shallow models, on a CPU."""
+    return sharding.platform() == "cpu" and self.N <= 8
+
+  def apart(self, tree: Any) -> Any:
+    """Arrays [N, ...] as a list of every layer's, where layers are unrolled; elsewhere as they are.
+
+    XLA's CPU backend copies what it cuts: all weights, in every pass of a loop, unless they are cut before it.
+    """
+    return [jax.tree.map(lambda x: x[i], tree) for i in range(self.N)] if self.unrolled else tree
+
+  def reading(self, cache: Cache) -> Any:
+    """A cache as a loop over passes reads it best: cut and turned before, likewise."""
+    return [attention.turned(x["k"], x["v"]) for x in self.apart(cache)] if self.unrolled else cache
+
   def split(self, params: Params) -> tuple[Params, Params]:
     """(what is trained, what is frozen): the adapters and the rest, or all and nothing."""
     if not self.lora_rank:
@@ -289,10 +305,10 @@ class Block(nnx.Module):
       _aligned(sharding.gather(getattr(self, name)[...].astype(dtype), letters), letters), "gathered"
     )
 
-  def __call__(self, x_BWD, cache: Cache | None, *, cos, sin, start, attend):
+  def __call__(self, x_BWD, cache: Any, *, cos, sin, start, attend):
     """Returns the new stream, and the layer's keys and values over the canvas if there is a cache to write.
 
-    `start` None: the cache is read only, and the window's own keys stand behind it.
+    `start` None: the cache is read only, it comes `attention.turned`, and the window's own keys stand behind it.
     """
     c, dtype = self.c, x_BWD.dtype
 
@@ -311,17 +327,16 @@ class Block(nnx.Module):
     q_BWHK = rotate(project(n_BWD, "q", "HK"), cos, sin)
     k_BLGK = rotate(project(n_BWD, "k", "GK"), cos, sin)
     v_BLGK = project(n_BWD, "v", "GK")
+    cached = None
     if cache is not None and start is None:
-      k_BLGK = jnp.concatenate([cache["k"], k_BLGK], axis=1)
-      v_BLGK = jnp.concatenate([cache["v"], v_BLGK], axis=1)
-      cache = None
+      cached, cache = cache, None
     elif cache is not None:
       k_BLGK = jax.lax.dynamic_update_slice_in_dim(cache["k"], k_BLGK, start, axis=1)
       v_BLGK = jax.lax.dynamic_update_slice_in_dim(cache["v"], v_BLGK, start, axis=1)
       cache = {"k": k_BLGK, "v": v_BLGK}
     # A mesh may slice the canvas: keys and values are gathered, queries stay.
     k_BLGK, v_BLGK = sharding.constrain(k_BLGK, "B.GK"), sharding.constrain(v_BLGK, "B.GK")
-    mixed_BWHK = attend(q_BWHK, k_BLGK, v_BLGK)
+    mixed_BWHK = attend(q_BWHK, k_BLGK, v_BLGK, cached=cached)
     x_BWD = x_BWD + project(mixed_BWHK, "out", "D")
 
     n_BWD = rms_norm(x_BWD, self.weight("ff_norm", dtype), c.norm_eps)
@@ -348,8 +363,8 @@ class MaskPredictor(nnx.Module):
 
   def hidden(
     self, tokens_BW: jax.Array, visible: Visible | None = None, position_BL: jax.Array | None = None,
-    cache: Cache | None = None,
-  ) -> tuple[jax.Array, Cache | None]:  # fmt: skip
+    cache: Any = None, layers: Any = None,
+  ) -> tuple[jax.Array, Any]:  # fmt: skip
     """Runs the blocks over a window of the canvas.
 
     Args:
@@ -358,6 +373,8 @@ class MaskPredictor(nnx.Module):
       position_BL: int32 positions for RoPE (B may be 1); None: 0 .. L - 1.
       cache: keys and values of the canvas, L positions; the window's are replaced, or, with `visible.reuse_L`, none
         are: those that are not reused must be the window's then. None: the window is the canvas.
+      layers: `self.blocks`, as `MaskPredictorConfig.apart` left them before a loop over calls; the cache may have been
+        through `reading`.
 
     Returns:
       (hidden_BWD after the final norm, the cache or None).
@@ -365,7 +382,7 @@ class MaskPredictor(nnx.Module):
     c = self.c
     B, W = tokens_BW.shape
     visible = c.visible(W) if visible is None else visible
-    assert (visible.W, visible.L) == (W, W if cache is None else cache["k"].shape[2])
+    assert visible.W == W and (cache is not None or visible.L == W)
     position_BW = visible.window(jnp.arange(visible.L)[None] if position_BL is None else position_BL)
     cos, sin = rotary(position_BW, c, visible.L)
     if visible.segment_BL is not None:  # kernels read a row each
@@ -382,6 +399,8 @@ class MaskPredictor(nnx.Module):
 
     def body(x_BWD, layer):
       block, layer_cache = layer
+      if reads and isinstance(layer_cache, dict):
+        layer_cache = attention.turned(layer_cache["k"], layer_cache["v"])
       x_BWD, layer_cache = block(x_BWD, layer_cache, cos=cos, sin=sin, start=write_at, attend=attend)
       return sharding.constrain(x_BWD, "BLD"), layer_cache
 
@@ -390,9 +409,15 @@ class MaskPredictor(nnx.Module):
     # Not `gather`: a gradient sliced along the width would have the scatter-add gather the stream's.
     embedding_VD = sharding.constrain(self.embedding[...].astype(c.compute_dtype), "V.")
     x_BWD = sharding.constrain(_look_up(embedding_VD, sharding.constrain(tokens_BW, "BL"), c.V), "BLD")
-    # XLA's CPU backend copies the residuals of a loop into stacked arrays: unrolled, a step takes 0.75 of the time.
-    unroll = c.N if sharding.platform() == "cpu" and c.N <= 8 else 1
-    x_BWD, written = jax.lax.scan(body, x_BWD, (self.blocks, cache), unroll=unroll)
+    if isinstance(layers, list):
+      caches, written = cache if isinstance(cache, list) else [None] * c.N if cache is None else c.apart(cache), []
+      for layer in zip(layers, caches, strict=True):
+        x_BWD, layer_cache = body(x_BWD, layer)
+        written.append(layer_cache)
+      written = jax.tree.map(lambda *x: jnp.stack(x), *written)
+    else:
+      # XLA's CPU backend copies the residuals of a loop into stacked arrays: unrolled, a step takes 0.75 of the time.
+      x_BWD, written = jax.lax.scan(body, x_BWD, (self.blocks, cache), unroll=c.N if c.unrolled else 1)
     final_norm_D = sharding.gather(self.final_norm[...], "D")
     return rms_norm(x_BWD, final_norm_D, c.norm_eps), cache if reads else written
 
