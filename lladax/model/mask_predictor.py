@@ -13,6 +13,7 @@ Flax, `MaskPredictorConfig.init` makes them and `MaskPredictorConfig.bind` lends
 import dataclasses
 import functools
 import math
+import operator
 from typing import Any
 
 import jax
@@ -139,7 +140,7 @@ class MaskPredictorConfig:
 
     XLA's CPU backend copies what it cuts: all weights, in every pass of a loop, unless they are cut before it.
     """
-    return [jax.tree.map(lambda x: x[i], tree) for i in range(self.N)] if self.unrolled else tree
+    return [jax.tree.map(operator.itemgetter(i), tree) for i in range(self.N)] if self.unrolled else tree
 
   def reading(self, cache: Cache) -> Any:
     """A cache as a loop over passes reads it best: cut and turned before, likewise."""
