@@ -15,6 +15,7 @@ from lladax.mistake import Mistake
 from lladax.sampling import SamplerConfig
 
 Nll = Callable[[jax.Array, jax.Array], jax.Array]
+WeightedNll = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]  # see `diffusion`, both
 
 
 def shift(tokens_BL: jax.Array, segment_BL: jax.Array, start_id: int) -> jax.Array:
@@ -52,12 +53,12 @@ class Causal:
       raise Mistake(f"sample.steps={c.steps}: a causal model makes a pass for each of gen_length={c.gen_length} tokens")
 
   def loss(
-    self, nll: Nll, batch: dict[str, jax.Array], rng: Any = None, *, eos_id: int, **_: Any
+    self, weighted_nll: WeightedNll, batch: dict[str, jax.Array], rng: Any = None, *, eos_id: int, **_: Any
   ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
     """Next-token cross-entropy with the weights of the batch.
 
     Args:
-      nll: a causal model.
+      weighted_nll: a causal model.
       batch: columns tokens, weight, segment [B, L], as for the diffusion loss.
       rng: not read: there is no noise.
       eos_id: what stands before the first token of a document.
@@ -68,8 +69,7 @@ class Causal:
     """
     weight_BL = batch["weight"]
     input_BL = shift(batch["tokens"], batch["segment"], eos_id)
-    nll_BL = nll(input_BL, jnp.where(weight_BL > 0, batch["tokens"], -1))
-    return jnp.sum(weight_BL * nll_BL), {}
+    return weighted_nll(input_BL, jnp.where(weight_BL > 0, batch["tokens"], -1), weight_BL)[0], {}
 
   def log_likelihood(
     self, nll: Nll, tokens_BL: jax.Array, scored_BL: jax.Array, segment_BL: jax.Array, *draws: Any, eos_id: int,

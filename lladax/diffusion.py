@@ -1,7 +1,9 @@
 """Masked diffusion: the forward process, the loss and the likelihood, on plain arrays.
 
 A model is any function `nll(input_BL, target_BL) -> nll_BL`: the cross-entropy in nats of every target given the
-noised input, zero where the target is negative (not asked). Nothing else of the model is known here.
+noised input, zero where the target is negative (not asked). To train on it is `weighted_nll(input_BL, target_BL,
+weight_BL) -> (sum of weight_BL x nll_BL, nll_BL)`: who knows the weights at once can make the gradient of the sum in
+the same pass. Nothing else of the model is known here.
 Noise is a function of (rng, index) row by row, so it is the same on one device and on many, for any number of
 micro-batches, and after any restart. The equations are those of LLaDA (arXiv 2502.09992). Letters: `mask_predictor.py`.
 """
@@ -17,6 +19,7 @@ from lladax.mistake import Mistake
 from lladax.sampling import SamplerConfig
 
 Nll = Callable[[jax.Array, jax.Array], jax.Array]
+WeightedNll = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 # What is folded into a key, in an example's or a draw's place, for the shift that all of them have in common.
 _SHIFT = 0x51F7
@@ -138,12 +141,13 @@ class Masked:
     """All settings have a meaning here."""
 
   def loss(
-    self, nll: Nll, batch: dict[str, jax.Array], rng: jax.Array, *, mask_id: int, batch_size: int, **_: Any
-  ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
+    self, weighted_nll: WeightedNll, batch: dict[str, jax.Array], rng: jax.Array, *, mask_id: int, batch_size: int,
+    **_: Any,
+  ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:  # fmt: skip
     """The masked-diffusion training loss (P Eq. 3): a plain weighted sum of cross-entropies of masked tokens.
 
     Args:
-      nll: the model.
+      weighted_nll: the model; of the nll_BL that it returns no gradient is asked.
       batch: columns tokens int32 [B, L], weight float32 [B, L] (0 = given or padding; already normalised, so that
         the losses of micro-batches add up), index int32 [B].
       rng: key of this step, a function of (seed, step).
@@ -159,9 +163,9 @@ class Masked:
     input_BL, masked_BL, scale_B = forward_process(
       batch["tokens"], weight_BL > 0, batch["index"], rng, mask_id, self.noise, batch_size
     )
-    nll_BL = nll(input_BL, jnp.where(masked_BL, batch["tokens"], -1))
-    weighted_BL = weight_BL * nll_BL
-    return jnp.sum(weighted_BL * scale_B[:, None]), {"masked_nll": (jnp.sum(nll_BL), jnp.sum(masked_BL))}
+    target_BL = jnp.where(masked_BL, batch["tokens"], -1)
+    total, nll_BL = weighted_nll(input_BL, target_BL, weight_BL * scale_B[:, None])
+    return total, {"masked_nll": (jnp.sum(nll_BL), jnp.sum(masked_BL))}
 
   def log_likelihood(
     self, nll: Nll, tokens_BL: jax.Array, scored_BL: jax.Array, segment_BL: jax.Array | None, key_B: jax.Array,

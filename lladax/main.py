@@ -42,15 +42,20 @@ _SHARDS = flags.DEFINE_integer("shards", 16, "mode=prepare: files of each split;
 _DTYPE = flags.DEFINE_enum(
   "dtype", None, ["float32", "bfloat16", "float16"], "mode=export: of the tensors (default: as in the checkpoint)."
 )
-_HTML = flags.DEFINE_string("html", None, "mode=sample: also write the unmasking to this page.")
+_HTML = flags.DEFINE_string(
+  "html", None, "mode=sample: also write the unmasking to this page. mode=plan: draw what --explain finds."
+)
 _COORDINATOR = flags.DEFINE_string(
   "coordinator", "", "HOST:PORT of process 0, where neither a TPU pod nor Slurm says it; with the next two."
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Processes of the job.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Number of this one, from 0.")
-_TOPOLOGY = flags.DEFINE_string("topology", "v5p:4x4x4", "mode=plan: the TPUs to plan for.")
-_SLICES = flags.DEFINE_integer("slices", 1, "mode=plan: so many of that topology, over the data-centre network.")
+_TOPOLOGY = flags.DEFINE_string("topology", "v5p:4x4x4", "mode=plan: what to plan for: TPUs, or GPUs as in h100:8.")
+_SLICES = flags.DEFINE_integer(
+  "slices", 1, "mode=plan: so many of that topology (slices, nodes), over the data-centre network."
+)
 _UTILISATION = flags.DEFINE_float("utilisation", 0.4, "mode=plan: of the peak FLOP/s, for the times.")
+_EXPLAIN = flags.DEFINE_bool("explain", False, "mode=plan: estimate where the time of the step goes, too.")
 _JSON = flags.DEFINE_bool("json", False, "mode=plan: print JSON.")
 _SYSTEM = flags.DEFINE_string("system", "", "mode=chat: the system prompt.")
 
@@ -79,11 +84,7 @@ def main(argv: list[str]) -> int:
     _check_writable(f"--workdir={workdir}", workdir)
   if mode not in ("train", "import"):
     _check_run(workdir)
-  page = Path(os.path.expanduser(_HTML.value)) if _HTML.value else None
-  if mode == "sample" and page:
-    _check_writable(f"--html={page}", page.parent)
-    if page.is_dir():
-      raise Mistake(f"--html={page} is a folder: name the file of the page")
+  page = _page() if mode == "sample" else None
 
   from lladax import config  # the slow imports come after the quick checks
   from lladax.devices.sharding import MeshConfig
@@ -129,6 +130,10 @@ def _prepare(given: ConfigDict, beam_options: list[str]) -> int:
 
 
 def _plan(given: ConfigDict) -> int:
+  page = _page()
+  if page and not _EXPLAIN.value:
+    raise Mistake(f"--html={page}: in a plan it draws what --explain finds; add that")
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before a plugin without its driver complains
   import jax
 
   jax.config.update("jax_platforms", "cpu")  # the devices of a plan are not here, and those that are stay free
@@ -136,7 +141,10 @@ def _plan(given: ConfigDict) -> int:
   from lladax.training import plan
 
   c = config.parse(given.to_dict())
-  return plan.run(c, _TOPOLOGY.value, _SLICES.value, utilisation=_UTILISATION.value, as_json=_JSON.value)
+  return plan.run(
+    c, _TOPOLOGY.value, _SLICES.value, utilisation=_UTILISATION.value, as_json=_JSON.value, explain=_EXPLAIN.value,
+    page=page,
+  )  # fmt: skip
 
 
 def _show(given: ConfigDict) -> int:
@@ -145,6 +153,17 @@ def _show(given: ConfigDict) -> int:
   console = Console(width=None if sys.stdout.isatty() else 120, markup=False, highlight=False, emoji=False)
   console.print(config.table(config.parse(given.to_dict()), _setters))
   return 0
+
+
+def _page() -> Path | None:
+  """The file of --html, in a folder that can be written to."""
+  if not _HTML.value:
+    return None
+  page = Path(os.path.expanduser(_HTML.value))
+  _check_writable(f"--html={page}", page.parent)
+  if page.is_dir():
+    raise Mistake(f"--html={page} is a folder: name the file of the page")
+  return page
 
 
 def _check_run(workdir: Path) -> None:

@@ -66,7 +66,14 @@ def test_loss_is_the_weighted_next_token_cross_entropy_of_each_document():
   weight_BL = np.random.default_rng(1).random(TOKENS.shape).astype(np.float32) * (SEGMENT > 0)
   weight_BL[0, 1] = weight_BL[1, 4] = 0  # given
   batch = {"tokens": jnp.asarray(TOKENS), "weight": jnp.asarray(weight_BL), "segment": jnp.asarray(SEGMENT)}
-  loss, _ = jax.jit(lambda batch: autoregressive.Causal().loss(nll(batch["segment"]), batch, eos_id=START))(batch)
+
+  @jax.jit
+  def loss_of(batch):
+    visible = TINY.visible(TOKENS.shape[1], batch["segment"])
+    weighted_nll = functools.partial(TINY.bind(PARAMS).weighted_nll, visible=visible)
+    return autoregressive.Causal().loss(weighted_nll, batch, eos_id=START)[0]
+
+  loss = loss_of(batch)
   expected = 0.0
   for tokens_L, weight_L, segment_L in zip(TOKENS, weight_BL, SEGMENT, strict=True):
     for document in range(1, 4):

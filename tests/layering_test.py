@@ -13,15 +13,15 @@ ORDER = [
   for room, names in (
     ("", "mistake fields configs sampling diffusion autoregressive optimizer"),
     ("drawing", "pages unmasking animation report"),
-    ("devices", "sharding distributed ahead"),
+    ("devices", "gpus sharding distributed hlo ahead"),
     ("data", "template vocabularies tokenizer facts reading contamination corpus"),
     ("data", "windows records dialogues sources batches prepare"),
-    ("model", "attention mask_predictor"),
+    ("model", "attention cross_entropy mask_predictor"),
     ("storage", "metrics checkpoint safetensors layout published transfer"),
     ("", "config recipes"),
     ("inference", "engine llada load convert show chat"),
     ("evaluation", "reversal sandbox tasks.local answers presets kwargs adapter harness held_out evaluate"),
-    ("training", "step setup loop trainer plan"),
+    ("training", "step setup loop trainer roofline explanation plan"),
     ("", "harness main __init__"),
   )
   for name in names.split()

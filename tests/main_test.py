@@ -177,12 +177,8 @@ def test_load_of_what_is_not_there(tmp_path, workdir):
 @pytest.mark.parametrize(
   ("flags", "message"),
   [
-    (["--config.stpes=3"], "config.stpes: there is no such field; did you mean config.steps?"),
     (["--config.steps=abc"], "flag --config.steps=abc: invalid literal for int"),
-    (["--config=configs/nowhere.py", "--config.steps=2"], "--config=configs/nowhere.py: there is no such recipe"),
-    (["--config.data.batch_size=12"], "data.batch_size.*=12 does not divide over .* 8 devices"),
     (["--config.data.corpus=files:/nowhere/*"], "data.corpus=files:/nowhere/.*: no file matches"),
-    (["--mode=evaluate"], "there is no run in it; train one first"),
   ],
 )
 def test_flags(tiny_flags, tmp_path, flags, message):
@@ -361,6 +357,9 @@ def test_a_field_from_its_text(text, value):
     ("--nowhere run", "--nowhere: there is no such option"),
     ("--config=quickstart run", "unexpected argument 'run': options are written --name=value"),
     ("--config=quickstart --workdir=run -- run", "unexpected argument 'run'"),
+    ("--config=configs/nowhere.py --workdir=run --config.steps=2", "--config=configs/nowhere.py: there is no such rec"),
+    ("--config=quickstart --workdir=run --config.data.batch_size=12", "data.batch_size.*=12 does not divide over .* 8"),
+    ("--config=quickstart --workdir=run --mode=evaluate", "--workdir=run: there is no run in it; train one first"),
     ("--config=quickstart --workdir=run --config.stpes 3", "config.stpes: there is no such field; did you mean"),
     ("--config=quickstart --config.data.batch_size=None", "flag --config.data.batch_size=None: invalid literal"),
     ("--config=base --workdir=run --config.sample.threshold=high", "config.sample.threshold=.high.: expected float"),

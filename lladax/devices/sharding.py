@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import logging
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lladax.devices import gpus
 from lladax.mistake import Mistake
 
 # Letters as in mask_predictor.py. A letter that is not here is on every device.
@@ -141,10 +143,33 @@ def axis_size(axis: str) -> int:
   return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
 
 
+def ways(letter: str, size: int) -> int:
+  """Devices that share out a dimension of that letter and size; 1 where they do not divide it."""
+  found = math.prod(map(axis_size, AXES[letter]))
+  return 1 if size % found else found
+
+
 def platform() -> str:
   """Where what is traced will run: "cpu", "gpu" or "tpu". A plan is made for devices that are not at hand."""
   device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
   return device.platform if device else jax.default_backend()
+
+
+def capability(device: jax.Device | None = None) -> tuple[int, ...] | None:
+  """(9, 0) of an NVIDIA GPU with compute capability 9.0: one that is given, or that is traced for; None of others."""
+  if device is None:
+    traced: Any = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    device = here = jax.devices()[0]
+    if traced and traced.device_kind != here.device_kind:  # a plan's
+      facts = gpus.named(traced.device_kind)
+      return version(facts.capability) if facts else None
+  said = getattr(device, "compute_capability", "")
+  return version(said) if re.fullmatch(r"\d+\.\d+", said) else None
+
+
+def version(dotted: str) -> tuple[int, ...]:
+  """(9, 0) of "9.0"."""
+  return tuple(map(int, dotted.split(".")))
 
 
 def fit(letters: str, shape: Sequence[int]) -> PartitionSpec:
@@ -173,7 +198,7 @@ def gather(x: jax.Array, letters: str) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gather(x: Any, letters: str) -> Any:
-  return constrain(x, letters.replace("D", "."))
+  return constrain(constrain(x, letters), letters.replace("D", "."))  # as it is: XLA would gather it before it is cast
 
 
 _gather.defvjp(

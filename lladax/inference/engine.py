@@ -304,7 +304,8 @@ def _run(
 
     if cache is None:
       empty = model.new_cache(canvas_BL.shape[0], L) if shape.cache else None
-      hidden_BLD, cache = bound.hidden(canvas_BL, model.visible(L, segment), position, empty, layers)
+      visible = model.visible(L, segment, contiguous=True)
+      hidden_BLD, cache = bound.hidden(canvas_BL, visible, position, empty, layers)
       hidden_BWD = jax.lax.dynamic_slice_in_dim(hidden_BLD, start, W, axis=1)
     elif shape.cache == "dual" or shape.grows:
       hidden_BWD = hidden(W, start, (at_L < start) | (at_L >= start + W))

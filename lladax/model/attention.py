@@ -1,8 +1,8 @@
 """One attention call, three kernels. Who may look at whom is a value (`Visible`), not code.
 
   xla     plain einsums: every case, every device; the scores of all heads exist at once
-  cudnn   NVIDIA's fused kernel: bfloat16, head widths up to 128. Padding at the right end goes by lengths; other
-          segments (packed documents, padding at the left) as a bias of one row of scores for all heads
+  cudnn   NVIDIA's fused kernel: 16 bits, head widths up to 128. Padding goes by lengths, at the left as well; packed
+          documents by where they begin, from Hopper on and with a new JAX, and else as a bias for all heads and layers
   splash  the Pallas kernel for TPUs: lengths that are multiples of 128, any head width; segments are native
 
 Letters are those of `mask_predictor.py`. Softmax runs in float32 whatever the compute dtype.
@@ -24,11 +24,14 @@ KERNELS = ("auto", "xla", "cudnn", "splash")
 
 # Finite, so that a row that may look at nothing (padding) gives garbage and never a NaN.
 _NEVER = -1e30
+_NEVER_16 = -(2.0**15)  # of the 16 bits of a bias
+# Documents of a row that cuDNN has room for: its workspace, 70 MB each at 4096 x 32 x 64, is there for all of them.
+_DOCUMENTS = 32
 
 
 @functools.partial(
-  jax.tree_util.register_dataclass, data_fields=["segment_BL", "start", "reuse_L", "table_BWK"],
-  meta_fields=["L", "W", "order", "right_padded"],
+  jax.tree_util.register_dataclass, data_fields=["segment_BL", "start", "reuse_L", "table_BWK", "begin_BM"],
+  meta_fields=["L", "W", "order", "right_padded", "contiguous"],
 )  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class Visible:
@@ -53,11 +56,13 @@ class Visible:
   order: str = "full"  # | "causal": later keys are hidden
   segment_BL: Any = None  # int32 document of every position, 0 = padding (B may be 1); None: one document, no padding
   right_padded: bool = False  # segments are 1s and then padding, which some kernels know how to use
+  contiguous: bool = False  # segments are 1s in one run, padding before it or behind it: keys are turned to the front
   start: Any = 0  # where the window begins
   # Bool: keys that are taken from a cache, which is then left as it is. The others are the window's own, and stand
   # behind the cache's. None: the window's are put into their places, and all are used.
   reuse_L: Any = None
-  table_BWK: Any = None  # what `drawn` drew
+  table_BWK: Any = None  # what `drawn` drew for the kernel
+  begin_BM: Any = None  # for "documents": see there
 
   @property
   def keys(self) -> int:
@@ -66,8 +71,11 @@ class Visible:
 
   @property
   def segments(self) -> str:
-    """What kernels must know of the segments: "none"; "right", 1s and then padding; "any"."""
-    return "none" if self.segment_BL is None else "right" if self.right_padded else "any"
+    """What kernels must know of the segments: "none"; "right", 1s and then padding; "run", 1s in one run; "any"."""
+    if self.segment_BL is None:
+      return "none"
+    # Later keys are those behind the query's own place: they must stay in theirs.
+    return "right" if self.right_padded else "run" if self.contiguous and self.order == "full" else "any"
 
   def window(self, array_BL: jax.Array) -> jax.Array:
     """The window's part of what there is of every position."""
@@ -75,26 +83,41 @@ class Visible:
       return array_BL
     return jax.lax.dynamic_slice_in_dim(array_BL, self.start, self.W, axis=1)
 
-  def drawn(self) -> "Visible":
-    """With `table_BWK`, bool [B or 1, W, keys]: True where a query may look; None where all may look at all."""
+  def drawn(self, kernel: str = "xla", dtype: Any = None) -> "Visible":
+    """With `table_BWK`, what the kernel reads of [B or 1, W, keys]; None where it needs none.
+
+    For XLA it is bool, True where a query may look. For cuDNN it is what is added to the scores, in `dtype`; there
+    padding looks at padding, so that no query is without a key (whose log-sum-exp would be far below 0).
+    """
+    if kernel == "documents":
+      return dataclasses.replace(self, begin_BM=_beginnings(self.segment_BL))
+    bias = kernel == "cudnn"
+    if kernel == "splash" or (bias and self.segments != "any"):
+      return self
     if self.segment_BL is None and self.order == "full" and self.reuse_L is None:
       return self
     at_1L = jnp.arange(self.L)[None]
     # Made up for the table alone: a kernel that was chosen for no segments must not be handed any.
     segment_BL = jnp.ones_like(at_1L) if self.segment_BL is None else self.segment_BL
     table_BWK = self.window(segment_BL)[:, :, None] == segment_BL[:, None, :]
-    table_BWK &= segment_BL[:, None, :] > 0
+    if not bias:
+      table_BWK &= segment_BL[:, None, :] > 0
     if self.order == "causal":
       table_BWK &= self.window(at_1L)[:, :, None] >= at_1L[:, None, :]
     if self.reuse_L is not None:
       reuse_11L = jnp.asarray(self.reuse_L)[None, None]
       fresh_BWW = jax.lax.dynamic_slice_in_dim(table_BWK & ~reuse_11L, self.start, self.W, axis=2)
       table_BWK = jnp.concatenate([table_BWK & reuse_11L, fresh_BWW], axis=2)
-    return dataclasses.replace(self, table_BWK=table_BWK)
+    return dataclasses.replace(self, table_BWK=jnp.where(table_BWK, 0, _NEVER_16).astype(dtype) if bias else table_BWK)
 
 
-def choose(kernel: str, visible: Visible, *, K: int, dtype: jnp.dtype, platform: str, context: int = 1) -> str:
+def choose(
+  kernel: str, visible: Visible, *, K: int, dtype: jnp.dtype, platform: str, capability: tuple[int, ...] | None = None,
+  context: int = 1,
+) -> str:  # fmt: skip
   """The kernel that runs: the one asked for, or for "auto" the fastest that is exact for the input.
+
+  It is one of `KERNELS`, or "documents": cuDNN's, told where the documents of a row begin.
 
   Args:
     kernel: one of `KERNELS`.
@@ -103,6 +126,7 @@ def choose(kernel: str, visible: Visible, *, K: int, dtype: jnp.dtype, platform:
     K: head width.
     dtype: of the queries.
     platform: "cpu", "gpu" or "tpu".
+    capability: of the GPU, (9, 0), where it is known.
     context: into how many parts the mesh slices the queries.
 
   Raises:
@@ -116,8 +140,10 @@ def choose(kernel: str, visible: Visible, *, K: int, dtype: jnp.dtype, platform:
       return f"it runs on a {home}, and this is a {platform}"
     if visible.order == "causal" and context > 1:
       return f"it cannot be causal with mesh.context={context}"
+    if name == "cudnn" and capability and capability < (8, 0):
+      return f"it needs a GPU of capability 8.0, and this one has {'.'.join(map(str, capability))}"
     if name == "cudnn" and dtype not in (jnp.bfloat16, jnp.float16):
-      return f"it computes in bfloat16, not {dtype}"
+      return f"it computes in 16 bits, not in {jnp.dtype(dtype)}"
     if name == "cudnn" and (K % 8 or K > 128):
       return f"model.K={K} is not a multiple of 8 up to 128"
     if name == "cudnn" and segments == "any" and (W // context % 2 or keys % 2):
@@ -129,15 +155,40 @@ def choose(kernel: str, visible: Visible, *, K: int, dtype: jnp.dtype, platform:
   if W < keys or kernel == "xla":
     return "xla"
   if kernel == "auto":
-    if platform == "tpu":
-      return _said("xla" if why_not("splash") else "splash", why_not("splash"))
-    if platform == "gpu":
-      small = segments == "any" and W * keys < 2**20 and "there are segments and few tokens"
-      return _said("xla" if why_not("cudnn") or small else "cudnn", why_not("cudnn") or small or None)
-    return "xla"
-  if reason := why_not(kernel):
+    kernel = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
+    if kernel == "xla":
+      return kernel
+    few = kernel == "cudnn" and segments == "any" and W * keys < 2**20
+    if reason := why_not(kernel) or (few and "there are segments and few tokens"):
+      return _said("xla", reason)
+  elif reason := why_not(kernel):
     raise Mistake(f"model.attention={kernel!r}: {reason}; use auto or xla")
-  return _said(kernel, None)
+  if kernel == "splash" or segments != "any":
+    return _said(kernel, None)
+  reason = _no_beginnings(visible, capability, context)
+  return _said("cudnn", f"documents in a row by a bias: {reason}") if reason else _said("documents", "of cuDNN")
+
+
+def _no_beginnings(visible: Visible, capability: tuple[int, ...] | None, context: int) -> str | None:
+  """Why cuDNN cannot be told where documents begin, if it cannot."""
+  if visible.order == "causal" or context > 1:
+    return "they are causal, or sliced"
+  if not capability or capability < (9, 0):
+    return "no GPU of capability 9.0"
+  # Before, keys were those of other tokens where heads share them (github.com/jax-ml/jax/pull/39521).
+  if jax.__version_info__ < (0, 11, 2):
+    return f"JAX {jax.__version__}, not 0.11.2"
+  return None if _cudnn() else "this JAX has no function for more"
+
+
+@functools.cache
+def _cudnn() -> Any:
+  """JAX's module of cuDNN's attention, where documents are told of without a public name; None if it is not there."""
+  try:
+    from jax._src.cudnn import fused_attention_stablehlo as module
+  except ImportError:
+    return None
+  return module if hasattr(module, "dot_product_attention") and hasattr(module, "MaskType") else None
 
 
 @functools.cache
@@ -169,15 +220,16 @@ def attend(
   qkv: Any = ((q_BWHK, "BLHK"), (k_BLGK, "B.GK"), (v_BLGK, "B.GK"))
   segments: Any = () if segment_BL is None else ((segment_BL, "BL"), (segment_BL, "B."))
   if kernel == "xla":
-    out_BWHK = _xla(q_BWHK, ([cached] if cached else []) + [turned(k_BLGK, v_BLGK)], visible.table_BWK)
-  elif kernel == "splash":
-    out_BWHK = on_each_device(functools.partial(_splash, causal=causal), *qkv, *segments)
-  elif visible.segments != "any":
-    out_BWHK = on_each_device(functools.partial(_cudnn_lengths, causal=causal), *qkv, *segments)
-  else:
-    out_BWHK = on_each_device(_cudnn_bias, *qkv, (visible.table_BWK, "BL."))
-  # Splash names its own residuals, the log-sum-exp among them.
-  return out_BWHK if kernel == "splash" else checkpoint_name(out_BWHK, "attention")
+    return _xla(q_BWHK, ([cached] if cached else []) + [turned(k_BLGK, v_BLGK)], visible.table_BWK)
+  if kernel == "splash":
+    return on_each_device(functools.partial(_splash, causal=causal), *qkv, *segments)
+  if kernel == "documents":
+    return on_each_device(_cudnn_documents, *qkv, segments[1], (visible.begin_BM, "B."))
+  if visible.segments == "any":
+    return on_each_device(_cudnn_bias, *qkv, (visible.table_BWK, "BL."))
+  if visible.segments == "run":
+    return on_each_device(_cudnn_run, *qkv, segments[1])
+  return on_each_device(functools.partial(_cudnn_lengths, causal=causal), *qkv, *segments)
 
 
 def einsum32(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -235,21 +287,117 @@ def _xla(q_BWHK, parts, allowed_BWL):
 
 
 def _cudnn_lengths(q_BWHK, k_BLGK, v_BLGK, query_segment_BW=None, segment_BL=None, *, causal):
+  """In rows of padding cuDNN leaves zeros, as values and as gradients (JAX's own tests say so): nothing is masked."""
+  fn = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
   if segment_BL is None:
-    return jax.nn.dot_product_attention(q_BWHK, k_BLGK, v_BLGK, is_causal=causal, implementation="cudnn")
-  assert query_segment_BW is not None
-  valid_BW = query_segment_BW > 0
-  out_BWHK = jax.nn.dot_product_attention(
-    q_BWHK, k_BLGK, v_BLGK, is_causal=causal, implementation="cudnn",
-    query_seq_lengths=valid_BW.sum(axis=1, dtype=jnp.int32),
-    key_value_seq_lengths=(segment_BL > 0).sum(axis=1, dtype=jnp.int32),
-  )  # fmt: skip
-  # What cuDNN leaves in the rows of the padding is nobody's business: neither the value nor a gradient gets through.
-  return jnp.where(valid_BW[:, :, None, None], out_BWHK, 0)
+    return _kept(fn, (q_BWHK, k_BLGK, v_BLGK), {})
+  length = {"query_seq_lengths": query_segment_BW, "key_value_seq_lengths": segment_BL}
+  length = {name: (x > 0).sum(axis=1, dtype=jnp.int32) for name, x in length.items()}
+  return _kept(fn, (q_BWHK, k_BLGK, v_BLGK), length)
 
 
-def _cudnn_bias(q_BWHK, k_BLGK, v_BLGK, allowed_BWL):
-  return jax.nn.dot_product_attention(q_BWHK, k_BLGK, v_BLGK, mask=allowed_BWL[:, None], implementation="cudnn")
+def _cudnn_run(q_BWHK, k_BLGK, v_BLGK, segment_BL):
+  """The order of the keys is nothing to a query: each row's are turned until its run is in front."""
+  (B, W), L = q_BWHK.shape[:2], k_BLGK.shape[1]
+  there_BL = segment_BL > 0
+  at_BL = jnp.minimum(jnp.argmax(there_BL, axis=1)[:, None] + jnp.arange(L)[None], L - 1)
+  turn = jax.vmap(lambda x_LGK, at_L: x_LGK.at[at_L].get(mode="promise_in_bounds"))
+  length = {
+    "query_seq_lengths": jnp.full(B, W, jnp.int32),
+    "key_value_seq_lengths": jnp.maximum(there_BL.sum(axis=1, dtype=jnp.int32), 1),  # a row of padding alone
+  }
+  fn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+  return _kept(fn, (q_BWHK, turn(k_BLGK, at_BL), turn(v_BLGK, at_BL)), length)
+
+
+def _cudnn_bias(q_BWHK, k_BLGK, v_BLGK, bias_BWL):
+  fn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+  return _kept(fn, (q_BWHK, k_BLGK, v_BLGK), {"bias": bias_BWL[:, None]})
+
+
+def _beginnings(segment_BL):
+  """Int32 [B, `_DOCUMENTS` + 1]: where the runs of a row begin, padding's too, and L for those that are not there.
+
+  -1 in rows with more of them, or with a document in several.
+  """
+  L = segment_BL.shape[1]
+  new_BL = jnp.pad(segment_BL[:, 1:] != segment_BL[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+  sorted_BL = jnp.sort(segment_BL, axis=1)
+  runs_B, documents_B = new_BL.sum(axis=1), 1 + (sorted_BL[:, 1:] != sorted_BL[:, :-1]).sum(axis=1)
+  begin_BL = jnp.pad(jnp.where(new_BL, jnp.arange(L)[None], L), ((0, 0), (0, _DOCUMENTS + 1)), constant_values=L)
+  begin_BM = jnp.sort(begin_BL, axis=1)[:, : _DOCUMENTS + 1]
+  return jnp.where(((runs_B <= _DOCUMENTS) & (runs_B == documents_B))[:, None], begin_BM, -1)
+
+
+def _row_of_documents(q_LHK, k_LGK, v_LGK, _, begin_M):
+  """A row alone: the workspace is that of one row."""
+  L, _, K = q_LHK.shape
+  # Beginnings alone, -1 behind them: cuDNN is given as many as there are lengths.
+  at_M = jnp.where(begin_M < L, begin_M, -1).at[-1].set(-1).astype(jnp.int32)
+  length_M = jnp.where(begin_M[:-1] < L, jnp.diff(begin_M), -1).astype(jnp.int32)
+  q_1LHK, k_1LGK, v_1LGK, at_1M, length_1M = (x[None] for x in (q_LHK, k_LGK, v_LGK, at_M, length_M))
+  return _cudnn().dot_product_attention(
+    q_1LHK, k_1LGK, v_1LGK, q_seqlen=length_1M, kv_seqlen=length_1M, q_offsets=at_1M, kv_offsets=at_1M, scale=K**-0.5,
+    mask_type=_cudnn().MaskType.PADDING,
+  )[0]  # fmt: skip
+
+
+def _biased_documents(q_BLHK, k_BLGK, v_BLGK, segment_BL, _):
+  allowed_BLL = segment_BL[:, :, None] == segment_BL[:, None, :]
+  return jax.nn.dot_product_attention(q_BLHK, k_BLGK, v_BLGK, mask=allowed_BLL[:, None], implementation="cudnn")
+
+
+@jax.custom_vjp
+def _cudnn_documents(q_BLHK, k_BLGK, v_BLGK, segment_BL, begin_BM):
+  """Padding looks at padding. Where a row does not fit into the room for its documents, all go by a bias."""
+
+  def rows(*arrays):
+    return jax.lax.map(lambda row: _row_of_documents(*row), arrays)
+
+  return jax.lax.cond(begin_BM.min() >= 0, rows, _biased_documents, q_BLHK, k_BLGK, v_BLGK, segment_BL, begin_BM)
+
+
+def _cudnn_documents_forward(*arrays):
+  return checkpoint_name(_cudnn_documents(*arrays), "attention"), arrays
+
+
+def _cudnn_documents_backward(arrays, cotangent_BLHK):
+  """Runs the forward kernel again, an eighth of the time: the two ways to go leave things of different shapes."""
+
+  def pull(fn, q, k, v, segment, begin, cotangent):
+    return jax.vjp(lambda *qkv: fn(*qkv, segment, begin), q, k, v)[1](cotangent)
+
+  def rows(*arrays):
+    return jax.lax.map(lambda row: pull(_row_of_documents, *row), arrays)
+
+  biased = functools.partial(pull, _biased_documents)
+  return *jax.lax.cond(arrays[-1].min() >= 0, rows, biased, *arrays, cotangent_BLHK), None, None
+
+
+_cudnn_documents.defvjp(_cudnn_documents_forward, _cudnn_documents_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _kept(fn, qkv, rest):
+  """fn(*qkv, **rest), with the name "attention" for what its backward pass needs besides these: `remat` may keep it.
+
+  (cuDNN's are the result and the log-sum-exp. JAX names neither; but the function that `jax.vjp` returns is a tree of
+  them. `rest` gets no gradient.)
+  """
+  return fn(*qkv, **rest)
+
+
+def _kept_forward(fn, qkv, rest):
+  out, backward = jax.vjp(lambda *qkv: fn(*qkv, **rest), *qkv)
+  named, given = checkpoint_name(out, "attention"), jax.tree.leaves((qkv, rest))
+
+  def name(x):
+    return named if x is out else x if any(x is y for y in given) else checkpoint_name(x, "attention")
+
+  return named, jax.tree.map(name, backward)
+
+
+_kept.defvjp(_kept_forward, lambda fn, backward, cotangent: (backward(cotangent), None))
 
 
 def _splash(q_BWHK, k_BLGK, v_BLGK, query_segment_BW=None, segment_BL=None, *, causal, interpret=False):

@@ -25,17 +25,21 @@ from jax.ad_checkpoint import checkpoint_name
 from lladax import autoregressive, diffusion
 from lladax.devices import sharding
 from lladax.mistake import Mistake
-from lladax.model import attention
+from lladax.model import attention, cross_entropy
 from lladax.model.attention import Visible
 
 Params = dict[str, Any]
 Cache = dict[str, jax.Array]  # {"k": k_NBLGK, "v": v_NBLGK}
 
 # What the backward pass finds ready; the rest is computed again. Gathered weights are gathered again in every case.
+# Only fused kernels name what they leave: of XLA's attention nothing is worth its place.
+_ATTENTION = jax.checkpoint_policies.save_only_these_names("attention")
 REMAT = {
   "none": jax.checkpoint_policies.save_anything_except_these_names("gathered"),
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+  "dots": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _ATTENTION
+  ),
+  "attention": _ATTENTION,
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -58,7 +62,8 @@ class MaskPredictorConfig:
   max_length: int = 4096  # longest canvas
   dtype: str = "auto"  # of the computation: "auto", bfloat16 on accelerators, float32 on a CPU | "float32" | "bfloat16"
   attention: str = "auto"  # kernel of full passes: "auto", the fastest exact one | "xla" | "cudnn" | "splash"
-  # What the backward pass computes again: "none" | "dots" (all but matmuls) | "attention" (all but it) | "full" (all).
+  # What the backward pass computes again: "none" | "dots" (all but matmuls and fused attention) | "attention" (all but
+  # fused attention) | "full" (all).
   remat: str = "none"
   head_chunk: int = 8192  # tokens of a device whose logits exist at once
   lora_rank: int = 0  # of adapters (LoRA, arXiv 2106.09685), which alone are trained then, on init_from; 0: none
@@ -169,6 +174,7 @@ class MaskPredictorConfig:
       blocks[name] = (w32 + self.lora_alpha / self.R * update.reshape(w32.shape)).astype(blocks[name].dtype)
     return dataclasses.replace(self, lora_rank=0), frozen | {"blocks": blocks}
 
+  @functools.cache  # noqa: B019  (configs are few, and small)
   def num_params(self, embedding: bool = True) -> int:
     """Parameter count; without `embedding`, neither the embedding nor the head."""
     shapes = jax.eval_shape(self.init, jax.random.key(0))
@@ -214,11 +220,6 @@ def rotate(x_BWHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   """Rotates the pairs (k, k + K/2) in float32, and casts back."""
   a, b = jnp.split(x_BWHK.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BWHK.dtype)
-
-
-def _flat(x: jax.Array) -> jax.Array:
-  """[..., D] as [tokens, D]: on the CPU backend, matmuls of two axes are several times faster backward."""
-  return x.reshape(-1, x.shape[-1])
 
 
 def _aligned(x: jax.Array, letters: str) -> jax.Array:
@@ -315,7 +316,7 @@ class Block(nnx.Module):
 
     def project(x, name, letters):  # the axes behind B and W times the weight, to these letters
       x_BWI = x.reshape(*x.shape[:2], -1)
-      x_I = _flat(x_BWI) if sharding.axis_size("context") == 1 else x_BWI
+      x_I = cross_entropy.flat(x_BWI) if sharding.axis_size("context") == 1 else x_BWI
       out = x_I @ self.weight(name, dtype).reshape(x_BWI.shape[-1], -1)
       if c.lora_rank and name in c.lora_targets:
         low = x_I @ self.weight(name + "_a", dtype).reshape(-1, c.R)
@@ -390,13 +391,14 @@ class MaskPredictor(nnx.Module):
       visible = dataclasses.replace(visible, segment_BL=jnp.broadcast_to(visible.segment_BL, (B, visible.L)))
     kernel = attention.choose(
       c.attention, visible, K=c.K, dtype=c.compute_dtype, platform=sharding.platform(),
-      context=sharding.axis_size("context"),
+      capability=sharding.capability(), context=sharding.axis_size("context"),
     )  # fmt: skip
     reads = visible.reuse_L is not None
     write_at = None if reads else visible.start
     attend = functools.partial(
-      attention.attend, visible=visible.drawn(), kernel=kernel, on_each_device=sharding.on_each_device
-    )
+      attention.attend, visible=visible.drawn(kernel, c.compute_dtype), kernel=kernel,
+      on_each_device=sharding.on_each_device,
+    )  # fmt: skip
 
     def body(x_BWD, layer):
       block, layer_cache = layer
@@ -428,69 +430,49 @@ class MaskPredictor(nnx.Module):
       return sharding.gather(self.embedding[...].astype(dtype), "VD").T
     return sharding.gather(self.head[...].astype(dtype), "DV")
 
-  def logits(self, hidden: jax.Array, head_DV: jax.Array | None = None) -> jax.Array:
-    """Float32 logits [..., V] of hidden states [..., D]; `head_DV` if it is at hand already."""
-    head_DV = self.head_DV(hidden.dtype) if head_DV is None else head_DV
-    if sharding.axis_size("context") > 1:
-      axes = "abc"[: hidden.ndim - 1]
-      return attention.einsum32(f"{axes}D,DV->{axes}V", hidden, head_DV)
-    return attention.einsum32("TD,DV->TV", _flat(hidden), head_DV).reshape(*hidden.shape[:-1], self.c.V)
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """Float32 logits [..., V] of hidden states [..., D]."""
+    return cross_entropy.logits(hidden, self.head_DV(hidden.dtype))
 
   def __call__(self, tokens_BL: jax.Array, visible: Visible | None = None, position_BL=None) -> jax.Array:
     """Float32 logits [B, L, V]; see `hidden` for the arguments."""
     return self.logits(self.hidden(tokens_BL, visible, position_BL)[0])
 
-  def nll(self, input_BL, target_BL, visible: Visible | None = None, *, per_pair: int | None = None) -> jax.Array:
+  def nll(self, input_BL, target_BL, visible: Visible | None = None) -> jax.Array:
     """Cross-entropy in nats of `target` given `input`, float32 [B, L]; 0 where the target is negative.
 
     Args:
       input_BL: int32 ids that the model sees.
       target_BL: int32 ids to score, negative where nothing is asked.
       visible: as in `hidden`.
+    """
+    hidden_BLD = self.hidden(input_BL, visible)[0]
+    return cross_entropy.nll(self.head_DV(hidden_BLD.dtype), hidden_BLD, target_BL, chunk=self.c.head_chunk)
+
+  def weighted_nll(
+    self, input_BL, target_BL, weight_BL, visible: Visible | None = None, *, per_pair: int | None = None
+  ) -> tuple[jax.Array, jax.Array]:
+    """(the sum of weight x cross-entropy, the cross-entropies [B, L]), to train on: only the sum has a gradient.
+
+    Args:
+      input_BL: int32 ids that the model sees.
+      target_BL: int32 ids to score, negative where nothing is asked.
+      weight_BL: float32, what each of them counts.
+      visible: as in `hidden`.
       per_pair: at most so many targets are asked of each two neighbouring rows: the head then runs on
         those only. (With exact counts and antithetic times it is L + 1 of 2 L.)
     """
     hidden_BLD = self.hidden(input_BL, visible)[0]
+    loss = functools.partial(cross_entropy.weighted_nll, self.head_DV(hidden_BLD.dtype), chunk=self.c.head_chunk)
     if per_pair is None:
-      return self._cross_entropy(hidden_BLD, target_BL)
+      return loss(hidden_BLD, target_BL, weight_BL)
     B, L = input_BL.shape
-    target_PS = target_BL.reshape(B // 2, 2 * L)
-    asked_PA = jnp.argsort(target_PS < 0, axis=1, stable=True)[:, :per_pair]
+    hidden_BLD = sharding.constrain(hidden_BLD, "B.D")
+    asked_PA = jnp.argsort(target_BL.reshape(B // 2, 2 * L) < 0, axis=1, stable=True)[:, :per_pair]
     # Gathers and scatters within a pair: rows never leave their device, and no position is hit twice.
     unique = {"unique_indices": True, "indices_are_sorted": False, "mode": "promise_in_bounds"}
-    pick = jax.vmap(lambda x_SD, at_A: x_SD.at[at_A].get(**unique))
-    hidden_BLD = sharding.constrain(hidden_BLD, "B.D")
-    hidden_PAD = pick(hidden_BLD.reshape(B // 2, 2 * L, -1), asked_PA)
-    nll_PA = self._cross_entropy(hidden_PAD, jnp.take_along_axis(target_PS, asked_PA, axis=1))
+    pick = jax.vmap(lambda x_S, at_A: x_S.at[at_A].get(**unique))
+    pairs = (x.reshape(B // 2, 2 * L, *x.shape[2:]) for x in (hidden_BLD, target_BL, weight_BL))
+    total, nll_PA = loss(*(pick(x_PS, asked_PA) for x_PS in pairs))
     put = jax.vmap(lambda nll_A, at_A: jnp.zeros(2 * L).at[at_A].set(nll_A, **unique))
-    return put(nll_PA, asked_PA).reshape(B, L)
-
-  def _cross_entropy(self, hidden_BLD: jax.Array, target_BL: jax.Array) -> jax.Array:
-    """Logits of `head_chunk` tokens of a device at a time; recomputed in the backward pass when there are several.
-
-    A chunk takes the same positions of every row, and of every part of a canvas that the mesh slices: nothing moves.
-    """
-    head_DV = self.head_DV(hidden_BLD.dtype)
-
-    def chunk_nll(head_DV, hidden, target):
-      logits = self.logits(hidden, head_DV)
-      hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == target[..., None]
-      nll = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
-      return jnp.where(target < 0, 0.0, nll)
-
-    B, L = target_BL.shape
-    parts = sharding.axis_size("context")
-    rows = B // math.prod(map(sharding.axis_size, sharding.AXES["B"])) or 1
-    length = -(-L // parts)
-    chunks = -(-length // max(1, self.c.head_chunk // rows))
-    if chunks == 1:
-      return chunk_nll(head_DV, hidden_BLD, target_BL)
-    width = -(-length // chunks)
-    pad = parts * chunks * width - L
-    hidden = jnp.pad(hidden_BLD, ((0, 0), (0, pad), (0, 0))).reshape(B, parts, chunks, width, -1)
-    target = jnp.pad(target_BL, ((0, 0), (0, pad)), constant_values=-1).reshape(B, parts, chunks, width)
-    hidden = sharding.constrain(jnp.moveaxis(hidden, 2, 0), ".BL.D")
-    target = sharding.constrain(jnp.moveaxis(target, 2, 0), ".BL.")
-    one = functools.partial(jax.checkpoint(chunk_nll, prevent_cse=False), head_DV)
-    nll = jax.lax.map(lambda x: one(*x), (hidden, target))
-    return jnp.moveaxis(nll, 0, 2).reshape(B, -1)[:, :L]
+    return total, put(nll_PA, asked_PA).reshape(B, L)

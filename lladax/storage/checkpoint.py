@@ -188,8 +188,14 @@ class _Literal(type(epath.Path("/"))):
     return map(type(self), glob.glob(os.path.join(glob.escape(str(self)), pattern)))
 
 
+_ARRAYS = ocp.type_handlers.create_type_handler_registry(
+  # Of what lies on several devices each writes its part, unless it is small: to cut it is a program for every part.
+  (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20))
+)
+
+
 def _manager(workdir: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
-  handler = ocp.PyTreeCheckpointHandler()
+  handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_ARRAYS)
   return ocp.CheckpointManager(_Literal(folder(workdir).absolute()), options=options, item_handlers=handler)
 
 

@@ -12,7 +12,8 @@ import jax
 import tensorboardX
 from rich.console import Console
 
-# Dense bfloat16 peak in FLOP/s per device, from the makers' data sheets; the first key that is part of `device_kind`.
+# Dense bfloat16 peak in FLOP/s per device (of a T4, which has none, float16), summed up in float32, from the makers'
+# data sheets; the first key that is part of `device_kind`.
 # A v5p calls itself "TPU v5"; a TPU7x has two devices a chip.
 PEAK_FLOPS = {
   "TPU v4": 275e12,
@@ -24,6 +25,11 @@ PEAK_FLOPS = {
   "H100": 989e12,
   "H200": 989e12,
   "B200": 2250e12,
+  "Tesla T4": 65e12,
+  "NVIDIA L40S": 362e12,  # before the L4
+  "NVIDIA L40": 181e12,
+  "NVIDIA L4": 121e12,
+  "RTX 4090": 165.2e12,
 }
 
 

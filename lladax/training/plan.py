@@ -1,8 +1,9 @@
-"""The plan: does a run fit its TPUs, and how long will it take? Asked of the compiler, on a machine without any.
+"""The plan: does a run fit its devices, and how long will it take? Asked of the compiler, on a machine without any.
 
 The life of a plan: a topology's name -> compile-only devices -> the config's mesh over them -> the real train step and
-the real sampler, lowered from shapes alone and compiled ahead of time by libtpu -> its memory analysis and its
-collectives -> bytes per device, and, with the FLOPs by formula and a stated utilisation, time and chip-hours.
+the real sampler, lowered from shapes alone and compiled ahead of time by libtpu or XLA's GPU compiler -> its memory
+analysis and its collectives -> bytes per device, and, with the FLOPs by formula and a stated utilisation, time and
+device-hours.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,12 +22,12 @@ from rich.table import Table
 
 from lladax import sampling
 from lladax.config import Config
-from lladax.devices import sharding
-from lladax.devices.ahead import Program, chips, compiled, devices, limit
+from lladax.devices import ahead, gpus, sharding
+from lladax.devices.ahead import Program, chips, compiled, devices
 from lladax.inference import engine
 from lladax.mistake import Mistake
 from lladax.storage import metrics
-from lladax.training import step
+from lladax.training import explanation, roofline, step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Plan:
   chips: int
   devices: int
   limit: int  # bytes of a device that a program may use
+  because: str  # how it comes about, where it is no word of the compiler
   config: Config
   train: Program
   sample: Program | None
@@ -59,8 +62,8 @@ class Plan:
       "batch_size": c.data.batch_size, "length": c.data.length, "micro_batches": c.micro_batches,
       "remat": c.model.remat, "head_chunk": c.model.head_chunk, "mesh": dataclasses.asdict(c.mesh),
     }  # fmt: skip
-    plain = {name: getattr(self, name) for name in ("topology", "slices", "chips", "devices", "limit", "fits")}
-    return plain | {
+    own = ("topology", "slices", "chips", "devices", "limit", "because", "fits")
+    return {name: getattr(self, name) for name in own} | {
       "parameters": c.model.num_params(), "settings": settings,
       **{name: _plain(getattr(self, name)) for name in ("train", "sample")},
       "flops_per_step": self.flops_per_step, "tokens_per_step": self.tokens_per_step, "steps": c.steps,
@@ -70,15 +73,20 @@ class Plan:
 
 
 def _plain(program: Program | None) -> dict[str, Any] | None:
-  return program and dataclasses.asdict(program) | {"total": program.total}
+  if program is None:
+    return None
+  plain = dataclasses.asdict(program) | {"total": program.total, "attention": program.attention}
+  del plain["hlo"]
+  return plain
 
 
 def make(config: Config, topology: str, slices: int = 1, *, utilisation: float = 0.4, sampler: bool = True) -> Plan:
   """Compiles the config's train step and sampler for a topology.
 
   Args:
-    config: of the run; `model.V` must be known. `mesh.slices` is taken from `slices`.
-    topology: as in "v5p:4x4x4".
+    config: of the run; `model.V` must be known. `mesh.slices` is taken from `slices`: of TPUs always, of GPUs where it
+      is -1.
+    topology: as in "v5p:4x4x4", or "h100:8".
     slices: so many of it, over the data-centre network.
     utilisation: of the peak FLOP/s, for the times.
     sampler: whether to compile the sampler, too: `config.sample` on one row for every part of a batch.
@@ -88,19 +96,22 @@ def make(config: Config, topology: str, slices: int = 1, *, utilisation: float =
   """
   if not config.model.V:
     raise Mistake("model.V=0: a plan needs the rows of the embedding; set it, as in --config.model.V=126464")
-  config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, slices=slices))
   found = devices(topology, slices)
+  # GPUs that are not here do not say in which node they are, and any axis of theirs may cross from one to another.
+  if found[0].platform == "tpu" or config.mesh.slices == -1:
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, slices=slices))
   mesh = sharding.make_mesh(config.mesh, found)
-  step.check_mesh(config, mesh)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # constants of the traced programs are made here
-    stepping = compiled(functools.partial(_lower_step, config, mesh))
-    sampling_ = compiled(functools.partial(_lower_sampler, config, mesh)) if sampler else None
+    step.check_mesh(config, mesh)
+    stepping = compiled(functools.partial(_lower_step, config, mesh), found[0])
+    sampling_ = compiled(functools.partial(_lower_sampler, config, mesh), found[0]) if sampler else None
   flops = step.flops_per_token(config) * config.data.batch_size * config.data.length
   peak = metrics.peak_flops(found[0])
   assert peak is not None
   return Plan(
-    topology, slices, chips(topology) * slices, len(found), limit(found[0]), config, stepping, sampling_, flops,
-    config.data.batch_size * config.data.length, flops / (peak * len(found) * utilisation), utilisation,
+    topology, slices, chips(topology) * slices, len(found), *ahead.limit(found[0], len(found)), config, stepping,
+    sampling_, flops, config.data.batch_size * config.data.length, flops / (peak * len(found) * utilisation),
+    utilisation,
   )  # fmt: skip
 
 
@@ -144,9 +155,16 @@ def _abstract(x: Any, at: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)
 
 
+LARGEST = 0.9  # fraction of a GPU's memory that is proposed for XLA's pool
+
+
 def nearest(plan: Plan) -> Iterator[tuple[str, Plan]]:
   """Changes to a plan that does not fit, the nearest first: each is compiled when it is asked for."""
   c, make_again = plan.config, functools.partial(make, utilisation=plan.utilisation, sampler=plan.sample is not None)
+  kind, _, dims = plan.topology.partition(":")
+  if kind in gpus.GPUS and ahead.fraction() < LARGEST:
+    limit, because = ahead.gpu_limit(gpus.GPUS[kind], plan.devices, LARGEST)
+    yield f"{ahead.FRACTION}={LARGEST}", dataclasses.replace(plan, limit=limit, because=because)
   said = []
   if c.model.remat != "full":
     c = dataclasses.replace(c, model=dataclasses.replace(c.model, remat="full"))
@@ -159,27 +177,46 @@ def nearest(plan: Plan) -> Iterator[tuple[str, Plan]]:
     except Mistake:  # no more parts
       break
     yield ", ".join([*said, f"micro_batches={c.micro_batches}"]), again
-  kind, _, dims = plan.topology.partition(":")
-  sizes = [int(n) for n in dims.split("x")]
+  sizes, slices = [int(n) for n in dims.split("x")], plan.slices
   for _ in range(3):
-    smallest = sizes.index(min(sizes))
-    sizes[smallest] *= 2
+    if kind in gpus.GPUS and sizes[0] >= 8:  # as many as most nodes have
+      slices *= 2
+    else:
+      smallest = sizes.index(min(sizes))
+      sizes[smallest] *= 2
     topology = f"{kind}:{'x'.join(map(str, sizes))}"
+    change = f"--topology={topology}" + f" --slices={slices}" * (slices != plan.slices)
     try:
-      yield f"--topology={topology}", make_again(plan.config, topology, plan.slices)
+      yield change, make_again(plan.config, topology, slices)
     except Mistake as error:
-      logging.warning("--topology=%s: %s", topology, error)
+      logging.warning("%s: %s", change, error)
 
 
-def run(config: Config, topology: str, slices: int, *, utilisation: float, as_json: bool) -> int:
-  """Prints the plan, to stdout; returns 0 where it fits, 1 where it does not."""
+def run(
+  config: Config, topology: str, slices: int, *, utilisation: float, as_json: bool, explain: bool = False,
+  page: Path | None = None,
+) -> int:  # fmt: skip
+  """Prints the plan, to stdout, and its roofline if it shall be explained, which may be drawn on a page, too.
+
+  Returns 0 where it fits, 1 where it does not.
+  """
   console = Console(stderr=True, highlight=False, soft_wrap=True)
-  devices(topology, slices)  # says what is wrong with them
+  found = devices(topology, slices)  # says what is wrong with them
   console.print(f"compiling the train step and the sampler for {slices} x {topology}: minutes for a large model")
   plan = make(config, topology, slices, utilisation=utilisation)
-  report = plan.to_dict()
+  report, estimate = plan.to_dict(), None
+  if explain and plan.train.hlo:
+    device = roofline.device(found[0], len(found) // slices)
+    estimate = roofline.analyse(plan.train.hlo, device, plan.flops_per_step / len(found))
+    report["roofline"] = estimate.to_dict()
+    if page:
+      title = f"{config.model.num_params():,} parameters on {slices} x {topology}"
+      page.parent.mkdir(parents=True, exist_ok=True)
+      page.write_text(explanation.page(estimate, title), "utf-8")
   if not as_json:
     show(plan)
+    if estimate:
+      explanation.show(estimate)
   if not plan.fits:
     for change, other in nearest(plan):
       console.print(
@@ -208,19 +245,22 @@ def _size(n: int) -> str:
 def show(plan: Plan) -> None:
   """A table of the plan on stdout."""
   c, console = plan.config, Console(highlight=False, soft_wrap=True)
+  unit = "GPU" if plan.topology.partition(":")[0] in gpus.GPUS else "chip"
   mesh = " x ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(c.mesh).items() if size != 1)
   console.print(
-    f"{c.model.num_params():,} parameters on {plan.slices} x {plan.topology}: {plan.chips} chips, {plan.devices}"
-    f" devices ({mesh.replace('-1', 'the rest')}), {_size(plan.limit)} each"
+    f"{c.model.num_params():,} parameters on {plan.slices} x {plan.topology}: {plan.chips} {unit}s, {plan.devices}"
+    f" devices ({mesh.replace('-1', 'the rest') or 'no axis'}), {_size(plan.limit)} each"
   )
-  table = Table("per device", "arguments", "temporaries", "total", "of the limit", "compiled in")
+  if plan.because:
+    console.print(f"{_size(plan.limit)} are {plan.because}")
+  table = Table("per device", "arguments", "temporaries", "total", "of the limit", "attention", "compiled in")
   for name, program in (("train step", plan.train), ("sampler", plan.sample)):
     if program is None:
       continue
     sizes = [_size(x) for x in (program.arguments, program.temporaries, program.total)]
     share = f"{program.total / plan.limit:.0%}"
     table.add_row(name, *(["?"] * 3 if program.refusal else sizes), "too much" if program.refusal else share,
-                  f"{program.seconds:.0f} s")  # fmt: skip
+                  program.attention, f"{program.seconds:.0f} s")  # fmt: skip
   console.print(table)
   for name, program in (("train step", plan.train), ("sampler", plan.sample)):
     if program and program.refusal:
@@ -234,6 +274,6 @@ def show(plan: Plan) -> None:
   console.print(
     f"{plan.tokens_per_step:,} tokens and {plan.flops_per_step:.3g} model FLOPs a step; at {plan.utilisation:.0%} of"
     f" the peak {plan.seconds_per_step:.2f} s a step; {c.steps:,} steps ({plan.tokens_per_step * c.steps:.3g} tokens):"
-    f" {days:,.1f} days, {days * 24 * plan.chips:,.0f} chip-hours"
+    f" {days:,.1f} days, {days * 24 * plan.chips:,.0f} {unit}-hours"
   )
   console.print("it fits" if plan.fits else "it does not fit")

@@ -39,8 +39,8 @@ def train_step(
       L, batch["segment"] if config.masks_attention else None, right_padded=not config.data.separates
     )
     model = config.model.bind(config.model.join(params, state.frozen))
-    nll = functools.partial(model.nll, visible=visible, per_pair=config.aim.targets_per_pair(L))
-    return config.aim.loss(nll, batch, rng, mask_id=mask_id, eos_id=eos_id, batch_size=B)
+    weighted_nll = functools.partial(model.weighted_nll, visible=visible, per_pair=config.aim.targets_per_pair(L))
+    return config.aim.loss(weighted_nll, batch, rng, mask_id=mask_id, eos_id=eos_id, batch_size=B)
 
   letters, _ = config.model.split(config.model.letters())
 
@@ -79,7 +79,8 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
   segment_BL = jax.ShapeDtypeStruct((part, L), jnp.int32)
   attention.choose(
     c.attention, c.visible(L, segment_BL, right_padded=not config.data.separates), K=c.K, dtype=c.compute_dtype,
-    platform=mesh.devices.flat[0].platform, context=mesh.shape["context"],
+    platform=mesh.devices.flat[0].platform, capability=sharding.capability(mesh.devices.flat[0]),
+    context=mesh.shape["context"],
   )  # fmt: skip
 
 

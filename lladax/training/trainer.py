@@ -67,7 +67,7 @@ def _last_state(run: Run, console: Console) -> State:
 def _work(run: Run, start: int, console: Console) -> loop.Work:
   """The steps that are left of a run, for the loop."""
   config, c = run.config, run.config.data
-  rate = optimizer.schedule(config.optimizer, config.steps)
+  rate = jax.jit(optimizer.schedule(config.optimizer, config.steps))
   rows_R = sharding.local_rows(run.batch_sharding["index"], (c.batch_size,))
   read = batches.of_steps(
     run.sources, c, eos_id=run.text.eos_id, seed=config.seed, steps=config.steps, start=start, stop=config.steps,

@@ -75,6 +75,7 @@ def test_two_processes_get_the_losses_of_one(tiny_flags, tiny_workdir, tmp_path,
   assert abs(bound - expected) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_ends_both_and_one_process_goes_on(tiny, tiny_flags, tiny_workdir, tmp_path):
   processes = start([*tiny_flags, "--config.steps=100000", "--config.checkpoint.every=100000"], tmp_path)
   wait_for_steps(processes, tmp_path)

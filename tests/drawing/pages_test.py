@@ -11,12 +11,17 @@ import numpy as np
 import pytest
 
 from lladax.drawing import pages, report, unmasking
+from lladax.training import explanation, roofline
 
 FOLDER = pathlib.Path(pages.__file__).parent
 HOSTILE = """</style></script><script>x</script><i title='"'>{{ 7 * 7 }}{% raw %}{# $x & \ud800"""
 CANVAS = unmasking.Unmasking((HOSTILE, HOSTILE), np.array([0, 1]), np.ones(2), HOSTILE)
 TOLD = {HOSTILE: [{"question": HOSTILE, "answer": HOSTILE, "guess": HOSTILE, "hit": True}]}
+DEVICE = roofline.Device(1.0, 1.0, 1.0, 1.0, 1)
+KERNEL = roofline.Kernel(HOSTILE, "matmul", 1, 1.0, 1.0, 1.0, HOSTILE, HOSTILE)
+ESTIMATE = roofline.Roofline((KERNEL,), {"matmul": 1.0, roofline.HIDDEN: 1.0, roofline.EXPOSED: 1.0}, DEVICE, 1.0)
 PAGES = {
+  "roofline": lambda: explanation.page(ESTIMATE, HOSTILE),
   "unmasking": lambda: unmasking.html([CANVAS], HOSTILE),
   "heat_map": lambda: unmasking.heat_map([CANVAS], HOSTILE),
   "report": lambda: report.page(report.Report(HOSTILE, {HOSTILE: HOSTILE}, {HOSTILE: {HOSTILE: 0.5}}, TOLD)),
@@ -45,9 +50,9 @@ def test_every_template_has_a_page_here():
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_holds_its_style_and_script_whole_and_once(name):
   read = Read(PAGES[name]())
-  stem = "report" if name == "report" else "unmasking"
+  stem = "report" if name in ("report", "roofline") else "unmasking"
   style = (FOLDER / f"{stem}.css").read_text("utf-8")
-  script = [] if name == "report" else [(FOLDER / f"{stem}.js").read_text("utf-8")]
+  script = [] if stem == "report" else [(FOLDER / f"{stem}.js").read_text("utf-8")]
   assert read.texts.count(style) == 1 and read.elements["style"] == 1  # so neither holds the tag that ends it
   assert [text for text in read.texts if text in script] == script and read.elements.get("script", 0) == len(script)
 

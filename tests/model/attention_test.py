@@ -1,5 +1,6 @@
 import contextlib
 import functools
+import inspect
 import re
 
 import jax
@@ -76,11 +77,14 @@ def test_where_all_may_look_at_all_there_is_no_table():
   np.testing.assert_array_equal(Visible(6, 2, "causal", start=3).drawn().table_BWK, forward_LL[None, 3:5])
 
 
+RUNS = (range(256), range(99, 256), range(253, 256), range(40, 200))
 SEGMENTS = {
   "none": None,
   "right": (np.arange(256) < [[256], [100], [3], [256]]).astype(np.int32),
+  "run": np.array([[i in run for i in range(256)] for run in RUNS], np.int32),
   "row": np.repeat([[1, 2]], 128, axis=1).astype(np.int32),
   "any": np.stack([np.sort(np.random.default_rng(i).integers(0, 3, 256)) for i in range(4)]).astype(np.int32),
+  "many": np.repeat(np.tile(np.arange(64, dtype=np.int32), (4, 1)), 4, axis=1),
 }
 
 
@@ -91,7 +95,7 @@ def hidden_of(segments, kernel, *, cached=False, B=4, L=256, **fields):
 
   def hidden(params):
     cache = c.new_cache(B, L) if cached else None
-    visible = c.visible(L, SEGMENTS[segments], right_padded=segments == "right")
+    visible = c.visible(L, SEGMENTS[segments], right_padded=segments == "right", contiguous=segments == "run")
     return c.bind(params).hidden(tokens_BL, visible, cache=cache)[0]
 
   return hidden, jax.eval_shape(c.init, jax.random.key(0))
@@ -136,22 +140,171 @@ def test_a_model_with_splash_is_one_with_xla(monkeypatch, segments, G, causal, c
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
 
 
+@pytest.mark.parametrize(
+  ("segments", "G", "causal", "mesh"),
+  [
+    ("right", 2, False, {"data": 2, "tensor": 2, "context": 2}),
+    ("right", 4, True, None),
+    ("run", 2, False, None),
+    ("any", 1, True, None),
+  ],
+)
+def test_a_model_with_cudnn_is_one_with_xla(monkeypatch, segments, G, causal, mesh):
+  """Forward and gradients, with JAX's own attention in cuDNN's place: it, too, leaves zeros in padding. What the model
+  keeps for the backward pass changes neither.
+  """
+  there, handed = jax.nn.dot_product_attention, []
+
+  def stand_in(*qkv, implementation, **rest):
+    handed.append((implementation, *sorted(name for name, x in rest.items() if x is not False)))
+    return there(*qkv, implementation="xla", **rest)
+
+  weight = np.random.default_rng(0).standard_normal((4, 256, 32)).astype(np.float32)
+  if segments != "none":
+    weight = weight * (SEGMENTS[segments] > 0)[:, :, None]
+
+  def answers(kernel):
+    hidden, shapes = hidden_of(segments, kernel, G=G, K=16, causal=causal, dtype="float32", remat="attention")
+    params = jax.tree.map(lambda x: np.float32(0.3 * np.random.default_rng(0).standard_normal(x.shape)), shapes)
+    return jax.jit(jax.value_and_grad(lambda params: jnp.sum(weight * hidden(params))))(params)
+
+  expected = answers("xla")
+  monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+  monkeypatch.setattr(attention, "choose", lambda *_, **__: "cudnn")  # in float32, to be compared
+  with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(**mesh))) if mesh else contextlib.nullcontext():
+    found = answers("cudnn")
+  lengths = ["query_seq_lengths", "key_value_seq_lengths"]
+  told = {"right": lengths, "run": lengths, "any": ["bias"], "none": []}[segments]
+  told = sorted(told + ["is_causal"] * (causal and segments != "any"))
+  assert set(handed) == {("cudnn", *told)}
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
+
+
+def beginnings_of_cudnn(q_BLHK, k_BLGK, v_BLGK, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type):
+  """What JAX's function makes of documents: as many beginnings as lengths, -1 where there is none."""
+  assert mask_type == fused_attention_stablehlo.MaskType.PADDING
+  assert (q_seqlen is kv_seqlen, q_offsets is kv_offsets, len(q_BLHK)) == (True, True, 1)
+  at_11L = jnp.arange(q_BLHK.shape[1])[None, None]
+  begin_BM1, length_BM1 = q_offsets[:, :-1, None], q_seqlen[:, :, None]
+  inside_BML = (begin_BM1 >= 0) & (at_11L >= begin_BM1) & (at_11L < begin_BM1 + length_BM1)
+  allowed_BLL = jnp.einsum("BML,BMK->BLK", inside_BML.astype(jnp.float32), inside_BML.astype(jnp.float32)) > 0
+  return jax.nn.dot_product_attention(
+    q_BLHK, k_BLGK, v_BLGK, mask=allowed_BLL[:, None], scale=scale, implementation="beginnings"
+  )
+
+
+@pytest.mark.parametrize(("segments", "fits", "G"), [("any", True, 2), ("many", False, 1)])
+def test_documents_by_their_beginnings_are_those_by_a_table(monkeypatch, segments, fits, G):
+  """Forward and gradients, with a stand-in; and those that do not fit into the room go by a bias. (Shapes differ, since
+  JAX remembers what branches were.)
+  """
+  there, weight = jax.nn.dot_product_attention, (SEGMENTS[segments] > 0)[:, :, None]
+  found, shapes = {}, None
+
+  def stand_in(*qkv, implementation, **rest):  # of the two ways, the one that is not meant would be seen
+    return there(*qkv, implementation="xla", **rest) * (1 if (implementation == "beginnings") == fits else jnp.nan)
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+  monkeypatch.setattr(fused_attention_stablehlo, "dot_product_attention", beginnings_of_cudnn)
+  for kernel in ("xla", "documents"):
+    monkeypatch.setattr(attention, "choose", lambda *_, kernel=kernel, **__: kernel)
+    hidden, shapes = hidden_of(segments, "auto", G=G, K=16, dtype="float32", remat="attention")
+    params = jax.tree.map(lambda x: np.float32(0.3 * np.random.default_rng(0).standard_normal(x.shape)), shapes)
+    found[kernel] = jax.jit(jax.value_and_grad(lambda params, f=hidden: jnp.sum(weight * f(params) ** 2)))(params)
+  for a, b in zip(*map(jax.tree.leaves, found.values()), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(a).max())
+
+
+def test_the_beginnings_of_documents():
+  segment_BL = jnp.asarray([[1, 1, 2, 2, 2, 3, 0, 0], [5] * 8, [1, 2, 1, 2, 0, 0, 0, 0]], jnp.int32)
+  begin_BM = np.asarray(attention._beginnings(segment_BL))
+  assert begin_BM.shape == (3, attention._DOCUMENTS + 1)
+  np.testing.assert_array_equal(begin_BM[:2, :5], [[0, 2, 5, 6, 8], [0, 8, 8, 8, 8]])
+  assert (begin_BM[2] == -1).all()  # a document in two parts
+  row_1L = jnp.arange(4 * attention._DOCUMENTS, dtype=jnp.int32)[None] // 4
+  assert (attention._beginnings(row_1L)[0] >= 0).all()
+  assert (attention._beginnings(jnp.pad(row_1L, ((0, 0), (0, 1)), constant_values=99)) == -1).all()  # one too many
+
+
+def test_jax_has_what_documents_need():
+  """Names that are not public: where they go, this fails, and users get the bias."""
+  module = attention._cudnn()
+  assert module.MaskType.PADDING
+  assert {"q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets"} <= set(
+    inspect.signature(module.dot_product_attention).parameters
+  )
+
+
+def test_documents_by_their_beginnings_need_hopper_and_a_new_jax(monkeypatch):
+  packed = {"segments": "any", "W": 4096, "L": 4096}
+  monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+  assert choose("auto", "gpu", **packed, capability=(9, 0)) == choose("cudnn", "gpu", **packed, capability=(10, 0))
+  assert choose("auto", "gpu", **packed, capability=(9, 0)) == "documents"
+  others = [{"capability": (8, 0)}, {"capability": None}, {"causal": True}, {"context": 2}]
+  assert {choose("auto", "gpu", **packed | {"capability": (9, 0)} | other) for other in others} == {"cudnn"}
+  monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+  assert choose("auto", "gpu", **packed, capability=(9, 0)) == "cudnn"
+  monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+  monkeypatch.setattr(attention, "_cudnn", lambda: None)
+  assert choose("auto", "gpu", **packed, capability=(9, 0)) == "cudnn"
+
+
+def test_documents_are_lowered_for_a_gpu(monkeypatch):
+  monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+  monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
+  monkeypatch.setattr(sharding, "capability", lambda: (9, 0))
+  text = lowered_gradient(monkeypatch, "any", remat="attention")
+  assert set(re.findall(r"max_seg_per_batch\\22: (\d+)", text)) == {"1", str(attention._DOCUMENTS)}
+  assert "tensor<4x1x256x256xbf16>" in text  # in the branch for rows that do not fit
+
+
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("segments", ["none", "right", "any"])
+@pytest.mark.parametrize("segments", ["none", "right", "run", "any"])
 @pytest.mark.parametrize("G", [2, 4])
 def test_cudnn_is_asked_for_what_is_meant(monkeypatch, segments, G, causal):
   """Lowered for a GPU, not run: the fused kernels are called, and scores exist only as the bias of packed segments."""
+  text = lowered_gradient(monkeypatch, segments, G=G, causal=causal)
+  bias = segments == "any" or (segments == "run" and causal)
+  name = "fmhaScaleBiasSoftmax" if bias else "fmhaSoftmax"
+  assert f"__cudnn${name}(" in text and f"__cudnn${name}Backward(" in text
+  padding = "PADDING_CAUSAL" if causal else "PADDING"
+  told = {"none": "CAUSAL" if causal else "NO_MASK", "right": padding, "run": padding, "any": ""}[segments]
+  told = "NO_MASK" if bias else told
+  assert set(re.findall(r"mask_type\\22: \\22(\w+)", text)) == {told}
+  assert ("256x256" in text) == bias
+  assert "4x4x256x256" not in text
+  # Nothing is masked where the kernel knows lengths, and a bias is made once for all layers, not in their loop.
+  assert "4x256x4x32xi1" not in text
+  assert len(re.findall(r"select .*tensor<4x256x256x", text)) == bias
+
+
+def lowered_gradient(monkeypatch, segments, **fields):
+  """The text of a model's gradient for a GPU that is not here."""
   monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
   monkeypatch.setattr(sharding, "platform", lambda: "gpu")
-  hidden, params = hidden_of(segments, "cudnn", G=G, K=32, causal=causal, dtype="bfloat16")
+  hidden, params = hidden_of(segments, "cudnn", **({"K": 32, "G": 2, "dtype": "bfloat16"} | fields))
   grad = jax.jit(jax.grad(lambda params: hidden(params).astype(jnp.float32).sum()))
-  text = grad.trace(params).lower(lowering_platforms=("cuda",)).as_text()
-  name = "fmhaScaleBiasSoftmax" if segments == "any" else "fmhaSoftmax"
-  assert f"__cudnn${name}(" in text and f"__cudnn${name}Backward(" in text
-  told = {"none": "CAUSAL" if causal else "NO_MASK", "right": "PADDING_CAUSAL" if causal else "PADDING"}
-  assert set(re.findall(r"mask_type\\22: \\22(\w+)", text)) == {told.get(segments, "NO_MASK")}
-  assert ("256x256" in text) == (segments == "any")
-  assert "4x4x256x256" not in text
+  return grad.trace(params).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+  ("remat", "forward", "segments", "mesh"),
+  [
+    ("none", 1, "right", None),
+    ("dots", 1, "right", None),
+    ("attention", 1, "right", None),
+    ("attention", 1, "any", None),
+    ("attention", 1, "right", {"data": 2, "tensor": 2, "context": 2}),
+    ("full", 2, "right", None),
+  ],
+)
+def test_the_forward_kernel_runs_again_only_where_all_is_computed_again(monkeypatch, remat, forward, segments, mesh):
+  """Layers are a loop: each of its bodies, forward and backward, stands once in the text."""
+  with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(**mesh))) if mesh else contextlib.nullcontext():
+    text = lowered_gradient(monkeypatch, segments, N=9, remat=remat)
+  assert len(re.findall(r"custom_call @__cudnn\$fmha\w*Softmax\(", text)) == forward
+  assert len(re.findall(r"custom_call @__cudnn\$fmha\w*SoftmaxBackward\(", text)) == 1
 
 
 @pytest.mark.parametrize(("kernel", "platform"), [("xla", "cpu"), ("splash", "tpu"), ("cudnn", "gpu")])
@@ -162,10 +315,13 @@ def test_segments_may_be_one_row_for_all(monkeypatch, kernel, platform):
   assert jax.eval_shape(hidden, params).shape == (4, 256, 32)
 
 
-def choose(kernel, platform, *, W=256, L=256, causal=False, segments="none", K=64, dtype=jnp.bfloat16, context=1):
+def choose(
+  kernel, platform, *, W=256, L=256, causal=False, segments="none", K=64, dtype=jnp.bfloat16, **where
+):  # fmt: skip
   segment_BL = None if segments == "none" else jax.ShapeDtypeStruct((1, L), jnp.int32)
-  visible = Visible(L, W, "causal" if causal else "full", segment_BL, right_padded=segments == "right")
-  return attention.choose(kernel, visible, K=K, dtype=dtype, platform=platform, context=context)
+  order, padded = "causal" if causal else "full", {"right_padded": segments == "right", "contiguous": segments == "run"}
+  visible = Visible(L, W, order, segment_BL, **padded)
+  return attention.choose(kernel, visible, K=K, dtype=dtype, platform=platform, **where)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +335,8 @@ def choose(kernel, platform, *, W=256, L=256, causal=False, segments="none", K=6
     ("tpu", {"W": 128}, "xla"),  # a window over a cache
     ("gpu", {}, "cudnn"),
     ("gpu", {"segments": "right"}, "cudnn"),
+    ("gpu", {"segments": "run"}, "cudnn"),
+    ("gpu", {"segments": "run", "causal": True}, "xla"),  # few tokens, and their places matter
     ("gpu", {"segments": "any"}, "xla"),
     ("gpu", {"segments": "any", "W": 4096, "L": 4096}, "cudnn"),
     ("gpu", {"segments": "any", "W": 4095, "L": 4095}, "xla"),
@@ -186,6 +344,9 @@ def choose(kernel, platform, *, W=256, L=256, causal=False, segments="none", K=6
     ("gpu", {"W": 128}, "xla"),
     ("gpu", {"dtype": jnp.float32}, "xla"),
     ("gpu", {"K": 256}, "xla"),
+    ("gpu", {"capability": (7, 5)}, "xla"),
+    ("gpu", {"capability": (8, 0), "dtype": jnp.float16}, "cudnn"),
+    ("gpu", {"capability": (10, 0)}, "cudnn"),
   ],
 )
 def test_the_fastest_exact_kernel_is_chosen(platform, changes, chosen):
@@ -198,10 +359,11 @@ def test_the_fastest_exact_kernel_is_chosen(platform, changes, chosen):
   [
     ("splash", "cpu", {}, "it runs on a tpu, and this is a cpu"),
     ("cudnn", "tpu", {}, "it runs on a gpu, and this is a tpu"),
-    ("cudnn", "gpu", {"dtype": jnp.dtype("float32")}, "it computes in bfloat16, not float32"),
+    ("cudnn", "gpu", {"dtype": jnp.dtype("float32")}, "it computes in 16 bits, not in float32"),
     ("cudnn", "gpu", {"K": 200}, "model.K=200 is not a multiple of 8 up to 128"),
     ("cudnn", "gpu", {"causal": True, "context": 4}, "it cannot be causal with mesh.context=4"),
     ("cudnn", "gpu", {"segments": "any", "L": 255, "W": 255}, "there are segments, and the length 255 .* is not even"),
+    ("cudnn", "gpu", {"capability": (7, 5)}, "it needs a GPU of capability 8.0, and this one has 7.5"),
     ("splash", "tpu", {"L": 192, "W": 192}, "the length 192 on 1 devices is not a multiple of 128"),
   ],
 )

@@ -207,17 +207,15 @@ def targets(c, B=4, L=6):
 
 
 @functools.cache
-def nll_and_gradient(c, per_pair=None):
-  """Cross-entropies of `targets`, and the gradient of a sum that weighs each of them differently."""
+def loss_and_gradient(c, per_pair=None):
+  """A sum that weighs each cross-entropy of `targets` differently, these, and its gradient."""
   input_BL, target_BL = targets(c)
   weight_BL = np.linspace(0.5, 2.0, input_BL.size, dtype=np.float32).reshape(input_BL.shape)
 
   def total(params):
-    nll_BL = c.bind(params).nll(input_BL, target_BL, per_pair=per_pair)
-    return jnp.sum(weight_BL * nll_BL), nll_BL
+    return c.bind(params).weighted_nll(input_BL, target_BL, weight_BL, per_pair=per_pair)
 
-  gradient, nll_BL = jax.jit(jax.grad(total, has_aux=True))(random_params(c))
-  return nll_BL, gradient
+  return jax.jit(jax.value_and_grad(total, has_aux=True))(random_params(c))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -245,9 +243,9 @@ def test_nll_is_the_cross_entropy_of_the_target(tied):
   ],
 )
 def test_what_saves_memory_or_time_changes_neither_loss_nor_gradient(fields, per_pair):
-  actual = nll_and_gradient(dataclasses.replace(TINY, **fields), per_pair)
+  actual = loss_and_gradient(dataclasses.replace(TINY, **fields), per_pair)
   plain = {name: value for name, value in fields.items() if name in ("N", "tied")}
-  expected = nll_and_gradient(dataclasses.replace(TINY, **plain))
+  expected = loss_and_gradient(dataclasses.replace(TINY, **plain))
   chex.assert_trees_all_close(actual, expected, atol=2e-5)
 
 
@@ -261,8 +259,9 @@ def test_bfloat16_computes_float32_logits():
   assert np.any(out_BLV != out_BLV.astype(jnp.bfloat16))  # nor were they rounded on the way
   difference = abs(out_BLV - expected_BLV).max()
   assert 1e-4 < difference < 0.1 * abs(expected_BLV).max()  # bfloat16 it was, and no worse
-  nll_and_gradients = jax.eval_shape(jax.value_and_grad(lambda params: c.bind(params).nll(*targets(c)).sum()), params)
-  assert {x.dtype for x in jax.tree.leaves(nll_and_gradients)} == {np.dtype(np.float32)}
+  weighted_nll = lambda params: c.bind(params).weighted_nll(*targets(c), jnp.ones((4, 6)))  # noqa: E731
+  loss_and_gradients = jax.eval_shape(jax.value_and_grad(weighted_nll, has_aux=True), params)
+  assert {x.dtype for x in jax.tree.leaves(loss_and_gradients)} == {np.dtype(np.float32)}
 
 
 @pytest.mark.parametrize(

@@ -99,20 +99,21 @@ def test_rows_are_read_alone(tmp_path):
 SHAPES = {
   "270M": {"d_model": 1024, "n_layers": 16, "n_heads": 16, "n_kv_heads": 16, "mlp_hidden_size": 2816,
            "vocab_size": 32000, "embedding_size": 32000},
-  "1B": {"d_model": 2048, "n_layers": 22, "n_heads": 32, "n_kv_heads": 4, "mlp_hidden_size": 5634,
-         "vocab_size": 126464, "embedding_size": 126464},
+  # Of the 1B model every third layer: what is held twice would show the more.
+  "0.8B": {"d_model": 2048, "n_layers": 7, "n_heads": 32, "n_kv_heads": 4, "mlp_hidden_size": 5634,
+           "vocab_size": 126464, "embedding_size": 126464},
 }  # fmt: skip
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", ["270M", "1B"])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_memory_while_importing(tmp_path, shape):
   config = LLADA | SHAPES[shape]
   source = publish(tmp_path / "source", config, files=4, seed=None)
   size = 2 * sum(int(np.prod(x)) for x in shapes(config).values())
   assert peak(f"llada = lladax.load({str(source)!r})", size) < 1.3
-  if shape == "1B":
+  if shape == "0.8B":
     imports = (
       "from lladax.inference import convert; from lladax.storage import published, transfer; from pathlib import Path"
     )

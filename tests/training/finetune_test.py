@@ -72,7 +72,7 @@ def test_a_run_begins_from_the_base(tiny, tiny_workdir, sft, lora, tmp_path):
 def adapted(tiny, sft, tmp_path_factory):
   """The workdir of an unbroken run of adapters."""
   workdir = tmp_path_factory.mktemp("adapted") / "run"
-  trainer.train(tiny(sft | LORA | {"steps": 40}), workdir)
+  trainer.train(tiny(sft | LORA | {"steps": 40, "checkpoint.every": 40}), workdir)
   return workdir
 
 
@@ -97,7 +97,8 @@ def test_adapters_are_merged_on_export(adapted, tmp_path):
 
 
 @pytest.mark.parametrize("lora", [pytest.param({}, marks=pytest.mark.slow), LORA], ids=["all", "adapters"])
-def test_a_run_goes_on_bitwise(tiny, sft, lora, tmp_path):
+def test_a_run_goes_on_bitwise(tiny, sft, lora, tmp_path, monkeypatch):
+  monkeypatch.setattr(held_out, "bound", lambda *_: {})
   trainer.train(tiny(sft | lora), tmp_path / "unbroken")
   trainer.train(tiny(sft | lora | {"steps": 3}), tmp_path / "stopped")
   trainer.train(tiny(sft | lora), tmp_path / "stopped")
@@ -249,11 +250,12 @@ def test_a_packed_batch_has_the_loss_and_gradient_of_its_dialogues_alone():
     )
     return jnp.sum(weight_BL * nll_BL * scale_BL)
 
-  def nll(input_BL, target_BL):
-    return c.bind(params).nll(input_BL, target_BL, c.visible(input_BL.shape[1], batch["segment"]))
+  def weighted_nll(input_BL, target_BL, weight_BL):
+    visible = c.visible(input_BL.shape[1], batch["segment"])
+    return c.bind(params).weighted_nll(input_BL, target_BL, weight_BL, visible)
 
   step = batch | {"index": index_B}
-  ours, _ = diffusion.Masked(noise).loss(nll, step, jax.random.key(3), mask_id=7, batch_size=len(packed))
+  ours, _ = diffusion.Masked(noise).loss(weighted_nll, step, jax.random.key(3), mask_id=7, batch_size=len(packed))
   scale_BL = np.broadcast_to(np.asarray(scale_B)[:, None], batch["tokens"].shape)
   together = jax.jit(jax.value_and_grad(loss))(
     params, batch["tokens"], batch["segment"], batch["weight"], masked_BL, scale_BL
@@ -288,16 +290,17 @@ def test_packing_keeps_the_expected_loss(masking):
   def estimate(segment, weight, draws=20_000):
     weight = jnp.asarray(weight, jnp.float32)
 
-    def nll(input_BL, target_BL):
+    def weighted_nll(input_BL, target_BL, weight_BL):
       share = [(input_BL == 7) & (segment == s) for s in (1, 2)]
       seen = sum(jnp.where(segment == s, x.sum(axis=1, keepdims=True), 0) for s, x in zip((1, 2), share, strict=True))
-      return jnp.where(target_BL < 0, 0.0, 1.0 + seen.astype(jnp.float32) ** 2)
+      nll_BL = jnp.where(target_BL < 0, 0.0, 1.0 + seen.astype(jnp.float32) ** 2)
+      return jnp.sum(weight_BL * nll_BL), nll_BL
 
     batch = {"tokens": jnp.asarray(tokens), "weight": weight}
 
     def one(index):
       return diffusion.Masked(noise).loss(
-        nll, batch | {"index": index[None]}, jax.random.key(0), mask_id=7, batch_size=1
+        weighted_nll, batch | {"index": index[None]}, jax.random.key(0), mask_id=7, batch_size=1
       )[0]
 
     found = np.asarray(jax.jit(jax.vmap(one))(jnp.arange(draws)))

@@ -1,4 +1,4 @@
-"""Plans for TPUs that are not here: libtpu compiles, nothing runs."""
+"""Plans for TPUs and GPUs that are not here: libtpu and XLA compile, nothing runs."""
 
 import dataclasses
 import json
@@ -8,7 +8,10 @@ import sys
 
 import pytest
 
-from lladax.training import plan
+from lladax.config import parse
+from lladax.configs import llada_8b, quickstart
+from lladax.devices import ahead
+from lladax.training import plan, roofline, step
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,7 @@ def test_a_plan_of_adapters(small):
   adapters = c.num_params() - small.model.num_params()
   state = 2 * small.model.num_params() + 4 * 3 * adapters
   assert state / 4 <= found.train.arguments <= state / 4 + 2**20
-  assert found.flops_per_step < plan.make(small, "v5e:2x2", sampler=False).flops_per_step
+  assert found.flops_per_step < 16 * 256 * step.flops_per_token(small)
 
 
 @pytest.mark.usefixtures("libtpu")
@@ -96,3 +99,62 @@ def test_a_published_config_fits(config, topology):
   )
   assert result.returncode == 0, result.stderr
   assert json.loads(result.stdout)["fits"]
+
+
+@pytest.mark.usefixtures("gpu_compiler")
+def test_the_quickstart_on_a_gpu():
+  c = quickstart.get_config()
+  c.model.update(V=4096, N=2)
+  c = parse(c.to_dict())
+  found = plan.make(c, "h100:1", sampler=False)
+  assert found.fits and found.train.attention == "cudnn" and not found.train.collectives
+  state, batch = 12 * c.model.num_params(), 32 * (2 * 64 + 1) * 4  # which has no use for segments
+  assert state + batch <= found.train.arguments <= state + batch + 64
+  assert 0 < found.train.temporaries < 2**28
+  assert found.seconds_per_step == pytest.approx(found.flops_per_step / (989e12 * 0.4))
+  report = json.loads(json.dumps(found.to_dict()))
+  assert report["limit"] == found.limit and "0.75 of 79.11 GiB" in report["because"] and "hlo" not in report["train"]
+  estimate = roofline.analyse(found.train.hlo, roofline.device(ahead.devices("h100:1")[0], 1), found.flops_per_step)
+  assert 0 < estimate.utilisation < 1 and estimate.seconds[roofline.EXPOSED] == 0
+  # cuDNN computes the scores again in its backward pass: 14 L d in place of 12.
+  width = found.config.model.N * found.config.model.H * found.config.model.K
+  assert estimate.flops["attention"] == 14 * width * found.config.data.length * found.tokens_per_step
+
+
+@pytest.mark.usefixtures("gpu_compiler")
+@pytest.mark.slow
+def test_what_does_not_fit_a_gpu_and_the_nearest_that_does(tmp_path):
+  """As a user asks, with the flags that the user set for the compiler, and nothing said of platforms."""
+  command = [sys.executable, "-m", "lladax.main", "--mode=plan", "--config=configs/quickstart.py", "--topology=t4:1"]
+  command += ["--config.model.V=4096", "--config.model.N=1", "--config.sample.gen_length=16", "--json"]
+  env = os.environ | {"XLA_FLAGS": f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text"}
+  env |= {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.0685"}
+  del env["JAX_PLATFORMS"]
+  result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
+  assert result.returncode == 1, result.stderr
+  assert "Traceback" not in result.stderr and "CUDA_ERROR" not in result.stderr
+  report = json.loads(result.stdout)
+  assert not report["fits"] and report["train"]["attention"] == "xla"
+  assert report["nearest"]["fits"] and report["nearest"]["change"] == "XLA_PYTHON_CLIENT_MEM_FRACTION=0.9"
+  assert list(tmp_path.glob("*sm_7.5*"))
+
+
+@pytest.mark.usefixtures("gpu_compiler")
+@pytest.mark.slow
+def test_the_8b_on_a_node_of_gpus():
+  c = llada_8b.get_config()
+  c.data.batch_size = 32
+  c = parse(c.to_dict())
+  found = plan.make(c, "h100:8", sampler=False)
+  assert found.fits and found.train.attention == "cudnn"
+  state = 12 * c.model.num_params() / 8
+  assert state <= found.train.arguments <= state + 2**21
+  gathers, size = found.train.collectives["all-gather"]
+  twice = 2 * 2 * c.model.num_params()  # in bfloat16, forward and backward
+  assert gathers > 2 * c.model.N and 0.97 * twice <= size <= 1.2 * twice
+  _, size = found.train.collectives["reduce-scatter"]
+  assert 0.9 * twice / 2 <= size <= 1.2 * twice
+  device = roofline.device(ahead.devices("h100:8")[0], 8)
+  estimate = roofline.analyse(found.train.hlo, device, found.flops_per_step / 8)
+  assert estimate.utilisation > 0.62 and estimate.seconds[roofline.EXPOSED] < 0.05 * estimate.total
+  assert estimate.seconds[roofline.HIDDEN] > 0.1
