@@ -11,6 +11,7 @@ from lladax.configs import llada_8b
 
 TOPOLOGIES = {
   "v5p_1x1x1": {"micro_batches": 64, "model.remat": "dots", "model.head_chunk": 4096, "mesh.fsdp": 1, "mesh.data": 1},
+  "h100_1": {"micro_batches": 32, "model.remat": "dots", "mesh.fsdp": 1, "mesh.data": 1},  # 8 rows at a time
   "v5e_4x4": {"micro_batches": 8, "model.remat": "dots", "model.head_chunk": 1024},
 }
 

@@ -8,7 +8,8 @@ says of them.
 
 8,015,581,184 parameters; 2.3T tokens of 4096 x 1280 a step. As published: 0.13M H800 hours. Betas and clipping are
 not in the paper; they are those of its predecessor SMDM. Not run by us: what is tested here is that it builds, that
-its parameter count and learning rates are the published ones, and that it compiles for its TPUs and fits them.
+its parameter count and learning rates are the published ones, and that it compiles for its devices
+and fits them.
 """
 
 from lladax.configs import base
@@ -20,11 +21,15 @@ TOPOLOGIES = {
   "v5p_4x4x4": {"micro_batches": 5, "model.remat": "dots", "model.head_chunk": 4096, "mesh.data": -1, "mesh.fsdp": 16},
   # 5 rows a chip.
   "v6e_16x16": {"model.head_chunk": 2048},
-  # 10 rows a chip, 2 at a time; each part's gradients cross the data-centre network, a sixteenth of them per chip.
+  # 10 rows a chip, 2 at a time; gradients cross the data-centre network once a step, a sixteenth of them per chip.
   "v5p_4x4x4_x2": {
     "micro_batches": 5, "model.remat": "dots", "model.head_chunk": 4096, "mesh.slices": 2, "mesh.data": -1,
     "mesh.fsdp": 16,
   },
+  # 160 rows a GPU, 2 at a time: all matmuls are kept, and a layer's parameters are gathered under one layer's work.
+  "h100_8": {"micro_batches": 80, "model.remat": "dots"},
+  # 20 rows a GPU, 2 at a time; every node gathers over NVLink alone, and gradients cross the network once a step.
+  "h100_8x8": {"micro_batches": 10, "model.remat": "dots", "mesh.slices": 8},
 }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 # Compiler and runtime settings of an 8B run, sourced by the other scripts: source launch/flags.sh v5p
 #
 #   v4 | v5e | v5p | v6e   FSDP inside a slice, data parallelism between slices
-#   gpu                    FSDP over NCCL
+#   gpu                    FSDP inside a node, data parallelism between nodes
 #   cpu                    nothing but the compilation cache
 #
 # What is already set in the environment comes last on each line, and so wins. A flag that the compiler does not
@@ -26,27 +26,12 @@ lladax_v6e=(
   --xla_tpu_scoped_vmem_limit_kib=98304
 )
 
-lladax_gpu=(
-  # Collectives start as early and are waited for as late as the data allows; off by default on GPUs.
-  --xla_gpu_enable_latency_hiding_scheduler=true
-  # One NCCL call per layer rather than one per matrix: a layer of the 8B model is 218M parameters, 0.87 GB in float32.
-  --xla_gpu_all_gather_combine_threshold_bytes=1073741824
-  --xla_gpu_reduce_scatter_combine_threshold_bytes=1073741824
-  --xla_gpu_all_reduce_combine_threshold_bytes=1073741824
-  # Layers are a loop: without pipelining no collective crosses the border between two iterations, and without
-  # double buffering each gathered layer is copied once more.
-  --xla_gpu_enable_pipelined_all_gather=true
-  --xla_gpu_enable_pipelined_reduce_scatter=true
-  --xla_gpu_enable_while_loop_double_buffering=true
-  # No CUDA graphs: a step lasts seconds, launches are hidden anyway, and captured graphs hold memory of their own.
-  --xla_gpu_enable_command_buffer=
-)
-
 case "${1:-}" in
   v4 | v5e | v5p) export LIBTPU_INIT_ARGS="${lladax_tpu[*]} ${LIBTPU_INIT_ARGS:-}" ;;
   v6e) export LIBTPU_INIT_ARGS="${lladax_tpu[*]} ${lladax_v6e[*]} ${LIBTPU_INIT_ARGS:-}" ;;
   gpu)
-    export XLA_FLAGS="${lladax_gpu[*]} ${XLA_FLAGS:-}"
+    # No flag of the compiler's: its defaults hide all but 2% of a step's communication, and of those that promise more
+    # each leaves the program as it is, or makes it worse (the table in launch/README.md).
     # XLA's pool takes 0.75 of the memory if not told otherwise; NCCL's buffers and cuBLAS live in what is left.
     export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}"
     ;;
@@ -56,7 +41,7 @@ case "${1:-}" in
     return 1
     ;;
 esac
-unset lladax_tpu lladax_v6e lladax_gpu
+unset lladax_tpu lladax_v6e
 
 # A restart compiles nothing anew. Where all processes see the folder, all of them read what the first one wrote.
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/lladax/jax}"

@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
 # A run on several nodes of 8 GPUs, one process per GPU, from the root of the checkout:
 #
-#   sbatch --nodes=8 launch/slurm.sh --config=configs/llada_8b.py --workdir=/shared/runs/llada_8b \
-#     --config.mesh.slices=-1
+#   sbatch --nodes=8 launch/slurm.sh --config=configs/llada_8b.py:h100_8x8 --workdir=/shared/runs/llada_8b
 #
-# mesh.slices=-1 keeps a copy of the parameters in each node, so that only gradients cross the network; without it the
-# mesh of this config cuts them over all nodes.
+# h100_8x8 keeps a copy of the parameters in each of eight nodes, so that only gradients cross the network; for another
+# number of nodes add --config.mesh.slices=-1. Without either, the mesh of this config cuts them over all nodes.
 #
 # JAX reads Slurm's variables: no flags for the coordinator or the processes. The workdir must be on a file system
 # that all nodes share.

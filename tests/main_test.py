@@ -219,11 +219,12 @@ def test_evaluate(workdir):
 
 
 @pytest.mark.slow
-def test_fields_without_a_config_are_those_of_the_workdir(workdir):
-  values = ("--config.evaluate.tasks=('reversal',)", "--config.evaluate.num_samples=1")
+def test_fields_without_a_config_are_those_of_the_workdir(workdir, tmp_path):
+  (tmp_path / "couplets.json").write_text(json.dumps([{"first": "red", "second": "blue"}]))
+  values = (f"--config.evaluate.tasks=('poems:{tmp_path}/couplets.json',)", "--config.evaluate.num_samples=1")
   done = run("--mode=evaluate", f"--workdir={workdir}", *values)
   assert done.returncode == 0, done.stderr
-  assert "backward, other sentence" in done.stderr
+  assert "poems" in done.stderr and "backward" in done.stderr
   lost = run("--mode=sample", f"--workdir={workdir}/nothing", "--config.sample.steps=1", "--prompt=x")
   assert lost.returncode == 1 and lost.stderr.startswith(f"lladax: --workdir={workdir}/nothing: there is no run in it")
 
@@ -360,6 +361,8 @@ def test_a_field_from_its_text(text, value):
     ("--config=configs/nowhere.py --workdir=run --config.steps=2", "--config=configs/nowhere.py: there is no such rec"),
     ("--config=quickstart --workdir=run --config.data.batch_size=12", "data.batch_size.*=12 does not divide over .* 8"),
     ("--config=quickstart --workdir=run --mode=evaluate", "--workdir=run: there is no run in it; train one first"),
+    ("--mode=import --workdir=run", "--source is missing: --mode=import needs it"),
+    ("--mode=export --workdir=run", "--target is missing: --mode=export needs it"),
     ("--config=quickstart --workdir=run --config.stpes 3", "config.stpes: there is no such field; did you mean"),
     ("--config=quickstart --config.data.batch_size=None", "flag --config.data.batch_size=None: invalid literal"),
     ("--config=base --workdir=run --config.sample.threshold=high", "config.sample.threshold=.high.: expected float"),

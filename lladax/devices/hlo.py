@@ -31,7 +31,7 @@ class Array(NamedTuple):
     return math.prod(self.dims)
 
   @property
-  def bytes(self) -> int:
+  def nbytes(self) -> int:
     """Its bytes, padding not counted."""
     number = re.search(r"\d+", self.dtype)  # of f8e4m3fn the 8
     return -(-self.size * _BITS.get(self.dtype, int(number[0]) if number else 64) // 8)
@@ -63,9 +63,9 @@ class Instruction:
     return names + re.findall(r"[\w.\-]+", several)
 
   @property
-  def bytes(self) -> int:
+  def nbytes(self) -> int:
     """Of its results."""
-    return sum(x.bytes for x in self.results)
+    return sum(x.nbytes for x in self.results)
 
   @property
   def collective(self) -> str:
@@ -222,11 +222,11 @@ def members(x: Instruction) -> list[int]:
 
 def whole(x: Instruction, computation: Mapping[str, Instruction]) -> int:
   """Bytes of the whole arrays of a collective: what a gather gives, what the others take."""
-  sizes, n = [a.bytes for a in x.results], max(len(x.operands), 1)
+  sizes, n = [a.nbytes for a in x.results], max(len(x.operands), 1)
   if x.op.endswith("-start") and x.collective != "all-reduce":  # it lists its operands before its results
     return max(sum(sizes[:n]), sum(sizes[n : 2 * n]))
   if x.collective == "reduce-scatter":
-    return sum(computation[name].bytes for name in x.operands if name in computation) or sum(sizes)
+    return sum(computation[name].nbytes for name in x.operands if name in computation) or sum(sizes)
   return sum(sizes)
 
 

@@ -24,6 +24,7 @@ from lladax.mistake import Mistake
 # Letters as in mask_predictor.py. A letter that is not here is on every device.
 AXES = {
   "B": ("slices", "data", "fsdp"),  # the batch
+  "C": ("slices", "data"),  # the batch, sliced among the copies of the parameters alone
   "L": ("context",),  # the canvas
   "D": ("fsdp",),  # parameters are sliced along the width, and gathered layer by layer
   "H": ("tensor",),
@@ -139,13 +140,18 @@ def shardings(mesh: Mesh, letters: Any) -> Any:
 
 
 def axis_size(axis: str) -> int:
-  """Devices along an axis of the mesh that is traced on; 1 without a mesh."""
-  return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
+  """Devices along an axis of the mesh that is traced on; 1 without a mesh, and 1 of copies, in `sum_over_copies`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if axis in mesh.manual_axes else dict(mesh.shape).get(axis, 1)
 
 
 def ways(letter: str, size: int) -> int:
   """Devices that share out a dimension of that letter and size; 1 where they do not divide it."""
-  found = math.prod(map(axis_size, AXES[letter]))
+  return _ways(AXES[letter], size)
+
+
+def _ways(axes: tuple[str, ...], size: int) -> int:
+  found = math.prod(map(axis_size, axes))
   return 1 if size % found else found
 
 
@@ -174,10 +180,9 @@ def version(dotted: str) -> tuple[int, ...]:
 
 def fit(letters: str, shape: Sequence[int]) -> PartitionSpec:
   """`spec` on the mesh that is traced on, without the axes that do not divide their dimension (a batch of one)."""
-  parts = []
+  parts, apart = [], jax.sharding.get_abstract_mesh().manual_axes
   for size, axes in zip(shape, _axes(letters), strict=True):
-    ways = math.prod(map(axis_size, axes))
-    parts.append(axes if ways > 1 and size % ways == 0 else None)
+    parts.append(tuple(axis for axis in axes if axis not in apart) if _ways(axes, size) > 1 else None)
   return PartitionSpec(*parts)
 
 
@@ -208,11 +213,27 @@ _gather.defvjp(
 
 def on_each_device(fn: Callable[..., jax.Array], *arrays: tuple[jax.Array, str]) -> jax.Array:
   """`fn` of the part of each (array, letters) that a device holds; the result has the letters of the first."""
-  args = [x for x, _ in arrays]
-  if jax.sharding.get_abstract_mesh().size <= 1:
+  args, mesh = [x for x, _ in arrays], jax.sharding.get_abstract_mesh()
+  if mesh.size <= 1:
     return fn(*args)
-  specs = tuple(fit(letters, x.shape) for x, letters in arrays)
-  return jax.shard_map(fn, in_specs=specs, out_specs=specs[0], check_vma=False)(*args)
+  specs, axes = tuple(fit(letters, x.shape) for x, letters in arrays), set(mesh.axis_names) - set(mesh.manual_axes)
+  return jax.shard_map(fn, in_specs=specs, out_specs=specs[0], axis_names=axes, check_vma=False)(*args)
+
+
+def sum_over_copies(fn: Callable[[Any, Any], Any], batch: Any, copied: Any) -> Any:
+  """The sum of `fn(part, copied)` over the parts of a batch, one for each copy of the parameters.
+
+  Within `fn` the copies know nothing of each other: what a loop adds up is added up in each of them alone, and they
+  meet once, behind it. A plain sum over the batch would have them meet in every round of it, over the network.
+  """
+  axes = tuple(axis for axis in AXES["C"] if axis_size(axis) > 1)
+  if not axes:
+    return fn(batch, copied)
+  total = jax.shard_map(
+    lambda *args: jax.lax.psum(fn(*args), axes), in_specs=(PartitionSpec(axes), PartitionSpec()),
+    out_specs=PartitionSpec(), axis_names=set(axes), check_vma=False,
+  )  # fmt: skip
+  return total(batch, copied)
 
 
 def on_mesh_of(tree: Any) -> contextlib.AbstractContextManager:

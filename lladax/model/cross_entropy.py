@@ -53,7 +53,8 @@ def weighted_nll(
 ) -> tuple[jax.Array, jax.Array]:
   """(the sum of weight x cross-entropy, the cross-entropies [B, L]); only the sum has a gradient.
 
-  Logits are rounded to the dtype of the hidden states, and so is their gradient; all sums over them are float32.
+  Logits are rounded to the dtype of the hidden states (not on CPUs), and so is their gradient; all sums over them are
+  float32.
 
   Args:
     head_DV: as in `nll`.
@@ -62,14 +63,14 @@ def weighted_nll(
     weight_BL: float32.
     chunk: as there.
   """
-  total, nll_BL = _weighted_nll(head_DV, hidden_BLD, target_BL, weight_BL, chunk)
-  return total, jax.lax.stop_gradient(nll_BL)
+  found: Any = _weighted_nll(head_DV, hidden_BLD, target_BL, weight_BL, chunk)  # type checkers do not see the pair
+  return found[0], jax.lax.stop_gradient(found[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _weighted_nll(head_DV, hidden_BLD, target_BL, weight_BL, chunk):
   def part(_, hidden_TD, target_T):
-    return (), (_nll(logits(hidden_TD, head_DV, hidden_TD.dtype), target_T)[0],)
+    return (), (_nll(_rounded_logits(hidden_TD, head_DV), target_T)[0],)
 
   _, (nll_BL,) = _by_chunks(part, (), hidden_BLD, target_BL, chunk=chunk)
   return jnp.sum(weight_BL * nll_BL), nll_BL
@@ -81,7 +82,7 @@ def _forward(head, hidden, target, weight, chunk):
   grid = sharding.axis_size("context"), sharding.ways("B", len(hidden.value))
 
   def part(slope_LBDV, hidden_TD, target_T, weight_T):
-    logits_TV = logits(hidden_TD, head_DV, dtype)
+    logits_TV = _rounded_logits(hidden_TD, head_DV)
     nll_T, log_sum_T = _nll(logits_TV, target_T)
     weight_T1 = jnp.where(target_T < 0, 0.0, weight_T)[:, None]
     p_TV = jnp.exp(logits_TV.astype(jnp.float32) - log_sum_T[:, None])
@@ -100,6 +101,9 @@ def _forward(head, hidden, target, weight, chunk):
   slope_DV = None
   if trains_head:  # over the mesh once, and in the dtype of every other gradient
     slope_DV = jax.lax.reduce(slope_LBDV.astype(dtype), jnp.zeros((), dtype), jax.lax.add, (0, 1))
+    if sharding.axis_size("fsdp") > 1:
+      # Scattered before the layers' backward pass begins: what a device adds up of its own is as large as many layers.
+      slope_DV, slope_BLD = jax.lax.optimization_barrier((sharding.constrain(slope_DV, "DV"), slope_BLD))
   return (jnp.sum(weight.value * nll_BL), nll_BL), (slope_DV, slope_BLD, nll_BL)
 
 
@@ -111,6 +115,11 @@ def _backward(chunk, residuals, cotangents):
 
 
 _weighted_nll.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _rounded_logits(hidden_TD: jax.Array, head_DV: jax.Array) -> jax.Array:
+  """In the dtype of the hidden states; not on CPUs, where XLA has float32 ones, and would round only some uses."""
+  return logits(hidden_TD, head_DV, jnp.float32 if sharding.platform() == "cpu" else hidden_TD.dtype)
 
 
 def _nll(logits_TV: jax.Array, target_T: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -242,18 +242,24 @@ def _look_up(embedding_VD: jax.Array, tokens_BW: jax.Array, V: int) -> jax.Array
   """Rows of the embedding, whose gradient adds up in float32 and is rounded once.
 
   In bfloat16 the sum for [MASK], half of all tokens, would soon stand still, and a GPU, which has no such addition in
-  memory, would spend longer on it than on the head.
+  memory, would spend a twentieth of a step on it. Devices that hold parts of the width look them up for each other:
+  activations travel, a fraction of the matrix, and of its gradient each device makes its part and no more.
   """
-  return embedding_VD[tokens_BW]
+  return sharding.constrain(embedding_VD[sharding.constrain(tokens_BW, "CL")], "CLD")
+
+
+def _look_up_forward(embedding_VD, tokens_BW, V):
+  return _look_up(embedding_VD, tokens_BW, V), tokens_BW
 
 
 def _look_up_backward(V, tokens_BW, gradient_BWD):
-  zeros_VD = sharding.constrain(jnp.zeros((V, gradient_BWD.shape[-1]), jnp.float32), "V.")
-  sum_VD = sharding.constrain(zeros_VD.at[tokens_BW].add(gradient_BWD.astype(jnp.float32)), "V.")
-  return sum_VD.astype(gradient_BWD.dtype), None
+  zeros_VD = sharding.constrain(jnp.zeros((V, gradient_BWD.shape[-1]), jnp.float32), "VD")
+  gradient_BWD = sharding.constrain(gradient_BWD, "CLD")
+  sum_VD = zeros_VD.at[sharding.constrain(tokens_BW, "CL")].add(gradient_BWD.astype(jnp.float32))
+  return sharding.constrain(sum_VD, "VD").astype(gradient_BWD.dtype), None
 
 
-_look_up.defvjp(lambda embedding_VD, tokens_BW, V: (embedding_VD[tokens_BW], tokens_BW), _look_up_backward)
+_look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 class Block(nnx.Module):
@@ -409,9 +415,7 @@ class MaskPredictor(nnx.Module):
 
     if c.remat != "none" or sharding.axis_size("fsdp") > 1:
       body = jax.checkpoint(body, policy=REMAT[c.remat], prevent_cse=False)
-    # Not `gather`: a gradient sliced along the width would have the scatter-add gather the stream's.
-    embedding_VD = sharding.constrain(self.embedding[...].astype(c.compute_dtype), "V.")
-    x_BWD = sharding.constrain(_look_up(embedding_VD, sharding.constrain(tokens_BW, "BL"), c.V), "BLD")
+    x_BWD = sharding.constrain(_look_up(self.embedding[...].astype(c.compute_dtype), tokens_BW, c.V), "BLD")
     if isinstance(layers, list):
       caches, written = cache if isinstance(cache, list) else [None] * c.N if cache is None else c.apart(cache), []
       for layer in zip(layers, caches, strict=True):

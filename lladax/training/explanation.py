@@ -58,7 +58,7 @@ def page(found: Roofline, title: str) -> str:
 def show(found: Roofline) -> None:
   """Tables on stdout: the time by kind, and the ten longest kernels."""
   console = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
-  flops, size = found.flops, found.bytes
+  flops, size = found.flops, found.nbytes
   table = Table("kind of kernel", "ms", "of the step", "TFLOPs", "GiB", title="roofline of the train step, an estimate")
   for kind, seconds in found.seconds.items():
     share = "beside the others" if kind == HIDDEN else f"{seconds / found.total:.1%}"
@@ -75,7 +75,7 @@ def show(found: Roofline) -> None:
 
 def _largest(found: Roofline) -> list[tuple[str, ...]]:
   return [
-    (f"{1e3 * x.total:,.1f}", f"{x.times:,}", f"{x.flops / 1e9:,.1f}", f"{x.bytes / 2**20:,.0f}", x.kind,
+    (f"{1e3 * x.total:,.1f}", f"{x.times:,}", f"{x.flops / 1e9:,.1f}", f"{x.nbytes / 2**20:,.0f}", x.kind,
      f"{x.origin} ({x.name})")
     for x in found.largest()
   ]  # fmt: skip

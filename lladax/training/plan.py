@@ -160,7 +160,12 @@ LARGEST = 0.9  # fraction of a GPU's memory that is proposed for XLA's pool
 
 def nearest(plan: Plan) -> Iterator[tuple[str, Plan]]:
   """Changes to a plan that does not fit, the nearest first: each is compiled when it is asked for."""
-  c, make_again = plan.config, functools.partial(make, utilisation=plan.utilisation, sampler=plan.sample is not None)
+  c, make_again = plan.config, functools.partial(make, utilisation=plan.utilisation)
+
+  def with_step_of(c: Config) -> Plan:  # the sampler stays what it is
+    again = make_again(c, plan.topology, plan.slices, sampler=False)
+    return dataclasses.replace(again, sample=plan.sample)
+
   kind, _, dims = plan.topology.partition(":")
   if kind in gpus.GPUS and ahead.fraction() < LARGEST:
     limit, because = ahead.gpu_limit(gpus.GPUS[kind], plan.devices, LARGEST)
@@ -169,11 +174,11 @@ def nearest(plan: Plan) -> Iterator[tuple[str, Plan]]:
   if c.model.remat != "full":
     c = dataclasses.replace(c, model=dataclasses.replace(c.model, remat="full"))
     said.append("model.remat=full")
-    yield ", ".join(said), make_again(c, plan.topology, plan.slices)
+    yield ", ".join(said), with_step_of(c)
   while True:
     try:
       c = dataclasses.replace(c, micro_batches=2 * c.micro_batches)
-      again = make_again(c, plan.topology, plan.slices)
+      again = with_step_of(c)
     except Mistake:  # no more parts
       break
     yield ", ".join([*said, f"micro_batches={c.micro_batches}"]), again
@@ -187,7 +192,7 @@ def nearest(plan: Plan) -> Iterator[tuple[str, Plan]]:
     topology = f"{kind}:{'x'.join(map(str, sizes))}"
     change = f"--topology={topology}" + f" --slices={slices}" * (slices != plan.slices)
     try:
-      yield change, make_again(plan.config, topology, slices)
+      yield change, make_again(plan.config, topology, slices, sampler=plan.sample is not None)
     except Mistake as error:
       logging.warning("%s: %s", change, error)
 

@@ -67,7 +67,7 @@ class Kernel(NamedTuple):
   kind: str
   times: int
   flops: float
-  bytes: float
+  nbytes: float
   seconds: float
   origin: str  # pass, operation, line of the source
   doubt: str = ""  # why it will take longer than that
@@ -101,7 +101,7 @@ class Roofline:
     """Plain values, for JSON."""
     return {
       "estimated_seconds": self.total, "utilisation_at_most": self.utilisation, "seconds": self.seconds,
-      "exposed": self.seconds[EXPOSED] / self.total if self.total else 0.0, "flops": self.flops, "bytes": self.bytes,
+      "exposed": self.seconds[EXPOSED] / self.total if self.total else 0.0, "flops": self.flops, "bytes": self.nbytes,
       "largest": [x._asdict() | {"total": x.total} for x in self.largest()],
     }  # fmt: skip
 
@@ -115,9 +115,9 @@ class Roofline:
     return self._sum(lambda x: x.times * x.flops)
 
   @property
-  def bytes(self) -> dict[str, float]:
+  def nbytes(self) -> dict[str, float]:
     """Kind -> bytes of the device's memory; of collectives, of whole arrays."""
-    return self._sum(lambda x: x.times * x.bytes)
+    return self._sum(lambda x: x.times * x.nbytes)
 
   def _sum(self, value) -> dict[str, float]:
     found = collections.defaultdict[str, float](float)
@@ -216,7 +216,7 @@ class _Walk:
       if inside:
         return {x.name: self._collective(x, inside[0][1], self.program.named[inside[0][0]])}
       target, source = x.results[0:2] if x.op == "copy-start" else (x.results[-2], x.results[0])
-      far = target.bytes * ((not target.near) + (not source.near))
+      far = target.nbytes * ((not target.near) + (not source.near))
       seconds = far / self.device.bandwidth
       return {x.name: Kernel(x.name, "copies", 1, 0.0, far, seconds, self._origin(x))}
     found = {}
@@ -273,7 +273,7 @@ class _Walk:
     if x.op in ("dot", "convolution", "custom-call"):
       factors = [named[name].results[0] for name in x.operands if name in named]
       if flops := _flops(x, factors):
-        yield flops, max((a.dtype for a in factors[:2]), key=lambda dtype: hlo.Array(dtype, (8,)).bytes)
+        yield flops, max((a.dtype for a in factors[:2]), key=lambda dtype: hlo.Array(dtype, (8,)).nbytes)
     elif x.op == "fusion":
       for called in x.called():
         for y in self.program.computations.get(called, ()):
@@ -305,30 +305,30 @@ class _Walk:
       if y.op in ("bitcast", "reshape"):
         total += self._read(y, lines)
       elif y.op in ("dynamic-slice", "slice", "gather") and y.operands[0] == x.name:
-        total += y.bytes
+        total += y.nbytes
       elif y.op == "dynamic-update-slice" and y.operands[0] == x.name:
         pass
       elif y.op == "scatter" and y.operands[0] == x.name:
-        total += next((z.bytes for z in lines if z.name == y.operands[-1]), 0)
+        total += next((z.nbytes for z in lines if z.name == y.operands[-1]), 0)
       elif y.op == "fusion":
         inner = self.program.computations[y.called()[0]]
         at = [i for i, name in enumerate(y.operands) if name == x.name]
         total += sum(self._read(z, inner) for z in inner if z.op == "parameter" and int(z.literal) in at)
       else:
-        return x.bytes
-    return min(total, x.bytes)
+        return x.nbytes
+    return min(total, x.nbytes)
 
   def _written(self, x: Instruction, named: Mapping[str, Instruction]) -> float:
     """Bytes that a computation writes for one of its results."""
     if x.op == "bitcast" and x.operands[0] in named:
       return self._written(named[x.operands[0]], named)
     if x.op in ("dynamic-update-slice", "scatter"):
-      return named[x.operands[1 if x.op == "dynamic-update-slice" else -1]].bytes
+      return named[x.operands[1 if x.op == "dynamic-update-slice" else -1]].nbytes
     if x.op == "fusion":
       inner = self.program.named[x.called()[0]]
       root = next(y for y in inner.values() if y.root)
-      return self._written(root, inner) if root.op != "tuple" else x.bytes
-    return x.bytes
+      return self._written(root, inner) if root.op != "tuple" else x.nbytes
+    return x.nbytes
 
   def _stack(self, x: Instruction) -> list[hlo.Frame]:
     """Of a fusion that has lost its own, that of something in it."""
@@ -423,9 +423,9 @@ def _plain_bytes(x: Instruction, named: Mapping[str, Instruction]) -> float:
   if x.op == "custom-call" and re.search("AllocateBuffer|ConcatBitcast|AssumeGather", x.rest):
     return 0.0
   given = [named[name] for name in x.operands if name in named]
-  results = sum(a.bytes for a in x.results if not a.near)
+  results = sum(a.nbytes for a in x.results if not a.near)
   if x.op in ("dynamic-slice", "slice", "gather"):
     return 2.0 * results
   if x.op in ("dynamic-update-slice", "scatter"):
-    return 2.0 * given[1 if x.op == "dynamic-update-slice" else -1].bytes
-  return results + sum(a.bytes for y in given for a in y.results if not a.near)
+    return 2.0 * given[1 if x.op == "dynamic-update-slice" else -1].nbytes
+  return results + sum(a.nbytes for y in given for a in y.results if not a.near)

@@ -31,37 +31,33 @@ def train_step(
   eos_id: int,
 ) -> tuple[State, dict[str, jax.Array]]:  # fmt: skip
   """One update. Noise is drawn here, on the device, from (seed, step, example index)."""
-  rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
-  B, L = config.data.batch_size, config.data.length
-
-  def loss_fn(params, batch):
-    visible = config.model.visible(
-      L, batch["segment"] if config.masks_attention else None, right_padded=not config.data.separates
-    )
-    model = config.model.bind(config.model.join(params, state.frozen))
-    weighted_nll = functools.partial(model.weighted_nll, visible=visible, per_pair=config.aim.targets_per_pair(L))
-    return config.aim.loss(weighted_nll, batch, rng, mask_id=mask_id, eos_id=eos_id, batch_size=B)
-
+  B, L, M = config.data.batch_size, config.data.length, config.micro_batches
   letters, _ = config.model.split(config.model.letters())
 
-  def gradient(batch):
+  def gradient(batch, state):
     batch = {name: sharding.constrain(x, "BL"[: x.ndim]) for name, x in batch.items()}
-    (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+    rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
+
+    def loss_fn(params):
+      visible = config.model.visible(
+        L, batch["segment"] if config.masks_attention else None, right_padded=not config.data.separates
+      )
+      model = config.model.bind(config.model.join(params, state.frozen))
+      weighted_nll = functools.partial(model.weighted_nll, visible=visible, per_pair=config.aim.targets_per_pair(L))
+      return config.aim.loss(weighted_nll, batch, rng, mask_id=mask_id, eos_id=eos_id, batch_size=B)
+
+    (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     return jax.tree.map(sharding.constrain, grads, letters), loss, aux
 
-  M = config.micro_batches
-  if M == 1:
-    grads, loss, means = gradient(batch)
-  else:  # weights are normalised over the whole batch: the parts simply add up
-    parts = {
-      name: sharding.constrain(x.reshape(M, B // M, *x.shape[1:]), ".BL"[: x.ndim + 1]) for name, x in batch.items()
-    }
-    shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
+  def add_up(batch, state):  # weights are normalised over the whole batch: the parts simply add up
+    parts = {name: sharding.constrain(x.reshape(M, -1, *x.shape[1:]), ".BL"[: x.ndim + 1]) for name, x in batch.items()}
+    shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts), state)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (grads, loss, means), _ = jax.lax.scan(
-      lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None), zeros, parts
-    )
+    add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(part, state)), None)  # noqa: E731
+    return jax.lax.scan(add, zeros, parts)[0]
 
+  learning = state._replace(opt_state=())
+  grads, loss, means = gradient(batch, learning) if M == 1 else sharding.sum_over_copies(add_up, batch, learning)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   scalars = {"loss": loss} | {name: total / jnp.maximum(count, 1) for name, (total, count) in means.items()}
   scalars |= {"grad_norm": optax.tree.norm(grads)}

@@ -102,7 +102,7 @@ ENTRY %main (p: f32[8]) -> (f32[8], bf16[2,3]) {
 """
   program = hlo.parse(text)
   parameter, kernel, root = program.computations["main"]
-  assert (parameter.op, parameter.literal, parameter.bytes) == ("parameter", "0", 32)
+  assert (parameter.op, parameter.literal, parameter.nbytes) == ("parameter", "0", 32)
   assert (kernel.op, kernel.operands) == ("custom-call", ("p.0", "p.0")) and root.root and not kernel.root
   assert [(x.dtype, x.dims, x.near) for x in kernel.results] == [
     ("s8", (16,), False), ("bf16", (2, 3), True), ("u32", (), True)
@@ -114,7 +114,7 @@ ENTRY %main (p: f32[8]) -> (f32[8], bf16[2,3]) {
 
 @pytest.mark.parametrize(("dtype", "size"), [("pred", 10), ("s4", 5), ("f8e4m3fn", 10), ("bf16", 20), ("c64", 80)])
 def test_bytes_of_ten(dtype, size):
-  assert hlo.Array(dtype, (2, 5)).bytes == size
+  assert hlo.Array(dtype, (2, 5)).nbytes == size
 
 
 LOOP = """\

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from lladax.config import parse
 from lladax.configs import llada_8b
-from lladax.devices import sharding
+from lladax.devices import hlo, sharding
 from lladax.devices.sharding import MeshConfig
 from lladax.model.mask_predictor import Block
 from lladax.storage import checkpoint
@@ -130,12 +130,19 @@ def test_gpus_of_any_nodes_and_what_crosses_between_them(n, sizes, shape, crossi
     assert ("mesh.slices=-1 leaves it" in line) == (axis != "data")
 
 
-def test_the_8b_run_starts_on_eight_nodes_of_eight_gpus():
+def test_the_8b_run_starts_on_eight_nodes_of_eight_gpus(said):
   for slices in (1, -1):
     values = llada_8b.get_config()
     values.mesh.slices = slices
     config = parse(values.to_dict())
     step.check_mesh(config, sharding.make_mesh(config.mesh, nodes(8)))
+  said.clear()
+  for topology, n in (("h100_8", 1), ("h100_8x8", 8)):
+    config = parse(llada_8b.get_config(topology).to_dict())
+    mesh = sharding.make_mesh(config.mesh, nodes(n))
+    step.check_mesh(config, mesh)
+    assert (mesh.shape["slices"], mesh.shape["fsdp"]) == (n, 8)
+  assert not said.messages  # nothing but gradients crosses
 
 
 @pytest.mark.parametrize("n", [1, 2, 8])
@@ -240,10 +247,15 @@ def test_large_replicated_arrays_are_found():
 COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 
 
-def step_collectives(tiny, mesh):
-  """(config, [(kind, [shape, ...]), ...]) of the collectives of the compiled train step."""
+def without_ones(shape):
+  """A layer's slice may have the axis of the layers, or not."""
+  return tuple(n for n in shape if n > 1)
+
+
+def compiled_step(tiny, mesh, **more):
+  """(config, the text of its compiled train step)."""
   changes = {"model.N": 12, "model.D": 32, "model.F": 64, "model.V": 384, "model.head_chunk": 8, "model.remat": "full"}
-  config = tiny(changes | {f"mesh.{axis}": size for axis, size in mesh.items()})
+  config = tiny(changes | more | {f"mesh.{axis}": size for axis, size in mesh.items()})
   grid = sharding.make_mesh(config.mesh)
   tx, init, at, batch_at = step.program(config, grid)
   dtypes = {"tokens": "int32", "weight": "float32", "segment": "int32", "index": "int32"}
@@ -253,36 +265,71 @@ def step_collectives(tiny, mesh):
       name: jax.ShapeDtypeStruct((32,) if name == "index" else (32, 16), dtype, sharding=batch_at[name])
       for name, dtype in dtypes.items()
     }
-    hlo = step.jit_step(config, tx, at, mask_id=3, eos_id=2).lower(state, batch).compile().as_text()
+    return config, step.jit_step(config, tx, at, mask_id=3, eos_id=2).lower(state, batch).compile().as_text()
+
+
+def collectives(text):
+  """[(kind, [shape, ...]), ...] of a compiled program."""
   found = []
-  for line in hlo.replace("/*index=5*/", "").splitlines():
+  for line in re.sub(r"/\*index=\d+\*/", "", text).splitlines():
     if match := COLLECTIVE.search(line):
       dims = re.findall(r"[a-z]\w*\[([\d,]*)\]", match[1])
-      found.append((match[2], [tuple(map(int, filter(None, x.split(",")))) for x in dims]))
-  return config, found
+      shapes = [tuple(map(int, filter(None, x.split(",")))) for x in dims]
+      found.append((match[2], list(map(without_ones, shapes))))
+  return found
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compiles")
 def test_weights_are_gathered_layer_by_layer(tiny):
-  """From the compiled program: 9 weights a layer, forward and again backward, and the three outside of the layers."""
-  config, found = step_collectives(tiny, {"data": 1, "fsdp": 8})
-  c = config.model
-  # Of a layer's slice, with the axis of the layers or without.
-  gathered = [shape[shape[0] == 1 :] for kind, shapes in found if kind == "all-gather" for shape in shapes]
-  layer = [tuple(getattr(c, letter) for letter in letters) for letters in Block.LETTERS.values()]
-  assert sorted(gathered) == sorted(2 * layer + [(c.V, c.D), (c.D, c.V), (c.D,)])
-  assert {kind for kind, _ in found} <= {"all-gather", "all-reduce", "reduce-scatter"}
+  """From the compiled program: 9 weights a layer, forward and again backward, and two outside of the layers.
+
+  The embedding is not: the tokens are gathered, forward and backward, and what is looked up is exchanged.
+  """
+  config, text = compiled_step(tiny, {"data": 1, "fsdp": 8})
+  c, found = config.model, collectives(text)
+  gathered = [shape for kind, shapes in found if kind == "all-gather" for shape in shapes]
+  layer = [without_ones(getattr(c, letter) for letter in letters) for letters in Block.LETTERS.values()]
+  assert sorted(gathered) == sorted(2 * layer + 2 * [(32, 16)] + [(c.D, c.V), (c.D,)])
+  assert {kind for kind, _ in found} <= {"all-gather", "all-reduce", "reduce-scatter", "all-to-all"}
+  exchanged = [shapes for kind, shapes in found if kind == "all-to-all"]
+  assert [sum(map(math.prod, shapes)) for shapes in exchanged] == 2 * [32 // 8 * 16 * c.D]  # rows of a device
 
 
 @pytest.mark.usefixtures("quick_compiles")
 def test_only_keys_and_values_are_gathered_along_the_context(tiny):
   """No full activation, no tree of parameters, on a mesh with every axis."""
-  config, found = step_collectives(tiny, {"data": 1, "fsdp": 2, "tensor": 2, "context": 2})
-  c, rows = config.model, 32 // 2
+  config, text = compiled_step(tiny, {"data": 1, "fsdp": 2, "tensor": 2, "context": 2})
+  c, rows, found = config.model, 32 // 2, collectives(text)
   gathered = {shape for kind, shapes in found if kind == "all-gather" for shape in shapes}
-  kv = (rows, 16, c.G // 2, c.K)  # the rows and heads of a device, the whole canvas
+  kv = without_ones((rows, 16, c.G // 2, c.K))  # the rows and heads of a device, the whole canvas
   assert kv in gathered
   split = {"H": c.H // 2, "G": c.G // 2, "F": c.F // 2, "V": c.V // 2}
-  layer = {(1, *(split.get(x, getattr(c, x)) for x in letters)) for letters in Block.LETTERS.values()}
-  assert gathered - {kv} <= layer | {(c.V // 2, c.D), (c.D, c.V // 2), (c.D,)}
-  assert "all-to-all" not in {kind for kind, _ in found}
+  layer = {without_ones(split.get(x, getattr(c, x)) for x in letters) for letters in Block.LETTERS.values()}
+  assert gathered - {kv} <= layer | {(32, 16 // 2), (c.D, c.V // 2), (c.D,)}
+  # The look-up, and its gradient: the canvas of a device, of one row or its half of the width at a time.
+  exchanged = [shapes for kind, shapes in found if kind == "all-to-all"]
+  assert [sum(map(math.prod, shapes)) for shapes in exchanged] == 2 * [rows * 16 // 2 * c.D]
+
+
+@pytest.mark.usefixtures("quick_compiles")
+@pytest.mark.parametrize("parts", [4, pytest.param(2, marks=pytest.mark.slow)])
+def test_gradients_of_micro_batches_cross_between_slices_once(tiny, parts):
+  """From the compiled program: so many bytes, whatever the micro-batches, and none of them in a loop."""
+  config, text = compiled_step(tiny, {"slices": 2, "data": 1, "fsdp": 4}, micro_batches=parts)
+  program = hlo.parse(text)
+
+  def crossing(name, times):  # (kind, bytes, how often) of what a computation moves between the slices
+    for x in program.computations[name]:
+      groups = [pair.split(",") for pair in re.findall(r"[{](\d+,\d+)[}]", x.rest)] or [hlo.members(x)]
+      if x.collective and any(len({int(place) // 4 for place in group}) > 1 for group in groups):
+        yield x.collective, x.nbytes, times
+      for called in x.called():
+        yield from crossing(called, times * program.trips(x) if x.op == "while" else times)
+
+  kinds, sizes, times = zip(*crossing(program.entry, 1), strict=True)
+  assert set(kinds) == {"all-reduce"} and set(times) == {1}
+  # A device's part of the parameters in float32; the loss, and a metric's sum and count.
+  assert sum(sizes) == 4 * (config.model.num_params() // 4 + 3)
+  loops = [program.trips(x) for lines in program.computations.values() for x in lines if x.op == "while"]
+  assert parts in loops and config.model.N in loops

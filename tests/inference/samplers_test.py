@@ -105,7 +105,9 @@ def test_a_window_over_a_fresh_cache_is_the_full_pass(cache, tied, G):
   jax.tree.map(np.testing.assert_array_equal, kept, stale)  # read, not written
 
 
-@pytest.mark.parametrize("options", [{}, {"guidance_scale": 0.5}, pytest.param({"gen_length": None}, marks=SLOW)])
+@pytest.mark.parametrize(
+  "options", [{}, *(pytest.param(options, marks=SLOW) for options in ({"guidance_scale": 0.5}, {"gen_length": None}))]
+)
 def test_caches_change_nothing_where_every_step_is_a_blocks_first(llada, options):
   options = {"gen_length": 24, "block_length": 8} | options
   options["steps"] = 1 if options["gen_length"] is None else 3
@@ -148,7 +150,9 @@ def test_stream_is_sample_seen_on_its_way(ending, every, options):
     assert seen[0].unmaskings()[0].steps > seen[0].nfe  # masked positions are drawn as masked
 
 
-@pytest.mark.parametrize("options", [{}, {"cache": "dual", "threshold": 0.1}, {"gen_length": None}])
+@pytest.mark.parametrize(
+  "options", [{}, {"cache": "dual", "threshold": 0.1}, pytest.param({"gen_length": None}, marks=SLOW)]
+)
 def test_stop_strings_cut_texts_and_spare_the_blocks_behind(llada, options):
   options = {"gen_length": 24, "block_length": 8, "steps": 24} | options
   whole = llada.sample(PROMPTS, **options)

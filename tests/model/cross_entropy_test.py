@@ -19,11 +19,12 @@ def arrays(scale=1.0, D=D, V=V):
   head_DV = (scale / np.sqrt(D)) * rng.standard_normal((D, V), np.float32)
   target_BL = np.where(rng.random((B, L)) < 0.3, -1, rng.integers(0, V, (B, L))).astype(np.int32)
   target_BL[0, :2] = V - 1, 0
-  return head_DV, hidden_BLD, target_BL, rng.random((B, L), np.float32)
+  return tuple(map(jnp.asarray, (head_DV, hidden_BLD, target_BL, rng.random((B, L), np.float32))))
 
 
 def reference(head_DV, hidden_BLD, target_BL, weight_BL):
   """(nll_BL, gradients of the weighted sum for head and hidden states), in float64."""
+  target_BL, weight_BL = np.asarray(target_BL), np.asarray(weight_BL)
   head_DV, hidden_BLD = (np.asarray(x, np.float64) for x in (head_DV, hidden_BLD))
   logits_BLV = hidden_BLD @ head_DV
   top_BL1 = logits_BLV.max(axis=-1, keepdims=True)
@@ -52,7 +53,7 @@ def test_values_and_gradients_are_those_of_float64(platform, scale, chunk, monke
   np.testing.assert_allclose(ours_BL, nll_BL, rtol=1e-6, atol=1e-6 * max(scale, 3))
   np.testing.assert_allclose(total, np.sum(values[3] * nll_BL), rtol=1e-6)
   for x, y in zip(found, gradients, strict=True):
-    np.testing.assert_allclose(x, y, rtol=1e-4, atol=4e-6 * scale)
+    assert np.linalg.norm(x - y) < 1e-6 * max(scale, 3) * np.linalg.norm(y)
   np.testing.assert_allclose(cross_entropy.nll(*values[:3], chunk=chunk), nll_BL, rtol=1e-6, atol=1e-6 * max(scale, 3))
 
 
@@ -69,12 +70,14 @@ def test_the_parts_of_the_sum_have_no_gradient():
   assert not np.any(jax.grad(parts)(hidden_BLD))
 
 
-def test_bfloat16_is_as_exact_as_its_logits():
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_bfloat16_is_as_exact_as_its_logits(platform, monkeypatch):
   """Against float64 of the same rounded inputs. A logit of 8 .. 16 is rounded by up to 1/32, at random: sums gain."""
+  monkeypatch.setattr(sharding, "platform", lambda: platform)
   values = arrays(3.0, D=64, V=4096)
-  rounded = [jnp.asarray(x, jnp.bfloat16) for x in values[:2]]
-  nll_BL, gradients = reference(*(np.asarray(x, np.float32) for x in rounded), *values[2:])
-  (total, ours_BL), found = ours((*rounded, *values[2:]), chunk=8)
+  values = *(x.astype(jnp.bfloat16) for x in values[:2]), *values[2:]
+  nll_BL, gradients = reference(*values)
+  (total, ours_BL), found = ours(values, chunk=8)
   assert ours_BL.dtype == np.float32 and np.all(np.asarray(ours_BL) >= 0)
   assert np.abs(ours_BL - nll_BL).max() < 1 / 32 + 0.01
   assert abs(total / np.sum(values[3] * nll_BL) - 1) < 1e-3
@@ -83,9 +86,13 @@ def test_bfloat16_is_as_exact_as_its_logits():
     assert np.linalg.norm(np.asarray(x, np.float64) - y) < 0.01 * np.linalg.norm(y)
 
 
-def compiled(values, wants, chunk):
+def memory(values, wants, chunk):
+  """Bytes of what lives while the compiled program runs."""
   loss = functools.partial(cross_entropy.weighted_nll, chunk=chunk)
-  return jax.jit(jax.value_and_grad(loss, wants, has_aux=True)).lower(*values).compile()
+  program = jax.jit(jax.value_and_grad(loss, wants, has_aux=True)).lower(*values).compile()
+  found = program.memory_analysis()
+  assert found
+  return found.temp_size_in_bytes
 
 
 @pytest.mark.parametrize("chunk", [8192, B])
@@ -94,9 +101,9 @@ def test_nothing_of_the_logits_size_lives_beside_the_logits(chunk):
   values = arrays(D=16, V=20_000)
   logits = min(chunk, B * L) * 20_000 * 4
   head = 16 * 20_000 * 4
-  frozen = compiled(values, (1,), chunk).memory_analysis().temp_size_in_bytes
+  frozen = memory(values, (1,), chunk)
   assert logits <= frozen < 1.2 * logits
-  trained = compiled(values, (0, 1), chunk).memory_analysis().temp_size_in_bytes
+  trained = memory(values, (0, 1), chunk)
   assert trained < 1.2 * logits + 2 * head
 
 

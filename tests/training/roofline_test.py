@@ -93,7 +93,7 @@ def test_bytes_of_a_fusion(line, size):
     f"%x = {result} {line}", before=FUSIONS,
   )  # fmt: skip
   (kernel,) = roofline.analyse(text, DEVICE).kernels
-  assert kernel.bytes == pytest.approx(size, abs=8)
+  assert kernel.nbytes == pytest.approx(size, abs=8)
   assert bool(kernel.doubt) == (name == "scatter")
 
 
