@@ -78,6 +78,7 @@ def lladax_train(a: dict, exact: bool) -> Callable[[], object]:
 
   from lladax import config, optimizer
   from lladax.configs import base
+  from lladax.devices import sharding
   from lladax.training import step
 
   values = base.get_config()
@@ -97,7 +98,7 @@ def lladax_train(a: dict, exact: bool) -> Callable[[], object]:
     "index": jnp.arange(a["B"]),
   }
   step = functools.partial(step.train_step, config=c, tx=tx, mask_id=a["V"] - 1, eos_id=0)
-  jitted = jax.jit(step, donate_argnums=0)
+  jitted = sharding.jit(step, donate_argnums=0)
 
   def call():
     nonlocal state

@@ -278,7 +278,7 @@ def _laid_out(x: Any) -> Any:
   return jax.tree.map(lambda x: sharding.constrain(x, ".B.G." if x.ndim == 5 else "." * x.ndim), x)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "shape", "mask_id", "ends", "vocab_size", "first"))
+@functools.partial(sharding.jit, static_argnames=("model", "shape", "mask_id", "ends", "vocab_size", "first"))
 def _run(
   params, state, segment_BL, settings, origin, until_nfe, until_block, *, model, shape, mask_id, ends, vocab_size, first
 ) -> State:
@@ -349,7 +349,7 @@ def lower_sampler(
   )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("model", "prompt_length", "eos_id", "mask_id", "vocab_size"))
+@functools.partial(sharding.jit, static_argnames=("model", "prompt_length", "eos_id", "mask_id", "vocab_size"))
 def _autoregressive_sample(
   params, tokens_BL, segment_BL, settings, *, model, prompt_length, eos_id, mask_id, vocab_size
 ):
@@ -372,7 +372,7 @@ def _autoregressive_sample(
   ))  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("model", "mask_id", "eos_id", "guided", "method"))
+@functools.partial(sharding.jit, static_argnames=("model", "mask_id", "eos_id", "guided", "method"))
 def _likelihood(
   params, tokens_BL, scored_BL, segment_BL, sample_B, samples_B, seed, guidance, *, model, mask_id, eos_id, guided,
   method,
@@ -402,7 +402,7 @@ def _likelihood(
   ))  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("model", "mask_id", "guided"))
+@functools.partial(sharding.jit, static_argnames=("model", "mask_id", "guided"))
 def _next(params, tokens_BL, segment_BL, at_B, guidance, *, model, mask_id, guided):
   """Log p [B, V] at one masked place of each row; `guidance`: w + 1."""
   bound = model.bind(params)
@@ -418,6 +418,6 @@ def _next(params, tokens_BL, segment_BL, at_B, guidance, *, model, mask_id, guid
   return _laid_out(jax.nn.log_softmax(found_BV))
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@functools.partial(sharding.jit, static_argnames="model")
 def _logits(params, tokens_BL, segment_BL, *, model):
   return _laid_out(model.bind(params)(tokens_BL, model.visible(tokens_BL.shape[1], segment_BL)))
