@@ -182,9 +182,10 @@ class jit:
     return self.programs[on_cpu]
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    """As what `jax.jit` returns is called; so are its methods."""
     return self.program(*args, **kwargs)
 
-  def __getattr__(self, name: str) -> Any:  # lower, trace
+  def __getattr__(self, name: str) -> Any:
     return getattr(self.program, name)
 
 
