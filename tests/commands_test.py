@@ -70,7 +70,7 @@ class Rule(NamedTuple):
   change: Mapping[str, str] = {}  # noqa: RUF012  text -> what stands there instead
   makes: str = ""  # is there afterwards
   inside: Sequence[str] = ()  # flags of every `lladax`
-  needs: str = ""  # a package, without which it is skipped
+  needs: str = ""  # packages, without which it is skipped
 
 
 RULES = [
@@ -120,6 +120,13 @@ RULES = [
   ),
   Rule(r"benchmarks/loader.py --config=CONFIG", TINY, {"CONFIG": "configs/quickstart.py"}),
   Rule(r"--workdir=runs/stdlib ", [*TINY, "--config.mesh.fsdp=1"], makes="runs/stdlib/samples.html"),
+  Rule(r"--mode=plan .*=(t4|l4)", PLAN, needs="jax_plugins.xla_cuda13 qwix"),
+  Rule(
+    r"llada_8b_sft.py:qlora --workdir", [*RUN, "--config.data.length=64"], makes="runs/mine_qlora/checkpoints/3",
+    needs="qwix",
+  ),
+  Rule(r"benchmarks/quantize.py runs/quickstart \[", "its command stands in results"),
+  Rule(r"benchmarks/quantize.py runs/quickstart$", ["64"], needs="qwix"),
   Rule(r"--mode=plan .*=h100", PLAN, {"micro_batches=40": "data.batch_size=16"}, needs="jax_plugins.xla_cuda13"),
   Rule(r"--mode=plan", PLAN, {"v5e:16x16": "v5e:4x4 --config.data.batch_size=64"}, needs="libtpu"),
   Rule(r"launch/rooflines.py", "roofline_test.py runs it"),
@@ -279,14 +286,16 @@ def write(path, rows):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_it_runs(checkout, command):
+def test_it_runs(checkout, command, request):
   x = rule(command)
-  if x.needs:
-    pytest.importorskip(x.needs)
+  for name in x.needs.split():
+    pytest.importorskip(name)
+  if x.needs == "libtpu":
+    request.getfixturevalue("quick_plans")
   command = as_run(command)
   env = os.environ | {
     "PATH": f"{checkout / 'bin'}{os.pathsep}{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    "PYTHONPATH": str(ROOT), "XLA_FLAGS": conftest.USER_XLA_FLAGS, "INSIDE": "\n".join(x.inside), "MPLBACKEND": "agg",
+    "PYTHONPATH": str(ROOT), "XLA_FLAGS": conftest.XLA_FLAGS, "INSIDE": "\n".join(x.inside), "MPLBACKEND": "agg",
     "HF_HUB_CACHE": str(checkout / "hub"), "HF_HUB_OFFLINE": "1", "LLADAX_EVAL_DATA": "",
   }  # fmt: skip
   run = subprocess.run(

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -15,8 +16,12 @@ import tempfile
 import pytest
 
 # Before jax is imported. What the user has set stays. Of several test processes (`-n`) the first one does it for all.
-if "PYTEST_XDIST_WORKER" not in os.environ:
-  flags = os.environ["LLADAX_TESTS_USER_XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "")
+if "LLADAX_TESTS_XLA_FLAGS" not in os.environ:
+  flags = os.environ.get("XLA_FLAGS", "")
+  # XLA's older emitters compile in half the time. From 0.11 on they are gone, and their flag is an error.
+  if importlib.metadata.version("jaxlib") < "0.11":
+    flags = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
+  os.environ["LLADAX_TESTS_XLA_FLAGS"] = flags
   if "xla_force_host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -26,13 +31,26 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
   os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-USER_XLA_FLAGS = os.environ["LLADAX_TESTS_USER_XLA_FLAGS"]
+XLA_FLAGS = os.environ["LLADAX_TESTS_XLA_FLAGS"]  # without the eight devices
 
 import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = pathlib.Path(__file__).parent.parent
+# They take minutes, by default or with the slow ones, and are begun first: one that came last would leave a core idle.
+LONGEST = [
+  f"tests/{name}_test.py"
+  for name in (
+    "commands", "training/plan", "inference/samplers", "lowering", "notebooks", "inference/llada", "main",
+    "storage/safetensors", "scaling", "devices/distributed", "evaluation/adapter", "wheel", "training/step",
+  )
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+  order = {str(ROOT / name): i for i, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: order.get(str(item.path), len(order)))
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +73,7 @@ def quickstart_workdir(tmp_path_factory):
   command = f"-m lladax.main --config=configs/quickstart.py --workdir={workdir} --config.steps=2"
   command += " --config.evaluate.num_samples=1"
   with _quick_compiles():
-    env = {**os.environ, "XLA_FLAGS": USER_XLA_FLAGS}
+    env = {**os.environ, "XLA_FLAGS": XLA_FLAGS}
     subprocess.run([sys.executable, *command.split()], cwd=ROOT, env=env, check=True)
   return workdir
 
@@ -173,6 +191,16 @@ def data_dir(tmp_path_factory):
 @pytest.fixture
 def libtpu():
   pytest.importorskip("libtpu")
+
+
+@pytest.fixture
+def quick_plans(libtpu, monkeypatch):
+  """libtpu compiles in half the time: for tests of what is told of a program, not of how good it is."""
+  monkeypatch.setenv("JAX_EXEC_TIME_OPTIMIZATION_EFFORT", "-1.0")  # for the commands that a test starts
+  before = jax.config.jax_exec_time_optimization_effort
+  jax.config.update("jax_exec_time_optimization_effort", -1.0)
+  yield
+  jax.config.update("jax_exec_time_optimization_effort", before)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import conftest
 import jsonschema
 import kubernetes_validate
 import pytest
@@ -284,7 +285,10 @@ def test_local_trains(tmp_path, tiny_flags, quick_compiles):
   workdir = tmp_path / "run"
   flags = [flag for flag in tiny_flags if "schedule" not in flag]  # the base's are fractions, and fit three steps
   flags += [f"--workdir={workdir}", "--config.steps=3", "--config.evaluate.num_samples=1"]
-  env = os.environ | {"PYTHON": sys.executable, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+  env = os.environ | {
+    "PYTHON": sys.executable,
+    "XLA_FLAGS": f"{conftest.XLA_FLAGS} --xla_force_host_platform_device_count=4",
+  }
   run = subprocess.run(
     [ROOT / "launch" / "local.sh", "2", *flags], cwd=ROOT, env=env, timeout=300, capture_output=True, text=True
   )

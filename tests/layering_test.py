@@ -16,7 +16,7 @@ ORDER = [
     ("devices", "gpus sharding distributed hlo ahead"),
     ("data", "template vocabularies tokenizer facts reading contamination corpus"),
     ("data", "windows records dialogues sources batches prepare"),
-    ("model", "attention cross_entropy mask_predictor"),
+    ("model", "attention cross_entropy quantized mask_predictor"),
     ("storage", "metrics checkpoint safetensors layout published transfer"),
     ("", "config recipes"),
     ("inference", "engine llada load convert show chat"),

@@ -110,6 +110,7 @@ STEPS = {
   "llada_8b": ("right", "cuda tpu"),
   "llada_8b_sft": ("right", "cuda tpu"),
   "llada_8b_sft:lora": ("right", "cuda tpu"),
+  "llada_8b_sft:qlora": ("right", "cuda tpu"),
   "llada_8b_sft:illada": ("any", "cuda tpu"),
   "poems": ("any", ""),
   "quickstart": ("none", "cuda"),
@@ -144,6 +145,8 @@ def steps():
 
 @pytest.mark.parametrize(("name", "objective", "platform"), list(steps()))
 def test_the_step_of_every_config(name, objective, platform):
+  if name.endswith(":qlora"):
+    pytest.importorskip("qwix")
   segments, fused = STEPS[name]
   with on(platform):
     text = lower_step(config_of(name, objective), platform)
@@ -269,6 +272,7 @@ def test_the_causal_sampler(platform):
   assert kernels(text) == [set(), set()]
 
 
+@pytest.mark.usefixtures("quick_plans")
 @pytest.mark.slow
 def test_a_plan_of_the_causal_baseline():
   """Compiled for a TPU, as a user asks."""

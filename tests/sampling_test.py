@@ -31,9 +31,14 @@ def keys(rows, seed=0):
   return jax.random.split(jax.random.key(seed), rows)
 
 
-def sample(predict, tokens_BL, key_B, c, *, ends=(17,), first=0):
-  """`start` and `run` in one; `c`: one config, or one a row. By default nothing that is drawn ends a row."""
+def sample(predict, tokens_BL, key_B, c, **options):
+  """`start` and `run` in one; `c`: one config, or one a row."""
   shape, settings = sampling.split(c, len(tokens_BL))
+  return _sample(predict, tokens_BL, key_B, settings, shape, **options)
+
+
+def _sample(predict, tokens_BL, key_B, settings, shape, *, ends=(17,), first=0):
+  """By default nothing that is drawn ends a row."""
   state = sampling.start(tokens_BL, settings.steps, shape, mask_id=MASK, first=first)
   return sampling.run(
     predict, state, key_B, settings, shape, mask_id=MASK, allowed_V=jnp.asarray(ALLOWED), ends=ends,
@@ -41,16 +46,19 @@ def sample(predict, tokens_BL, key_B, c, *, ends=(17,), first=0):
   ).canvas  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("c", "predict", "first", "ends"))
-def run(tokens_BL, key_B, c, predict=predict, **options):
-  return sample(
-    lambda tokens_BL, start, W, cache: (predict(tokens_BL, start, W), cache), tokens_BL, key_B, c, **options
-  )
+@functools.partial(jax.jit, static_argnames=("shape", "predict", "first"))
+def run(tokens_BL, key_B, settings, shape, predict, **options):
+  """One program for all settings of a shape."""
+  return _sample(
+    lambda tokens_BL, start, W, cache: (predict(tokens_BL, start, W), cache), tokens_BL, key_B, settings, shape,
+    **options,
+  )  # fmt: skip
 
 
-def fill(tokens_BL, c, seed=0, **options):
+def fill(tokens_BL, c, seed=0, predict=predict, **options):
   tokens_BL = np.asarray(tokens_BL, np.int32)
-  return jax.tree.map(np.asarray, run(tokens_BL, keys(len(tokens_BL), seed), c, **options))
+  shape, settings = sampling.split(c, len(tokens_BL))
+  return jax.tree.map(np.asarray, run(tokens_BL, keys(len(tokens_BL), seed), settings, shape, predict, **options))
 
 
 def canvases(B=4, L=12, seed=0):

@@ -303,13 +303,17 @@ def check_batch(mesh: Mesh, batch_size: int, field: str = "data.batch_size", mul
     )
 
 
-def check_divides(mesh: Mesh, sizes: dict[str, int], length: int) -> None:
-  """Raises Mistake if an axis of the mesh does not divide the model's dimensions (letter -> size) or the canvas."""
+def check_divides(mesh: Mesh, sizes: dict[str, int], length: int = 0, pairs: str = "") -> None:
+  """Raises Mistake if an axis of the mesh does not divide the model's dimensions (letter -> size) or the canvas.
+
+  Of letters in `pairs` two neighbours stay together.
+  """
   fields = {f"model.{letter}": (letter, size) for letter, size in sizes.items()} | {"data.length": ("L", length)}
   for field, (letter, size) in fields.items():
     for axis in AXES.get(letter, ()):
-      if size % mesh.shape[axis]:
-        raise Mistake(f"mesh.{axis}={mesh.shape[axis]} does not divide {field}={size}: use a divisor of it")
+      if size % (mesh.shape[axis] * (2 if letter in pairs else 1)):
+        said = f"mesh.{axis}={mesh.shape[axis]} does not divide {field}={size}"
+        raise Mistake(f"{said}{' in pairs, which share a byte' if letter in pairs else ''}: use a divisor of it")
 
 
 def replicated(tree: dict[str, Any], at_least: int) -> list[tuple[str, int]]:

@@ -281,9 +281,10 @@ def evaluate_last(config: Config, workdir: Path) -> dict[str, float]:
   model, text = load.saved_model(workdir)
   if text is None:
     raise Mistake(f"--workdir={workdir}: this model has no tokenizer to read the held-out text and the tasks with")
+  asked = load.asked(config.model)
   config = show.of_model(config, model, workdir)
   check(config, text, others)
-  llada = load.load(workdir, mesh=sharding.make_mesh(config.mesh))
+  llada = load.load(workdir, mesh=sharding.make_mesh(config.mesh), **asked)
   config = dataclasses.replace(config, model=llada.model)  # adapters are merged
   bounds = held_out.bound(llada, config) if config.data.held_out else {}
   return report(llada, config, bounds, workdir, distributed.console())

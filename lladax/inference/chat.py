@@ -26,7 +26,7 @@ from lladax.config import Config
 from lladax.devices import sharding
 from lladax.drawing import unmasking
 from lladax.inference.llada import LLaDA, Sampled
-from lladax.inference.load import load
+from lladax.inference.load import asked, load
 from lladax.mistake import Mistake
 from lladax.sampling import SamplerConfig
 
@@ -43,7 +43,7 @@ def run(config: Config, workdir: Path, system: str = "") -> None:
   """Talks with the workdir's last checkpoint, sampled as its config says; a reply ends at EOS or EoT."""
   options = dataclasses.asdict(config.sample)
   del options["early_stop"]
-  talk(load(workdir, mesh=sharding.make_mesh(config.mesh)), system, options)
+  talk(load(workdir, mesh=sharding.make_mesh(config.mesh), **asked(config.model)), system, options)
 
 
 def talk(llada: LLaDA, system: str = "", options: Mapping[str, Any] | None = None) -> Messages:

@@ -3,12 +3,14 @@
 WORKDIR/published/ keeps the files that came with the tensors (config.json, the tokenizer's), for the way back.
 """
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lladax.data import tokenizer as tokenizers
@@ -35,6 +37,7 @@ def from_published(source: str | Path, workdir: Path, values: dict[str, Any]) ->
     raise Mistake(f"--workdir={workdir} is not empty: an import needs a new workdir")
   checkpoint.check_workdir(workdir, ["config.json"], ["checkpoints", "tokenizer", "published"])
   theirs = published.read(published.find(source))
+  dataclasses.replace(theirs.model, weights=values["model"].get("weights", "full"))  # must go together
   text = theirs.identity["tokenizer"]
   for path in theirs.folder.iterdir():
     if path.is_file() and path.suffix in published.KEPT and path.name != safetensors.INDEX:
@@ -73,7 +76,9 @@ def to_published(workdir: Path, target: Path, dtype: str | None = None) -> None:
     raise Mistake(f"--target={target} is not empty: an export needs a new folder")
   model = MaskPredictorConfig(**checkpoint.config(workdir)["model"])
   layout.check_exportable(model)
-  found = load.load(workdir)  # adapters are merged
+  # Adapters are merged, with what they were trained over. What float16 cannot say of a file is not lost here.
+  dtype_here = "bfloat16" if model.compute_dtype == jnp.float16 else None
+  found = load.load(workdir, weights="full", dtype=dtype_here)
   model, params = found.model, found.params
   target.mkdir(parents=True, exist_ok=True)
   if (workdir / "published").is_dir():

@@ -116,7 +116,7 @@ class Engine:
       padded = job.padding_B.any() or shape.grows
       with sharding.on_mesh_of(self.params):
         cache = _new_cache(self.model, B * (1 + shape.guided), L) if shape.cache else None
-      begun = sampling.start(canvas.tokens_BL, job.settings.steps, shape, mask_id=self.mask_id, first=first)
+      begun = _start(canvas.tokens_BL, job.settings.steps, shape, mask_id=self.mask_id, first=first)
       host = jax.device_get(begun)._replace(canvas=canvas, block=block)
       state = jax.device_put(host, where)
       state = state._replace(cache=jax.device_put(cache, jax.tree.map(lambda x: x.sharding, cache)))
@@ -271,6 +271,7 @@ def _allowed(rows: int, mask_id: int, vocab_size: int) -> jax.Array:
 
 
 _new_cache = jax.jit(MaskPredictorConfig.new_cache, static_argnums=(0, 1, 2))
+_start = jax.jit(sampling.start, static_argnames=("shape", "mask_id", "first"))  # one program, not one a line
 
 
 def _laid_out(x: Any) -> Any:

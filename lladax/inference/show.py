@@ -62,12 +62,13 @@ def show_samples(config: Config, workdir: Path, prompts: list[str], html: str | 
   model, text = load.saved_model(workdir)
   if text is None:
     raise Mistake(f"--workdir={workdir}: this model has no tokenizer to read a prompt with")
+  asked = load.asked(config.model)
   config = of_model(config, model, workdir)
   for prompt in prompts:
     fills = "[MASK]" in prompt
     ids = text.encode_canvas(prompt) if fills else text.encode(prompt)
     check_room({f"--prompt={prompt[:30]!r}": len(ids)}, config.sample, model, fills=fills)
-  llada = load.load(workdir, mesh=sharding.make_mesh(config.mesh))
+  llada = load.load(workdir, mesh=sharding.make_mesh(config.mesh), **asked)
   options, pages = dataclasses.asdict(config.sample), []
   for n, prompt in enumerate(prompts):  # each is a batch of its own, and noise must differ
     options_here: dict[str, Any] = options | {"seed": sampling.nth_seed(options["seed"], n)}

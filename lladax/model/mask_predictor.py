@@ -25,7 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lladax import autoregressive, diffusion
 from lladax.devices import sharding
 from lladax.mistake import Mistake
-from lladax.model import attention, cross_entropy
+from lladax.model import attention, cross_entropy, quantized
 from lladax.model.attention import Visible
 
 Params = dict[str, Any]
@@ -60,7 +60,11 @@ class MaskPredictorConfig:
   rope_theta: float = 500_000.0  # base of the rotary positions
   norm_eps: float = 1e-5  # added to the mean square in RMSNorm
   max_length: int = 4096  # longest canvas
-  dtype: str = "auto"  # of the computation: "auto", bfloat16 on accelerators, float32 on a CPU | "float32" | "bfloat16"
+  # Of the computation: "auto", float32 on a CPU, bfloat16 on accelerators, float16 on GPUs without it | "float32" |
+  # "bfloat16" | "float16" (not to train in).
+  dtype: str = "auto"
+  # The layers' matrices, where they are not trained: "full", as they are | in bits: "int8" | "int4" | "nf4".
+  weights: str = "full"
   attention: str = "auto"  # kernel of full passes: "auto", the fastest exact one | "xla" | "cudnn" | "splash"
   # What the backward pass computes again: "none" | "dots" (all but matmuls and fused attention) | "attention" (all but
   # fused attention) | "full" (all).
@@ -84,8 +88,13 @@ class MaskPredictorConfig:
       raise Mistake(f"model.attention={self.attention!r}: use one of {', '.join(attention.KERNELS)}")
     if self.head_chunk < 1:
       raise Mistake(f"model.head_chunk={self.head_chunk}: must be at least 1")
-    if self.dtype not in ("auto", "float32", "bfloat16"):
-      raise Mistake(f"model.dtype={self.dtype!r}: use auto, float32 or bfloat16")
+    if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+      raise Mistake(f"model.dtype={self.dtype!r}: use auto, float32, bfloat16 or float16")
+    if self.weights not in quantized.KINDS:
+      raise Mistake(f"model.weights={self.weights!r}: use one of {', '.join(quantized.KINDS)}")
+    if self.weights in quantized.PAIRED and (self.D % 2 or self.F % 2):
+      raise Mistake(f"model.weights={self.weights!r} keeps two values in a byte: model.D={self.D}, model.F={self.F} are"
+                    " not both even; use int8")  # fmt: skip
     object.__setattr__(self, "lora_targets", tuple(self.lora_targets))  # JSON knows lists alone
     if self.lora_rank < 0:
       raise Mistake(f"model.lora_rank={self.lora_rank}: must be at least 1, or 0 for no adapters")
@@ -112,8 +121,21 @@ class MaskPredictorConfig:
   @property
   def compute_dtype(self) -> jnp.dtype:
     """`dtype`, with "auto" resolved for the devices of the mesh, or of the backend at hand."""
-    auto = "float32" if sharding.platform() == "cpu" else "bfloat16"
-    return jnp.dtype(auto if self.dtype == "auto" else self.dtype)
+    if self.dtype != "auto":
+      return jnp.dtype(self.dtype)
+    if sharding.platform() == "cpu":
+      return jnp.dtype("float32")
+    return jnp.dtype("float16" if (sharding.capability() or (8, 0)) < (8, 0) else "bfloat16")
+
+  @property
+  def stream_dtype(self) -> jnp.dtype:
+    """Of what the layers add up, which outgrows float16 (65504) in trained models: there it is float32."""
+    return jnp.dtype("float32") if self.compute_dtype == jnp.float16 else self.compute_dtype
+
+  def check_mesh(self, mesh: jax.sharding.Mesh, length: int = 0) -> None:
+    """Raises Mistake if the parameters, or a canvas of that length, cannot be shared out over the mesh."""
+    sizes = {letter: size for letter in "DHGFV" if (size := getattr(self, letter))}
+    sharding.check_divides(mesh, sizes, length, pairs="DF" if self.weights in quantized.PAIRED else "")
 
   def init(self, rng: jax.Array) -> Params:
     """New float32 parameters as a plain nested dict. Pure: jit it, or `jax.eval_shape` it."""
@@ -123,11 +145,16 @@ class MaskPredictorConfig:
 
   def bind(self, params: Params) -> "MaskPredictor":
     """A MaskPredictor that computes with `params` (inside or outside of jit)."""
+    if self.weights != "full":
+      matrices = {name: quantized.Matrix(**params["blocks"][name]) for name in Block.MATRICES}
+      params = params | {"blocks": params["blocks"] | matrices}
     return nnx.merge(_graph(self), nnx.State(params))
 
   def letters(self) -> dict[str, Any]:
     """The dimension letters of every parameter, in the tree of the parameters: {"embedding": "VD", ...}."""
-    blocks = {name: "N" + letters for name, letters in Block.letters(self).items()}
+    blocks: Params = {name: "N" + letters for name, letters in Block.letters(self).items()}
+    if self.weights != "full":
+      blocks |= {name: quantized.letters(blocks[name], inputs) for name, inputs in Block.MATRICES.items()}
     return {"embedding": "VD", "blocks": blocks, "final_norm": "D"} | ({} if self.tied else {"head": "DV"})
 
   def new_cache(self, batch_size: int, length: int) -> Cache:
@@ -160,19 +187,36 @@ class MaskPredictorConfig:
     rest = {name: x for name, x in blocks.items() if name not in own}
     return {"blocks": {name: blocks[name] for name in sorted(own)}}, params | {"blocks": rest}
 
+  def keep(self, name: str, x: jax.Array, dtype: Any, group: int = quantized.GROUP) -> Any:
+    """A stacked parameter of the layers where it is not trained: a matrix in the bits of `weights`, else in `dtype`."""
+    if self.weights == "full" or name not in Block.MATRICES:
+      return x.astype(dtype)
+    one = functools.partial(
+      quantized.quantize, of_matrix=Block.LETTERS[name], inputs=Block.MATRICES[name], kind=self.weights, group=group
+    )
+    return jax.lax.map(one, x)  # a layer at a time
+
+  def freeze(self, params: Params, group: int = quantized.GROUP) -> Params:
+    """Parameters that are not trained: in the compute dtype, matrices in the bits of `weights`; pure: jit it."""
+    dtype = self.compute_dtype
+    blocks = {name: self.keep(name, x, dtype, group) for name, x in params["blocks"].items()}
+    return {name: x.astype(dtype) for name, x in params.items() if name != "blocks"} | {"blocks": blocks}
+
   def join(self, trained: Params, frozen: Params) -> Params:
     """The whole again."""
     return frozen | {"blocks": frozen["blocks"] | trained["blocks"]} if self.lora_rank else trained
 
   def merge(self, trained: Params, frozen: Params) -> tuple["MaskPredictorConfig", Params]:
-    """The model without adapters, W + alpha / rank A B in the dtype of W; pure: jit it."""
+    """The model without adapters, W + alpha / rank A B in the dtype of W, which is multiplied out; pure: jit it."""
     blocks = dict(frozen["blocks"])
+    for name in Block.MATRICES if self.weights != "full" else ():
+      blocks[name] = quantized.dequantize(quantized.Matrix(**blocks[name]), self.weights, self.compute_dtype)
     for name in self.lora_targets:
       a, b = (trained["blocks"][f"{name}_{x}"].astype(jnp.float32) for x in "ab")
       w32 = blocks[name].astype(jnp.float32)
       update = jnp.einsum("NIR,NRO->NIO", a.reshape(self.N, -1, self.R), b.reshape(self.N, self.R, -1))
       blocks[name] = (w32 + self.lora_alpha / self.R * update.reshape(w32.shape)).astype(blocks[name].dtype)
-    return dataclasses.replace(self, lora_rank=0), frozen | {"blocks": blocks}
+    return dataclasses.replace(self, lora_rank=0, weights="full"), frozen | {"blocks": blocks}
 
   @functools.cache  # noqa: B019  (configs are few, and small)
   def num_params(self, embedding: bool = True) -> int:
@@ -309,21 +353,26 @@ class Block(nnx.Module):
   def weight(self, name: str, dtype: jnp.dtype) -> jax.Array:
     """A parameter in the compute dtype, gathered along its width: cast first, so that half the bytes travel."""
     letters = Block.letters(self.c)[name]
-    return checkpoint_name(
-      _aligned(sharding.gather(getattr(self, name)[...].astype(dtype), letters), letters), "gathered"
-    )
+    gathered = sharding.gather(getattr(self, name)[...].astype(dtype), letters)
+    # Beside matrices in bits, which are not padded, adapters are not either.
+    return checkpoint_name(_aligned(gathered, letters) if self.c.weights == "full" else gathered, "gathered")
 
   def __call__(self, x_BWD, cache: Any, *, cos, sin, start, attend):
     """Returns the new stream, and the layer's keys and values over the canvas if there is a cache to write.
 
     `start` None: the cache is read only, it comes `attention.turned`, and the window's own keys stand behind it.
     """
-    c, dtype = self.c, x_BWD.dtype
+    c, dtype, stream_dtype = self.c, self.c.compute_dtype, x_BWD.dtype
 
-    def project(x, name, letters):  # the axes behind B and W times the weight, to these letters
+    def project(x, name, letters, out_dtype=dtype):  # the axes behind B and W times the weight, to these letters
       x_BWI = x.reshape(*x.shape[:2], -1)
       x_I = cross_entropy.flat(x_BWI) if sharding.axis_size("context") == 1 else x_BWI
-      out = x_I @ self.weight(name, dtype).reshape(x_BWI.shape[-1], -1)
+      out: Any
+      if c.weights == "full":
+        weight = self.weight(name, dtype).reshape(x_BWI.shape[-1], -1)
+        out = jnp.matmul(x_I, weight, preferred_element_type=out_dtype)
+      else:
+        out = quantized.matmul(x_I, getattr(self, name).get_value(), c.weights, Block.LETTERS[name], out_dtype)
       if c.lora_rank and name in c.lora_targets:
         low = x_I @ self.weight(name + "_a", dtype).reshape(-1, c.R)
         out += (c.lora_alpha / c.R) * (low @ self.weight(name + "_b", dtype).reshape(c.R, -1))
@@ -331,7 +380,7 @@ class Block(nnx.Module):
       out = out.reshape(*x.shape[:2], *widths)
       return sharding.constrain(out, "BL" + letters)
 
-    n_BWD = rms_norm(x_BWD, self.weight("attention_norm", dtype), c.norm_eps)
+    n_BWD = rms_norm(x_BWD, self.weight("attention_norm", dtype), c.norm_eps).astype(dtype)
     q_BWHK = rotate(project(n_BWD, "q", "HK"), cos, sin)
     k_BLGK = rotate(project(n_BWD, "k", "GK"), cos, sin)
     v_BLGK = project(n_BWD, "v", "GK")
@@ -345,11 +394,14 @@ class Block(nnx.Module):
     # A mesh may slice the canvas: keys and values are gathered, queries stay.
     k_BLGK, v_BLGK = sharding.constrain(k_BLGK, "B.GK"), sharding.constrain(v_BLGK, "B.GK")
     mixed_BWHK = attend(q_BWHK, k_BLGK, v_BLGK, cached=cached)
-    x_BWD = x_BWD + project(mixed_BWHK, "out", "D")
+    x_BWD = x_BWD + project(mixed_BWHK, "out", "D", stream_dtype)
 
-    n_BWD = rms_norm(x_BWD, self.weight("ff_norm", dtype), c.norm_eps)
-    inner_BWF = jax.nn.silu(project(n_BWD, "gate", "F")) * project(n_BWD, "up", "F")
-    return x_BWD + project(inner_BWF, "down", "D"), cache
+    n_BWD = rms_norm(x_BWD, self.weight("ff_norm", dtype), c.norm_eps).astype(dtype)
+    inner_BWF = jax.nn.silu(project(n_BWD, "gate", "F", stream_dtype)) * project(n_BWD, "up", "F", stream_dtype)
+    if dtype != stream_dtype:  # a product that float16 cannot say is its largest number, not infinity
+      most = jnp.finfo(dtype).max
+      inner_BWF = jnp.clip(inner_BWF, -most, most).astype(dtype)
+    return x_BWD + project(inner_BWF, "down", "D", stream_dtype), cache
 
 
 class MaskPredictor(nnx.Module):
@@ -416,6 +468,7 @@ class MaskPredictor(nnx.Module):
     if c.remat != "none" or sharding.axis_size("fsdp") > 1:
       body = jax.checkpoint(body, policy=REMAT[c.remat], prevent_cse=False)
     x_BWD = sharding.constrain(_look_up(self.embedding[...].astype(c.compute_dtype), tokens_BW, c.V), "BLD")
+    x_BWD = x_BWD.astype(c.stream_dtype)
     if isinstance(layers, list):
       caches, written = cache if isinstance(cache, list) else [None] * c.N if cache is None else c.apart(cache), []
       for layer in zip(layers, caches, strict=True):
@@ -426,7 +479,7 @@ class MaskPredictor(nnx.Module):
       # XLA's CPU backend copies the residuals of a loop into stacked arrays: unrolled, a step takes 0.75 of the time.
       x_BWD, written = jax.lax.scan(body, x_BWD, (self.blocks, cache), unroll=c.N if c.unrolled else 1)
     final_norm_D = sharding.gather(self.final_norm[...], "D")
-    return rms_norm(x_BWD, final_norm_D, c.norm_eps), cache if reads else written
+    return rms_norm(x_BWD, final_norm_D, c.norm_eps).astype(c.compute_dtype), cache if reads else written
 
   def head_DV(self, dtype: jnp.dtype) -> jax.Array:
     """The matrix from hidden states to logits, gathered along its width."""

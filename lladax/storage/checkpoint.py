@@ -224,13 +224,16 @@ def _drop_echoes() -> None:
   logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
 
 
-def restore_latest(workdir: Path, abstract: Tree, *, set_aside: bool = True) -> tuple[int, Tree] | None:
+def restore_latest(
+  workdir: Path, abstract: Tree, *, set_aside: bool = True, read: Callable[[Path, int, Tree], Tree] | None = None
+) -> tuple[int, Tree] | None:
   """The newest readable checkpoint; unreadable ones are named in a warning, never deleted.
 
   Args:
     workdir: of the run.
     abstract: as in `restore`.
     set_aside: rename the unreadable ones, so that the run can save these steps again; a reader leaves them alone.
+    read: `restore`, or what takes its place.
 
   Returns:
     (step, tree), or None if there is no checkpoint at all.
@@ -241,7 +244,7 @@ def restore_latest(workdir: Path, abstract: Tree, *, set_aside: bool = True) -> 
   failed = []
   for step in reversed(steps(workdir)):
     try:
-      tree = restore(workdir, step, abstract)
+      tree = (read or restore)(workdir, step, abstract)
     except Corrupt as error:
       failed.append((step, error))
       continue

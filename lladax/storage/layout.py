@@ -3,6 +3,7 @@
 A column of the tables is a *family*: 0 LLaDA's names, 1 iLLaDA's.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -186,7 +187,7 @@ class Piece(NamedTuple):
 
 def pieces(c: MaskPredictorConfig, family: int) -> Iterator[Piece]:
   """All tensors of a model, those of a parameter in a row."""
-  letters = dict(checkpoint.flat(c.letters()))
+  letters = dict(checkpoint.flat(dataclasses.replace(c, weights="full").letters()))
   for path, disk, *names in NAMES:
     for layer in range(c.N) if path.startswith("blocks/") else (0,):
       if path in letters:  # a tied model has no head

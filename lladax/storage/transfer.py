@@ -1,8 +1,8 @@
 """Published tensors to stacked parameters on devices, and back.
 
 The life of a tensor: rows of a file -> the device, in the file's shape and dtype -> one compiled program that reshapes,
-transposes, casts and writes them into their place in the stacked parameter, where they stay. The host never holds more
-than one tensor of a layer, or `ROWS` rows of the vocabulary; export is the same backwards.
+transposes, casts (or quantises) and writes them into their place in the stacked parameter, where they stay. The host
+never holds more than one tensor of a layer, or `ROWS` rows of the vocabulary; export is the same backwards.
 """
 
 import functools
@@ -26,10 +26,10 @@ from lladax.storage.published import Published
 
 
 def load_params(published: Published, shardings: Any = None, dtype: Any = None) -> Params:
-  """Reads the tensors into stacked parameters; every device reads what it keeps.
+  """Reads the tensors into stacked parameters, in the bits of `model.weights`; every device reads what it keeps.
 
   Args:
-    published: what `published.read` returned.
+    published: what `published.read` returned; its model says in which bits.
     shardings: tree like the parameters', as from `sharding.shardings(mesh, model.letters())`; None: on one device.
     dtype: of the parameters; None keeps that of the files.
   """
@@ -42,15 +42,19 @@ def load_params(published: Published, shardings: Any = None, dtype: Any = None) 
     kept = dtype or functools.reduce(
       jnp.promote_types, {safetensors.DTYPES[published.tensors[x.name].dtype] for x in parts}
     )
-    disk_at, where = at[path], {}
+    name = path.removeprefix("blocks/")
+    # A parameter is an array, or where it is quantised the arrays of its parts.
+    kept_at = at[path] if path in at else {part: at[f"{path}/{part}"] for part in ("bits", "scale")}
+    disk_at, where = jax.tree.leaves(kept_at)[0], {}
     if isinstance(disk_at, NamedSharding):  # the axes of the file are cut as ours will be
       where = dict(zip(letters, disk_at.spec, strict=False))
       disk_at = NamedSharding(disk_at.mesh, PartitionSpec(*(where.get(axis[0]) for axis in disk.split())))
     most = ROWS if where.get("V") is None else c.V
-    new = functools.partial(jnp.zeros, tuple(getattr(c, letter) for letter in letters), kept)
-    x = jax.jit(new, out_shardings=at[path])()
-    fill = functools.partial(_fill, c=c, disk=disk, letters=letters, axis=parts[0].axis)
-    fill = jax.jit(fill, out_shardings=at[path], donate_argnums=0)
+    new = jax.ShapeDtypeStruct(tuple(getattr(c, letter) for letter in letters), kept)
+    new = jax.eval_shape(lambda x, name=name: c.keep(name, x, x.dtype), new)
+    x = jax.jit(lambda new=new: jax.tree.map(jnp.zeros_like, new), out_shardings=kept_at)()
+    fill = functools.partial(_fill, c=c, name=name, disk=disk, letters=letters, axis=parts[0].axis)
+    fill = jax.jit(fill, out_shardings=kept_at, donate_argnums=0)
     for piece in parts:
       tensor = published.tensors[piece.name]
       for start, size in piece.moves(c, most):
@@ -63,7 +67,7 @@ def load_params(published: Published, shardings: Any = None, dtype: Any = None) 
   return {path: x for path, x in flat.items() if "/" not in path} | {"blocks": blocks}
 
 
-def _fill(x: jax.Array, slab: jax.Array, start, *, c: MaskPredictorConfig, disk: str, letters: str, axis: int):
+def _fill(x, slab: jax.Array, start, *, c: MaskPredictorConfig, name: str, disk: str, letters: str, axis: int):
   """Writes a tensor of a file, or some rows of it, into its place in a parameter."""
   sizes = [
     [getattr(c, letter) for letter in group] if group[1:] else [n]
@@ -72,7 +76,8 @@ def _fill(x: jax.Array, slab: jax.Array, start, *, c: MaskPredictorConfig, disk:
   order = disk.replace(" ", "")
   slab = slab.reshape(list(itertools.chain(*sizes))).transpose([order.index(letter) for letter in letters.lstrip("N")])
   slab = slab[None] if letters[0] == "N" else slab
-  return jax.lax.dynamic_update_slice_in_dim(x, slab.astype(x.dtype), start, axis)
+  put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=axis)
+  return jax.tree.map(put, x, c.keep(name, slab, jax.tree.leaves(x)[0].dtype))
 
 
 @functools.partial(jax.jit, static_argnames=("disk", "letters", "axis", "size", "dtype"))

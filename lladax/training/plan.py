@@ -26,6 +26,7 @@ from lladax.devices import ahead, gpus, sharding
 from lladax.devices.ahead import Program, chips, compiled, devices
 from lladax.inference import engine
 from lladax.mistake import Mistake
+from lladax.model import quantized
 from lladax.storage import metrics
 from lladax.training import explanation, roofline, step
 
@@ -41,7 +42,7 @@ class Plan:
   limit: int  # bytes of a device that a program may use
   because: str  # how it comes about, where it is no word of the compiler
   config: Config
-  train: Program
+  train: Program | None  # None: the model is one to sample from, in bits without adapters
   sample: Program | None
   flops_per_step: float
   tokens_per_step: int
@@ -51,8 +52,12 @@ class Plan:
   @property
   def fits(self) -> bool:
     """Whether every program fits its devices."""
-    programs = [self.train] + ([self.sample] if self.sample else [])
-    return all(not x.refusal and x.total <= self.limit for x in programs)
+    return all(not x.refusal and x.total <= self.limit for _, x in self.programs)
+
+  @property
+  def programs(self) -> list[tuple[str, Program]]:
+    """Those that were compiled, by name."""
+    return [(name, x) for name, x in (("train step", self.train), ("sampler", self.sample)) if x]
 
   def to_dict(self) -> dict[str, Any]:
     """Plain values, for JSON; times in seconds, sizes in bytes."""
@@ -101,10 +106,15 @@ def make(config: Config, topology: str, slices: int = 1, *, utilisation: float =
   if found[0].platform == "tpu" or config.mesh.slices == -1:
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, slices=slices))
   mesh = sharding.make_mesh(config.mesh, found)
+  trains = _trains(config)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # constants of the traced programs are made here
     step.check_mesh(config, mesh)
-    stepping = compiled(functools.partial(_lower_step, config, mesh), found[0])
-    sampling_ = compiled(functools.partial(_lower_sampler, config, mesh), found[0]) if sampler else None
+    stepping = sampling_ = None
+    if trains:
+      step.check_trains(config.model)
+      stepping = compiled(functools.partial(_lower_step, config, mesh), found[0])
+    if sampler or not trains:
+      sampling_ = compiled(functools.partial(_lower_sampler, config, mesh), found[0])
   flops = step.flops_per_token(config) * config.data.batch_size * config.data.length
   peak = metrics.peak_flops(found[0])
   assert peak is not None
@@ -113,6 +123,10 @@ def make(config: Config, topology: str, slices: int = 1, *, utilisation: float =
     sampling_, flops, config.data.batch_size * config.data.length, flops / (peak * len(found) * utilisation),
     utilisation,
   )  # fmt: skip
+
+
+def _trains(config: Config) -> bool:
+  return config.model.weights == "full" or config.model.lora_rank > 0
 
 
 def _lower_step(config: Config, mesh: jax.sharding.Mesh) -> Any:
@@ -132,10 +146,8 @@ def _lower_sampler(config: Config, mesh: jax.sharding.Mesh) -> Any:
   rows = math.prod(mesh.shape[axis] for axis in sharding.AXES["B"])
   length = prompt + (c.gen_length or 4 * c.block_length)
   at = sharding.shardings(mesh, config.model.letters())
-  params = jax.eval_shape(config.model.init, jax.random.key(0))
-  params = jax.tree.map(
-    lambda x, at: jax.ShapeDtypeStruct(x.shape, config.model.compute_dtype, sharding=at), params, at
-  )
+  params = jax.eval_shape(lambda: config.model.freeze(config.model.init(jax.random.key(0))))
+  params = jax.tree.map(_abstract, params, at)
   cache = None
   if c.cache:
     cache = jax.eval_shape(lambda: config.model.new_cache(rows * (2 if c.guidance_scale else 1), length))
@@ -171,11 +183,15 @@ def nearest(plan: Plan) -> Iterator[tuple[str, Plan]]:
     limit, because = ahead.gpu_limit(gpus.GPUS[kind], plan.devices, LARGEST)
     yield f"{ahead.FRACTION}={LARGEST}", dataclasses.replace(plan, limit=limit, because=because)
   said = []
-  if c.model.remat != "full":
+  if plan.train is None:
+    for weights in quantized.KINDS[quantized.KINDS.index(c.model.weights) + 1 :]:
+      c = dataclasses.replace(c, model=dataclasses.replace(c.model, weights=weights))
+      yield f"model.weights={weights}", make_again(c, plan.topology, plan.slices)
+  elif c.model.remat != "full":
     c = dataclasses.replace(c, model=dataclasses.replace(c.model, remat="full"))
     said.append("model.remat=full")
     yield ", ".join(said), with_step_of(c)
-  while True:
+  while plan.train:
     try:
       c = dataclasses.replace(c, micro_batches=2 * c.micro_batches)
       again = with_step_of(c)
@@ -207,10 +223,13 @@ def run(
   """
   console = Console(stderr=True, highlight=False, soft_wrap=True)
   found = devices(topology, slices)  # says what is wrong with them
-  console.print(f"compiling the train step and the sampler for {slices} x {topology}: minutes for a large model")
+  if explain and not _trains(config):
+    raise Mistake(f"model.weights={config.model.weights}: --explain is of the train step, and bits are not trained")
+  programs = "the train step and the sampler" if _trains(config) else "the sampler"
+  console.print(f"compiling {programs} for {slices} x {topology}: minutes for a large model")
   plan = make(config, topology, slices, utilisation=utilisation)
   report, estimate = plan.to_dict(), None
-  if explain and plan.train.hlo:
+  if explain and plan.train and plan.train.hlo:
     device = roofline.device(found[0], len(found) // slices)
     estimate = roofline.analyse(plan.train.hlo, device, plan.flops_per_step / len(found))
     report["roofline"] = estimate.to_dict()
@@ -227,7 +246,7 @@ def run(
       console.print(
         f"with {change}: "
         + ("fits" if other.fits else "does not fit")
-        + f" ({other.train.refusal or _size(other.train.total)})"
+        + f" ({', '.join(x.refusal or _size(x.total) for _, x in other.programs)})"
       )
       if other.fits:
         report["nearest"] = {"change": change} | other.to_dict()
@@ -259,17 +278,18 @@ def show(plan: Plan) -> None:
   if plan.because:
     console.print(f"{_size(plan.limit)} are {plan.because}")
   table = Table("per device", "arguments", "temporaries", "total", "of the limit", "attention", "compiled in")
-  for name, program in (("train step", plan.train), ("sampler", plan.sample)):
-    if program is None:
-      continue
+  for name, program in plan.programs:
     sizes = [_size(x) for x in (program.arguments, program.temporaries, program.total)]
     share = f"{program.total / plan.limit:.0%}"
     table.add_row(name, *(["?"] * 3 if program.refusal else sizes), "too much" if program.refusal else share,
                   program.attention, f"{program.seconds:.0f} s")  # fmt: skip
   console.print(table)
-  for name, program in (("train step", plan.train), ("sampler", plan.sample)):
-    if program and program.refusal:
+  for name, program in plan.programs:
+    if program.refusal:
       console.print(f"{name}: {program.refusal}", markup=False)
+  if plan.train is None:
+    print("it fits" if plan.fits else "it does not fit")
+    return
   if plan.train.collectives:
     table = Table("collectives of a step", "how many", "arrays, in all")
     for kind, (n, size) in sorted(plan.train.collectives.items()):

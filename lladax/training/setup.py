@@ -18,8 +18,9 @@ from lladax.devices import distributed, sharding
 from lladax.evaluation import evaluate
 from lladax.inference.load import check_vocabulary, load
 from lladax.mistake import Missing, Mistake
+from lladax.model import quantized
 from lladax.storage import checkpoint
-from lladax.training.step import State, check_mesh, from_tree, program, to_tree
+from lladax.training.step import State, check_mesh, check_trains, from_tree, program, to_tree
 
 
 class Run(NamedTuple):
@@ -42,12 +43,19 @@ def prepare(config: Config, workdir: Path) -> Run:
   _check_outputs(config.log, workdir)
   mesh = sharding.make_mesh(config.mesh)
   check_mesh(config, mesh)
+  check_trains(config.model)
+  if config.model.weights != "full":
+    quantized.library()
   saved = checkpoint.config(workdir) if (workdir / "config.json").exists() else None
   console = distributed.console()
   others = evaluate.check_tasks(config)
   base = _base(config, saved, workdir) if config.init_from else ""
   if base:
     begun = saved or checkpoint.config(_workdir_of(base))
+    if config.model.weights != "full" and begun["model"].get("lora_rank") and not saved:
+      raise Mistake(
+        f"model.weights={config.model.weights!r}: {base} holds adapters: export it, import that, and begin there"
+      )
     shape = {name: begun["model"][name] for name in _SHAPE}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **shape))
     console.print(f"parameters, their shape and the tokenizer are those of {base}", markup=False)
@@ -166,14 +174,17 @@ def begin(run: Run) -> State:
     frozen = _frozen_base(run)
     params = jax.jit(lambda: run.init().params, out_shardings=at.params, compiler_options=quick)()
   else:
-    params = _cast(load(run.base, mesh=run.mesh).params, jnp.float32, at.params)
+    base = load(run.base, mesh=run.mesh, dtype=run.config.model.dtype, weights="full")
+    params = _cast(base.params, jnp.float32, at.params)
   opt_state = jax.jit(run.tx.init, out_shardings=at.opt_state)(params)
   return State(jax.device_put(jnp.int32(0), at.step), params, opt_state, frozen)
 
 
 def _frozen_base(run: Run) -> Any:
   """What the adapters adapt."""
-  return _cast(load(run.base, mesh=run.mesh).params, run.config.model.compute_dtype, run.shardings.frozen)
+  c = run.config.model
+  found = load(run.base, mesh=run.mesh, dtype=c.dtype, weights=c.weights).params
+  return found if c.weights != "full" else _cast(found, c.compute_dtype, run.shardings.frozen)
 
 
 def _cast(params: Any, dtype: Any, at: Any) -> Any:

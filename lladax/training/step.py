@@ -13,7 +13,9 @@ from jax.sharding import Mesh
 from lladax import optimizer
 from lladax.config import Config
 from lladax.devices import sharding
+from lladax.mistake import Mistake
 from lladax.model import attention
+from lladax.model.mask_predictor import MaskPredictorConfig
 from lladax.storage import metrics
 
 
@@ -64,13 +66,23 @@ def train_step(
   return State(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.frozen), scalars
 
 
+def check_trains(c: MaskPredictorConfig) -> None:
+  """Raises Mistake for a model that cannot be trained as it is to be kept, or computed in."""
+  if c.weights != "full" and not c.lora_rank:
+    raise Mistake(
+      f"model.weights={c.weights!r}: what is in bits has no gradient: train adapters over it, as in model.lora_rank=16,"
+      " or leave it at full"
+    )
+  if c.compute_dtype == jnp.float16:
+    raise Mistake(f"model.dtype={c.dtype!r} is float16 here, whose gradients vanish unscaled: set model.dtype=float32")
+
+
 def check_mesh(config: Config, mesh: Mesh) -> None:
   """Raises Mistake if the batch or the model cannot be shared out over the mesh, or the kernel is not for it."""
   part, field = config.data.batch_size // config.micro_batches, "data.batch_size / micro_batches"
   # The two rows of an antithetic pair live on one device.
   sharding.check_batch(mesh, part, field, multiple=2 if config.noise.times == "antithetic" else 1)
-  sizes = {letter: getattr(config.model, letter) for letter in "DHGFV" if getattr(config.model, letter)}
-  sharding.check_divides(mesh, sizes, config.data.length)
+  config.model.check_mesh(mesh, config.data.length)
   c, L = config.model, config.data.length
   segment_BL = jax.ShapeDtypeStruct((part, L), jnp.int32)
   attention.choose(
@@ -91,7 +103,7 @@ def program(config: Config, mesh: Mesh) -> tuple[optax.GradientTransformation, C
 
   def init() -> State:
     params, frozen = c.split(c.init(jax.random.fold_in(jax.random.key(config.seed), _PARAMETERS)))
-    return State(jnp.int32(0), params, tx.init(params), jax.tree.map(lambda x: x.astype(c.compute_dtype), frozen))
+    return State(jnp.int32(0), params, tx.init(params), c.freeze(frozen) if c.lora_rank else frozen)
 
   shapes = jax.eval_shape(init)
   everywhere = sharding.shardings(mesh, "")

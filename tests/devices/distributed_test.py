@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import conftest
 import numpy as np
 import pytest
 
@@ -24,7 +25,7 @@ def start(flags, workdir, *, more=({}, {})):
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
-  env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+  env = os.environ | {"XLA_FLAGS": f"{conftest.XLA_FLAGS} --xla_force_host_platform_device_count=4"}
   command = [sys.executable, "-m", "lladax.main", *flags, f"--workdir={workdir}"]
   command += [f"--coordinator=localhost:{port}", "--num_processes=2"]
   return [

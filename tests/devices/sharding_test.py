@@ -219,6 +219,14 @@ def test_a_model_that_the_mesh_cannot_divide(model, length, message):
     sharding.check_divides(sharding.make_mesh(MeshConfig(**sizes)), model, length)
 
 
+def test_pairs_that_share_a_byte_stay_together():
+  mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8))
+  sharding.check_divides(mesh, {"D": 24, "F": 7})  # nothing slices 7 here
+  sharding.check_divides(mesh, {"D": 32}, pairs="D")
+  with pytest.raises(ValueError, match="mesh.fsdp=8 does not divide model.D=24 in pairs, which share a byte: use a"):
+    sharding.check_divides(mesh, {"D": 24}, pairs="D")
+
+
 def test_a_pair_lives_on_one_device():
   mesh = sharding.make_mesh(MeshConfig())
   with pytest.raises(ValueError, match="size=24 does not divide .* = 8 devices in rows that come in 2s: use 16 or 32"):

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def command(*flags):
-  env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  env = os.environ | {"XLA_FLAGS": conftest.XLA_FLAGS}
   done = subprocess.run(
     [sys.executable, "-m", "lladax.main", *map(str, flags)], cwd=ROOT, env=env, capture_output=True, text=True
   )

@@ -272,7 +272,12 @@ def test_bfloat16_computes_float32_logits():
     ({"H": 3}, "model.H=3 is not a multiple of model.G=2"),
     ({"K": 5}, "model.K=5"),
     ({"remat": "some"}, "model.remat='some': use one of none, dots, attention, full"),
-    ({"dtype": "float16"}, "model.dtype='float16': use auto, float32 or bfloat16"),
+    ({"weights": "int5"}, "model.weights='int5': use one of full, int8, int4, nf4"),
+    (
+      {"weights": "nf4", "F": 7},
+      "model.weights='nf4' keeps two values in a byte: model.D=12, model.F=7 are not both even; use int8",
+    ),
+    ({"dtype": "float64"}, "model.dtype='float64': use auto, float32, bfloat16 or float16"),
   ],
 )
 def test_a_bad_config_is_one_clear_line(fields, said):
@@ -332,7 +337,7 @@ def test_bad_adapters_are_named(fields, message):
 
 def test_the_embeddings_gradient_adds_up_in_float32():
   """Thousands of [MASK]s: a sum in bfloat16 stops at 256 times what is added."""
-  c = dataclasses.replace(TINY, dtype="bfloat16", max_length=4096)
+  c = dataclasses.replace(TINY, dtype="bfloat16", N=1, max_length=4096)
   tokens_BL = jnp.full((1, 4096), 3)
 
   def gradient(c):
@@ -348,7 +353,7 @@ def test_the_embeddings_gradient_adds_up_in_float32():
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_a_width_that_gpus_are_slow_with_is_padded(monkeypatch, tensor):
   """What is computed, and every gradient, stays; the matmuls' widths are multiples of 64 on each device."""
-  c = dataclasses.replace(TINY, F=20, attention="xla", dtype="float32", lora_rank=2)
+  c = dataclasses.replace(TINY, N=1, F=20, attention="xla", dtype="float32", lora_rank=2)
   params, tokens_BL = random_params(c), random_tokens(c, 2, 6)
 
   def run():
@@ -363,3 +368,14 @@ def test_a_width_that_gpus_are_slow_with_is_padded(monkeypatch, tensor):
   wide = f"x{64 * tensor}xf32"
   assert wide not in text and wide in padded_text
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), padded, expected)
+
+
+def test_float16_holds_what_outgrows_it():
+  """The stream is float32, and a product of the feed-forward that float16 cannot say is its largest number."""
+  c, params, tokens_BL = dataclasses.replace(TINY, dtype="float16"), random_params(TINY), random_tokens(TINY, 2, 8)
+  blocks = params["blocks"]
+  params["blocks"] = blocks | {"down": 3e4 * blocks["down"]}
+  expected = np.asarray(logits(TINY, params, tokens_BL))
+  np.testing.assert_allclose(logits(c, params, tokens_BL), expected, atol=0.02 * np.abs(expected).max())
+  params["blocks"] = blocks | {name: 1e3 * blocks[name] for name in ("gate", "up")}
+  assert np.isfinite(logits(c, params, tokens_BL)).all()

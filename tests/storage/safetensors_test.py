@@ -121,3 +121,14 @@ def test_memory_while_importing(tmp_path, shape):
     assert peak(f"{imports}; params = {wide}", 2 * size) < 1.3
     values, workdir = {"model": {}, "tokenizer": {}}, str(tmp_path / "workdir")
     assert peak(f"{imports}; convert.from_published({str(source)!r}, Path({workdir!r}), {values!r})", size) < 1.3
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
+@pytest.mark.slow
+def test_memory_while_quantising(tmp_path):
+  """On a CPU host and device are one. int8 keeps 0.53 of the files; beside them it were 1.53."""
+  pytest.importorskip("qwix")
+  config = LLADA | SHAPES["270M"] | {"vocab_size": 2000, "embedding_size": 2000, "mask_token_id": 1999}
+  source = publish(tmp_path / "source", config, files=4, seed=None)
+  size = 2 * sum(int(np.prod(x)) for x in shapes(config).values())
+  assert peak(f"llada = lladax.load({str(source)!r}, weights='int8', dtype='bfloat16')", size) < 1.2

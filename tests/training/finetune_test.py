@@ -311,3 +311,31 @@ def test_packing_keeps_the_expected_loss(masking):
   total_error = math.sqrt(error**2 + sum(e**2 for _, e in apart))
   assert abs(together - sum(mean for mean, _ in apart)) < 4 * total_error
   assert total_error < 0.02 * together
+
+
+def test_neither_bits_nor_float16_are_trained(tiny, sft, tmp_path):
+  with pytest.raises(ValueError, match="model.weights='nf4': what is in bits has no gradient: train adapters over it"):
+    setup.prepare(tiny(sft | {"model.weights": "nf4"}), tmp_path / "all")
+  with pytest.raises(ValueError, match="model.dtype='float16' is float16 here, .*: set model.dtype=float32"):
+    setup.prepare(tiny(sft | {"model.dtype": "float16"}), tmp_path / "half")
+
+
+@pytest.mark.slow
+def test_adapters_over_bits(tiny, sft, tiny_workdir, tmp_path):
+  """The base is never as it was; what is trained stays beside it, and is merged with what the bits mean."""
+  pytest.importorskip("qwix")
+  fields = sft | LORA | {"model.weights": "nf4", "steps": 3, "log.tensorboard": False}
+  trainer.train(tiny(fields), tmp_path / "run")
+  beside, merged = lladax.load(tmp_path / "run"), lladax.load(tmp_path / "run", weights="full")
+  assert (beside.model.weights, beside.model.lora_rank) == ("nf4", 2)
+  assert (merged.model.weights, merged.model.lora_rank) == ("full", 0)
+  assert beside.params["blocks"]["q"]["bits"].dtype == jnp.uint8
+  tokens_BL = np.random.default_rng(0).integers(0, 100, (2, 16))
+  expected = merged.logits(tokens_BL)
+  np.testing.assert_allclose(beside.logits(tokens_BL), expected, atol=1e-5 * np.abs(expected).max())
+  base = lladax.load(tiny_workdir, weights="nf4")
+  assert np.abs(base.logits(tokens_BL) - expected).max() > 1e-3  # something is learnt
+  with pytest.raises(ValueError, match="model.weights='nf4': .*checkpoints/3 holds adapters: export it, import that"):
+    setup.prepare(tiny(fields | {"init_from": str(tmp_path / "run")}), tmp_path / "again")
+  trainer.train(tiny(fields | {"steps": 4}), tmp_path / "run")  # goes on
+  assert len(losses(tmp_path / "run")) == 4

@@ -45,6 +45,7 @@ def test_a_plan_of_the_real_programs(small):
   assert report["fits"] and report["chip_hours"] == pytest.approx(found.seconds_per_step * small.steps / 900)
 
 
+@pytest.mark.usefixtures("quick_plans")
 @pytest.mark.slow
 def test_a_plan_of_adapters(small):
   """What is frozen lies there in bfloat16, without moments."""
@@ -64,7 +65,7 @@ def test_what_a_plan_needs(small):
     plan.make(small, "v6e:16x16")
 
 
-@pytest.mark.usefixtures("libtpu")
+@pytest.mark.usefixtures("quick_plans")
 @pytest.mark.slow
 def test_what_does_not_fit_and_the_nearest_that_does(tmp_path):
   """As a user asks: exit code 1, the compiler's words, and a change that was compiled."""
