@@ -10,6 +10,7 @@ Each contender lives in a process of its own, held to the same two cores, and th
 of each, so that a machine that slows down slows all of them. Quoted are medians, and the median of the ratios of a
 round. In training, PyTorch masks as published and computes the head at the masked positions only; lladax is shown with
 the published masking (head everywhere) and with exact counts and antithetic times (head on half the positions).
+Beside them stand the matrix products of the step alone, each a program of its own: what is not in them is all else.
 In sampling PyTorch is shown with the head on all positions, as in the published code, and on the block alone. Weights
 are random, and so is what is sampled; `--sharpness` multiplies the head, so that a threshold finds something to keep:
 the passes (NFE) that a threshold saves are those of this model, and of no trained one. Memory is the peak of the whole
@@ -70,7 +71,58 @@ def _torch_model(a: dict):
 
 
 def lladax_train(a: dict, exact: bool) -> Callable[[], object]:
-  """One update by lladax.train.train_step, the function that the training loop compiles."""
+  """One update by lladax.training.step.train_step, compiled as the training loop compiles it."""
+  from lladax.training import loop
+
+  jitted, state, batch = _lladax_step(a, exact)
+  compiled = loop.compiled(jitted, state, batch)
+
+  def call():
+    nonlocal state
+    state, scalars = compiled(state, batch)
+    return float(scalars["loss"])
+
+  return call
+
+
+def lladax_matmuls(a: dict, exact: bool) -> Callable[[], object]:
+  """The matrix products of that update and nothing else, each as a program of its own, one after another."""
+  import collections
+
+  import jax
+  import numpy as np
+
+  from lladax.devices import sharding
+
+  jitted, state, batch = _lladax_step(a, exact)
+  found: collections.Counter = collections.Counter()
+
+  def count(jaxpr, times):
+    for equation in jaxpr.eqns:
+      if equation.primitive.name == "dot_general":
+        shapes = tuple(x.aval.shape for x in equation.invars)
+        found[shapes, equation.params["dimension_numbers"]] += times
+      for inner in jax.core.jaxprs_in_params(equation.params):
+        count(inner, times * equation.params.get("length", 1))
+
+  count(jitted.trace(state, batch).jaxpr.jaxpr, 1)
+  draw = np.random.default_rng(0).standard_normal
+  products = []
+  for (shapes, dimensions), times in found.items():
+    program = sharding.jit(lambda x, y, dimensions=dimensions: jax.lax.dot_general(x, y, dimensions))
+    products.append((program, [jax.numpy.asarray(draw(shape, np.float32)) for shape in shapes], times))
+
+  def call():
+    for program, operands, times in products:
+      for _ in range(times):
+        program(*operands).block_until_ready()
+    return 1
+
+  return call
+
+
+def _lladax_step(a: dict, exact: bool) -> tuple:
+  """(train_step, jitted; its state; its batch)."""
   import functools
 
   import jax
@@ -78,6 +130,7 @@ def lladax_train(a: dict, exact: bool) -> Callable[[], object]:
 
   from lladax import config, optimizer
   from lladax.configs import base
+  from lladax.devices import sharding
   from lladax.training import step
 
   values = base.get_config()
@@ -87,7 +140,7 @@ def lladax_train(a: dict, exact: bool) -> Callable[[], object]:
     values.noise.update(masking="exact", times="antithetic")
   c = config.parse(values.to_dict())
   tx = optimizer.create(c.optimizer, c.steps, c.model.letters())
-  params = c.model.init(jax.random.key(0))
+  params = jax.jit(c.model.init)(jax.random.key(0))
   state = step.State(jnp.int32(0), params, tx.init(params))
   tokens_BL = jax.random.randint(jax.random.key(1), (a["B"], a["L"]), 0, a["V"] - 1)
   batch = {
@@ -97,14 +150,7 @@ def lladax_train(a: dict, exact: bool) -> Callable[[], object]:
     "index": jnp.arange(a["B"]),
   }
   step = functools.partial(step.train_step, config=c, tx=tx, mask_id=a["V"] - 1, eos_id=0)
-  jitted = jax.jit(step, donate_argnums=0)
-
-  def call():
-    nonlocal state
-    state, scalars = jitted(state, batch)
-    return float(scalars["loss"])
-
-  return call
+  return sharding.jit(step, donate_argnums=0), state, batch
 
 
 def lladax_sample(a: dict, options: dict) -> Callable[[], object]:
@@ -130,6 +176,8 @@ CONTENDERS = {
     "PyTorch torch.compile": (torch_train, True),
     "lladax, masking as published": (lladax_train, False),
     "lladax, exact + antithetic": (lladax_train, True),
+    "matrix products of the former": (lladax_matmuls, False),
+    "matrix products of the latter": (lladax_matmuls, True),
   },
   "sample": {
     "PyTorch, head everywhere": (torch_sample, False),
@@ -147,7 +195,7 @@ def worker(pipe, mode: str, name: str, a: dict) -> None:
   """Builds a contender, warms it up, then times one call whenever asked."""
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
   make, option = CONTENDERS[mode][name]
-  if name.startswith("lladax"):
+  if "PyTorch" not in name:
     from lladax.main import keep_freed_memory
 
     keep_freed_memory()  # as `python -m lladax.main` does

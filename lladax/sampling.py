@@ -286,6 +286,7 @@ def run(
   allowed_V: jax.Array, ends: tuple[int, ...], origin: jax.Array | int, first: int = 0,
   alike: Callable[[jax.Array], jax.Array] = lambda tokens_BL: jnp.zeros(len(tokens_BL), bool),
   until_nfe: jax.Array | int = 2**30, until_block: jax.Array | int = 2**30,
+  reading: Callable[[Any], Any] = lambda cache: cache,
 ) -> State:  # fmt: skip
   """Fills the canvas up to a forward pass or a block; jit it with `predict`, `shape` and the ids static.
 
@@ -304,6 +305,7 @@ def run(
     alike: tokens_BL -> bool [B], the rows whose masked places the model cannot tell apart; those are filled in order.
     until_nfe: stop when so many forward passes have been spent in all.
     until_block: stop when so many blocks are filled.
+    reading: what to make of a block's cache once, for the passes that only read it.
 
   Returns:
     The state, finished if neither limit was met.
@@ -360,7 +362,8 @@ def run(
       state = jax.lax.while_loop(lambda s: (s.step < 1) & unfinished(s), lambda s: step(s, None), state)
       cache = state.cache
     bare = state._replace(cache=None)  # what is only read stays out of the loop
-    bare = jax.lax.while_loop(unfinished, lambda s: step(s, cache)._replace(cache=None), bare)
+    read = reading(cache) if shape.cache else None
+    bare = jax.lax.while_loop(unfinished, lambda s: step(s, read)._replace(cache=None), bare)
     state = bare._replace(cache=cache)
     filled = ~unfilled(state)
     canvas = state.canvas

@@ -103,7 +103,7 @@ def _nats(
   return total_R
 
 
-@functools.partial(jax.jit, static_argnames=("model", "mask_id", "eos_id", "num_samples", "right_padded"))
+@functools.partial(sharding.jit, static_argnames=("model", "mask_id", "eos_id", "num_samples", "right_padded"))
 def _score(
   params, tokens_BL, segment_BL, scored_BL, row_B, seed, draw, *, model, mask_id, eos_id, num_samples, right_padded
 ):

@@ -279,13 +279,13 @@ def _laid_out(x: Any) -> Any:
   return jax.tree.map(lambda x: sharding.constrain(x, ".B.G." if x.ndim == 5 else "." * x.ndim), x)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "shape", "mask_id", "ends", "vocab_size", "first"))
+@functools.partial(sharding.jit, static_argnames=("model", "shape", "mask_id", "ends", "vocab_size", "first"))
 def _run(
   params, state, segment_BL, settings, origin, until_nfe, until_block, *, model, shape, mask_id, ends, vocab_size, first
 ) -> State:
   """`segment_BL` None: no row is padded, attention needs no mask. If canvases grow nothing behind a block is seen."""
   bound, (B, L) = model.bind(params), state.canvas.tokens_BL.shape
-  at_L = jnp.arange(L)
+  layers, at_L = model.apart(bound.blocks), jnp.arange(L)
   position_BL = None if segment_BL is None else _positions(segment_BL)
   given_BL = (state.canvas.tokens_BL != mask_id) & (state.canvas.unmasked_at_BL == 0)
 
@@ -300,12 +300,13 @@ def _run(
     def hidden(size, window_start, reuse_L):  # of the block, from a window that holds it
       tokens_BW = jax.lax.dynamic_slice_in_dim(canvas_BL, window_start, size, axis=1)
       visible = model.visible(L, segment, W=size, start=window_start, reuse_L=reuse_L)
-      hidden_BWD, _ = bound.hidden(tokens_BW, visible, position, cache)
+      hidden_BWD, _ = bound.hidden(tokens_BW, visible, position, cache, layers)
       return jax.lax.dynamic_slice_in_dim(hidden_BWD, start - window_start, W, axis=1)
 
     if cache is None:
       empty = model.new_cache(canvas_BL.shape[0], L) if shape.cache else None
-      hidden_BLD, cache = bound.hidden(canvas_BL, model.visible(L, segment, contiguous=True), position, empty)
+      visible = model.visible(L, segment, contiguous=True)
+      hidden_BLD, cache = bound.hidden(canvas_BL, visible, position, empty, layers)
       hidden_BWD = jax.lax.dynamic_slice_in_dim(hidden_BLD, start, W, axis=1)
     elif shape.cache == "dual" or shape.grows:
       hidden_BWD = hidden(W, start, (at_L < start) | (at_L >= start + W))
@@ -325,7 +326,7 @@ def _run(
   state = sampling.run(
     predict, state, sampling.keys(settings), settings, shape, mask_id=mask_id,
     allowed_V=_allowed(model.V, mask_id, vocab_size), ends=ends, origin=origin, first=first, alike=alike,
-    until_nfe=until_nfe, until_block=until_block,
+    until_nfe=until_nfe, until_block=until_block, reading=model.reading,
   )  # fmt: skip
   return _laid_out(state)
 
@@ -349,7 +350,7 @@ def lower_sampler(
   )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("model", "prompt_length", "eos_id", "mask_id", "vocab_size"))
+@functools.partial(sharding.jit, static_argnames=("model", "prompt_length", "eos_id", "mask_id", "vocab_size"))
 def _autoregressive_sample(
   params, tokens_BL, segment_BL, settings, *, model, prompt_length, eos_id, mask_id, vocab_size
 ):
@@ -372,7 +373,7 @@ def _autoregressive_sample(
   ))  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("model", "mask_id", "eos_id", "guided", "method"))
+@functools.partial(sharding.jit, static_argnames=("model", "mask_id", "eos_id", "guided", "method"))
 def _likelihood(
   params, tokens_BL, scored_BL, segment_BL, sample_B, samples_B, seed, guidance, *, model, mask_id, eos_id, guided,
   method,
@@ -402,7 +403,7 @@ def _likelihood(
   ))  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("model", "mask_id", "guided"))
+@functools.partial(sharding.jit, static_argnames=("model", "mask_id", "guided"))
 def _next(params, tokens_BL, segment_BL, at_B, guidance, *, model, mask_id, guided):
   """Log p [B, V] at one masked place of each row; `guidance`: w + 1."""
   bound = model.bind(params)
@@ -418,6 +419,6 @@ def _next(params, tokens_BL, segment_BL, at_B, guidance, *, model, mask_id, guid
   return _laid_out(jax.nn.log_softmax(found_BV))
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@functools.partial(sharding.jit, static_argnames="model")
 def _logits(params, tokens_BL, segment_BL, *, model):
   return _laid_out(model.bind(params)(tokens_BL, model.visible(tokens_BL.shape[1], segment_BL)))

@@ -199,16 +199,18 @@ def _said(kernel: str, reason: str | None) -> str:
 
 def attend(
   q_BWHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, visible: Visible, *, kernel: str = "xla",
+  cached: tuple[jax.Array, jax.Array] | None = None,
   on_each_device: Callable[..., jax.Array] = lambda fn, *arrays: fn(*(x for x, _ in arrays)),
 ) -> jax.Array:  # fmt: skip
   """Scaled dot-product attention; `H` query heads share `G` key/value heads in groups of H/G.
 
   Args:
     q_BWHK: queries of the window that is run.
-    k_BLGK: keys of the whole canvas (and, with `visible.reuse_L`, of the window behind them).
+    k_BLGK: keys of the whole canvas; with `visible.reuse_L`, of the window, which stand behind those that are cached.
     v_BLGK: their values.
     visible: as `Visible.drawn` drew it, with a row of segments for each row of the batch.
     kernel: as `choose` chose.
+    cached: with `visible.reuse_L`, keys and values of the whole canvas, `turned`; they are read where they are.
     on_each_device: `sharding.on_each_device` on a mesh, for the kernels that XLA cannot slice by itself.
 
   Returns:
@@ -218,7 +220,7 @@ def attend(
   qkv: Any = ((q_BWHK, "BLHK"), (k_BLGK, "B.GK"), (v_BLGK, "B.GK"))
   segments: Any = () if segment_BL is None else ((segment_BL, "BL"), (segment_BL, "B."))
   if kernel == "xla":
-    return _xla(q_BWHK, k_BLGK, v_BLGK, visible.table_BWK)
+    return _xla(q_BWHK, ([cached] if cached else []) + [turned(k_BLGK, v_BLGK)], visible.table_BWK)
   if kernel == "splash":
     return on_each_device(functools.partial(_splash, causal=causal), *qkv, *segments)
   if kernel == "documents":
@@ -258,20 +260,29 @@ def _einsum32_backward(formula, residuals, cotangent):
 _einsum32.defvjp(lambda formula, a, b: (_einsum32(formula, a, b), (a, b)), _einsum32_backward)
 
 
-def _xla(q_BWHK, k_BLGK, v_BLGK, allowed_BWL):
+def turned(k_BLGK: jax.Array, v_BLGK: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(k_BGKL, v_BGLK), as the matmuls of attention read them."""
+  return k_BLGK.transpose(0, 2, 3, 1), v_BLGK.transpose(0, 2, 1, 3)
+
+
+def _xla(q_BWHK, parts, allowed_BWL):
+  """`parts`: (keys, values), `turned`, that stand one behind the other; L counts the positions of all."""
   B, W, H, K = q_BWHK.shape
-  G = k_BLGK.shape[2]
+  G = parts[0][0].shape[1]
   q_BGRWK = (q_BWHK * K**-0.5).reshape(B, W, G, H // G, K).transpose(0, 2, 3, 1, 4)
-  k_BGLK, v_BGLK = k_BLGK.transpose(0, 2, 1, 3), v_BLGK.transpose(0, 2, 1, 3)
-  scores_BGRWL = einsum32("BGRWK,BGLK->BGRWL", q_BGRWK, k_BGLK)
+  scores = [einsum32("BGRWK,BGKL->BGRWL", q_BGRWK, k_BGKL) for k_BGKL, _ in parts]
+  scores_BGRWL = scores[0] if len(parts) == 1 else jnp.concatenate(scores, axis=-1)
   if allowed_BWL is not None:
     scores_BGRWL = jnp.where(allowed_BWL[:, None, None], scores_BGRWL, _NEVER)
   # Softmax, divided after the values: K numbers a query instead of L, and 0.8 of the time on a CPU.
   highest = jax.lax.stop_gradient(jnp.max(scores_BGRWL, axis=-1, keepdims=True))
   exp_BGRWL = jnp.exp(scores_BGRWL - highest)
   sum_BGRW1 = jnp.sum(exp_BGRWL, axis=-1, keepdims=True)
-  out_BGRWK = einsum32("BGRWL,BGLK->BGRWK", exp_BGRWL.astype(v_BGLK.dtype), v_BGLK)
-  out_BGRWK = (out_BGRWK / sum_BGRW1).astype(q_BWHK.dtype)
+  exp_BGRWL = exp_BGRWL.astype(q_BWHK.dtype)
+  cuts = [v_BGLK.shape[2] for _, v_BGLK in parts[:-1]]
+  exps = jnp.split(exp_BGRWL, cuts, axis=-1)
+  outs = [einsum32("BGRWL,BGLK->BGRWK", exp, v_BGLK) for exp, (_, v_BGLK) in zip(exps, parts, strict=True)]
+  out_BGRWK = (functools.reduce(jnp.add, outs) / sum_BGRW1).astype(q_BWHK.dtype)
   return out_BGRWK.transpose(0, 3, 1, 2, 4).reshape(B, W, H, K)
 
 

@@ -13,10 +13,12 @@ Flax, `MaskPredictorConfig.init` makes them and `MaskPredictorConfig.bind` lends
 import dataclasses
 import functools
 import math
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -160,6 +162,22 @@ class MaskPredictorConfig:
     shape = (self.N, batch_size, length, self.G, self.K)
     return {name: sharding.constrain(jnp.zeros(shape, self.compute_dtype), ".B.GK") for name in ("k", "v")}
 
+  @property
+  def unrolled(self) -> bool:
+    """Whether a program has its layers one behind the other, and no loop over them: shallow models, on a CPU."""
+    return sharding.platform() == "cpu" and self.N <= 8
+
+  def apart(self, tree: Any) -> Any:
+    """Arrays [N, ...] as a list of every layer's, where layers are unrolled; elsewhere as they are.
+
+    XLA's CPU backend copies what it cuts: all weights, in every pass of a loop, unless they are cut before it.
+    """
+    return [jax.tree.map(operator.itemgetter(i), tree) for i in range(self.N)] if self.unrolled else tree
+
+  def reading(self, cache: Cache) -> Any:
+    """A cache as a loop over passes reads it best: cut and turned before, likewise."""
+    return [attention.turned(x["k"], x["v"]) for x in self.apart(cache)] if self.unrolled else cache
+
   def split(self, params: Params) -> tuple[Params, Params]:
     """(what is trained, what is frozen): the adapters and the rest, or all and nothing."""
     if not self.lora_rank:
@@ -229,8 +247,14 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   return x32.astype(x.dtype) * jnp.expand_dims(scale.astype(x.dtype), range(x.ndim - 1))
 
 
-def rotary(position_BW: jax.Array, c: MaskPredictorConfig) -> tuple[jax.Array, jax.Array]:
-  """Cosine and sine [B, W, 1, K/2] of RoPE in float32; half-split layout."""
+def rotary(position_BW: Any, c: MaskPredictorConfig, length: int) -> tuple[jax.Array, jax.Array]:
+  """Cosine and sine [B, W, 1, K/2] of RoPE in float32, of positions below `length`; half-split layout."""
+  if sharding.platform() == "cpu":
+    # A table: where XLA's CPU backend can compute cosines it does so within every loop that turns a query or a key,
+    # for each head of each row again, and one by one.
+    frequency = np.float32(c.rope_theta) ** (-np.arange(0, c.K, 2, dtype=np.float32) / np.float32(c.K))
+    angle = np.arange(length, dtype=np.float32)[:, None] * frequency
+    return tuple(jnp.asarray(f(angle))[position_BW][:, :, None] for f in (np.cos, np.sin))  # pyright: ignore
   frequency = c.rope_theta ** (-jnp.arange(0, c.K, 2, dtype=jnp.float32) / c.K)
   angle = position_BW.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
   return jnp.cos(angle), jnp.sin(angle)
@@ -333,10 +357,10 @@ class Block(nnx.Module):
     # Beside matrices in bits, which are not padded, adapters are not either.
     return checkpoint_name(_aligned(gathered, letters) if self.c.weights == "full" else gathered, "gathered")
 
-  def __call__(self, x_BWD, cache: Cache | None, *, cos, sin, start, attend):
+  def __call__(self, x_BWD, cache: Any, *, cos, sin, start, attend):
     """Returns the new stream, and the layer's keys and values over the canvas if there is a cache to write.
 
-    `start` None: the cache is read only, and the window's own keys stand behind it.
+    `start` None: the cache is read only, it comes `attention.turned`, and the window's own keys stand behind it.
     """
     c, dtype, stream_dtype = self.c, self.c.compute_dtype, x_BWD.dtype
 
@@ -360,17 +384,16 @@ class Block(nnx.Module):
     q_BWHK = rotate(project(n_BWD, "q", "HK"), cos, sin)
     k_BLGK = rotate(project(n_BWD, "k", "GK"), cos, sin)
     v_BLGK = project(n_BWD, "v", "GK")
+    cached = None
     if cache is not None and start is None:
-      k_BLGK = jnp.concatenate([cache["k"], k_BLGK], axis=1)
-      v_BLGK = jnp.concatenate([cache["v"], v_BLGK], axis=1)
-      cache = None
+      cached, cache = cache, None
     elif cache is not None:
       k_BLGK = jax.lax.dynamic_update_slice_in_dim(cache["k"], k_BLGK, start, axis=1)
       v_BLGK = jax.lax.dynamic_update_slice_in_dim(cache["v"], v_BLGK, start, axis=1)
       cache = {"k": k_BLGK, "v": v_BLGK}
     # A mesh may slice the canvas: keys and values are gathered, queries stay.
     k_BLGK, v_BLGK = sharding.constrain(k_BLGK, "B.GK"), sharding.constrain(v_BLGK, "B.GK")
-    mixed_BWHK = attend(q_BWHK, k_BLGK, v_BLGK)
+    mixed_BWHK = attend(q_BWHK, k_BLGK, v_BLGK, cached=cached)
     x_BWD = x_BWD + project(mixed_BWHK, "out", "D", stream_dtype)
 
     n_BWD = rms_norm(x_BWD, self.weight("ff_norm", dtype), c.norm_eps).astype(dtype)
@@ -400,8 +423,8 @@ class MaskPredictor(nnx.Module):
 
   def hidden(
     self, tokens_BW: jax.Array, visible: Visible | None = None, position_BL: jax.Array | None = None,
-    cache: Cache | None = None,
-  ) -> tuple[jax.Array, Cache | None]:  # fmt: skip
+    cache: Any = None, layers: Any = None,
+  ) -> tuple[jax.Array, Any]:  # fmt: skip
     """Runs the blocks over a window of the canvas.
 
     Args:
@@ -410,6 +433,8 @@ class MaskPredictor(nnx.Module):
       position_BL: int32 positions for RoPE (B may be 1); None: 0 .. L - 1.
       cache: keys and values of the canvas, L positions; the window's are replaced, or, with `visible.reuse_L`, none
         are: those that are not reused must be the window's then. None: the window is the canvas.
+      layers: `self.blocks`, as `MaskPredictorConfig.apart` left them before a loop over calls; the cache may have been
+        through `reading`.
 
     Returns:
       (hidden_BWD after the final norm, the cache or None).
@@ -417,9 +442,9 @@ class MaskPredictor(nnx.Module):
     c = self.c
     B, W = tokens_BW.shape
     visible = c.visible(W) if visible is None else visible
-    assert (visible.W, visible.L) == (W, W if cache is None else cache["k"].shape[2])
+    assert visible.W == W and (cache is not None or visible.L == W)
     position_BW = visible.window(jnp.arange(visible.L)[None] if position_BL is None else position_BL)
-    cos, sin = rotary(position_BW, c)
+    cos, sin = rotary(position_BW, c, visible.L)
     if visible.segment_BL is not None:  # kernels read a row each
       visible = dataclasses.replace(visible, segment_BL=jnp.broadcast_to(visible.segment_BL, (B, visible.L)))
     kernel = attention.choose(
@@ -435,6 +460,8 @@ class MaskPredictor(nnx.Module):
 
     def body(x_BWD, layer):
       block, layer_cache = layer
+      if reads and isinstance(layer_cache, dict):
+        layer_cache = attention.turned(layer_cache["k"], layer_cache["v"])
       x_BWD, layer_cache = block(x_BWD, layer_cache, cos=cos, sin=sin, start=write_at, attend=attend)
       return sharding.constrain(x_BWD, "BLD"), layer_cache
 
@@ -442,9 +469,15 @@ class MaskPredictor(nnx.Module):
       body = jax.checkpoint(body, policy=REMAT[c.remat], prevent_cse=False)
     x_BWD = sharding.constrain(_look_up(self.embedding[...].astype(c.compute_dtype), tokens_BW, c.V), "BLD")
     x_BWD = x_BWD.astype(c.stream_dtype)
-    # XLA's CPU backend copies the residuals of a loop into stacked arrays: unrolled, a step takes 0.75 of the time.
-    unroll = c.N if sharding.platform() == "cpu" and c.N <= 8 else 1
-    x_BWD, written = jax.lax.scan(body, x_BWD, (self.blocks, cache), unroll=unroll)
+    if isinstance(layers, list):
+      caches, written = cache if isinstance(cache, list) else [None] * c.N if cache is None else c.apart(cache), []
+      for layer in zip(layers, caches, strict=True):
+        x_BWD, layer_cache = body(x_BWD, layer)
+        written.append(layer_cache)
+      written = jax.tree.map(lambda *x: jnp.stack(x), *written)
+    else:
+      # XLA's CPU backend copies the residuals of a loop into stacked arrays: unrolled, a step takes 0.75 of the time.
+      x_BWD, written = jax.lax.scan(body, x_BWD, (self.blocks, cache), unroll=c.N if c.unrolled else 1)
     final_norm_D = sharding.gather(self.final_norm[...], "D")
     return rms_norm(x_BWD, final_norm_D, c.norm_eps).astype(c.compute_dtype), cache if reads else written
 

@@ -118,7 +118,7 @@ def program(config: Config, mesh: Mesh) -> tuple[optax.GradientTransformation, C
 def jit_step(config: Config, tx: optax.GradientTransformation, at: State, *, mask_id: int, eos_id: int) -> Any:
   """`train_step`, jitted: the state is donated, and stays where it lives."""
   step = functools.partial(train_step, config=config, tx=tx, mask_id=mask_id, eos_id=eos_id)
-  return jax.jit(step, donate_argnums=0, out_shardings=(at, at.step))
+  return sharding.jit(step, donate_argnums=0, out_shardings=(at, at.step))
 
 
 def flops_per_token(config: Config) -> float:

@@ -5,6 +5,7 @@ import random
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -341,3 +342,24 @@ def test_gradients_of_micro_batches_cross_between_slices_once(tiny, parts):
   assert sum(sizes) == 4 * (config.model.num_params() // 4 + 3)
   loops = [program.trips(x) for lines in program.computations.values() for x in lines if x.op == "while"]
   assert parts in loops and config.model.N in loops
+
+
+def test_matrices_are_multiplied_by_eigen_on_a_cpu(monkeypatch):
+  x = jnp.ones((512, 512))
+  by_default = jax.jit(jnp.matmul).lower(x, x).compile().as_text()
+  assert "ynn_fusion" in by_default  # no other way is needed where XLA does not do it
+  program = sharding.jit(jnp.matmul)
+  text = program.lower(x, x).compile().as_text()
+  assert "ynn_fusion" not in text and " dot(" in text
+  np.testing.assert_array_equal(program(x, x), jnp.full((512, 512), 512.0))
+  assert program._cache_size() == 1
+  monkeypatch.setattr(sharding, "platform", lambda: "tpu")  # another program, without options
+  assert program.program is not sharding.jit(jnp.matmul).program and list(program.programs) == [True, False]
+
+
+def test_an_xla_without_the_option_of_eigen_compiles_without_it(monkeypatch):
+  real = jax.jit
+  monkeypatch.setattr(
+    jax, "jit", lambda fn, compiler_options, **kwargs: real(fn, compiler_options={"xla_cpu_no_such": ""}, **kwargs)
+  )
+  assert sharding._by_eigen.__wrapped__() is None
