@@ -18,8 +18,9 @@ import pytest
 # Before jax is imported. What the user has set stays. Of several test processes (`-n`) the first one does it for all.
 if "LLADAX_TESTS_XLA_FLAGS" not in os.environ:
   flags = os.environ.get("XLA_FLAGS", "")
-  # XLA's older emitters compile in half the time. From 0.11 on they are gone, and their flag is an error.
-  if importlib.metadata.version("jaxlib") < "0.11":
+  # XLA's older emitters compile in half the time; `pytest -m slow` takes those that users have. From 0.11 on the older
+  # ones are gone, and their flag is an error.
+  if importlib.metadata.version("jaxlib") < "0.11" and "slow" not in sys.argv:
     flags = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
   os.environ["LLADAX_TESTS_XLA_FLAGS"] = flags
   if "xla_force_host_platform_device_count" not in flags:
