@@ -22,9 +22,13 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from lladax.mistake import Missing, Mistake
+from lladax.mistake import Diverged, Missing, Mistake
+from lladax.storage import digest
 
 Tree = dict[str, Any]
+
+
+DIGESTS = "digests"  # of every array, in a checkpoint's own metadata
 
 
 class Corrupt(Mistake):
@@ -140,8 +144,18 @@ class Checkpoints:
     self._manager = _manager(workdir, options)
 
   def save(self, step: int, tree: Tree) -> None:
-    """Begins to save; the arrays may be donated as soon as this returns."""
-    self._manager.save(step, args=ocp.args.PyTreeSave(tree), force=True)
+    """Begins to save; the arrays may be donated as soon as this returns.
+
+    Raises:
+      Diverged: one of them is not all numbers; nothing is saved.
+    """
+    digests, broken = digest.of(dict(flat(tree)))
+    if broken:
+      raise Diverged(
+        f"{broken[0]} is not a number any more at step {step}, and is not saved: start again in another workdir with a"
+        f" lower learning rate; the checkpoints before it are in {self._manager.directory}"
+      )
+    self._manager.save(step, args=ocp.args.PyTreeSave(tree), force=True, custom_metadata={DIGESTS: digests})
 
   def close(self) -> None:
     """Waits for the last save."""
@@ -166,10 +180,25 @@ def restore(workdir: Path, step: int, abstract: Tree) -> Tree:
     if found is None or tuple(found.shape) != tuple(wanted.shape):
       shape = "missing" if found is None else f"of shape {tuple(found.shape)}"
       raise Corrupt(f"{folder(workdir) / str(step)}: {name} is {shape}, expected {tuple(wanted.shape)}")
+  written = {name: x.dtype for name, x in shapes.items()}
+  as_written = _by_name(lambda name, x: jax.ShapeDtypeStruct(x.shape, written[name], sharding=x.sharding), abstract)
   args = ocp.args.PyTreeRestore(
-    item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
+    item=as_written, restore_args=ocp.checkpoint_utils.construct_restore_args(as_written), partial_restore=True
   )
-  return _read(workdir, step, lambda manager: manager.restore(step, args=args))
+  tree, kept = _read(workdir, step, lambda x: (x.restore(step, args=args), x.metadata(step).custom_metadata or {}))
+  digests, broken = digest.of(dict(flat(tree)))
+  expected = kept.get(DIGESTS, digests)  # older checkpoints have none
+  if changed := [name for name in digests if expected.get(name) != digests[name]]:
+    raise Corrupt(f"{folder(workdir) / str(step)}: {changed[0]} is not what was written")
+  if broken:
+    raise Corrupt(f"{folder(workdir) / str(step)}: {broken[0]} holds what is not a number")
+  return jax.tree.map(_cast, tree, abstract)
+
+
+def _cast(x: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+  if x.dtype == wanted.dtype:
+    return x
+  return jax.jit(lambda x: x.astype(wanted.dtype), out_shardings=wanted.sharding, donate_argnums=0)(x)
 
 
 def metadata(workdir: Path, step: int) -> Tree:
@@ -264,3 +293,7 @@ def restore_latest(
 def flat(tree: Tree) -> list[tuple[str, Any]]:
   """[("blocks/q", array), ...] of a nested dict."""
   return [("/".join(k.key for k in path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _by_name(fn: Callable[[str, Any], Any], tree: Tree) -> Tree:
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: fn("/".join(k.key for k in path), leaf), tree)
