@@ -135,13 +135,47 @@ def fingerprint(path: Path) -> str:
   return hashlib.blake2b(repr(files).encode(), digest_size=8).hexdigest() if files else ""
 
 
+def need(path: Path, who: Path) -> None:
+  """Notes that the run in the workdir `who` rests on a checkpoint of another one, which will never be removed then.
+
+  Args:
+    path: its folder, WORKDIR/checkpoints/STEP.
+    who: who needs it.
+  """
+  note = path.parent.parent / _NEEDED / path.name
+  try:
+    note.parent.mkdir(exist_ok=True)
+    known = note.read_text("utf-8").splitlines() if note.exists() else []
+    if str(who) not in known:
+      note.write_text("".join(f"{x}\n" for x in (*known, who)), "utf-8")
+  except OSError as error:
+    logging.warning("%s cannot be written (%s): see to it that %s is not removed", note, error.strerror, path)
+
+
+_NEEDED = "needed"  # WORKDIR/needed/STEP names, line by line, the workdirs of the runs that began from that checkpoint
+
+
+class _Kept:
+  """Which checkpoints stay: the last `keep`, every `keep_every`-th step, and those that other runs rest on."""
+
+  def __init__(self, workdir: Path, keep: int, keep_every: int):
+    self._needed, self._keep, self._every = workdir / _NEEDED, keep, keep_every
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    """As Orbax asks: of all that are there, oldest first."""
+    last = {x.step for x in checkpoints[-self._keep :]}
+    return [
+      x.step in last or bool(self._every and x.step % self._every == 0) or (self._needed / str(x.step)).exists()
+      for x in checkpoints
+    ]
+
+
 class Checkpoints:
-  """Saves in the background; keeps the last `keep` checkpoints and every `keep_every`-th step for good."""
+  """Saves in the background; keeps the last `keep` checkpoints, every `keep_every`-th step, and what others rest on."""
 
   def __init__(self, workdir: Path, *, keep: int = 2, keep_every: int = 0):
-    options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True, create=True
-    )
+    kept: Any = _Kept(workdir, keep, keep_every)
+    options = ocp.CheckpointManagerOptions(preservation_policy=kept, cleanup_tmp_directories=True, create=True)
     self._manager = _manager(workdir, options)
 
   def save(self, step: int, tree: Tree) -> None:

@@ -272,3 +272,17 @@ def test_other_dtypes_are_read_as_they_were_written_and_cast(tmp_path):
   like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "bfloat16", sharding=x.sharding), tree(1)["params"])
   found = checkpoint.restore(tmp_path, 1, {"params": like})
   assert_same(found["params"], jax.tree.map(lambda x: x.astype("bfloat16"), tree(1)["params"]))
+
+
+def test_a_checkpoint_that_another_run_rests_on_is_not_removed(tmp_path, caplog):
+  base = tmp_path / "base"
+  save(base, 1, 2, keep=2)
+  for who in ("adapters", "more", "adapters"):
+    checkpoint.need(checkpoint.folder(base) / "2", tmp_path / who)
+  assert (base / "needed/2").read_text().splitlines() == [str(tmp_path / "adapters"), str(tmp_path / "more")]
+  save(base, 3, 4, 5, 6, keep=2, keep_every=4)
+  assert checkpoint.steps(base) == [2, 4, 5, 6]
+  (tmp_path / "file").touch()
+  assert not caplog.records
+  checkpoint.need(tmp_path / "file/checkpoints/2", tmp_path / "adapters")
+  assert "needed/2 cannot be written" in caplog.text and "checkpoints/2 is not removed" in caplog.text
