@@ -177,13 +177,20 @@ class Checkpoints:
     kept: Any = _Kept(workdir, keep, keep_every)
     options = ocp.CheckpointManagerOptions(preservation_policy=kept, cleanup_tmp_directories=True, create=True)
     self._manager = _manager(workdir, options)
+    self._workdir, self._begun, self._last = workdir, _identity(workdir), None
 
   def save(self, step: int, tree: Tree) -> None:
     """Begins to save; the arrays may be donated as soon as this returns.
 
     Raises:
       Diverged: one of them is not all numbers; nothing is saved.
+      Mistake: the workdir was removed, or another run has begun in it.
     """
+    if jax.process_index() == 0 and _identity(self._workdir) != self._begun:  # others may see it late
+      self._last = None
+      raise Mistake(
+        f"{self._workdir} was removed, or another run has begun in it, since this one did: step {step} is not saved"
+      )
     digests, broken = digest.of(dict(flat(tree)))
     if broken:
       raise Diverged(
@@ -191,11 +198,27 @@ class Checkpoints:
         f" lower learning rate; the checkpoints before it are in {self._manager.directory}"
       )
     self._manager.save(step, args=ocp.args.PyTreeSave(tree), force=True, custom_metadata={DIGESTS: digests})
+    self._last = step
 
   def close(self) -> None:
-    """Waits for the last save."""
+    """Waits for the last save.
+
+    Raises:
+      Mistake: it is not there, as the workdir was removed meanwhile.
+    """
     self._manager.wait_until_finished()
     self._manager.close()
+    if jax.process_index() == 0 and self._last is not None and self._last not in steps(self._workdir):
+      raise Mistake(f"{self._workdir} was removed while step {self._last} was saved in it: it is lost")
+
+
+def _identity(workdir: Path) -> tuple[int, int] | None:
+  """Of the config.json that a run wrote when it began; None where there is none."""
+  try:
+    found = (workdir / "config.json").stat()
+  except OSError:
+    return None
+  return found.st_dev, found.st_ino
 
 
 def restore(workdir: Path, step: int, abstract: Tree) -> Tree:

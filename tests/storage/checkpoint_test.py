@@ -286,3 +286,30 @@ def test_a_checkpoint_that_another_run_rests_on_is_not_removed(tmp_path, caplog)
   assert not caplog.records
   checkpoint.need(tmp_path / "file/checkpoints/2", tmp_path / "adapters")
   assert "needed/2 cannot be written" in caplog.text and "checkpoints/2 is not removed" in caplog.text
+
+
+def test_nothing_is_saved_in_a_workdir_that_is_no_longer_there(tmp_path):
+  for name, change in {
+    "removed": lambda path: shutil.rmtree(path),
+    "begun again": lambda path: os.replace(
+      shutil.copy(path / "config.json", path / "config.new"), path / "config.json"
+    ),
+  }.items():
+    workdir = tmp_path / name
+    workdir.mkdir()
+    (workdir / "config.json").write_text("{}")
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save(1, tree(1))
+    checkpoints._manager.wait_until_finished()
+    change(workdir)
+    with pytest.raises(Mistake, match=f"{name} was removed, or another run has begun in it, .*: step 2 is not saved"):
+      checkpoints.save(2, tree(2))
+
+
+def test_a_last_checkpoint_that_vanishes_is_not_called_done(tmp_path):
+  checkpoints = Checkpoints(tmp_path / "run")
+  checkpoints.save(1, tree(1))
+  checkpoints._manager.wait_until_finished()
+  shutil.rmtree(tmp_path / "run")
+  with pytest.raises(Mistake, match="run was removed while step 1 was saved in it: it is lost"):
+    checkpoints.close()
