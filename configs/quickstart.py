@@ -3,7 +3,7 @@
   python -m lladax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 Python's `unicodedata` names about 32,600 characters (those named by rule, such as the CJK ideographs, left out); one in
-twenty is held out. On 2 x86-64 cores: 3 min 13 s at commit a576ed6. Expect 1.14 bits per byte (bound, ± 0.03), beside
+twenty is held out. On 2 x86-64 cores: 3 min 45 s at commit 08053f9. Expect 1.14 bits per byte (bound, ± 0.03), beside
 1.905 of a unigram model over the same tokens and 1.876 of `xz -9`. The numbers are of Python 3.11 (Unicode 14); another
 Python has a few more names.
 """

@@ -5,8 +5,8 @@
 #   gpu                    FSDP inside a node, data parallelism between nodes
 #   cpu                    nothing but the compilation cache
 #
-# What is already set in the environment stays. A flag that the compiler does not know ends the process at once: XLA_FLAGS
-# is read by jaxlib on every platform, LIBTPU_INIT_ARGS by libtpu alone.
+# What is already set in the environment stays. A flag that the compiler does not know ends the process at once:
+# XLA_FLAGS is read by jaxlib on every platform, LIBTPU_INIT_ARGS by libtpu alone.
 
 case "${1:-}" in
   # No flag of the compiler's for TPUs either: what was set here leaves the program as it is, or has nothing to show for

@@ -248,13 +248,14 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def rotary(position_BW: Any, c: MaskPredictorConfig, length: int) -> tuple[jax.Array, jax.Array]:
-  """Cosine and sine [B, W, 1, K/2] of RoPE in float32, of positions below `length`; half-split layout."""
+  """Cosine and sine [B, W, 1, K/2] of RoPE in float32, of positions 0 .. `length` - 1; half-split layout."""
   if sharding.platform() == "cpu":
     # A table: where XLA's CPU backend can compute cosines it does so within every loop that turns a query or a key,
     # for each head of each row again, and one by one.
     frequency = np.float32(c.rope_theta) ** (-np.arange(0, c.K, 2, dtype=np.float32) / np.float32(c.K))
     angle = np.arange(length, dtype=np.float32)[:, None] * frequency
-    return tuple(jnp.asarray(f(angle))[position_BW][:, :, None] for f in (np.cos, np.sin))  # pyright: ignore
+    cos, sin = (jnp.asarray(f(angle)).at[position_BW].get(mode="fill", fill_value=jnp.nan) for f in (np.cos, np.sin))
+    return cos[:, :, None], sin[:, :, None]
   frequency = c.rope_theta ** (-jnp.arange(0, c.K, 2, dtype=jnp.float32) / c.K)
   angle = position_BW.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
   return jnp.cos(angle), jnp.sin(angle)
@@ -430,7 +431,7 @@ class MaskPredictor(nnx.Module):
     Args:
       tokens_BW: int32 ids at the canvas positions of the window.
       visible: who may look at whom, and which part of the canvas is run; None: all of it, one document a row.
-      position_BL: int32 positions for RoPE (B may be 1); None: 0 .. L - 1.
+      position_BL: int32 positions for RoPE, less than L (B may be 1); None: 0 .. L - 1.
       cache: keys and values of the canvas, L positions; the window's are replaced, or, with `visible.reuse_L`, none
         are: those that are not reused must be the window's then. None: the window is the canvas.
       layers: `self.blocks`, as `MaskPredictorConfig.apart` left them before a loop over calls; the cache may have been
@@ -470,7 +471,7 @@ class MaskPredictor(nnx.Module):
     x_BWD = sharding.constrain(_look_up(self.embedding[...].astype(c.compute_dtype), tokens_BW, c.V), "BLD")
     x_BWD = x_BWD.astype(c.stream_dtype)
     if isinstance(layers, list):
-      caches, written = cache if isinstance(cache, list) else [None] * c.N if cache is None else c.apart(cache), []
+      caches, written = cache if isinstance(cache, list) else c.apart(cache), []
       for layer in zip(layers, caches, strict=True):
         x_BWD, layer_cache = body(x_BWD, layer)
         written.append(layer_cache)

@@ -353,6 +353,16 @@ def test_the_embeddings_gradient_adds_up_in_float32():
   assert jnp.linalg.norm(ours_D - exact_D) < 0.05 * jnp.linalg.norm(exact_D)
 
 
+def test_a_position_behind_the_canvas_is_no_other_position():
+  """On a CPU cosines are looked up, and what is not in the table must not be taken for its last row."""
+  params, tokens_BL = random_params(TINY), random_tokens(TINY, 1, 4)
+
+  def hidden(*positions):
+    return TINY.bind(params).hidden(tokens_BL, position_BL=jnp.array([positions]))[0]
+
+  assert jnp.isfinite(hidden(0, 1, 2, 3)).all() and jnp.isnan(hidden(0, 1, 2, 4)).any()
+
+
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_a_width_that_gpus_are_slow_with_is_padded(monkeypatch, tensor):
   """What is computed, and every gradient, stays; the matmuls' widths are multiples of 64 on each device."""
