@@ -174,7 +174,7 @@ def load(workdir: Path) -> Config:
 # Fields of the dataclasses that a config does not set: the objective decides.
 DECIDED = ("model.causal",)
 # What config.json holds besides: of init_from, the checkpoint that the run began from.
-NOT_FIELDS = ("tokenizer_fingerprint", "base", "base_fingerprint")
+NOT_FIELDS = ("tokenizer_fingerprint", "base", "base_fingerprint", "data_digests")
 
 
 def table(c: Config, setters: Mapping[str, str]) -> Table:

@@ -27,8 +27,9 @@ _CONFIG = flags.DEFINE_string(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, tokenizer, checkpoints, metrics.")
 _MODE = flags.DEFINE_enum(
-  "mode", "train", ["train", "prepare", "evaluate", "sample", "chat", "import", "export", "plan", "show"], "What to do."
-)
+  "mode", "train",
+  ["train", "prepare", "evaluate", "sample", "chat", "import", "export", "plan", "show", "verify"], "What to do.",
+)  # fmt: skip
 _PROMPT = flags.DEFINE_multi_string(
   "prompt", [], "mode=sample: text to continue, or text with [MASK]s to fill in; repeat for several (default: stdin)."
 )
@@ -89,10 +90,13 @@ def main(argv: list[str]) -> int:
   from lladax import config  # the slow imports come after the quick checks
   from lladax.devices.sharding import MeshConfig
   from lladax.evaluation import evaluate
-  from lladax.inference import chat, convert, show
+  from lladax.inference import chat, convert, show, verify
   from lladax.training import trainer
 
   distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  if mode == "verify":
+    verify.run(workdir, distributed.console())
+    return 0
   if mode == "export":
     convert.to_published(workdir, target, _DTYPE.value)
     print(f"lladax: {workdir} is written to {target}", file=sys.stderr)
@@ -252,8 +256,8 @@ def _config(fields: list[str]) -> ConfigDict | None:
     return configs.load(_CONFIG.value)
   if not fields and mode != "show":
     return None
-  if mode == "export":
-    raise Mistake(f"--config.{fields[0]}: --mode=export writes the run as it is, and takes no config")
+  if mode in ("export", "verify"):
+    raise Mistake(f"--config.{fields[0]}: --mode={mode} takes the run as it is, and no config")
   if mode == "import":
     return configs.load("base")
   if mode not in ("evaluate", "sample", "chat") and not (mode == "show" and _WORKDIR.value):

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import stat
@@ -22,9 +23,13 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from lladax.mistake import Missing, Mistake
+from lladax.mistake import Diverged, Missing, Mistake
+from lladax.storage import digest
 
 Tree = dict[str, Any]
+
+
+DIGESTS = "digests"  # of every array, in a checkpoint's own metadata
 
 
 class Corrupt(Mistake):
@@ -130,23 +135,90 @@ def fingerprint(path: Path) -> str:
   return hashlib.blake2b(repr(files).encode(), digest_size=8).hexdigest() if files else ""
 
 
+def need(path: Path, who: Path) -> None:
+  """Notes that the run in the workdir `who` rests on a checkpoint of another one, which will never be removed then.
+
+  Args:
+    path: its folder, WORKDIR/checkpoints/STEP.
+    who: who needs it.
+  """
+  note = path.parent.parent / _NEEDED / path.name
+  try:
+    note.parent.mkdir(exist_ok=True)
+    known = note.read_text("utf-8").splitlines() if note.exists() else []
+    if str(who) not in known:
+      note.write_text("".join(f"{x}\n" for x in (*known, who)), "utf-8")
+  except OSError as error:
+    logging.warning("%s cannot be written (%s): see to it that %s is not removed", note, error.strerror, path)
+
+
+_NEEDED = "needed"  # WORKDIR/needed/STEP names, line by line, the workdirs of the runs that began from that checkpoint
+
+
+class _Kept:
+  """Which checkpoints stay: the last `keep`, every `keep_every`-th step, and those that other runs rest on."""
+
+  def __init__(self, workdir: Path, keep: int, keep_every: int):
+    self._needed, self._keep, self._every = workdir / _NEEDED, keep, keep_every
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    """As Orbax asks: of all that are there, oldest first."""
+    last = {x.step for x in checkpoints[-self._keep :]}
+    return [
+      x.step in last or bool(self._every and x.step % self._every == 0) or (self._needed / str(x.step)).exists()
+      for x in checkpoints
+    ]
+
+
 class Checkpoints:
-  """Saves in the background; keeps the last `keep` checkpoints and every `keep_every`-th step for good."""
+  """Saves in the background; keeps the last `keep` checkpoints, every `keep_every`-th step, and what others rest on."""
 
   def __init__(self, workdir: Path, *, keep: int = 2, keep_every: int = 0):
-    options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True, create=True
-    )
+    kept: Any = _Kept(workdir, keep, keep_every)
+    options = ocp.CheckpointManagerOptions(preservation_policy=kept, cleanup_tmp_directories=True, create=True)
     self._manager = _manager(workdir, options)
+    self._workdir, self._begun, self._last = workdir, _identity(workdir), None
 
   def save(self, step: int, tree: Tree) -> None:
-    """Begins to save; the arrays may be donated as soon as this returns."""
-    self._manager.save(step, args=ocp.args.PyTreeSave(tree), force=True)
+    """Begins to save; the arrays may be donated as soon as this returns.
+
+    Raises:
+      Diverged: one of them is not all numbers; nothing is saved.
+      Mistake: the workdir was removed, or another run has begun in it.
+    """
+    if jax.process_index() == 0 and _identity(self._workdir) != self._begun:  # others may see it late
+      self._last = None
+      raise Mistake(
+        f"{self._workdir} was removed, or another run has begun in it, since this one did: step {step} is not saved"
+      )
+    digests, broken = digest.of(dict(flat(tree)))
+    if broken:
+      raise Diverged(
+        f"{broken[0]} is not a number any more at step {step}, and is not saved: start again in another workdir with a"
+        f" lower learning rate; the checkpoints before it are in {self._manager.directory}"
+      )
+    self._manager.save(step, args=ocp.args.PyTreeSave(tree), force=True, custom_metadata={DIGESTS: digests})
+    self._last = step
 
   def close(self) -> None:
-    """Waits for the last save."""
+    """Waits for the last save.
+
+    Raises:
+      Mistake: it is not there, as the workdir was removed meanwhile.
+    """
     self._manager.wait_until_finished()
     self._manager.close()
+    if jax.process_index() == 0 and self._last is not None and self._last not in steps(self._workdir):
+      raise Mistake(f"{self._workdir} was removed while step {self._last} was saved in it: it is lost")
+
+
+def _identity(workdir: Path) -> tuple[int, int] | None:
+  """Of the config.json that a run wrote when it began; None where there is none."""
+  try:
+    found = (workdir / "config.json").stat()
+  except OSError:
+    return None
+  return found.st_dev, found.st_ino
 
 
 def restore(workdir: Path, step: int, abstract: Tree) -> Tree:
@@ -166,10 +238,43 @@ def restore(workdir: Path, step: int, abstract: Tree) -> Tree:
     if found is None or tuple(found.shape) != tuple(wanted.shape):
       shape = "missing" if found is None else f"of shape {tuple(found.shape)}"
       raise Corrupt(f"{folder(workdir) / str(step)}: {name} is {shape}, expected {tuple(wanted.shape)}")
+  written = {name: x.dtype for name, x in shapes.items()}
+  as_written = _by_name(lambda name, x: jax.ShapeDtypeStruct(x.shape, written[name], sharding=x.sharding), abstract)
   args = ocp.args.PyTreeRestore(
-    item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
+    item=as_written, restore_args=ocp.checkpoint_utils.construct_restore_args(as_written), partial_restore=True
   )
-  return _read(workdir, step, lambda manager: manager.restore(step, args=args))
+  tree, kept = _read(workdir, step, lambda x: (x.restore(step, args=args), x.metadata(step).custom_metadata or {}))
+  digests, broken = digest.of(dict(flat(tree)))
+  expected = kept.get(DIGESTS, digests)  # older checkpoints have none
+  if changed := [name for name in digests if expected.get(name) != digests[name]]:
+    raise Corrupt(f"{folder(workdir) / str(step)}: {changed[0]} is not what was written")
+  if broken:
+    raise Corrupt(f"{folder(workdir) / str(step)}: {broken[0]} holds what is not a number")
+  return jax.tree.map(_cast, tree, abstract)
+
+
+def _cast(x: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+  if x.dtype == wanted.dtype:
+    return x
+  return jax.jit(lambda x: x.astype(wanted.dtype), out_shardings=wanted.sharding, donate_argnums=0)(x)
+
+
+def verify(workdir: Path, step: int) -> str:
+  """Reads a checkpoint, one array after another on the first device; says how much it was.
+
+  Raises:
+    Corrupt: as `restore`.
+  """
+  here, arrays = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), flat(metadata(workdir, step))
+  for path, x in arrays:
+    alone: Any = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
+    for name in reversed(path.split("/")):
+      alone = {name: alone}
+    restore(workdir, step, alone)
+  size = sum(math.prod(x.shape) * x.dtype.itemsize for _, x in arrays) / 2**20
+  kept = _read(workdir, step, lambda manager: manager.metadata(step).custom_metadata) or {}
+  digests = "as they were written" if DIGESTS in kept else "that can be read; they were written without digests"
+  return f"{len(arrays)} arrays, {size:,.1f} MiB, {digests}"
 
 
 def metadata(workdir: Path, step: int) -> Tree:
@@ -264,3 +369,7 @@ def restore_latest(
 def flat(tree: Tree) -> list[tuple[str, Any]]:
   """[("blocks/q", array), ...] of a nested dict."""
   return [("/".join(k.key for k in path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _by_name(fn: Callable[[str, Any], Any], tree: Tree) -> Tree:
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: fn("/".join(k.key for k in path), leaf), tree)

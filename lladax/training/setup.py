@@ -47,6 +47,7 @@ def prepare(config: Config, workdir: Path) -> Run:
   if config.model.weights != "full":
     quantized.library()
   saved = checkpoint.config(workdir) if (workdir / "config.json").exists() else None
+  read_before = (saved or {}).pop("data_digests", {})
   console = distributed.console()
   others = evaluate.check_tasks(config)
   base = _base(config, saved, workdir) if config.init_from else ""
@@ -83,11 +84,23 @@ def prepare(config: Config, workdir: Path) -> Run:
   rows = sources.training(config.data, text, config.seed)
   for name, source in zip(config.data.corpora, rows, strict=True):
     console.print(f"{name}: {source.about}", markup=False)
-  digest = "".join(source.digest for source in rows)
-  distributed.agree(config=json.dumps(plain), data=digest, workdir=str(workdir), jax=jax.__version__)
+  digests = {name: source.digest[:32] for name, source in zip(config.data.corpora, rows, strict=True)}
+  _check_data(read_before or digests, digests, workdir)
+  plain["data_digests"] = digests
+  distributed.agree(config=json.dumps(plain), data=json.dumps(digests), workdir=str(workdir), jax=jax.__version__)
   if distributed.is_first():
     _write(workdir, plain, None if saved else text, base)
   return Run(config, workdir, text, mesh, *program(config, mesh), rows, base)
+
+
+def _check_data(began: dict[str, str], now: dict[str, str], workdir: Path) -> None:
+  """Raises Mistake if a corpus is not the one that the run began with; older runs do not say."""
+  for name in now:
+    if began.get(name) != now[name]:
+      raise Mistake(
+        f"data.corpus: {name} has changed since the run in {workdir} began with it: put back what it was, or use"
+        " another workdir"
+      )
 
 
 def _check_outputs(log: LogConfig, workdir: Path) -> None:
@@ -102,6 +115,8 @@ def _check_outputs(log: LogConfig, workdir: Path) -> None:
 def _write(workdir: Path, config: dict[str, Any], text: tokenizer.Tokenizer | None, base: str) -> None:
   """Writes config.json; of a run that begins here (with its tokenizer) also what makes the workdir self-contained."""
   workdir.mkdir(parents=True, exist_ok=True)
+  if base:
+    checkpoint.need(Path(base), workdir.absolute())
   if text:
     text.save(workdir / "tokenizer")
     published = _workdir_of(base) / "published"

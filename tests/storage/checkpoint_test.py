@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lladax.devices import sharding
-from lladax.mistake import Mistake
+from lladax.mistake import Diverged, Mistake
 from lladax.storage import checkpoint
 from lladax.storage.checkpoint import Checkpoints, Corrupt
 
@@ -232,3 +232,84 @@ def test_another_shape_is_named(tmp_path):
   wanted = {"params": {"head": jax.ShapeDtypeStruct((4,), np.float32)}}
   with pytest.raises(Corrupt, match=r"checkpoints/3: params/head is missing, expected \(4,\)"):
     checkpoint.restore(tmp_path, 3, wanted)
+
+
+@pytest.mark.usefixtures("collected")
+@pytest.mark.parametrize("damage", ["a bit", "512 bytes"])
+def test_a_byte_that_changed_anywhere_is_found_and_the_checkpoint_before_is_used(tmp_path, damage):
+  """What is read is what was written, or it is not used: of the files of arrays only their indexes have checksums."""
+  save(tmp_path / "whole", 1, 2)
+  expected, rng = {step: tree(step) for step in (1, 2)}, np.random.default_rng(0)
+  for n in range(8):
+    shutil.copytree(tmp_path / "whole", workdir := tmp_path / str(n))
+    files = sorted(x for x in (checkpoint.folder(workdir) / "2").rglob("*") if x.is_file() and x.stat().st_size)
+    sizes = np.array([x.stat().st_size for x in files])
+    path = files[rng.choice(len(files), p=sizes / sizes.sum())]
+    content = bytearray(path.read_bytes())
+    at = rng.integers(len(content))
+    if damage == "a bit":
+      content[at] ^= 1 << rng.integers(8)
+    else:
+      content[at : at + 512] = bytes(len(content[at : at + 512]))
+    path.write_bytes(content)
+    step, found = checkpoint.restore_latest(workdir, abstract(expected[1]))
+    assert_same(found, expected[step])  # a byte that nothing rests on may change
+
+
+def test_what_is_not_a_number_is_not_saved(tmp_path):
+  broken = tree(2)
+  broken["mu"]["blocks"]["q"] = broken["mu"]["blocks"]["q"].at[1, 3, 2, 1].set(np.nan)
+  checkpoints = Checkpoints(tmp_path, keep=2)
+  checkpoints.save(1, tree(1))
+  with pytest.raises(Diverged, match=r"mu/blocks/q is not a number any more at step 2, and is not saved"):
+    checkpoints.save(2, broken)
+  checkpoints.close()
+  assert checkpoint.steps(tmp_path) == [1]
+
+
+def test_other_dtypes_are_read_as_they_were_written_and_cast(tmp_path):
+  save(tmp_path, 1)
+  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "bfloat16", sharding=x.sharding), tree(1)["params"])
+  found = checkpoint.restore(tmp_path, 1, {"params": like})
+  assert_same(found["params"], jax.tree.map(lambda x: x.astype("bfloat16"), tree(1)["params"]))
+
+
+def test_a_checkpoint_that_another_run_rests_on_is_not_removed(tmp_path, caplog):
+  base = tmp_path / "base"
+  save(base, 1, 2, keep=2)
+  for who in ("adapters", "more", "adapters"):
+    checkpoint.need(checkpoint.folder(base) / "2", tmp_path / who)
+  assert (base / "needed/2").read_text().splitlines() == [str(tmp_path / "adapters"), str(tmp_path / "more")]
+  save(base, 3, 4, 5, 6, keep=2, keep_every=4)
+  assert checkpoint.steps(base) == [2, 4, 5, 6]
+  (tmp_path / "file").touch()
+  assert not caplog.records
+  checkpoint.need(tmp_path / "file/checkpoints/2", tmp_path / "adapters")
+  assert "needed/2 cannot be written" in caplog.text and "checkpoints/2 is not removed" in caplog.text
+
+
+def test_nothing_is_saved_in_a_workdir_that_is_no_longer_there(tmp_path):
+  for name, change in {
+    "removed": lambda path: shutil.rmtree(path),
+    "begun again": lambda path: os.replace(
+      shutil.copy(path / "config.json", path / "config.new"), path / "config.json"
+    ),
+  }.items():
+    workdir = tmp_path / name
+    workdir.mkdir()
+    (workdir / "config.json").write_text("{}")
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save(1, tree(1))
+    checkpoints._manager.wait_until_finished()
+    change(workdir)
+    with pytest.raises(Mistake, match=f"{name} was removed, or another run has begun in it, .*: step 2 is not saved"):
+      checkpoints.save(2, tree(2))
+
+
+def test_a_last_checkpoint_that_vanishes_is_not_called_done(tmp_path):
+  checkpoints = Checkpoints(tmp_path / "run")
+  checkpoints.save(1, tree(1))
+  checkpoints._manager.wait_until_finished()
+  shutil.rmtree(tmp_path / "run")
+  with pytest.raises(Mistake, match="run was removed while step 1 was saved in it: it is lost"):
+    checkpoints.close()

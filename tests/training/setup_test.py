@@ -1,4 +1,5 @@
 import json
+import pathlib
 import shutil
 
 import pytest
@@ -53,6 +54,24 @@ def test_a_run_that_is_older_than_a_field_had_its_default(tiny, tiny_workdir, tm
   (workdir / "config.json").write_text(json.dumps(saved))
   with pytest.raises(Mistake, match=r"another config \(noise.times: 'uniform' there, 'stratified' here\)"):
     setup.prepare(tiny({"noise.times": "stratified"}), workdir)
+
+
+def test_a_corpus_that_changed_under_a_run_is_refused_by_name(tiny, tiny_workdir, tmp_path):
+  workdir = shutil.copytree(tiny_workdir, tmp_path / "run")
+  corpus = pathlib.Path(tiny().data.corpus.removeprefix("files:"))
+  saved = json.loads((workdir / "config.json").read_text())
+  assert list(saved["data_digests"]) == [f"files:{corpus}"]
+  before = corpus.read_text()
+  try:
+    corpus.write_text(before.replace("red", "rad", 1))
+    with pytest.raises(Mistake, match=f"^data.corpus: files:{corpus} has changed since the run in {workdir} began"):
+      setup.prepare(tiny({"steps": 30}), workdir)
+  finally:
+    corpus.write_text(before)
+  del saved["data_digests"]  # as of a run that is older
+  (workdir / "config.json").write_text(json.dumps(saved))
+  setup.prepare(tiny({"steps": 30}), workdir)
+  assert list(json.loads((workdir / "config.json").read_text())["data_digests"]) == [f"files:{corpus}"]
 
 
 @pytest.mark.parametrize("content", [b"", b'{"seed": 0, "mod', b"[1]", b'{"model": "\xff"}', b"\x00" * 20])
