@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,6 +49,7 @@ def run(
 
   Raises:
     Diverged: a metric of a step is not a number; the last checkpoint is from before.
+    Unsaved: the last step could not be saved.
   """
   watchdog = distributed.Watchdog(log.hang_seconds)
   profiler = metrics.ProfilerWindow(workdir / "profile", log.profile_first, log.profile_last)
@@ -82,8 +84,8 @@ def run(
   finally:
     watchdog.close()
     profiler.stop()
-    saver.close()
     journal.close()
+    saver.close(sys.exception())
   return state
 
 

@@ -17,6 +17,7 @@ from lladax.data import batches
 from lladax.devices import distributed, sharding
 from lladax.evaluation import evaluate, held_out
 from lladax.inference.llada import LLaDA
+from lladax.mistake import Unsaved
 from lladax.storage import checkpoint, metrics
 from lladax.training import loop
 from lladax.training.setup import Run, begin, prepare, restore
@@ -32,6 +33,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
   Raises:
     Mistake, Missing: bad input, one line, before any long work.
     Diverged: the loss is not a number; the last checkpoint is from before.
+    Unsaved: the last step could not be saved.
   """
   began, console = time.monotonic(), distributed.console()
   run = prepare(config, Path(workdir).expanduser())
@@ -57,7 +59,13 @@ def _last_state(run: Run, console: Console) -> State:
   if start >= config.steps:
     return state
   with loop.Interrupt() as interrupt:
-    state = loop.run(_work(run, start, console), state, run.workdir, config.checkpoint, config.log, interrupt)
+    try:
+      state = loop.run(_work(run, start, console), state, run.workdir, config.checkpoint, config.log, interrupt)
+    except Unsaved as error:
+      if not interrupt.signal:
+        raise
+      logging.warning("%s", error)  # somewhere else it may go on from the checkpoint before
+      raise SystemExit(128 + interrupt.signal) from None
   if interrupt.signal:
     console.print(f"stopped by a signal after step {int(state.step)}; the same command continues from there")
     raise SystemExit(128 + interrupt.signal)
