@@ -43,8 +43,8 @@ def refusal(error: BaseException | None) -> str:
   """
   while error is not None:
     if isinstance(error, OSError) and error.errno in _REFUSED:
-      where = error.filename or error.filename2
-      return f"{os.fsdecode(where)}: {os.strerror(error.errno)}" if where else os.strerror(error.errno)
+      why = os.strerror(error.errno or 0)
+      return f"{os.fsdecode(error.filename)}: {why}" if error.filename else why
     if found := re.search(r"os_error_code='(\d+)'", str(error)):
       return os.strerror(int(found[1]))
     error = error.__cause__

@@ -15,6 +15,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
@@ -192,6 +193,7 @@ class Checkpoints:
       self._failed(error)
 
   def _failed(self, error: Exception) -> None:
+    _drop_echoes()
     self._error = error
     left = steps(self._workdir)
     logging.warning(
@@ -208,7 +210,6 @@ class Checkpoints:
     if jax.process_count() > 1:
       failed = bool(np.any(multihost_utils.process_allgather(np.array(failed))))
     if failed and self._manager:
-      _drop_echoes()
       with contextlib.suppress(Exception):  # it has been said
         self._manager.close()
       self._manager = None
@@ -359,6 +360,7 @@ def _drop_echoes() -> None:
       report(unraisable)
 
   sys.unraisablehook = hook
+  warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
   logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
 
 

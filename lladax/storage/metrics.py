@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from rich.console import Console
 from tensorboardX import event_file_writer, summary
-from tensorboardX.proto import event_pb2
+from tensorboardX.proto import event_pb2 as _generated
 
 from lladax.storage.writing import leniently
 
@@ -34,6 +34,8 @@ PEAK_FLOPS = {
   "NVIDIA L4": 121e12,
   "RTX 4090": 165.2e12,
 }
+
+event_pb2: Any = _generated  # its classes are made when it is loaded
 
 
 def peak_flops(device: jax.Device) -> float | None:
