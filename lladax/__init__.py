@@ -6,7 +6,6 @@
 """
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lladax import configs
@@ -45,4 +44,4 @@ def train(config: "str | os.PathLike | ConfigDict | Config", workdir: str | os.P
   from lladax import config as whole  # Grain and its kin are slow to import, and of use to those who train
   from lladax.training import trainer
 
-  return trainer.train(whole.given(config), Path(workdir))
+  return trainer.train(whole.given(config), workdir)

@@ -15,7 +15,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
-from lladax import configs
+from lladax import address, configs
 from lladax.devices import distributed
 from lladax.devices.distributed import guard
 from lladax.mistake import Missing, Mistake
@@ -25,7 +25,9 @@ from lladax.storage.writing import check_writable
 _CONFIG = flags.DEFINE_string(
   "config", None, "A recipe's name or a file, and :ARGUMENT for its get_config; --config.steps=200 sets a field."
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, tokenizer, checkpoints, metrics.")
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the run, here or at gs:// or s3://: config, checkpoints, metrics."
+)
 _MODE = flags.DEFINE_enum(
   "mode", "train",
   ["train", "prepare", "evaluate", "sample", "chat", "import", "export", "plan", "show", "verify"], "What to do.",
@@ -72,7 +74,7 @@ def main(argv: list[str]) -> int:
     return _plan(given)
   if mode == "show":
     return _show(given)
-  target = Path(os.path.expanduser(_TARGET.value or ""))
+  target = address.mirror(_TARGET.value or "")
   for name, flag, modes in (("source", _SOURCE, ("import",)), ("target", _TARGET, ("export", "prepare"))):
     if mode in modes and not flag.value:
       raise Mistake(f"--{name} is missing: --mode={mode} needs it")
@@ -99,13 +101,13 @@ def main(argv: list[str]) -> int:
     return 0
   if mode == "export":
     convert.to_published(workdir, target, _DTYPE.value)
-    print(f"lladax: {workdir} is written to {target}", file=sys.stderr)
+    print(f"lladax: {workdir} is written to {address.of(target)}", file=sys.stderr)
     return 0
   if mode == "import":
     values = (given or configs.load("base")).to_dict()
     config.parse(values)
     convert.from_published(_SOURCE.value or "", workdir, values)
-    print(f"lladax: {_SOURCE.value} is read into {workdir}", file=sys.stderr)
+    print(f"lladax: {_SOURCE.value} is read into {address.of(workdir)}", file=sys.stderr)
     return 0
   if given is not None:
     c = config.parse(given.to_dict())
@@ -262,7 +264,7 @@ def _config(fields: list[str]) -> ConfigDict | None:
 def _workdir() -> Path:
   if not _WORKDIR.value:
     raise Mistake("--workdir is missing: name a folder for the run, as in --workdir=runs/quickstart")
-  return Path(os.path.expanduser(_WORKDIR.value))
+  return address.mirror(_WORKDIR.value)
 
 
 def _fields(config: ConfigDict, group: str = "") -> Iterator[tuple[str, type]]:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from lladax import address
 from lladax.config import Config
 from lladax.data import sources
 from lladax.data.tokenizer import Tokenizer
@@ -219,14 +220,14 @@ def report(llada: LLaDA, config: Config, bounds: dict[str, float], workdir: Path
     losses = metrics.losses(workdir)
     with leniently(workdir / "evaluation.html"):
       reports.write(reports.Report(title, about, found, shown, bounds, judged, losses), workdir / "evaluation")
-      console.print(f"the same as a page, with the loss: {workdir / 'evaluation.html'}", markup=False)
+      console.print(f"the same as a page, with the loss: {address.of(workdir / 'evaluation.html')}", markup=False)
   if filled := samples(llada, config):
     for row in filled.unmaskings():
       console.print(unmasking.terminal(row, frames=4))
     page = filled.html(f"{workdir.name}, step {step}")
     with leniently(workdir / "samples.html"):
       (workdir / "samples.html").write_text(page, encoding="utf-8", errors="backslashreplace")
-      console.print(f"the same as a page: {workdir / 'samples.html'}", markup=False)
+      console.print(f"the same as a page: {address.of(workdir / 'samples.html')}", markup=False)
   return results
 
 
@@ -292,4 +293,7 @@ def evaluate_last(config: Config, workdir: Path) -> dict[str, float]:
   llada = load.load(workdir, mesh=sharding.make_mesh(config.mesh), **asked)
   config = dataclasses.replace(config, model=llada.model)  # adapters are merged
   bounds = held_out.bound(llada, config) if config.data.held_out else {}
-  return report(llada, config, bounds, workdir, distributed.console())
+  results = report(llada, config, bounds, workdir, distributed.console())
+  if distributed.is_first():
+    address.push(workdir)
+  return results

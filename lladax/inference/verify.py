@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lladax import config
+from lladax import address, config
 from lladax.inference.load import saved_model
 from lladax.mistake import Mistake
 from lladax.storage import checkpoint, metrics
@@ -26,7 +26,9 @@ def run(workdir: Path, console: Console) -> None:
       said = f"DAMAGED: {error}"
     console.print(f"{name}: {said}", markup=False, highlight=False, soft_wrap=True)
   if damaged:
-    raise Mistake(f"--workdir={workdir}: {', '.join(damaged)} cannot be read back: put back a copy, or do without")
+    raise Mistake(
+      f"--workdir={address.of(workdir)}: {', '.join(damaged)} cannot be read back: put back a copy, or do without"
+    )
 
 
 def _parts(workdir: Path) -> Iterator[tuple[str, Callable[[], str]]]:

@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import re
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from lladax import address
 from lladax.devices import distributed
 from lladax.mistake import Diverged, Missing, Mistake, Unsaved, refusal
 from lladax.storage import digest, writing
@@ -44,7 +44,7 @@ class Corrupt(Mistake):
 
 def folder(workdir: Path) -> Path:
   """Where a workdir keeps its checkpoints."""
-  return workdir / "checkpoints"
+  return address.at(workdir / "checkpoints")
 
 
 def config(workdir: Path) -> dict[str, Any]:
@@ -97,7 +97,13 @@ _LONGEST = 3800  # bytes of a path: Linux takes 4095, and the files of a checkpo
 def steps(workdir: Path) -> list[int]:
   """Steps of the finished checkpoints, oldest first."""
   root = folder(workdir)
+  if address.is_address(root):  # where nothing can be renamed, Orbax's mark says that it is whole
+    system, path = address.system(str(root))
+    return sorted(int(x.split("/")[-2]) for x in system.glob(f"{path}/*/{_WHOLE}") if x.split("/")[-2].isdecimal())
   return sorted(int(x.name) for x in root.iterdir() if x.name.isdecimal()) if root.is_dir() else []
+
+
+_WHOLE = "commit_success.txt"
 
 
 def fingerprint(path: Path) -> str:
@@ -105,7 +111,12 @@ def fingerprint(path: Path) -> str:
 
   Its data files are named by random numbers of 128 bits when they are written: nothing large is read.
   """
-  files = sorted((str(file.relative_to(path)), file.stat().st_size) for file in path.glob("**/d/*"))
+  if address.is_address(name := address.of(path)):
+    system, root = address.system(name)
+    found = system.find(root, detail=True).items()
+    files = sorted((x[len(root) + 1 :], about["size"]) for x, about in found if x.split("/")[-2] == "d")
+  else:
+    files = sorted((str(file.relative_to(path)), file.stat().st_size) for file in path.glob("**/d/*"))
   return hashlib.blake2b(repr(files).encode(), digest_size=8).hexdigest() if files else ""
 
 
@@ -116,19 +127,19 @@ def need(path: Path, who: Path) -> None:
     path: its folder, WORKDIR/checkpoints/STEP.
     who: who needs it.
   """
-  note = path.parent.parent / _NEEDED / path.name
+  note, name = address.at(path.parent.parent / _NEEDED / path.name), address.of(who)
   try:
     note.parent.mkdir(exist_ok=True)
     known = note.read_text("utf-8").splitlines() if note.exists() else []
-    if str(who) not in known:
-      note.write_text("".join(f"{x}\n" for x in (*known, who)), "utf-8")
+    if name not in known:
+      note.write_text("".join(f"{x}\n" for x in (*known, name)), "utf-8")
   except OSError as error:
     logging.warning("%s cannot be written: %s: see to it that %s is not removed", note, writing.reason(error), path)
 
 
 def needed(workdir: Path, step: int) -> bool:
   """Whether another run rests on a checkpoint."""
-  return (workdir / _NEEDED / str(step)).exists()
+  return address.at(workdir / _NEEDED / str(step)).exists()
 
 
 _NEEDED = "needed"  # WORKDIR/needed/STEP names, line by line, the workdirs of the runs that began from that checkpoint
@@ -198,6 +209,8 @@ class Checkpoints:
       manager.wait_until_finished()
     except Exception as error:
       self._failed(error)
+    if jax.process_index() == 0:
+      address.push(self._workdir, must=False)
 
   def _failed(self, error: Exception) -> None:
     _drop_echoes()
@@ -253,9 +266,13 @@ class Checkpoints:
       raise Mistake(f"{self._workdir} was removed while step {self._last} was saved in it: it is lost")
 
 
-def _identity(workdir: Path) -> tuple[int, int] | None:
+def _identity(workdir: Path) -> Any:
   """Of the config.json that a run wrote when it began; None where there is none."""
   try:
+    if address.is_address(name := address.of(workdir)):
+      system, path = address.system(name)
+      about = system.info(f"{path}/config.json")
+      return [str(about.get(x)) for x in ("ETag", "LastModified", "generation", "updated", "md5Hash")]
     found = (workdir / "config.json").stat()
   except OSError:
     return None
@@ -268,7 +285,7 @@ def drop(workdir: Path, *, after: int) -> None:
   if jax.process_index() == 0:
     for step in steps(workdir):
       if step > after:
-        shutil.rmtree(folder(workdir) / str(step))
+        epath.Path(folder(workdir) / str(step)).rmtree()
   distributed.agree(dropped=str(after))
 
 
@@ -352,7 +369,40 @@ _ARRAYS = ocp.type_handlers.create_type_handler_registry(
 
 def _manager(workdir: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
   handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_ARRAYS)
-  return ocp.CheckpointManager(_Literal(folder(workdir).absolute()), options=options, item_handlers=handler)
+  root = folder(workdir)
+  if address.is_address(root):
+    _know_s3()
+    address.system(str(root))
+  else:
+    root = _Literal(root.absolute())
+  return ocp.CheckpointManager(root, options=options, item_handlers=handler)
+
+
+@functools.cache
+def _know_s3() -> None:
+  """Orbax (0.12.8) knows gs:// alone: what it does there is right for s3://, too, and TensorStore has a driver for it.
+
+  That asks for the end point, where it is not Amazon's, by name; boto, behind s3fs, by the environment.
+  """
+  from orbax.checkpoint._src.path import gcs_utils
+  from orbax.checkpoint._src.serialization import tensorstore_utils
+
+  both, of_gs, normal = ("gs://", "s3://"), gcs_utils.get_kvstore_for_gcs, tensorstore_utils._normalize_path
+  said = {"endpoint": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"), "aws_region": ("AWS_REGION", "AWS_DEFAULT_REGION")}
+
+  def spec(path: str) -> dict[str, Any]:
+    found = of_gs(path)
+    if path.startswith("s3://"):
+      found["driver"] = "s3"
+      for name, variables in said.items():
+        if value := next(filter(None, map(os.environ.get, variables)), None):
+          found[name] = value
+    return found
+
+  gcs_utils._GCS_PATH_PREFIX = both
+  gcs_utils.get_kvstore_for_gcs = spec
+  tensorstore_utils._use_gcs_driver = lambda directory: directory.startswith(both)
+  tensorstore_utils._normalize_path = lambda path: normal(path).replace("s3:/", "s3://")
 
 
 def _read(workdir: Path, step: int, how: Callable[[ocp.CheckpointManager], Any]) -> Any:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from lladax import address
 from lladax.config import Config, LogConfig, check_saved
 from lladax.data import sources, tokenizer, windows
 from lladax.devices import distributed, sharding
@@ -73,7 +74,7 @@ def prepare(config: Config, workdir: Path) -> Run:
   check_mesh(config, mesh)
   extra = {"tokenizer_fingerprint": text.fingerprint, "base": base}
   if base:
-    extra["base_fingerprint"] = (saved or {}).get("base_fingerprint") or checkpoint.fingerprint(Path(base))
+    extra["base_fingerprint"] = (saved or {}).get("base_fingerprint") or checkpoint.fingerprint(address.mirror(base))
   plain = json.loads(json.dumps(dataclasses.asdict(config) | extra))
   if saved:
     moved = {name: plain[name] for name in ("init_from", "base", "base_fingerprint")} if base else {}
@@ -87,7 +88,9 @@ def prepare(config: Config, workdir: Path) -> Run:
   digests = {name: source.digest[:32] for name, source in zip(config.data.corpora, rows, strict=True)}
   _check_data(read_before or digests, digests, workdir)
   plain["data_digests"] = digests
-  distributed.agree(config=json.dumps(plain), data=json.dumps(digests), workdir=str(workdir), jax=jax.__version__)
+  distributed.agree(
+    config=json.dumps(plain), data=json.dumps(digests), workdir=address.of(workdir), jax=jax.__version__
+  )
   if distributed.is_first():
     _write(workdir, plain, None if saved else text, base)
   return Run(config, workdir, text, mesh, *program(config, mesh), rows, base)
@@ -116,7 +119,7 @@ def _write(workdir: Path, config: dict[str, Any], text: tokenizer.Tokenizer | No
   """Writes config.json; of a run that begins here (with its tokenizer) also what makes the workdir self-contained."""
   workdir.mkdir(parents=True, exist_ok=True)
   if base:
-    checkpoint.need(Path(base), workdir.absolute())
+    checkpoint.need(address.mirror(base), workdir.absolute())
   if text:
     text.save(workdir / "tokenizer")
     published = _workdir_of(base) / "published"
@@ -125,11 +128,12 @@ def _write(workdir: Path, config: dict[str, Any], text: tokenizer.Tokenizer | No
   new = workdir / "config.new"
   new.write_text(json.dumps(config, indent=2) + "\n")
   new.replace(workdir / "config.json")  # at once: a run may be killed here
+  address.push(workdir)
 
 
 def _workdir_of(base: str) -> Path:
   """The workdir that a checkpoint lies in."""
-  return Path(base).parent.parent
+  return address.mirror(base).parent.parent
 
 
 _SHAPE = ("D", "N", "H", "G", "K", "F", "V", "tied", "rope_theta", "norm_eps", "max_length")
@@ -141,7 +145,7 @@ def find_base(init_from: str) -> str:
   Raises:
     Missing: there is none.
   """
-  path = Path(init_from).expanduser().absolute()
+  path = address.mirror(init_from).absolute()
   step = path.name if path.name.isdecimal() and path.parent.name == "checkpoints" else ""
   workdir = path.parent.parent if step else path
   steps = checkpoint.steps(workdir)
@@ -162,18 +166,18 @@ def _base(config: Config, saved: dict[str, Any] | None, workdir: Path) -> str:
   """
   if not saved or not saved.get("base"):
     return find_base(config.init_from)
-  base, mark = Path(saved["base"]), saved.get("base_fingerprint", "")
+  base, mark = address.mirror(saved["base"]), saved.get("base_fingerprint", "")
   same = config.init_from == saved["init_from"]
-  given = Path(config.init_from).expanduser().absolute()
-  for path in [base] * same + [given, checkpoint.folder(given) / base.name]:
+  given = address.mirror(config.init_from).absolute()
+  for path in [base] * same + [given, given / "checkpoints" / base.name]:
     found = checkpoint.fingerprint(path)
     if found and found == (mark or (found if same and path == base else "")):  # older runs hold no mark
-      return str(path)
+      return address.of(path)
   if not same:
     find_base(config.init_from)
     raise Mistake(f"init_from={config.init_from}: {workdir} began from another checkpoint, {base}")
   if checkpoint.steps(workdir) and not config.model.lora_rank:
-    return str(base)  # the workdir holds everything
+    return address.of(base)  # the workdir holds everything
   why = "trains adapters of" if config.model.lora_rank else "has no checkpoint yet, and begins from"
   raise Missing(f"{workdir} {why} {base}, which is not there: say as init_from where that checkpoint is now")
 

@@ -2,8 +2,8 @@
 
 import functools
 import logging
+import os
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from lladax import optimizer
+from lladax import address, optimizer
 from lladax.config import Config
 from lladax.data import batches
 from lladax.devices import distributed, sharding
@@ -24,7 +24,7 @@ from lladax.training.setup import Run, begin, prepare, restore
 from lladax.training.step import State, flops_per_token, frozen_matmuls, jit_step, matmuls, to_tree
 
 
-def train(config: Config, workdir: str | Path) -> dict[str, float]:
+def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
   """Trains up to `config.steps`, from the workdir's last checkpoint if there is one; evaluates at the end.
 
   Returns:
@@ -36,13 +36,17 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
     Unsaved: the last step could not be saved.
   """
   began, console = time.monotonic(), distributed.console()
-  run = prepare(config, Path(workdir).expanduser())
+  run = prepare(config, address.mirror(workdir))
   config = run.config
   with jax.set_mesh(run.mesh):
     llada = _llada(run, _last_state(run, console))
     bounds = held_out.bound(llada, config) if config.data.held_out else {}
     results = evaluate.report(llada, config, bounds, run.workdir, console)
-  console.print(f"done in {metrics.clock(time.monotonic() - began)}; everything is in {run.workdir}", markup=False)
+  if distributed.is_first():
+    address.push(run.workdir, must=False)
+  console.print(
+    f"done in {metrics.clock(time.monotonic() - began)}; everything is in {address.of(run.workdir)}", markup=False
+  )
   return results
 
 
@@ -75,7 +79,7 @@ def _first_state(run: Run, console: Console) -> State:
   """The state of the last checkpoint, or of step 0."""
   state = restore(run)
   if state:
-    console.print(f"continuing from step {int(state.step)} of {run.workdir}", markup=False)
+    console.print(f"continuing from step {int(state.step)} of {address.of(run.workdir)}", markup=False)
   else:
     state = begin(run)
   distributed.agree(checkpoint=str(int(state.step)))
