@@ -52,7 +52,8 @@ class Store:
 def environment(kind, port):
   where = f"http://127.0.0.1:{port}"
   if kind == "gs":
-    return {"STORAGE_EMULATOR_HOST": where, "TENSORSTORE_GCS_HTTP_URL": where, "GOOGLE_CLOUD_PROJECT": "p"}
+    own = {"GOOGLE_CLOUD_PROJECT": "p", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false", "NO_GCE_CHECK": "true"}
+    return own | {"STORAGE_EMULATOR_HOST": where, "TENSORSTORE_GCS_HTTP_URL": where}
   own = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_REGION": "us-east-1"}
   return own | {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": where, "AWS_EC2_METADATA_DISABLED": "true"}
 
