@@ -16,7 +16,7 @@ def workdir(tiny_workdir, tmp_path):
 def test_what_is_sound_is_said_part_by_part(workdir, capsys):
   verify.run(workdir, Console(width=200))
   parts = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
-  assert list(parts) == ["config.json", "tokenizer", "metrics.jsonl", "checkpoints/15", "checkpoints/20"]
+  assert list(parts) == ["config.json", "tokenizer", "metrics.jsonl", "runs.jsonl", "checkpoints/15", "checkpoints/20"]
   assert parts["checkpoints/20"].startswith("37 arrays, 0.2 MiB, as they were written")
 
 
