@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from lladax.mistake import Mistake
+from lladax.mistake import Mistake, refusal
 
 HUNG = 75  # the exit code of a job that the watchdog ended ("temporary failure": a launcher may start it again)
 
@@ -87,19 +87,22 @@ def leave(code: int) -> None:
 
 
 def guard(command: Callable[[list[str]], int | None], argv: list[str], name: str = "lladax") -> int:
-  """Runs a command: one line and 1 for a `Mistake`; a traceback and 70 for everything else."""
+  """Runs a command: one line and 1 for a `Mistake` or what a disk refuses; a traceback and 70 for everything else."""
   logging.basicConfig(format=f"{name}: %(message)s", level=logging.WARNING, force=True)
   logging.getLogger("lladax").setLevel(logging.INFO)  # which attention kernel runs
-  logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
+  logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates every save, and what it raises, a dozen times
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and its abandoned reads report themselves, one by one
   try:
     return command(argv) or 0
   except Mistake as error:
     print(f"{name}: {error}", file=sys.stderr)
     code = 1
-  except Exception:
-    traceback.print_exc()
-    code = 70  # EX_SOFTWARE: a launcher may start it again
+  except Exception as error:
+    if line := refusal(error):
+      print(f"{name}: {line}", file=sys.stderr)
+    else:
+      traceback.print_exc()
+    code = 1 if line else 70  # EX_SOFTWARE: a launcher may start it again
   leave(code)
   return code
 

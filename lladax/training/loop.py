@@ -12,6 +12,7 @@ import ctypes
 import logging
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,6 +62,7 @@ def run(
   Raises:
     Stuck: too many steps in a row changed nothing.
     Diverged: the state is not all numbers; it is not saved.
+    Unsaved: the last step could not be saved.
   """
   watchdog = distributed.Watchdog(log.hang_seconds)
   profiler = metrics.ProfilerWindow(workdir / "profile", log.profile_first, log.profile_last)
@@ -95,8 +97,8 @@ def run(
   finally:
     watchdog.close()
     profiler.stop()
-    saver.close()
     journal.close()
+    saver.close(sys.exception())
   return state
 
 
