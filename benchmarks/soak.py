@@ -5,9 +5,9 @@
 
 Two processes. One trains the quickstart's model without end, with a checkpoint and an evaluation every 200 steps. The
 other samples, streams, infills and scores, in batches of changing size and length, and loads the newest checkpoint
-again after every 25 rounds. Their resident memory is read from outside every five seconds, into OUT/soak.jsonl, and drawn
-in OUT/soak.svg. Printed are the memory in the middle of the time and at its end (medians of a tenth of it), and how
-many steps and rounds there were. What stands behind `--` goes to the training.
+again after every 25 rounds. Their resident memory is read from outside every five seconds, into OUT/soak.jsonl, and
+drawn in OUT/soak.svg. Printed are the memory in the middle of the time and at its end (medians of a tenth of it), and
+how many steps and rounds there were. What stands behind `--` goes to the training.
 """
 
 import argparse
