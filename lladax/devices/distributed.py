@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
+from lladax.devices import interrupts
 from lladax.mistake import Mistake
 
 HUNG = 75  # the exit code of a job that the watchdog ended ("temporary failure": a launcher may start it again)
@@ -39,6 +41,7 @@ def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = 
   Raises:
     Mistake: flags that do not belong together.
   """
+  jax.config.update("jax_enable_preemption_service", False)  # signals are for interrupts.py
   if coordinator or num_processes or process_id >= 0:
     if not coordinator or num_processes < 1 or not 0 <= process_id < num_processes:
       raise Mistake(
@@ -87,7 +90,7 @@ def leave(code: int) -> None:
 
 
 def guard(command: Callable[[list[str]], int | None], argv: list[str], name: str = "lladax") -> int:
-  """Runs a command: one line and 1 for a `Mistake`; a traceback and 70 for everything else."""
+  """Runs a command: one line and 1 for a `Mistake`, or 130 for Ctrl-C; a traceback and 70 for everything else."""
   logging.basicConfig(format=f"{name}: %(message)s", level=logging.WARNING, force=True)
   logging.getLogger("lladax").setLevel(logging.INFO)  # which attention kernel runs
   logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
@@ -97,6 +100,9 @@ def guard(command: Callable[[list[str]], int | None], argv: list[str], name: str
   except Mistake as error:
     print(f"{name}: {error}", file=sys.stderr)
     code = 1
+  except KeyboardInterrupt:
+    interrupts.say(signal.SIGINT)
+    code = 128 + signal.SIGINT
   except Exception:
     traceback.print_exc()
     code = 70  # EX_SOFTWARE: a launcher may start it again

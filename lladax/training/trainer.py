@@ -15,6 +15,7 @@ from lladax import optimizer
 from lladax.config import Config
 from lladax.data import batches
 from lladax.devices import distributed, sharding
+from lladax.devices.interrupts import Interrupt
 from lladax.evaluation import evaluate, held_out
 from lladax.inference.llada import LLaDA
 from lladax.storage import checkpoint, metrics
@@ -34,17 +35,18 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
     Diverged: the loss is not a number; the last checkpoint is from before.
   """
   began, console = time.monotonic(), distributed.console()
-  run = prepare(config, Path(workdir).expanduser())
-  config = run.config
-  with jax.set_mesh(run.mesh):
-    llada = _llada(run, _last_state(run, console))
-    bounds = held_out.bound(llada, config) if config.data.held_out else {}
-    results = evaluate.report(llada, config, bounds, run.workdir, console)
+  with Interrupt() as stop:
+    run = prepare(config, Path(workdir).expanduser())
+    config = run.config
+    with jax.set_mesh(run.mesh):
+      llada = _llada(run, _last_state(run, stop, console))
+      bounds = held_out.bound(llada, config) if config.data.held_out else {}
+      results = evaluate.report(llada, config, bounds, run.workdir, console)
   console.print(f"done in {metrics.clock(time.monotonic() - began)}; everything is in {run.workdir}", markup=False)
   return results
 
 
-def _last_state(run: Run, console: Console) -> State:
+def _last_state(run: Run, stop: Interrupt, console: Console) -> State:
   """The state after the last step; of a run that a signal stops there is none: the process ends."""
   config = run.config
   state = restore(run)
@@ -56,11 +58,10 @@ def _last_state(run: Run, console: Console) -> State:
   distributed.agree(checkpoint=str(start))
   if start >= config.steps:
     return state
-  with loop.Interrupt() as interrupt:
-    state = loop.run(_work(run, start, console), state, run.workdir, config.checkpoint, config.log, interrupt)
-  if interrupt.signal:
+  state = loop.run(_work(run, start, console), state, run.workdir, config.checkpoint, config.log, stop)
+  if stop.signal:
     console.print(f"stopped by a signal after step {int(state.step)}; the same command continues from there")
-    raise SystemExit(128 + interrupt.signal)
+    raise SystemExit(128 + stop.signal)
   return state
 
 
