@@ -170,7 +170,7 @@ def lines(workdir: Path) -> list[dict[str, Any]]:
 
 
 def losses(workdir: Path) -> list[list[float]]:
-  return [[x["step"], x["loss"], x["grad_norm"]] for x in lines(workdir) if "loss" in x]
+  return [[x["step"], x["loss"], x.get("grad_norm")] for x in lines(workdir) if "loss" in x]
 
 
 def saved(workdir: Path) -> int:

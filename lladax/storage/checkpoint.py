@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from lladax.devices import distributed
 from lladax.mistake import Diverged, Missing, Mistake
 from lladax.storage import digest
 
@@ -152,6 +154,11 @@ def need(path: Path, who: Path) -> None:
     logging.warning("%s cannot be written (%s): see to it that %s is not removed", note, error.strerror, path)
 
 
+def needed(workdir: Path, step: int) -> bool:
+  """Whether another run rests on a checkpoint."""
+  return (workdir / _NEEDED / str(step)).exists()
+
+
 _NEEDED = "needed"  # WORKDIR/needed/STEP names, line by line, the workdirs of the runs that began from that checkpoint
 
 
@@ -159,13 +166,13 @@ class _Kept:
   """Which checkpoints stay: the last `keep`, every `keep_every`-th step, and those that other runs rest on."""
 
   def __init__(self, workdir: Path, keep: int, keep_every: int):
-    self._needed, self._keep, self._every = workdir / _NEEDED, keep, keep_every
+    self._workdir, self._keep, self._every = workdir, keep, keep_every
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
     """As Orbax asks: of all that are there, oldest first."""
     last = {x.step for x in checkpoints[-self._keep :]}
     return [
-      x.step in last or bool(self._every and x.step % self._every == 0) or (self._needed / str(x.step)).exists()
+      x.step in last or bool(self._every and x.step % self._every == 0) or needed(self._workdir, x.step)
       for x in checkpoints
     ]
 
@@ -219,6 +226,16 @@ def _identity(workdir: Path) -> tuple[int, int] | None:
   except OSError:
     return None
   return found.st_dev, found.st_ino
+
+
+def drop(workdir: Path, *, after: int) -> None:
+  """Removes the checkpoints of all steps behind `after`: the run has gone back there."""
+  distributed.agree(back=str(after))
+  if jax.process_index() == 0:
+    for step in steps(workdir):
+      if step > after:
+        shutil.rmtree(folder(workdir) / str(step))
+  distributed.agree(dropped=str(after))
 
 
 def restore(workdir: Path, step: int, abstract: Tree) -> Tree:
