@@ -66,6 +66,7 @@ class Job:
     self.codes: dict[int, int] = {}
 
   def ended(self) -> bool:
+    """Whether all have."""
     for pid in self.pids:
       if pid not in self.codes:
         found, status = os.waitpid(pid, os.WNOHANG)
@@ -85,6 +86,7 @@ class Job:
     return [self.codes.get(pid) for pid in self.pids]
 
   def said(self) -> str:
+    """Its output."""
     return self.log.read_text("utf-8", "replace")
 
 
@@ -95,12 +97,15 @@ def fork(act: Callable[[], Any], log: Path) -> int:
     return pid
   code = 70
   try:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a script ignores it
     file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)
     code = act() or 0
   except SystemExit as error:
     code = error.code if isinstance(error.code, int) else 1
+  except KeyboardInterrupt:
+    code = 128 + signal.SIGINT
   except BaseException:
     traceback.print_exc()
   finally:
@@ -254,17 +259,20 @@ class Campaign:
     self.done: list[tuple[Row, str, Path, int]] = []
 
   def say(self, text: str) -> None:
+    """Progress."""
     print(f"{time.monotonic() - self.began:6.0f} s  {text}", file=sys.stderr, flush=True)
 
   def start(self, workdir: Path, processes: int = 1, **options) -> Job:
+    """The run, from wherever its workdir is."""
     return Job(workdir, self.corpus, processes, **options)
 
   def new(self) -> Path:
+    """A workdir that is not there yet."""
     return self.folder / f"run{next(self.numbers)}"
 
   def undisturbed(self, processes: int) -> None:
-    """Twice: the first one compiles."""
-    for _ in range(2):
+    """What all others are compared with; of one process twice, as the first one compiles."""
+    for _ in range(3 - processes):
       workdir = self.new()
       job = self.start(workdir, processes)
       if any(job.finish(600)):
@@ -274,6 +282,7 @@ class Campaign:
     self.say(f"undisturbed, {processes} process(es): {SECONDS[processes]:.1f} s, {STEPS} steps")
 
   def problem(self, what: str, job: Job) -> None:
+    """What should not have been."""
     self.problems.append(what)
     self.say(f"PROBLEM: {what}\n{job.said()[-3000:]}")
 
@@ -298,15 +307,16 @@ class Campaign:
         self.problems.append(f"{name}: {workdir} holds other values than the undisturbed run")
 
   def kills(self, count: int) -> None:
-    """Chains of one to three kills, each with the same command behind it."""
-    done = 0
+    """Chains of two to five kills, of two processes an eighth, each with the same command behind it."""
+    done, of_two = 0, 0
     while done < count:
-      processes, workdir = self.draw.choice([1, 1, 1, 1, 2] if 2 in self.right else [1]), self.new()
-      chain, names = self.draw.randint(1, 3), []
+      processes, workdir = 2 if 2 in self.right and of_two < done // 8 else 1, self.new()
+      chain, names = self.draw.randint(2, 5), []
       for _ in range(min(chain, count - done)):
         name = self.kill(workdir, processes)
         names += [name] if name else []
         done += bool(name)
+        of_two += bool(name) and processes == 2
       row = self.rows[names[-1]] if names else Row()
       self.check_end(row, f"{', '.join(names)} ({processes})", workdir, processes)
       self.say(f"kills: {done} of {count}, problems: {len(self.problems)}")
@@ -326,12 +336,15 @@ class Campaign:
       job.finish()
       return ""
     os.kill(target, number)
-    codes = job.finish()
+    codes = job.finish() if losses(workdir) else job.finish(30)
     name = f"{number.name}, {'one process' if processes == 1 else 'one of two'}"
     row = self.rows[name]
     row.times += 1
     row.moments[moment] += 1
     kept, made = saved(workdir), max((int(step) for step, *_ in losses(workdir)), default=0)
+    if None in codes and not made:  # one was lost before they met: JAX waits five minutes for it, a launcher seconds
+      row.told["one was lost before the first step, the other ended as launchers do"] += 1
+      return name
     if None in codes:
       row.told["hung"] += 1
       row.unreadable += 1
@@ -432,6 +445,7 @@ class Campaign:
     self.say(f"{name}: exit code {found}")
 
   def table(self) -> str:
+    """Of all faults."""
     head = ["fault", "times", "what happened", "steps lost", "made again", "wrong values", "unreadable", "silent"]
     found = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     total = Row()
@@ -594,16 +608,18 @@ def main() -> int:
     campaign = Campaign(Path(folder), given.seed)
     for processes in range(1, given.processes + 1):
       campaign.undisturbed(processes)
-    if "corruptions" in only:
-      campaign.corruptions(given.corruptions)
-    if "stalls" in only:
-      campaign.stalls()
-    if "numbers" in only:
-      campaign.numbers_that_are_none()
-    if "disks" in only:
-      campaign.disks()
-    if "kills" in only:
-      campaign.kills(given.kills)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C: the table of what was done
+      if "corruptions" in only:
+        campaign.corruptions(given.corruptions)
+      if "kills" in only:
+        campaign.kills(given.kills)
+      if "stalls" in only:
+        campaign.stalls()
+      if "numbers" in only:
+        campaign.numbers_that_are_none()
+      if "disks" in only:
+        campaign.disks()
     campaign.compare()
     print(campaign.table())
     campaign.say(f"{len(campaign.problems)} problems" + "".join(f"\n  {x}" for x in campaign.problems))

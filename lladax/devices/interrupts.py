@@ -38,7 +38,7 @@ def own() -> None:
 
 
 def _terminate(number: int, frame: Any) -> None:
-  """SIGTERM where there is nothing to save. (SIGINT raises KeyboardInterrupt, out of the box.)"""
+  """SIGTERM where there is nothing to save; SIGINT raises KeyboardInterrupt, out of the box."""
   say(number)
   raise SystemExit(128 + number)
 

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -150,6 +151,44 @@ def test_a_run_that_diverges_ends_in_one_line(tiny, tmp_path, monkeypatch):
     trainer.train(tiny(config), tmp_path)
   assert "\n" not in str(error.value)
   assert all(np.isfinite(x).all() for x in parameters(tmp_path).values())
+
+
+def test_a_signal_while_the_data_stalls(tiny, tiny_workdir, tmp_path, monkeypatch):
+  def stall(batch):
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    time.sleep(100)
+
+  with monkeypatch.context() as patch:
+    at_batch(patch, 8, stall)
+    began = time.monotonic()
+    with pytest.raises(SystemExit) as stopped:
+      trainer.train(tiny(), tmp_path)
+  assert stopped.value.code == 128 + signal.SIGINT and time.monotonic() - began < 90
+  assert checkpoint.steps(tmp_path) == [5, 7]
+  trainer.train(tiny(), tmp_path)
+  assert_bitwise_equal(tmp_path, tiny_workdir)
+
+
+def test_a_signal_ends_an_evaluation_at_its_next_batch(tiny, tiny_workdir, tmp_path, monkeypatch):
+  scored, real = [], held_out._score
+
+  def score(*args, **options):
+    scored.append(1)
+    if len(scored) == 3:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return real(*args, **options)
+
+  changes = {"evaluate.every": 7, "evaluate.batch_size": 2}
+  with monkeypatch.context() as patch:
+    patch.setattr(held_out, "_score", score)
+    with pytest.raises(SystemExit) as stopped:
+      trainer.train(tiny(changes), tmp_path)
+  assert stopped.value.code == 128 + signal.SIGTERM
+  assert len(scored) <= 2 * tiny().evaluate.num_samples  # of many
+  assert checkpoint.steps(tmp_path) == [5, 7]
+  assert not [row for row in metrics.read(tmp_path / "metrics.jsonl") if "loss" not in row]
+  trainer.train(tiny(), tmp_path)
+  assert_bitwise_equal(tmp_path, tiny_workdir)
 
 
 @pytest.mark.slow
