@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from lladax.devices import interrupts
-from lladax.mistake import Mistake
+from lladax.mistake import Mistake, refusal
 
 HUNG = 75  # the exit code of a job that the watchdog ended ("temporary failure": a launcher may start it again)
 
@@ -90,10 +90,10 @@ def leave(code: int) -> None:
 
 
 def guard(command: Callable[[list[str]], int | None], argv: list[str], name: str = "lladax") -> int:
-  """Runs a command: one line and 1 for a `Mistake`, or 130 for Ctrl-C; a traceback and 70 for everything else."""
+  """Runs a command: one line for a `Mistake`, what a disk refuses (1), Ctrl-C (130); else a traceback and 70."""
   logging.basicConfig(format=f"{name}: %(message)s", level=logging.WARNING, force=True)
   logging.getLogger("lladax").setLevel(logging.INFO)  # which attention kernel runs
-  logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
+  logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates every save, and what it raises, a dozen times
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and its abandoned reads report themselves, one by one
   try:
     return command(argv) or 0
@@ -103,9 +103,12 @@ def guard(command: Callable[[list[str]], int | None], argv: list[str], name: str
   except KeyboardInterrupt:
     interrupts.say(signal.SIGINT)
     code = 128 + signal.SIGINT
-  except Exception:
-    traceback.print_exc()
-    code = 70  # EX_SOFTWARE: a launcher may start it again
+  except Exception as error:
+    if line := refusal(error):
+      print(f"{name}: {line}", file=sys.stderr)
+    else:
+      traceback.print_exc()
+    code = 1 if line else 70  # EX_SOFTWARE: a launcher may start it again
   leave(code)
   return code
 

@@ -58,6 +58,7 @@ def run(work: Work, state: Any, workdir: Path, checkpoints: CheckpointConfig, lo
   Raises:
     Stuck: too many steps in a row changed nothing.
     Diverged: the state is not all numbers; it is not saved.
+    Unsaved: the last step could not be saved.
   """
   watchdog = distributed.Watchdog(log.hang_seconds)
   profiler = metrics.ProfilerWindow(workdir / "profile", log.profile_first, log.profile_last)
@@ -77,9 +78,11 @@ def run(work: Work, state: Any, workdir: Path, checkpoints: CheckpointConfig, lo
     stop.point()
     watchdog.beat(doing)
 
-  with contextlib.ExitStack() as ends, stop.steps():
-    for end in (watchdog.close, journal.close, saver.close, profiler.stop):  # in the opposite order
-      ends.callback(end)
+  with stop.steps(), contextlib.ExitStack() as ends:  # a save that waits is a step still
+    ends.callback(watchdog.close)  # in the opposite order
+    ends.push(lambda _, error, __: saver.close(error))
+    ends.callback(journal.close)
+    ends.callback(profiler.stop)
     ends.callback(watchdog.beat, "finishing the last save")
     try:
       with stop.waiting():

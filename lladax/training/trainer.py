@@ -18,7 +18,7 @@ from lladax.devices import distributed, sharding
 from lladax.devices.interrupts import Interrupt
 from lladax.evaluation import evaluate, held_out
 from lladax.inference.llada import LLaDA
-from lladax.mistake import Diverged
+from lladax.mistake import Diverged, Unsaved
 from lladax.storage import checkpoint, metrics
 from lladax.training import loop
 from lladax.training.setup import Run, begin, prepare, restore
@@ -34,6 +34,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
   Raises:
     Mistake, Missing: bad input, one line, before any long work.
     Diverged: the loss is not a number, again and again; the last checkpoint is from before.
+    Unsaved: the last step could not be saved.
   """
   began, console = time.monotonic(), distributed.console()
   with Interrupt() as stop:
@@ -60,6 +61,11 @@ def _last_state(run: Run, stop: Interrupt, console: Console) -> State:
     except loop.Stuck as stuck:
       del state  # the arrays are the step's, and gone
       state = _go_back(run, stuck, **guard, console=console)
+    except Unsaved as error:
+      if not stop.signal:
+        raise
+      logging.warning("%s", error)  # somewhere else it may go on from the checkpoint before
+      raise SystemExit(128 + stop.signal) from None
   if stop.signal:
     console.print(f"stopped by a signal after step {int(state.step)}; the same command continues from there")
     raise SystemExit(128 + stop.signal)
