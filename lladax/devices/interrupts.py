@@ -104,6 +104,8 @@ class Interrupt:
     """What is worth saving is made here."""
     with self._lock:
       self._stepping = True
+      if self.signal and self._end < 0:
+        self._end = 0  # what its handler raised was dropped on the way: by a callback of JAX's, as they do
     try:
       yield
     finally:
@@ -150,7 +152,7 @@ class Interrupt:
       if self._idle:
         self._check()
     elif not self._stepping:
-      old = self._old[number]
+      self.signal, old = number, self._old[number]
       if callable(old):
         old(number, frame)
       else:  # the system's own

@@ -1,5 +1,6 @@
 """Signals: where processes end that agree, at once where there is nothing to save, and what a second one does."""
 
+import contextlib
 import os
 import random
 import signal
@@ -115,9 +116,6 @@ def test_a_notebook_keeps_its_own_handlers():
   """Nothing of ours ends the process there, and a second Ctrl-C is the notebook's."""
   before = signal.getsignal(signal.SIGINT)
   with Interrupt() as stop:
-    with pytest.raises(KeyboardInterrupt):  # outside of the steps
-      os.kill(os.getpid(), signal.SIGINT)
-      time.sleep(1)
     with stop.steps():
       stop.point()
       os.kill(os.getpid(), signal.SIGINT)
@@ -127,7 +125,21 @@ def test_a_notebook_keeps_its_own_handlers():
         time.sleep(1)
       with pytest.raises(Stopped):
         stop.point()
+  with Interrupt(), pytest.raises(KeyboardInterrupt):  # outside of the steps
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1)
   assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_signal_that_a_library_drops_still_ends_the_steps():
+  """JAX's callback of the garbage collector prints what a handler raises in it, and goes on."""
+  with Interrupt() as stop:
+    with contextlib.suppress(BaseException):
+      os.kill(os.getpid(), signal.SIGINT)
+      time.sleep(1)
+    with stop.steps(), pytest.raises(Stopped), stop.waiting():
+      raise AssertionError("nothing is begun")
+    assert stop.signal == signal.SIGINT
 
 
 def test_what_is_waited_for_is_left_at_once():
