@@ -307,7 +307,8 @@ class Campaign:
     """Chains of two to five kills, of two processes an eighth, each with the same command behind it."""
     done, of_two = 0, 0
     while done < count:
-      processes, workdir = 2 if 2 in self.right and of_two < done // 8 else 1, self.new()
+      two = 2 in self.right and (of_two < done // 8 or 1 not in self.right)
+      processes, workdir = 1 + two, self.new()
       chain, names = self.draw.randint(2, 5), []
       for _ in range(min(chain, count - done)):
         name = self.kill(workdir, processes)
@@ -594,7 +595,7 @@ def main() -> int:
   parser.add_argument("--kills", type=int, default=100)
   parser.add_argument("--corruptions", type=int, default=200)
   parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--processes", type=int, default=2, help="1: none of two processes")
+  parser.add_argument("--processes", default="1,2", help="1: no runs of two processes; 2: kills of those alone")
   parser.add_argument("--only", default="kills,corruptions,stalls,numbers,disks")
   given = parser.parse_args()
   only = given.only.split(",")
@@ -608,7 +609,7 @@ def main() -> int:
     from lladax.training import trainer  # noqa: F401
 
     campaign = Campaign(Path(folder), given.seed)
-    for processes in range(1, given.processes + 1):
+    for processes in map(int, given.processes.split(",")):
       campaign.undisturbed(processes)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C: the table of what was done
