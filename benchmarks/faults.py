@@ -250,6 +250,7 @@ class Campaign:
     text = "".join(json.dumps({"text": f"{x} and {x} {i % 10}"}) + "\n" for i, x in enumerate(colours))
     self.corpus.write_text(text)
     self.right: dict[int, dict[str, Any]] = {}
+    self.enough = False
     self.problems: list[str] = []
     self.done: list[tuple[Row, str, Path, int]] = []
 
@@ -306,7 +307,7 @@ class Campaign:
   def kills(self, count: int) -> None:
     """Chains of two to five kills, of two processes an eighth, each with the same command behind it."""
     done, of_two = 0, 0
-    while done < count:
+    while done < count and not self.enough:
       two = 2 in self.right and (of_two < done // 8 or 1 not in self.right)
       processes, workdir = 1 + two, self.new()
       chain, names = self.draw.randint(2, 5), []
@@ -324,6 +325,7 @@ class Campaign:
     draw = self.draw
     number = draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
     moment = draw.choice(list(MOMENTS))
+    before = losses(workdir)
     job = self.start(workdir, processes)
     delay = MOMENTS[moment](job, draw)
     end = time.monotonic() + delay
@@ -340,7 +342,8 @@ class Campaign:
     row = self.rows[name]
     row.times += 1
     row.moments[moment] += 1
-    kept, made = saved(workdir), max((int(step) for step, *_ in losses(workdir)), default=0)
+    made = 0 if losses(workdir) == before else max(int(step) for step, *_ in losses(workdir))  # by this run
+    kept = saved(workdir)
     if None in codes and not made:  # one was lost before they met: JAX waits five minutes for it, a launcher seconds
       row.told["one was lost before the first step, the other ended as launchers do"] += 1
       return name
@@ -611,18 +614,17 @@ def main() -> int:
     campaign = Campaign(Path(folder), given.seed)
     for processes in map(int, given.processes.split(",")):
       campaign.undisturbed(processes)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C: the table of what was done
-      if "corruptions" in only:
-        campaign.corruptions(given.corruptions)
-      if "kills" in only:
-        campaign.kills(given.kills)
-      if "stalls" in only:
-        campaign.stalls()
-      if "numbers" in only:
-        campaign.numbers_that_are_none()
-      if "disks" in only:
-        campaign.disks()
+    signal.signal(signal.SIGINT, lambda *_: setattr(campaign, "enough", True))  # the table of what was done
+    if "corruptions" in only:
+      campaign.corruptions(given.corruptions)
+    if "kills" in only:
+      campaign.kills(given.kills)
+    if "stalls" in only:
+      campaign.stalls()
+    if "numbers" in only:
+      campaign.numbers_that_are_none()
+    if "disks" in only:
+      campaign.disks()
     campaign.compare()
     print(campaign.table())
     campaign.say(f"{len(campaign.problems)} problems" + "".join(f"\n  {x}" for x in campaign.problems))
