@@ -170,7 +170,7 @@ def lines(workdir: Path) -> list[dict[str, Any]]:
   return [json.loads(x) for x in path.read_text().splitlines(keepends=True) if x.endswith("\n")]
 
 
-def losses(workdir: Path) -> list[list[float]]:
+def losses(workdir: Path) -> list[list[Any]]:
   return [[x["step"], x["loss"], x.get("grad_norm")] for x in lines(workdir) if "loss" in x]
 
 

@@ -198,14 +198,14 @@ class Interrupt:
     if not self._key:
       return False
     try:
-      global_state.client.key_value_set(self._key, str(number))
+      _client().key_value_set(self._key, str(number))
     except jax.errors.JaxRuntimeError as error:
       return "ALREADY_EXISTS" in str(error)
     return True
 
   def _hear(self) -> None:
     """In a thread: what reached any process."""
-    client, key = global_state.client, self._key
+    client, key = _client(), self._key
     number = int(_patiently(lambda: client.blocking_key_value_get(key, 3_600_000)) or 0)
     if not number:  # one has come to its end
       self._key = ""
@@ -217,7 +217,7 @@ class Interrupt:
       os.kill(self._pid, number)  # a signal of its own frees the main thread from what it waits for
 
   def _agree(self, number: int) -> None:
-    client, at = global_state.client, f"{self._key}/at"
+    client, at = _client(), f"{self._key}/at"
     with self._lock:  # nobody moves on meanwhile
       mine = [self._stepping, self._began, self._position, self._idle]
       client.key_value_set(f"{at}/{global_state.process_id}", json.dumps(mine))
@@ -231,6 +231,10 @@ class Interrupt:
       ahead = max(position for *_, position, _ in every)
       idle = all(idle for *_, position, idle in every if position == ahead)
       self._end = ahead + (not idle)
+
+
+def _client() -> Any:
+  return global_state.client
 
 
 def _patiently(get: Callable[[], str]) -> str | None:
