@@ -179,6 +179,7 @@ RULES = [
   Rule(r"cpu.py", [*CPU, "--only=exact|lladax$"], {"pip install torch==2.13.0 && ": ""}),
   Rule(r"torch_baseline.py", CPU[:12], needs="torch"),
   Rule(r"benchmarks/gpu.py", "gpu_test.py runs it"),
+  Rule(r"benchmarks/faults.py", "faults_test.py runs a small one"),
   Rule(r"launch/local.sh", "launch_test.py trains with it"),
 ]  # fmt: skip
 
