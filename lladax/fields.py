@@ -98,7 +98,11 @@ def check_seed(seed: int, where: str) -> None:
 def read_json(path: Path) -> Any:
   """What a file holds; raises Mistake if that is no JSON."""
   try:
-    return json.loads(path.read_text("utf-8"))
+    text = path.read_text("utf-8")
+    found = json.loads(text)
+    if "\\ud" in text.lower():  # perhaps half of a pair, which is no character
+      json.dumps(found, ensure_ascii=False).encode()
+    return found
   except RecursionError:
     raise Mistake(f"{path} is no JSON that can be read: its lists and objects are too deep") from None
   except ValueError as error:

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
-from rich.console import Console
 
 from lladax import configs
 from lladax.devices import distributed
 from lladax.devices.distributed import guard
 from lladax.mistake import Missing, Mistake
+from lladax.terminal import Console, visible
 
 # `parse` puts the config itself, with the fields that the command line sets, in the place of its name.
 _CONFIG = flags.DEFINE_string(
@@ -99,13 +99,13 @@ def main(argv: list[str]) -> int:
     return 0
   if mode == "export":
     convert.to_published(workdir, target, _DTYPE.value)
-    print(f"lladax: {workdir} is written to {target}", file=sys.stderr)
+    print(visible(f"lladax: {workdir} is written to {target}"), file=sys.stderr)
     return 0
   if mode == "import":
     values = (given or configs.load("base")).to_dict()
     config.parse(values)
     convert.from_published(_SOURCE.value or "", workdir, values)
-    print(f"lladax: {_SOURCE.value} is read into {workdir}", file=sys.stderr)
+    print(visible(f"lladax: {_SOURCE.value} is read into {workdir}"), file=sys.stderr)
     return 0
   if given is not None:
     c = config.parse(given.to_dict())
@@ -154,7 +154,7 @@ def _plan(given: ConfigDict) -> int:
 def _show(given: ConfigDict) -> int:
   from lladax import config
 
-  console = Console(width=None if sys.stdout.isatty() else 120, markup=False, highlight=False, emoji=False)
+  console = Console(width=None if sys.stdout.isatty() else 120)
   console.print(config.table(config.parse(given.to_dict()), _setters))
   return 0
 
@@ -237,7 +237,10 @@ def _parse(argv: list[str]) -> list[str]:
       words = [word for i, word in enumerate(words) if not (x := _FIELD.match(word)) or last.get(x[1], i) == i]
       config_flags.DEFINE_config_dict("config", config, flag_values=overrides, sys_argv=words)
     overrides.set_gnu_getopt(True)
-    words = overrides(words)
+    try:
+      words = overrides(words)
+    except ValueError as error:  # of ml_collections: a tuple that is not written as one
+      raise Mistake(" ".join(str(error).split())) from error
   except flags.UnrecognizedFlagError as error:
     near = _nearest(error.flagname, flags.FLAGS, 0.6)
     raise Mistake(f"--{error.flagname}: there is no such option" + f"; did you mean --{near}?" * bool(near)) from error

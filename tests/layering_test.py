@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "lladax"
 ORDER = [
   f"{room}.{name}" if room else name
   for room, names in (
-    ("", "mistake fields configs sampling diffusion autoregressive optimizer"),
+    ("", "terminal mistake fields configs sampling diffusion autoregressive optimizer"),
     ("drawing", "pages unmasking animation report"),
     ("devices", "gpus sharding distributed hlo ahead"),
     ("data", "template vocabularies tokenizer facts reading contamination corpus"),

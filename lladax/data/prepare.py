@@ -29,7 +29,6 @@ from typing import Any, TextIO
 
 import fsspec
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from lladax.data import contamination, corpus, reading, records
@@ -38,6 +37,7 @@ from lladax.data.sources import texts
 from lladax.data.tokenizer import Tokenizer, TokenizerConfig
 from lladax.data.windows import DataConfig
 from lladax.mistake import Mistake
+from lladax.terminal import Console
 
 _BATCH_BYTES = 4_000_000  # of documents that travel together
 _COUNTS = ("documents", "bytes", "tokens", "records", "padding", "duplicates")
@@ -79,7 +79,7 @@ def run(
   Raises:
     Mistake, Missing: bad input, one line.
   """
-  console = Console(stderr=True, highlight=False, soft_wrap=True)
+  console = Console(stderr=True, soft_wrap=True)
   if data.format != "text" or data.mixture:
     raise Mistake("--mode=prepare makes records of one corpus of text: data.format=text, no data.mixture")
   if shards < 1:
@@ -355,7 +355,7 @@ def _stderr_aside() -> Iterator[TextIO]:
 @contextlib.contextmanager
 def _progress(folder: _Folder, total: int, terminal: TextIO) -> Iterator[None]:
   """Says on the terminal how many shards are whole."""
-  ended, status = threading.Event(), Console(file=terminal, highlight=False).status("reading")
+  ended, status = threading.Event(), Console(file=terminal).status("reading")
 
   def watch():
     with status:

@@ -19,9 +19,9 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from rich.console import Console
 
 from lladax.mistake import Mistake
+from lladax.terminal import Console, Formatter, visible
 
 HUNG = 75  # the exit code of a job that the watchdog ended ("temporary failure": a launcher may start it again)
 
@@ -88,7 +88,9 @@ def leave(code: int) -> None:
 
 def guard(command: Callable[[list[str]], int | None], argv: list[str], name: str = "lladax") -> int:
   """Runs a command: one line and 1 for a `Mistake`; a traceback and 70 for everything else."""
-  logging.basicConfig(format=f"{name}: %(message)s", level=logging.WARNING, force=True)
+  handler = logging.StreamHandler()
+  handler.setFormatter(Formatter(f"{name}: %(message)s"))
+  logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
   logging.getLogger("lladax").setLevel(logging.INFO)  # which attention kernel runs
   logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and its abandoned reads report themselves, one by one
@@ -98,7 +100,7 @@ def guard(command: Callable[[list[str]], int | None], argv: list[str], name: str
     print(f"{name}: {error}", file=sys.stderr)
     code = 1
   except Exception:
-    traceback.print_exc()
+    print(visible(traceback.format_exc()), end="", file=sys.stderr)
     code = 70  # EX_SOFTWARE: a launcher may start it again
   leave(code)
   return code
@@ -161,4 +163,4 @@ class Watchdog:
 
 def console() -> Console:
   """Progress and tables of the first process go to stderr; stdout is for text that was asked for."""
-  return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False, quiet=not is_first())
+  return Console(stderr=True, soft_wrap=True, quiet=not is_first())

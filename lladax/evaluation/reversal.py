@@ -69,7 +69,7 @@ def of_couplets(path: str | Path, talks: bool = False) -> list[Question]:
       pairs = [(str(pair["first"]), str(pair["second"])) for pair in json.load(file)]
     if not all(map(all, pairs)) or not pairs:
       raise ValueError("a line is empty" if pairs else "it is empty")
-  except (ValueError, TypeError, KeyError, EOFError, lzma.LZMAError) as error:
+  except (ValueError, TypeError, KeyError, EOFError, RecursionError, lzma.LZMAError) as error:
     wanted, why = '{"first": line, "second": line}', f"{type(error).__name__}: {error}"[:200]
     raise Mistake(f"evaluate.tasks: poems:{path} is no JSON list of {wanted} ({why})") from None
   found = []

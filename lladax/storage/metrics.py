@@ -10,7 +10,9 @@ from typing import Any
 
 import jax
 import tensorboardX
-from rich.console import Console
+from rich.text import Text
+
+from lladax.terminal import Console
 
 # Dense bfloat16 peak in FLOP/s per device (of a T4, which has none, float16), summed up in float32, from the makers'
 # data sheets; the first key that is part of `device_kind`.
@@ -67,7 +69,7 @@ class Writer:
     self._board = (
       tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1) if tensorboard else None
     )
-    self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+    self._console = Console(file=sys.stderr, soft_wrap=True)
     self._total, self._first, self._began = total_steps, start, time.monotonic()
 
   def write(self, step: int, scalars: dict[str, Any], *, console: bool = True) -> None:
@@ -81,7 +83,8 @@ class Writer:
         if isinstance(value, int | float):
           self._board.add_scalar(name, value, step)
     if console:
-      self._console.print(f"[bold]step {step}/{self._total}[/]  {_line(scalars)}  [dim]{self._left(step)}[/]")
+      progress = (f"step {step}/{self._total}", "bold"), f"  {_line(scalars)}  ", (self._left(step), "dim")
+      self._console.print(Text.assemble(*progress))
 
   def _left(self, step: int) -> str:
     """Time left, from the pace since the first step was written."""

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from lladax import optimizer
@@ -18,6 +17,7 @@ from lladax.devices import distributed, sharding
 from lladax.evaluation import evaluate, held_out
 from lladax.inference.llada import LLaDA
 from lladax.storage import checkpoint, metrics
+from lladax.terminal import Console
 from lladax.training import loop
 from lladax.training.setup import Run, begin, prepare, restore
 from lladax.training.step import State, flops_per_token, frozen_matmuls, jit_step, matmuls, to_tree
@@ -40,7 +40,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
     llada = _llada(run, _last_state(run, console))
     bounds = held_out.bound(llada, config) if config.data.held_out else {}
     results = evaluate.report(llada, config, bounds, run.workdir, console)
-  console.print(f"done in {metrics.clock(time.monotonic() - began)}; everything is in {run.workdir}", markup=False)
+  console.print(f"done in {metrics.clock(time.monotonic() - began)}; everything is in {run.workdir}")
   return results
 
 
@@ -49,7 +49,7 @@ def _last_state(run: Run, console: Console) -> State:
   config = run.config
   state = restore(run)
   if state:
-    console.print(f"continuing from step {int(state.step)} of {run.workdir}", markup=False)
+    console.print(f"continuing from step {int(state.step)} of {run.workdir}")
   else:
     state = begin(run)
   start = int(state.step)
