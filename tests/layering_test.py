@@ -20,7 +20,7 @@ ORDER = [
     ("storage", "metrics digest checkpoint safetensors layout published transfer"),
     ("", "config recipes"),
     ("inference", "engine llada load convert verify show chat"),
-    ("evaluation", "reversal sandbox tasks.local answers presets kwargs adapter harness held_out evaluate"),
+    ("evaluation", "reversal fences sandbox tasks.local answers presets kwargs adapter harness held_out evaluate"),
     ("training", "step setup loop trainer roofline explanation plan"),
     ("", "harness main __init__"),
   )
