@@ -173,11 +173,10 @@ class Records:
     """As `Source.row`."""
     try:
       tokens_L, segment_L = decode(self._source[row])
-      broken = "" if len(tokens_L) == len(segment_L) == self._c.length else "it has another length"
     except (RuntimeError, ValueError, IndexError, protobuf.DecodeError) as error:  # of the file's own checksums, too
-      broken = str(error)
-    if broken or tokens_L.min() < 0 or tokens_L.max() >= self.tokenizer.vocab_size or segment_L.max() < 1:
-      why = broken or "its ids are none of the tokenizer"
-      raise Mistake(f"{self._folder.path}: record {row} is damaged ({why}): prepare these records again")
+      raise Mistake(f"{self._folder.path}: record {row} is damaged ({error}): prepare these records again") from None
+    of_length = len(tokens_L) == len(segment_L) == self._c.length
+    if not of_length or tokens_L.min() < 0 or tokens_L.max() >= self.tokenizer.vocab_size or segment_L.max() < 1:
+      raise Mistake(f"{self._folder.path}: record {row} is none of these records: prepare them again")
     kept_L = segment_L > 0
     return tokens_L, segment_L if self._c.segments else kept_L.astype(np.int32), kept_L / kept_L.sum()

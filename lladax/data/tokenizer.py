@@ -298,7 +298,7 @@ def load(folder: str | pathlib.Path) -> Tokenizer:
   if file and not path.with_name(file).is_file():
     raise Missing(f"{path.with_name(file)}: no such file, and {SETTINGS} says that it holds the vocabulary")
   try:
-    content = path.with_name(file).read_bytes() if file else b""
+    content = fields.read_bytes(path.with_name(file)) if file else b""
     vocabulary = vocabularies.make(settings["kind"], content)
   except vocabularies.Broken as error:
     raise Mistake(f"{path.with_name(file)} {error}: put back a copy of it") from error
@@ -311,10 +311,15 @@ def load(folder: str | pathlib.Path) -> Tokenizer:
 def _damage(settings: Any) -> str:
   """Why this is not what `Tokenizer.save` writes beside a vocabulary; "" where it is."""
   found = settings if isinstance(settings, dict) else {}
-  kind, names, others = (found.get(name) for name in ("kind", "names", "others"))
+  kind, names, others = found.get("kind"), found.get("names"), found.get("others")
   if not isinstance(kind, str) or kind not in KINDS:
     return f"kind={kind!r:.80}"
-  if not _are_names(names) or names.keys() != {"eos", "mask", "pad", "bos"} or not (names["eos"] and names["mask"]):
+  if (
+    not isinstance(names, dict)
+    or not _are_names(names)
+    or names.keys() != {"eos", "mask", "pad", "bos"}
+    or not (names["eos"] and names["mask"])
+  ):
     return f"names={names!r:.80}"
   if others is None:
     return ""
@@ -388,7 +393,7 @@ def published(config: TokenizerConfig, ends: Sequence[int] = ()) -> Tokenizer:
 _PROBES = [[{"role": role, "content": f" {role}\n"} for role in roles] for roles in (("user",), (*ROLES, "user"))]
 
 
-def _read(config: TokenizerConfig) -> tuple[SentencePiece | HuggingFace, dict[str, str]]:
+def _read(config: TokenizerConfig) -> tuple[Bytes | SentencePiece | HuggingFace, dict[str, str]]:
   """The vocabulary of a file, and the special tokens' names."""
   names = {"eos": config.eos, "mask": config.mask, "pad": config.pad, "bos": ""}
   path = pathlib.Path(config.path).expanduser()
@@ -397,7 +402,7 @@ def _read(config: TokenizerConfig) -> tuple[SentencePiece | HuggingFace, dict[st
   if not path.is_file():
     raise Missing(f"tokenizer.path={config.path!r}: no such file")
   try:
-    vocabulary = vocabularies.make(config.kind, path.read_bytes())
+    vocabulary = vocabularies.make(config.kind, fields.read_bytes(path))
   except vocabularies.Broken as error:
     raise Mistake(f"tokenizer.path={config.path!r} {error}") from error
   names["bos"] = vocabulary.bos

@@ -30,7 +30,7 @@ _MAIN = {"gc.get_objects", "gc.get_referrers", "gc.get_referents", "sys._current
 _CHANGES = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod",
             "os.chown", "os.utime", "os.setxattr", "os.removexattr", "os.chflags"}  # fmt: skip
 _FOLDER_LAST = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod", "os.chown",
-                "os.utime"}  # whose last argument is the folder that a name is meant in  # fmt: skip
+                "os.utime"}  # whose last argument is a folder that the name is meant in  # fmt: skip
 _REFUSED = ("subprocess.", "socket.", "ctypes.", "pty.", "os.fork", "os.exec", "os.system", "os.spawn", "os.posix_spawn",
             "os.kill", "signal.", "syslog.", "shutil.", "_posixsubprocess", "sqlite3.", "fcntl.", "resource.",
             "code.__new__", "os.memfd", "os.unshare", "os.setns")  # fmt: skip
@@ -190,7 +190,7 @@ def main() -> None:
   gate, found, ended = _thread.allocate_lock(), [], _queue.SimpleQueue()
   gate.acquire()
   run = functools.partial(exec, program, {"__name__": "__main__", "__builtins__": __builtins__})
-  run = functools.partial(found.extend, map(operator.call, [gate.acquire, run]))
+  run = functools.partial(found.extend, map(operator.methodcaller("__call__"), [gate.acquire, run]))
   gone = weakref.ref(run, ended.put)
   _thread.stack_size(16 << 20)
   signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGXCPU])  # of the processor time hears the main thread

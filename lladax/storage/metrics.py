@@ -1,5 +1,7 @@
 """Numbers out: console, metrics.jsonl, TensorBoard; throughput and model FLOPs utilisation; the profiler window."""
 
+import contextlib
+import io
 import json
 import logging
 import os
@@ -127,19 +129,22 @@ class ProfilerWindow:
       self._running = False
 
 
+_LONGEST = 2**20  # bytes of a line
+
+
 def read(path: Path) -> list[dict[str, Any]]:
   """The records of a file of one object a line, each with its "step"; of a file that is not there, none.
 
   A run that was killed, or a full disk, leaves a line torn: what cannot be read is left out, and said.
   """
-  lines = path.read_bytes().split(b"\n") if path.is_file() else []
   rows, torn = [], []
-  for number, line in enumerate(lines, start=1):
-    row = _record(line)
-    if row is not None:
-      rows.append(row)
-    elif line.strip():
-      torn.append(number)
+  with path.open("rb") if path.is_file() else contextlib.nullcontext(io.BytesIO()) as file:
+    for number, line in enumerate(iter(lambda: file.readline(_LONGEST), b""), start=1):  # a longer one is torn
+      row = _record(line)
+      if row is not None:
+        rows.append(row)
+      elif line.strip():
+        torn.append(number)
   if torn:
     more = f" and {len(torn) - 3} others" if len(torn) > 3 else ""
     logging.warning("%s: torn, and left out: line %s%s", path, ", ".join(map(str, torn[:3])), more)

@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import importlib
-import json
 import os
 import re
 from pathlib import Path

@@ -14,6 +14,7 @@ import re
 import datasets
 from lm_eval.api.samplers import ContextSampler
 
+from lladax.data import reading
 from lladax.evaluation import sandbox
 from lladax.mistake import Mistake
 
@@ -34,8 +35,11 @@ def _parse(path, *_):
   """The rows of a file; of one that was edited, anew."""
   try:
     with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
-      lines = ".jsonl" in path.suffixes
-      found = [json.loads(line) for line in file if line.strip()] if lines else json.load(file)
+      text = str(file.read(reading.LONGEST_LINE + 1))
+    if len(text) > reading.LONGEST_LINE:
+      raise ValueError(f"it holds more than {reading.LONGEST_LINE:,} characters")
+    lines = ".jsonl" in path.suffixes
+    found = [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
   except (ValueError, OSError, EOFError, RecursionError, lzma.LZMAError) as error:
     raise Mistake(f"{path} cannot be read: {error}") from None
   if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
