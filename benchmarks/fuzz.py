@@ -81,12 +81,10 @@ LLADA = {
 
 
 def published(folder: Path, files: int = 2) -> None:
-  import jax
   from safetensors.numpy import save_file
 
   from lladax.storage import layout
 
-  del jax
   model = layout.model_of(LLADA, 0, problems := [])
   assert model is not None and not problems, problems
   drawn = np.random.default_rng(0)
@@ -287,7 +285,6 @@ def read_command(folder: Path) -> None:
   from absl.testing import flagsaver
 
   from lladax import config, main
-  from lladax.mistake import Mistake
 
   try:
     words = json.loads((folder / "command").read_bytes())
@@ -303,7 +300,6 @@ def read_command(folder: Path) -> None:
 
     if flags.FLAGS.config is not None:
       config.parse(flags.FLAGS.config.to_dict())
-  del Mistake
 
 
 READERS = {
@@ -422,6 +418,7 @@ def _bytes(content: bytes, rng: random.Random, others: list[bytes]) -> bytes:
 def attempt(reader: Reader, folder: Path, rng: random.Random) -> tuple[str, str]:
   """(outcome, what was said or raised) of one damaged input; the folder is as before afterwards."""
   from lladax.mistake import Mistake
+  from lladax.terminal import visible
 
   before = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
   paths = [path for path in before if path.name.endswith(reader.damaged)]
@@ -432,7 +429,7 @@ def attempt(reader: Reader, folder: Path, rng: random.Random) -> tuple[str, str]
     return "read", ""
   except Mistake as error:
     said = str(error)
-    if not said or len(said) > 3000 or not said.replace("\t", "").isprintable():
+    if not said or len(said) > 3000 or visible(said) != said or "\n" in said:
       return "crash", f"a message that is not one readable line: {said[:500]!r}"
     return "mistake", said
   except MemoryError:

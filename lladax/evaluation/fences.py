@@ -30,7 +30,7 @@ _MAIN = {"gc.get_objects", "gc.get_referrers", "gc.get_referents", "sys._current
 _CHANGES = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod",
             "os.chown", "os.utime", "os.setxattr", "os.removexattr", "os.chflags"}  # fmt: skip
 _FOLDER_LAST = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod", "os.chown",
-                "os.utime"}  # whose last argument is a folder that the name is meant in  # fmt: skip
+                "os.utime"}  # last: the folder of a relative name  # fmt: skip
 _REFUSED = ("subprocess.", "socket.", "ctypes.", "pty.", "os.fork", "os.exec", "os.system", "os.spawn", "os.posix_spawn",
             "os.kill", "signal.", "syslog.", "shutil.", "_posixsubprocess", "sqlite3.", "fcntl.", "resource.",
             "code.__new__", "os.memfd", "os.unshare", "os.setns")  # fmt: skip
