@@ -121,16 +121,9 @@ def test_a_damaged_manifest_is_named(tmp_path, changes):
   counts = dict.fromkeys(("documents", "bytes", "tokens", "records"), 1)
   manifest = {"length": 8, "shards": 1, "tokenizer_fingerprint": "x", "splits": dict.fromkeys(records.SPLITS, counts)}
   (tmp_path / records.MANIFEST).write_text(json.dumps(manifest))
-  folder = records.open_folder(tmp_path)
+  assert records.open_folder(tmp_path).manifest == manifest
   (tmp_path / records.MANIFEST).write_text(json.dumps(manifest | changes))
-  read = (
-    (lambda: records.open_folder(tmp_path).source("train")) if changes == {"shards": 10**9} else folder_again(tmp_path)
-  )
-  assert str(tmp_path) in refused(read) and folder.manifest == manifest
-
-
-def folder_again(path):
-  return lambda: records.open_folder(path)
+  assert str(tmp_path) in refused(lambda: records.open_folder(tmp_path).source("train"))  # a million shards: the first
 
 
 @pytest.mark.parametrize("changes", [{"n_layers": 2_000_000}, {"d_model": 2**40}, {"embedding_size": 10**18},

@@ -31,7 +31,7 @@ _CHANGES = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.sym
             "os.chown", "os.utime", "os.setxattr", "os.removexattr", "os.chflags"}  # fmt: skip
 _FOLDER_LAST = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod", "os.chown",
                 "os.utime"}  # last: the folder of a relative name  # fmt: skip
-_REFUSED = ("subprocess.", "socket.", "ctypes.", "pty.", "os.fork", "os.exec", "os.system", "os.spawn", "os.posix_spawn",
+_REFUSED = ("subprocess.", "socket.", "ctypes.", "pty.", "os.fork", "os.exec", "os.system", "os.spawn", "os.posix_",
             "os.kill", "signal.", "syslog.", "shutil.", "_posixsubprocess", "sqlite3.", "fcntl.", "resource.",
             "code.__new__", "os.memfd", "os.unshare", "os.setns")  # fmt: skip
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
