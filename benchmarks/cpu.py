@@ -141,7 +141,7 @@ def _lladax_step(a: dict, exact: bool) -> tuple:
   c = config.parse(values.to_dict())
   tx = optimizer.create(c.optimizer, c.steps, c.model.letters())
   params = jax.jit(c.model.init)(jax.random.key(0))
-  state = step.State(jnp.int32(0), params, tx.init(params))
+  state = step.State(jnp.int32(0), params, tx.init(params), step.guard())
   tokens_BL = jax.random.randint(jax.random.key(1), (a["B"], a["L"]), 0, a["V"] - 1)
   batch = {
     "tokens": tokens_BL,

@@ -8,11 +8,13 @@
 
 Parts: `check` (gradients of the attention kernels with padded rows and packed documents against float32, and NaNs),
 `train` (1B, 4096 tokens a row, bfloat16: attention kernels, rematerialisation, head, masking), `sample` (8B, random
-bfloat16 weights, 256 tokens behind a prompt of 256: caches, threshold; one row, and eight of different lengths),
-`kernels` (what the GPU did during a step of the first contender of `train`, by kernel).
+bfloat16 weights, 256 tokens behind a prompt of 256: caches, threshold, weights in bits; one row, and eight of different
+lengths), `digests` (of the 1B's training state), `kernels` (what the GPU did during a step of the first contender of
+`train`, and during a pass of the sampler, by kernel).
 
 Each contender is a process of its own, so that its memory is its own; the device is nobody else's. It is warmed up,
-then timed; quoted are medians of its steps or calls, each ended by reading a result. Memory is the allocator's peak.
+then timed; quoted are medians of its steps, or one call of all passes, each ended by reading a result. Memory is the
+allocator's peak.
 MFU: model FLOPs (README's formula; what is computed again does not count) over the time and the data sheet's peak.
 Weights are random, and so is what is sampled: a threshold finds something to keep because the head is multiplied by
 `SHARPNESS`, and the passes it saves are those of no trained model. What does not fit in the time, in the memory, or
@@ -66,7 +68,12 @@ CONTENDERS: list[tuple[str, str, str, dict[str, Any]]] = [
   ("train", "lladax, XLA's attention, remat full", "lladax_train", {"remat": "full", "attention": "xla"}),
   ("train", "lladax, packed documents, remat attention", "lladax_train", {"remat": "attention", "documents": 4}),
   ("sample", "lladax, prefix cache, 8 ragged rows", "lladax_sample", {"rows": 8, "cache": "prefix"}),
-  ("kernels", "lladax, cuDNN, remat attention", "kernels", {"remat": "attention", "attention": "cudnn"}),
+  ("sample", "lladax, int8, 1 row", "lladax_sample", {"rows": 1, "weights": "int8"}),
+  ("sample", "lladax, int4, 1 row", "lladax_sample", {"rows": 1, "weights": "int4"}),
+  ("sample", "lladax, nf4, 1 row", "lladax_sample", {"rows": 1, "weights": "nf4"}),
+  ("digests", "of a 1B's state", "digests", {"remat": "dots"}),
+  ("kernels", "training, cuDNN, remat attention", "kernels", {"remat": "attention", "attention": "cudnn"}),
+  ("kernels", "sampling, 1 row", "kernels", EIGHT_B | {"rows": 1}),
 ]  # fmt: skip
 
 
@@ -83,10 +90,9 @@ def median(call: Callable[[], Any], repeats: int) -> tuple[float, Any]:
   return statistics.median(seconds), results[-1]
 
 
-def _training(a: dict[str, Any]) -> tuple[Any, Callable[[], float], Any]:
-  """(config, a call of the real train step that returns its loss, the compiled program)."""
+def _begun(a: dict[str, Any]) -> tuple[Any, Any, Any, Any, Any]:
+  """(config, optimizer, state, where it lies, where batches lie) of a training run that begins."""
   import jax
-  import jax.numpy as jnp
 
   from lladax import config
   from lladax.configs import base
@@ -104,7 +110,19 @@ def _training(a: dict[str, Any]) -> tuple[Any, Callable[[], float], Any]:
   mesh = sharding.make_mesh(c.mesh, jax.devices()[:1])
   with jax.set_mesh(mesh):
     tx, init, at, batch_at = step.program(c, mesh)
-    state = jax.jit(init, out_shardings=at)()
+    return c, tx, jax.jit(init, out_shardings=at)(), at, batch_at
+
+
+def _training(a: dict[str, Any]) -> tuple[Any, Callable[[], float], Any]:
+  """(config, a call of the real train step that returns its loss, the compiled program)."""
+  import jax
+  import jax.numpy as jnp
+
+  from lladax.devices import sharding
+  from lladax.training import step
+
+  c, tx, state, at, batch_at = _begun(a)
+  with sharding.on_mesh_of(state):
     tokens_BL = jax.random.randint(jax.random.key(1), (a["B"], a["L"]), 2, a["V"])
     segment_BL = jnp.broadcast_to(1 + jnp.arange(a["L"]) * a.get("documents", 1) // a["L"], tokens_BL.shape)
     batch = {"tokens": tokens_BL, "weight": jnp.full(tokens_BL.shape, 1.0 / tokens_BL.size),
@@ -140,12 +158,19 @@ def lladax_train(a: dict[str, Any]) -> dict[str, Any]:
 
 
 def kernels(a: dict[str, Any]) -> dict[str, Any]:
-  """How often a step runs each kernel, and its milliseconds in all, as the device's own timeline has them."""
+  """How often a step, or a pass of the sampler, runs each kernel, and its milliseconds in all.
+
+  As the device's own timeline has them.
+  """
   import tempfile
 
   import jax
 
-  _, call, _ = _training(a)
+  if "gen" in a:
+    sample = _sampling(a)
+    call, count = (lambda: sample(a["gen"] // a["block"])), 3 * a["gen"] // a["block"]
+  else:
+    (_, call, _), count = _training(a), 3
   median(call, 2)
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
@@ -161,12 +186,12 @@ def kernels(a: dict[str, Any]) -> dict[str, Any]:
           for event in line.events:
             n, ms = total.get(event.name, (0, 0.0))
             total[event.name] = (n + 1, ms + event.duration_ns / 1e6)
-  found = {name: (n / 3, ms / 3) for name, (n, ms) in sorted(total.items(), key=lambda x: -x[1][1])}
+  found = {name: (n / count, ms / count) for name, (n, ms) in sorted(total.items(), key=lambda x: -x[1][1])}
   return {"kernels": found, "seconds": sum(ms for _, ms in found.values()) / 1e3} | _jax()
 
 
-def lladax_sample(a: dict[str, Any]) -> dict[str, Any]:
-  """Calls of LLaDA.sample on lists of ids."""
+def _sampling(a: dict[str, Any]) -> Callable[[int], Any]:
+  """A call of LLaDA.sample on lists of ids, with so many steps."""
   import jax
   import jax.numpy as jnp
   import numpy as np
@@ -174,27 +199,64 @@ def lladax_sample(a: dict[str, Any]) -> dict[str, Any]:
   from lladax import LLaDA
   from lladax.model.mask_predictor import MaskPredictorConfig
 
-  model = MaskPredictorConfig(**{name: a[name] for name in COMMON}, max_length=a["prompt"] + a["gen"])
+  shape = {name: a[name] for name in COMMON}
+  model = MaskPredictorConfig(**shape, max_length=a["prompt"] + a["gen"], weights=a.get("weights", "full"))
 
   def init(key):
     params = model.init(key)
     params["head"] *= SHARPNESS
     return jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
 
+  def in_bits(key):  # any bits are weights: nothing of 16 is ever there
+    params = jax.eval_shape(lambda key: model.freeze(model.init(key)), key)
+    one = {"int8": 74.0, "int4": 4.6, "nf4": 0.56}[model.weights]  # standard deviation of uniform bits, in scales
+
+    def fill(path, x):
+      name = path[-1].key
+      if name in ("bits", "scale"):
+        bits = jax.random.bits(key, x.shape, jnp.uint8).view(x.dtype) if name == "bits" else None
+        return jnp.full(x.shape, a["D"] ** -0.5 / one, x.dtype) if bits is None else bits
+      if x.ndim < 3 and "norm" in name:
+        return jnp.ones(x.shape, x.dtype)
+      return a["D"] ** -0.5 * (SHARPNESS if name == "head" else 1) * jax.random.normal(key, x.shape, x.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, params)
+
   mask_id = a["V"] - 1
-  llada = LLaDA(model, jax.jit(init)(jax.random.key(0)), None, mask_id, mask_id - 1, mask_id)
+  params = jax.jit(init if model.weights == "full" else in_bits)(jax.random.key(0))
+  llada = LLaDA(model, params, None, mask_id, mask_id - 1, mask_id)
   rng, options = np.random.default_rng(0), {name: a[name] for name in ("cache", "threshold") if name in a}
   prompts = [rng.integers(0, mask_id - 1, n).tolist() for n in lengths(a)]
 
-  def call(steps=a["steps"]):
-    return llada.sample(prompts, gen_length=a["gen"], block_length=a["block"], steps=steps, **options).nfe
+  def call(steps):
+    return llada.sample(prompts, gen_length=a["gen"], block_length=a["block"], steps=steps, **options)
 
-  first, _ = once(lambda: call(a["gen"] // a["block"]))  # the same program, with one step a block
-  seconds, passes = median(call, 1 if a["rows"] > 1 else 3)
+  return call
+
+
+def lladax_sample(a: dict[str, Any]) -> dict[str, Any]:
+  """Calls of LLaDA.sample."""
+  sample = _sampling(a)
+  first, _ = once(lambda: sample(a["gen"] // a["block"]))  # the same program, with one step a block
+  seconds, passes = once(lambda: sample(a["steps"]).nfe)
   return {
     "seconds": seconds, "tokens_per_second": a["rows"] * a["gen"] / seconds, "passes": int(passes),
     "ms_a_pass": 1e3 * seconds / int(passes), "seconds_to_build": first,
   } | _jax()  # fmt: skip
+
+
+def digests(a: dict[str, Any]) -> dict[str, Any]:
+  """The digest of every array of a training state, as each checkpoint is given it, and checked against it."""
+  import jax
+
+  from lladax.storage import digest
+
+  state = _begun(a)[2]
+  arrays = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(state)}
+  first, _ = once(lambda: digest.of(arrays))
+  seconds, _ = median(lambda: digest.of(arrays), 3)
+  gib = sum(x.nbytes for x in arrays.values()) / 2**30
+  return {"seconds": seconds, "gib": gib, "seconds_to_build": first} | _jax()
 
 
 def lengths(a: dict[str, Any]) -> list[int]:
@@ -300,7 +362,7 @@ def torch_sample(a: dict[str, Any]) -> dict[str, Any]:
     return int(tokens_BL.sum())
 
   first, _ = once(lambda: call(a["gen"] // a["block"]))
-  seconds, _ = median(call, 1 if a["rows"] > 1 else 3)
+  seconds, _ = once(call)
   return {
     "seconds": seconds, "tokens_per_second": a["rows"] * a["gen"] / seconds, "passes": steps,
     "ms_a_pass": 1e3 * seconds / steps, "seconds_to_build": first,
@@ -362,7 +424,8 @@ def table(results: list[dict[str, Any]]) -> str:
     ("check", ["NaNs", "relative errors of out, dq, dk, dv"]),
     ("train", ["ms a step", "tokens/s", "MFU", "peak GiB", "s to build"]),
     ("sample", ["ms a pass", "passes", "tokens/s", "peak GiB", "s to build"]),
-    ("kernels", ["ms a step, by kernel"]),
+    ("digests", ["ms", "GiB", "peak GiB", "s to build"]),
+    ("kernels", ["ms a step or pass, by kernel"]),
   ):
     rows = [x for x in results if x["part"] == part]
     if not rows:
@@ -379,6 +442,9 @@ def table(results: list[dict[str, Any]]) -> str:
       elif part == "sample":
         cells = [f"{x['ms_a_pass']:.2f}", f"{x['passes']}", f"{x['tokens_per_second']:,.1f}",
                  _or(x["peak_gib"], "{:.1f}"), f"{x['seconds_to_build']:.0f}"]  # fmt: skip
+      elif part == "digests":
+        cells = [f"{1e3 * x['seconds']:.1f}", f"{x['gib']:.1f}", _or(x["peak_gib"], "{:.1f}"),
+                 f"{x['seconds_to_build']:.0f}"]  # fmt: skip
       else:
         cells = [", ".join(f"{name[:60]} {ms:.1f}" for name, (_, ms) in list(x["kernels"].items())[:10])]
       lines.append(f"| {x['name']} | {' | '.join(cells)} |")
@@ -426,14 +492,14 @@ def main() -> None:
     return
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--out", type=Path, required=True, help="a folder for gpu.jsonl, gpu.md and gpu.svg")
-  parser.add_argument("--parts", default="check,train,sample,kernels", help="some of these, in any order")
+  parser.add_argument("--parts", default="check,train,sample,digests,kernels", help="some of these, in any order")
   parser.add_argument("--only", default="", help="contenders whose name this pattern finds")
   parser.add_argument("--minutes", type=float, default=10.0, help="for everything")
   parser.add_argument("--tiny", action="store_true", help="tiny shapes, for any device")
   a = parser.parse_args()
   parts = a.parts.split(",")
   if unknown := set(parts) - {part for part, *_ in CONTENDERS}:
-    parser.error(f"--parts={a.parts}: {', '.join(sorted(unknown))} is none of check, train, sample, kernels")
+    parser.error(f"--parts={a.parts}: {', '.join(sorted(unknown))} is none of check, train, sample, digests, kernels")
   train, sample = (TINY_TRAIN, TINY_SAMPLE) if a.tiny else (ONE_B, EIGHT_B)
   a.out.mkdir(parents=True, exist_ok=True)
   end, results = time.monotonic() + 60 * a.minutes, []
@@ -441,6 +507,7 @@ def main() -> None:
     for part, name, function, options in CONTENDERS:
       if part not in parts or not re.search(a.only, name):
         continue
+      options = options | TINY_SAMPLE if a.tiny and "gen" in options else options
       sizes = (sample if part == "sample" else train) | options
       if a.tiny and sizes.get("attention") == "cudnn":
         sizes["attention"] = "auto"

@@ -39,6 +39,22 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GuardConfig:
+  """What becomes of a step whose loss or gradient is not a number, or whose gradient is a spike: it changes nothing."""
+
+  # The logarithm of the gradient's norm may lie so many standard deviations above its running mean, from the 100th
+  # step on; 0: however far it likes.
+  spike: float = 0.0
+  patience: int = 5  # so many such steps in a row: back to the last checkpoint before them, and past their examples ...
+  returns: int = 3  # ... at most so often; then the run ends
+
+  def __post_init__(self):
+    for name, least in (("spike", 0), ("patience", 1), ("returns", 0)):
+      if not getattr(self, name) >= least:
+        raise Mistake(f"guard.{name}={getattr(self, name)}: must be at least {least}")
+
+
+@dataclasses.dataclass(frozen=True)
 class LogConfig:
   """What is written while training."""
 
@@ -97,6 +113,7 @@ class Config:
   data: windows.DataConfig
   noise: diffusion.NoiseConfig
   optimizer: optimizer.OptimizerConfig
+  guard: GuardConfig
   mesh: sharding.MeshConfig
   checkpoint: CheckpointConfig
   log: LogConfig

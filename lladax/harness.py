@@ -20,6 +20,7 @@ from lladax.evaluation import harness
 from lladax.evaluation.adapter import Harness
 from lladax.evaluation.kwargs import split_options, understood
 from lladax.mistake import Missing, Mistake
+from lladax.storage.writing import check_writable
 
 _HELP = """lladax adds to the command line of lm-eval below:
   --model lladax  the default; --model_args path=WORKDIR and the options of evaluation/adapter.py (mc_num, cfg,
@@ -94,7 +95,8 @@ def _check_run(args: argparse.Namespace) -> Any:
     )
   if c.output_path:
     path = Path(c.output_path)
-    harness.check_folder(path.parent if path.suffix == ".json" else path, "--output_path")
+    folder = (path.parent if path.suffix == ".json" else path).expanduser()
+    check_writable(folder, "--output_path", is_folder=True, parents=True)
   if not Path(c.include_path or harness.TASKS).is_dir():
     raise Missing(f"--include_path {c.include_path}: there is no such folder")
 

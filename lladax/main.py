@@ -8,7 +8,6 @@ import importlib.util
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from lladax import configs
 from lladax.devices import distributed
 from lladax.devices.distributed import guard
 from lladax.mistake import Missing, Mistake
+from lladax.storage.writing import check_writable
 from lladax.terminal import Console, visible
 
 # `parse` puts the config itself, with the fields that the command line sets, in the place of its name.
@@ -77,12 +77,12 @@ def main(argv: list[str]) -> int:
     if mode in modes and not flag.value:
       raise Mistake(f"--{name} is missing: --mode={mode} needs it")
   if mode in ("export", "prepare") and "://" not in str(_TARGET.value):
-    _check_writable(f"--target={target}", target)
+    check_writable(target, "--target", is_folder=True, parents=True)
   if mode == "prepare":
     return _prepare(given, argv[1:])
   workdir = _workdir()
   if mode in ("train", "import", "evaluate"):
-    _check_writable(f"--workdir={workdir}", workdir)
+    check_writable(workdir, "--workdir", is_folder=True, parents=True)
   if mode not in ("train", "import"):
     _check_run(workdir)
   page = _page() if mode == "sample" else None
@@ -164,9 +164,7 @@ def _page() -> Path | None:
   if not _HTML.value:
     return None
   page = Path(os.path.expanduser(_HTML.value))
-  _check_writable(f"--html={page}", page.parent)
-  if page.is_dir():
-    raise Mistake(f"--html={page} is a folder: name the file of the page")
+  check_writable(page, "--html", parents=True)
   return page
 
 
@@ -175,20 +173,6 @@ def _check_run(workdir: Path) -> None:
     raise Mistake(f"--workdir={workdir}: it is a file, where a folder is needed")
   if not (workdir / "config.json").is_file():
     raise Missing(f"--workdir={workdir}: there is no run in it; train one first with --mode=train")
-
-
-def _check_writable(option: str, folder: Path) -> None:
-  """Refuses a folder that nobody could make, or write to; makes none."""
-  here = None
-  try:
-    here = next(path for path in (folder, *folder.parents, Path()) if os.path.lexists(path))
-    if not here.is_dir():
-      what = "is a link to nowhere" if here.is_symlink() else "is a file"
-      raise Mistake(f"{option}: {here} {what}, where a folder is needed")
-    with tempfile.TemporaryFile(dir=here):
-      pass
-  except OSError as error:
-    raise Mistake(f"{option}: {here or folder} cannot be written to: {error.strerror}") from error
 
 
 def parse(argv: list[str]) -> list[str]:

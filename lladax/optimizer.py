@@ -1,10 +1,12 @@
 """AdamW with decoupled weight decay on matrices only, clipping by global norm, and a schedule of straight pieces."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from lladax.mistake import Mistake
@@ -65,8 +67,27 @@ def schedule(c: OptimizerConfig, steps: int) -> optax.Schedule:
   return optax.join_schedules(pieces, boundaries)
 
 
-def create(c: OptimizerConfig, steps: int, letters: Any) -> optax.GradientTransformation:
-  """The optimizer.
+def _adam(c: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+  """`optax.scale_by_adam`, whose moments stay where `good` is false (the count goes on).
+
+  The moments are chosen before the update is made of them: chosen after it, the old ones would be needed beside the
+  new, and be copied, a third of the state.
+  """
+
+  def update(updates, state, params=None, *, good=True):
+    stay = lambda new, old: jax.tree.map(functools.partial(jnp.where, good), new, old)  # noqa: E731
+    mu = stay(optax.tree.update_moment(updates, state.mu, c.b1, 1), state.mu)
+    nu = stay(optax.tree.update_moment_per_elem_norm(updates, state.nu, c.b2, 2), state.nu)
+    count = optax.safe_increment(state.count)
+    mean, square = optax.tree.bias_correction(mu, c.b1, count), optax.tree.bias_correction(nu, c.b2, count)
+    updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + c.eps), mean, square)
+    return updates, optax.ScaleByAdamState(count, mu, nu)
+
+  return optax.GradientTransformationExtraArgs(optax.scale_by_adam().init, update)
+
+
+def create(c: OptimizerConfig, steps: int, letters: Any) -> optax.GradientTransformationExtraArgs:
+  """The optimizer. Its update with `good=False` lets the moments stay; the parameters are the caller's to keep.
 
   Args:
     c: its settings.
@@ -76,7 +97,7 @@ def create(c: OptimizerConfig, steps: int, letters: Any) -> optax.GradientTransf
   matrices = jax.tree.map(lambda x: len(x.replace("N", "")) > 1, letters)
   return optax.chain(
     optax.clip_by_global_norm(c.clip) if c.clip else optax.identity(),
-    optax.scale_by_adam(c.b1, c.b2, c.eps),
+    _adam(c),
     optax.add_decayed_weights(c.weight_decay, mask=matrices),
     optax.scale_by_learning_rate(schedule(c, steps)),
   )

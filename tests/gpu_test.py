@@ -33,7 +33,7 @@ def test_a_contender_that_fails_is_said_and_the_others_go_on(gpu, monkeypatch):
 def test_an_unknown_part_is_named(gpu, monkeypatch, capsys, tmp_path):
   with pytest.raises(SystemExit):
     run(gpu, monkeypatch, capsys, tmp_path, "--parts=train,serve")
-  assert "serve is none of check, train, sample, kernels" in capsys.readouterr().err
+  assert "serve is none of check, train, sample, digests, kernels" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rows, expected", [(1, [256]), (3, [256, 192, 128])])
@@ -50,13 +50,14 @@ def test_the_table_and_the_picture(gpu, tmp_path):
     {"part": "train", "name": "lladax"} | numbers,
     {"part": "train", "name": "PyTorch", "skipped": "out of memory"},
     {"part": "sample", "name": "lladax", "passes": 256, "ms_a_pass": 2.0} | numbers | {"peak_gib": None},
+    {"part": "digests", "name": "1B", "gib": 12.0} | numbers,
     {"part": "kernels", "name": "lladax", "kernels": {"gemm": (22, 300.0)}},
   ]
   lines = gpu.table(results).splitlines()
   for row in (
     "| cuDNN | 0 | 4.0e-03 |", "| lladax | 500.0 | 65,536 | 50.0% | 40.0 | 20 |",
     "| PyTorch | skipped: out of memory |  |  |  |  |", "| lladax | 2.00 | 256 | 65,536.0 | ? | 20 |",
-    "| lladax | gemm 300.0 |",
+    "| 1B | 500.0 | 12.0 | 40.0 | 20 |", "| lladax | gemm 300.0 |",
   ):  # fmt: skip
     assert row in lines
   gpu.draw(results, tmp_path / "gpu.svg")
@@ -71,6 +72,8 @@ def test_the_table_and_the_picture(gpu, tmp_path):
     ("lladax_train", {"remat": "attention", "documents": 4}),
     ("lladax_train", {"remat": "dots", "masking": "exact", "times": "antithetic"}),
     ("lladax_sample", {"rows": 3, "cache": "dual", "threshold": 0.9}),
+    ("lladax_sample", {"rows": 1, "weights": "nf4"}),
+    ("digests", {"remat": "none"}),
   ],
 )
 def test_contenders_on_a_tiny_model(gpu, function, options):
@@ -79,6 +82,8 @@ def test_contenders_on_a_tiny_model(gpu, function, options):
   found = getattr(gpu, function)(sizes | options)
   if function == "check":
     assert found["nans"] == 0 and all(1e-4 < error < 2e-2 for error in found["relative_errors"].values())
+  elif function == "digests":
+    assert found["seconds"] > 0 and found["gib"] > 0
   else:
     assert found["seconds"] > 0 and found["tokens_per_second"] > 0
   if function == "lladax_train":

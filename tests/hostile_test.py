@@ -1,4 +1,4 @@
-"""Damaged and hostile files: every reader reads them, or says in one line what is wrong; and what a text may not become.
+"""Damaged and hostile files are read, or refused in one line; and what a text may not become.
 
 benchmarks/fuzz.py does the same with 10,000 inputs a reader, and limits of time and memory.
 """

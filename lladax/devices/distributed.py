@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lladax.mistake import Mistake
+from lladax.mistake import Mistake, refusal
 from lladax.terminal import Console, Formatter, visible
 
 HUNG = 75  # the exit code of a job that the watchdog ended ("temporary failure": a launcher may start it again)
@@ -87,21 +87,24 @@ def leave(code: int) -> None:
 
 
 def guard(command: Callable[[list[str]], int | None], argv: list[str], name: str = "lladax") -> int:
-  """Runs a command: one line and 1 for a `Mistake`; a traceback and 70 for everything else."""
+  """Runs a command: one line and 1 for a `Mistake` or what a disk refuses; a traceback and 70 for everything else."""
   handler = logging.StreamHandler()
   handler.setFormatter(Formatter(f"{name}: %(message)s"))
   logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
   logging.getLogger("lladax").setLevel(logging.INFO)  # which attention kernel runs
-  logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
+  logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates every save, and what it raises, a dozen times
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and its abandoned reads report themselves, one by one
   try:
     return command(argv) or 0
   except Mistake as error:
     print(f"{name}: {error}", file=sys.stderr)
     code = 1
-  except Exception:
-    print(visible(traceback.format_exc()), end="", file=sys.stderr)
-    code = 70  # EX_SOFTWARE: a launcher may start it again
+  except Exception as error:
+    if line := refusal(error):
+      print(visible(f"{name}: {line}"), file=sys.stderr)
+    else:
+      print(visible(traceback.format_exc()), end="", file=sys.stderr)
+    code = 1 if line else 70  # EX_SOFTWARE: a launcher may start it again
   leave(code)
   return code
 

@@ -161,25 +161,33 @@ def platform() -> str:
   return device.platform if device else jax.default_backend()
 
 
+# What XLA is asked of a program, by platform.
+OPTIONS: dict[str, dict[str, Any]] = {
+  # To multiply matrices by Eigen, and not by YNNPACK, which lays a matrix that it multiplies by out anew in every call:
+  # 32 rows through a head of 32,768 columns take three and a half times as long, and a training step is a tenth slower.
+  "cpu": {"xla_cpu_experimental_ynn_fusion_type": ""},
+  # To multiply matrices by cuBLAS alone, each by itself: only then a layer's are read where all layers' lie. For
+  # Triton's kernels, or joined to one product, they are copied out first, in every pass: 13 GiB of an 8B, nine
+  # of 22 ms. A training step is 7% faster with Triton's (docs/results.md).
+  "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0},
+}
+
+
 class jit:
-  """`jax.jit`, which on a CPU has XLA multiply matrices by Eigen, and not by YNNPACK.
+  """`jax.jit`, with the compiler's `OPTIONS` of the platform that is traced for; on a GPU not if it `trains`."""
 
-  YNNPACK lays a matrix that it multiplies by out anew in every call: 32 rows through a head of 32,768 columns take
-  three and a half times as long, and a training step is a tenth slower.
-  """
-
-  def __init__(self, fn: Callable[..., Any], **options: Any):
+  def __init__(self, fn: Callable[..., Any], *, trains: bool = False, **options: Any):
     functools.update_wrapper(self, fn)
-    self.programs = {}
+    self.programs, self.trains = {}, trains
     self.make = functools.partial(jax.jit, fn, **options)
 
   @property
   def program(self) -> Any:
     """What is called where it is traced for."""
-    on_cpu = platform() == "cpu"
-    if on_cpu not in self.programs:
-      self.programs[on_cpu] = self.make(compiler_options=_by_eigen() if on_cpu else None)
-    return self.programs[on_cpu]
+    on = platform()
+    if on not in self.programs:
+      self.programs[on] = self.make(compiler_options=None if self.trains and on == "gpu" else _known(on))
+    return self.programs[on]
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     """As what `jax.jit` returns is called; so are its methods."""
@@ -190,9 +198,9 @@ class jit:
 
 
 @functools.cache
-def _by_eigen() -> dict[str, str] | None:
-  """The option of the compiler; None of an XLA that has it no longer."""
-  options = {"xla_cpu_experimental_ynn_fusion_type": ""}
+def _known(on: str) -> dict[str, Any] | None:
+  """The options of a platform; None of an XLA that has one of them no longer."""
+  options = OPTIONS.get(on)
   try:
     jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
   except jax.errors.JaxRuntimeError:

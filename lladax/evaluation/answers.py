@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lladax.mistake import Mistake
+from lladax.storage.writing import leniently
 
 _LONGEST = 2**24  # bytes of a line
 
@@ -42,7 +43,7 @@ class Answers:
   def add(self, kind: str, found: Mapping[str, Any]) -> None:
     """Keeps the answers to keys."""
     lines = "".join(json.dumps([kind, key, answer]) + "\n" for key, answer in found.items())
-    with self.path.open("ab", buffering=0) as file:
+    with leniently(self.path), self.path.open("ab", buffering=0) as file:
       file.write(lines.encode("ascii"))
     self.known |= {(kind, key): answer for key, answer in found.items()}
 

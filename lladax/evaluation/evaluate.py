@@ -27,6 +27,7 @@ from lladax.inference import load, show
 from lladax.inference.llada import LLaDA, Sampled
 from lladax.mistake import Mistake
 from lladax.storage import checkpoint, metrics
+from lladax.storage.writing import leniently
 from lladax.terminal import Console
 
 
@@ -153,7 +154,8 @@ def _by_harness(
       use_cache=workdir / "harness" if alone else None, output=path, **options,
     )  # fmt: skip
     if distributed.is_first():
-      told |= json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))["told"]
+      with leniently(path):
+        told |= json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))["told"]
   return found, told
 
 
@@ -201,7 +203,8 @@ def report(llada: LLaDA, config: Config, bounds: dict[str, float], workdir: Path
   _show(llada, config, bounds, found, told, console)
   step = (checkpoint.steps(workdir) or [0])[-1]
   if results:
-    metrics.append(workdir / "evaluations.jsonl", {"step": step} | results)
+    with leniently(workdir / "evaluations.jsonl"):
+      metrics.append(workdir / "evaluations.jsonl", {"step": step} | results)
     shown = {name: _some(answers) for name, answers in told.items()}
     about = {"model": f"{llada.model.num_params():,} parameters, {config.objective}", "step": f"{step:,}",
              "data": ", ".join(config.data.corpora), "device": jax.devices()[0].device_kind,
@@ -214,14 +217,16 @@ def report(llada: LLaDA, config: Config, bounds: dict[str, float], workdir: Path
       }
     title, judged = f"{workdir.name}, step {step:,}", "replies" if config.data.format == "chat" else "text"
     losses = metrics.losses(workdir)
-    reports.write(reports.Report(title, about, found, shown, bounds, judged, losses), workdir / "evaluation")
-    console.print(f"the same as a page, with the loss: {workdir / 'evaluation.html'}")
+    with leniently(workdir / "evaluation.html"):
+      reports.write(reports.Report(title, about, found, shown, bounds, judged, losses), workdir / "evaluation")
+      console.print(f"the same as a page, with the loss: {workdir / 'evaluation.html'}")
   if filled := samples(llada, config):
     for row in filled.unmaskings():
       console.print(unmasking.terminal(row, frames=4))
     page = filled.html(f"{workdir.name}, step {step}")
-    (workdir / "samples.html").write_text(page, encoding="utf-8", errors="backslashreplace")
-    console.print(f"the same as a page: {workdir / 'samples.html'}")
+    with leniently(workdir / "samples.html"):
+      (workdir / "samples.html").write_text(page, encoding="utf-8", errors="backslashreplace")
+      console.print(f"the same as a page: {workdir / 'samples.html'}")
   return results
 
 

@@ -20,6 +20,7 @@ from lladax.evaluation.kwargs import understood
 from lladax.evaluation.presets import Preset, preset
 from lladax.inference.llada import LLaDA
 from lladax.mistake import Mistake
+from lladax.storage.writing import check_writable, leniently
 
 TASKS = Path(__file__).parent / "tasks"
 DATA = "LLADAX_EVAL_DATA"  # the environment variable that names the folder of local benchmarks
@@ -63,7 +64,7 @@ def evaluate(
   if use_cache and jax.process_count() > 1:
     raise Mistake(f"use_cache={str(use_cache)!r}: processes of one job would read different caches; leave it out")
   if output:
-    check_folder(Path(output).parent, "output")
+    check_writable(Path(output).parent.expanduser(), "output", is_folder=True, parents=True)
   asked = models(llada, checked, options, batch_size)  # what one of them cannot is said before the first question
   results: dict[str, dict[str, float]] = {}
   told: dict[str, list[dict[str, Any]]] = {}
@@ -89,7 +90,8 @@ def evaluate(
       settings = {"limit": limit, "batch_size": batch_size, "num_fewshot": num_fewshot, "chat": chat} | options
       told |= _told(name, group, found["samples"])
       about = {key: value for key, value in settings.items() if value is not None}
-      report.write(report.Report("lm-evaluation-harness", about, results, told), Path(output))
+      with leniently(Path(output)):
+        report.write(report.Report("lm-evaluation-harness", about, results, told), Path(output))
   return results
 
 
@@ -133,16 +135,6 @@ def check_code(manager: Any, tasks: Mapping[str, str]) -> None:
     if _runs_code(manager, task):
       how = "--config.evaluate.allow_code=True of a run, --allow_code of the other commands"
       raise Mistake(f"{name} runs generated code: allow it with allow_code=True ({how})")
-
-
-def check_folder(path: Path, field: str) -> None:
-  """Raises Mistake if nothing can be written to a folder, which is made where it is not there."""
-  try:
-    path.expanduser().mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise Mistake(f"{field}={path}: {error.strerror}; name a folder that can be written") from None
-  if not os.access(path.expanduser(), os.W_OK):
-    raise Mistake(f"{field}={path}: this folder cannot be written; name another")
 
 
 def load_questions(manager: Any, name: str, tasks: list[Any]) -> Any:

@@ -28,6 +28,7 @@ from lladax.inference.llada import LLaDA, Sampled
 from lladax.inference.load import asked, load
 from lladax.mistake import Mistake
 from lladax.sampling import SamplerConfig
+from lladax.storage.writing import reason
 from lladax.terminal import Console, visible
 
 Messages = list[dict[str, str]]
@@ -125,7 +126,7 @@ def _save(line: str, messages: Messages) -> str:
   try:
     path.write_text("".join(json.dumps(m, ensure_ascii=False) + "\n" for m in messages), encoding="utf-8")
   except OSError as error:
-    raise Mistake(f"/save: {path} cannot be written: {error.strerror}") from None
+    raise Mistake(f"/save: {path} cannot be written: {reason(error)}") from None
   return f"{len(messages)} messages written to {path}"
 
 

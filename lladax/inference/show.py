@@ -14,7 +14,7 @@ from lladax.inference import load
 from lladax.mistake import Mistake
 from lladax.model.mask_predictor import MaskPredictorConfig
 from lladax.sampling import SamplerConfig
-from lladax.storage import checkpoint
+from lladax.storage import writing
 from lladax.terminal import Console
 
 
@@ -54,7 +54,7 @@ def of_model(config: Config, model: MaskPredictorConfig, workdir: Path) -> Confi
 def show_samples(config: Config, workdir: Path, prompts: list[str], html: str | None) -> None:
   """Continues each prompt, or fills its [MASK]s; prints text to stdout, and draws it where that is a terminal."""
   if html:
-    checkpoint.check_writable(Path(html), "--html")
+    writing.check_writable(Path(html), "--html")
   prompts = prompts or [line.rstrip("\n") for line in sys.stdin]
   if not prompts:
     raise Mistake("--prompt is missing, and nothing came from standard input")

@@ -4,6 +4,7 @@ WORKDIR/checkpoints/STEP/ holds {"step", "params", "mu", "nu"}: parameters and A
 `MaskPredictorConfig.letters`. Neither Flax's nor optax's classes leave a trace in it.
 """
 
+import contextlib
 import functools
 import glob
 import hashlib
@@ -13,19 +14,24 @@ import logging
 import math
 import os
 import re
-import stat
+import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from lladax import fields
-from lladax.mistake import Diverged, Missing, Mistake
-from lladax.storage import digest
+from lladax.devices import distributed
+from lladax.mistake import Diverged, Missing, Mistake, Unsaved, refusal
+from lladax.storage import digest, writing
 
 Tree = dict[str, Any]
 
@@ -83,44 +89,12 @@ def check_workdir(workdir: Path, files: Sequence[str] = (), folders: Sequence[st
   if size > _LONGEST:
     raise Mistake(f"--workdir={str(workdir)[:40]}...: {size:,} letters leave no room for the names of checkpoints")
   for name in ("", *folders):
-    check_writable(path / name, "--workdir", is_folder=True, parents=True)
+    writing.check_writable(path / name, "--workdir", is_folder=True, parents=True)
   for name in files:
-    check_writable(path / name, "--workdir", parents=True)
+    writing.check_writable(path / name, "--workdir", parents=True)
 
 
 _LONGEST = 3800  # bytes of a path: Linux takes 4095, and the files of a checkpoint have names of about 160
-
-
-def check_writable(path: Path, field: str, *, is_folder: bool = False, parents: bool = False) -> None:
-  """Raises Mistake if a file, or a folder for files, could not be written; writes nothing.
-
-  Args:
-    path: of what will be written, or written again.
-    field: by which the user named it.
-    is_folder: it is a folder.
-    parents: missing folders above it will be made.
-  """
-  path = at = path.absolute()
-  try:
-    while True:
-      try:
-        here = stat.S_ISDIR(os.stat(at).st_mode)
-        break
-      except FileNotFoundError:
-        at = at.parent
-  except OSError as error:  # a name that is too long, a file in place of a folder
-    raise Mistake(f"{field}: {str(path)[:200]} cannot be written: {error.strerror}") from None
-  why = ""
-  if not is_folder and at == path and here:
-    why = "it is a folder"
-  elif (is_folder or at != path) and not here:
-    why = f"{at} is no folder"
-  elif not (parents or at in (path, path.parent)):
-    why = f"there is no folder {path.parent}"
-  elif not os.access(at, os.W_OK | (os.X_OK if here else 0)):
-    why = "permission denied, or the file system is read-only"
-  if why:
-    raise Mistake(f"{field}: {path} cannot be written: {why}")
 
 
 def steps(workdir: Path) -> list[int]:
@@ -152,7 +126,12 @@ def need(path: Path, who: Path) -> None:
     if str(who) not in known:
       note.write_text("".join(f"{x}\n" for x in (*known, who)), "utf-8")
   except OSError as error:
-    logging.warning("%s cannot be written (%s): see to it that %s is not removed", note, error.strerror, path)
+    logging.warning("%s cannot be written: %s: see to it that %s is not removed", note, writing.reason(error), path)
+
+
+def needed(workdir: Path, step: int) -> bool:
+  """Whether another run rests on a checkpoint."""
+  return (workdir / _NEEDED / str(step)).exists()
 
 
 _NEEDED = "needed"  # WORKDIR/needed/STEP names, line by line, the workdirs of the runs that began from that checkpoint
@@ -162,33 +141,40 @@ class _Kept:
   """Which checkpoints stay: the last `keep`, every `keep_every`-th step, and those that other runs rest on."""
 
   def __init__(self, workdir: Path, keep: int, keep_every: int):
-    self._needed, self._keep, self._every = workdir / _NEEDED, keep, keep_every
+    self._workdir, self._keep, self._every = workdir, keep, keep_every
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
     """As Orbax asks: of all that are there, oldest first."""
     last = {x.step for x in checkpoints[-self._keep :]}
     return [
-      x.step in last or bool(self._every and x.step % self._every == 0) or (self._needed / str(x.step)).exists()
+      x.step in last or bool(self._every and x.step % self._every == 0) or needed(self._workdir, x.step)
       for x in checkpoints
     ]
 
 
 class Checkpoints:
-  """Saves in the background; keeps the last `keep` checkpoints, every `keep_every`-th step, and what others rest on."""
+  """Saves in the background; keeps the last `keep` checkpoints, every `keep_every`-th step, and what others rest on.
+
+  A save that fails is said at once, and the next one is tried: only the last one must not fail.
+  """
 
   def __init__(self, workdir: Path, *, keep: int = 2, keep_every: int = 0):
     kept: Any = _Kept(workdir, keep, keep_every)
     options = ocp.CheckpointManagerOptions(preservation_policy=kept, cleanup_tmp_directories=True, create=True)
-    self._manager = _manager(workdir, options)
+    self._open = functools.partial(_manager, workdir, options)
     self._workdir, self._begun, self._last = workdir, _identity(workdir), None
+    self._manager: ocp.CheckpointManager | None = self._open()
+    self._waiter, self._saving = futures.ThreadPoolExecutor(1, "saving"), None
+    self._error: Exception | None = None  # of the last save
 
   def save(self, step: int, tree: Tree) -> None:
-    """Begins to save; the arrays may be donated as soon as this returns.
+    """Begins to save, once the save before is done; the arrays may be donated as soon as this returns.
 
     Raises:
       Diverged: one of them is not all numbers; nothing is saved.
       Mistake: the workdir was removed, or another run has begun in it.
     """
+    self._settle()
     if jax.process_index() == 0 and _identity(self._workdir) != self._begun:  # others may see it late
       self._last = None
       raise Mistake(
@@ -198,19 +184,74 @@ class Checkpoints:
     if broken:
       raise Diverged(
         f"{broken[0]} is not a number any more at step {step}, and is not saved: start again in another workdir with a"
-        f" lower learning rate; the checkpoints before it are in {self._manager.directory}"
+        f" lower learning rate; the checkpoints before it are in {folder(self._workdir)}"
       )
-    self._manager.save(step, args=ocp.args.PyTreeSave(tree), force=True, custom_metadata={DIGESTS: digests})
     self._last = step
+    try:
+      self._manager = self._manager or self._open()
+      self._manager.save(step, args=ocp.args.PyTreeSave(tree), force=True, custom_metadata={DIGESTS: digests})
+    except Exception as error:  # Orbax and TensorStore raise many kinds, of the save before, too
+      self._failed(error)
+    else:
+      self._saving = self._waiter.submit(self._wait, self._manager)
 
-  def close(self) -> None:
+  def _wait(self, manager: ocp.CheckpointManager) -> None:
+    """In a thread of its own: a save that fails is heard of before the next one."""
+    try:
+      manager.wait_until_finished()
+    except Exception as error:
+      self._failed(error)
+
+  def _failed(self, error: Exception) -> None:
+    _drop_echoes()
+    self._error = error
+    left = steps(self._workdir)
+    logging.warning(
+      "step %s is NOT saved: %s cannot be written: %s; %s", self._last, folder(self._workdir), writing.reason(error),
+      f"the last checkpoint is step {left[-1]}" if left else "there is no checkpoint yet",
+    )  # fmt: skip
+
+  def _settle(self) -> None:
+    """Waits for the save that was begun; what is left of one that failed is removed, as room may be what it lacked."""
+    if self._saving:
+      self._saving.result()
+    self._saving = None
+    failed = self._error is not None
+    if jax.process_count() > 1:
+      failed = bool(np.any(multihost_utils.process_allgather(np.array(failed))))
+    if failed and self._manager:
+      with contextlib.suppress(Exception):  # it has been said
+        self._manager.close()
+      self._manager = None
+      with contextlib.suppress(Exception):
+        self._manager = self._open()
+    self._error = None
+
+  def close(self, why: BaseException | None = None) -> None:
     """Waits for the last save.
 
+    Args:
+      why: what ends the run already; it is not hidden behind what is raised here.
+
     Raises:
+      Unsaved: it failed.
       Mistake: it is not there, as the workdir was removed meanwhile.
     """
-    self._manager.wait_until_finished()
-    self._manager.close()
+    if self._saving:
+      self._saving.result()
+    self._waiter.shutdown()
+    if self._manager:
+      with contextlib.suppress(Exception) if self._error or why else contextlib.nullcontext():
+        self._manager.close()
+    if why:
+      return
+    if self._error:
+      if not refusal(self._error):
+        raise self._error
+      raise Unsaved(
+        f"step {self._last}, the last one, could not be saved: {folder(self._workdir)} cannot be written:"
+        f" {writing.reason(self._error)}; make room, or use another workdir, and give the same command again"
+      ) from self._error
     if jax.process_index() == 0 and self._last is not None and self._last not in steps(self._workdir):
       raise Mistake(f"{self._workdir} was removed while step {self._last} was saved in it: it is lost")
 
@@ -222,6 +263,16 @@ def _identity(workdir: Path) -> tuple[int, int] | None:
   except OSError:
     return None
   return found.st_dev, found.st_ino
+
+
+def drop(workdir: Path, *, after: int) -> None:
+  """Removes the checkpoints of all steps behind `after`: the run has gone back there."""
+  distributed.agree(back=str(after))
+  if jax.process_index() == 0:
+    for step in steps(workdir):
+      if step > after:
+        shutil.rmtree(folder(workdir) / str(step))
+  distributed.agree(dropped=str(after))
 
 
 def restore(workdir: Path, step: int, abstract: Tree) -> Tree:
@@ -329,6 +380,7 @@ def _drop_echoes() -> None:
       report(unraisable)
 
   sys.unraisablehook = hook
+  warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
   logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
 
 

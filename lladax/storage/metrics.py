@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tensorboardX
 from rich.text import Text
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2 as _generated
 
+from lladax.storage.writing import leniently
 from lladax.terminal import Console
 
 # Dense bfloat16 peak in FLOP/s per device (of a T4, which has none, float16), summed up in float32, from the makers'
@@ -36,6 +38,8 @@ PEAK_FLOPS = {
   "RTX 4090": 165.2e12,
 }
 
+event_pb2: Any = _generated  # its classes are made when it is loaded
+
 
 def peak_flops(device: jax.Device) -> float | None:
   """Peak dense bfloat16 FLOP/s of a device, None if unknown (a CPU)."""
@@ -52,7 +56,10 @@ def flops_per_token(num_params: int, layers: int, width: int, length: int, froze
 
 
 class Writer:
-  """Writes one object a line to WORKDIR/metrics.jsonl, scalars to TensorBoard, and a line to the console."""
+  """Writes one object a line to WORKDIR/metrics.jsonl, scalars to TensorBoard, and a line to the console.
+
+  What cannot be written is said once; a run never ends by it.
+  """
 
   def __init__(
     self, workdir: Path, total_steps: int, *, start: int = 0, tensorboard: bool = True, silent: bool = False
@@ -61,16 +68,20 @@ class Writer:
     self._silent = silent
     if silent:
       return
-    workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / "metrics.jsonl"
-    kept = [row for row in read(path) if row["step"] <= start]
-    shorter = path.with_suffix(".new")
-    shorter.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    shorter.replace(path)  # at once: a run may be killed here
-    self._file = path.open("a")
-    self._board = (
-      tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1) if tensorboard else None
-    )
+    self._path, self._file = workdir / "metrics.jsonl", None
+    self._board_path, self._board = workdir / "tensorboard", None
+    with leniently(self._path):
+      workdir.mkdir(parents=True, exist_ok=True)
+      kept = [row for row in read(self._path) if row["step"] <= start]
+      shorter = self._path.with_suffix(".new")
+      shorter.write_text("".join(json.dumps(row) + "\n" for row in kept))
+      shorter.replace(self._path)  # at once: a run may be killed here
+    with leniently(self._path):
+      self._file = self._path.open("a")
+    if tensorboard:
+      with leniently(self._board_path):
+        self._board_path.mkdir(exist_ok=True)
+        self._board = _Board(self._board_path, start)
     self._console = Console(file=sys.stderr, soft_wrap=True)
     self._total, self._first, self._began = total_steps, start, time.monotonic()
 
@@ -78,15 +89,17 @@ class Writer:
     """Records `scalars` (floats, or strings for the file and the console alone) at `step`."""
     if self._silent:
       return
-    self._file.write(json.dumps({"step": step} | scalars) + "\n")
-    self._file.flush()
+    if self._file:
+      with leniently(self._path):  # what a full disk does not take waits for room
+        self._file.write(json.dumps({"step": step} | scalars) + "\n")
+        self._file.flush()
     if self._board:
-      for name, value in scalars.items():
-        if isinstance(value, int | float):
-          self._board.add_scalar(name, value, step)
+      with leniently(self._board_path):
+        self._board.write(step, {name: x for name, x in scalars.items() if isinstance(x, int | float)})
     if console:
-      progress = (f"step {step}/{self._total}", "bold"), f"  {_line(scalars)}  ", (self._left(step), "dim")
-      self._console.print(Text.assemble(*progress))
+      with leniently(Path("the console")):
+        progress = (f"step {step}/{self._total}", "bold"), f"  {_line(scalars)}  ", (self._left(step), "dim")
+        self._console.print(Text.assemble(*progress))
 
   def _left(self, step: int) -> str:
     """Time left, from the pace since the first step was written."""
@@ -103,9 +116,33 @@ class Writer:
     """Flushes and closes all files."""
     if self._silent:
       return
+    for path, file in ((self._path, self._file), (self._board_path, self._board)):
+      if file:
+        with leniently(path):
+          file.close()
+
+
+class _Board:
+  """TensorBoard's file, written where it is called: tensorboardX's own thread dies of a full disk, and its queue hangs.
+
+  Args:
+    folder: for the file.
+    start: what earlier files hold of later steps is forgotten.
+  """
+
+  def __init__(self, folder: Path, start: int):
+    self._file = event_file_writer.EventsWriter(str(folder / "events"))
+    begin = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._file.write_event(event_pb2.Event(wall_time=time.time(), step=start + 1, session_log=begin))
+
+  def write(self, step: int, scalars: dict[str, float]) -> None:
+    for name, value in scalars.items():
+      event = event_pb2.Event(wall_time=time.time(), step=step, summary=summary.scalar(name, value))
+      self._file.write_event(event)
+    self._file.flush()
+
+  def close(self) -> None:
     self._file.close()
-    if self._board:
-      self._board.close()
 
 
 class ProfilerWindow:
@@ -117,16 +154,18 @@ class ProfilerWindow:
   def at(self, step: int) -> None:
     """Call before each step; starts and stops the trace."""
     if not self._running and self._first <= step < self._last:
-      jax.profiler.start_trace(str(self._folder))
-      self._running = True
+      with leniently(self._folder, RuntimeError):
+        jax.profiler.start_trace(str(self._folder))
+        self._running = True
     elif self._running and step >= self._last:
       self.stop()
 
   def stop(self) -> None:
     """Ends a trace that is still running."""
     if self._running:
-      jax.profiler.stop_trace()
       self._running = False
+      with leniently(self._folder, RuntimeError):  # by XLA, what a disk refuses
+        jax.profiler.stop_trace()
 
 
 _LONGEST = 2**20  # bytes of a line

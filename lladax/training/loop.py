@@ -9,8 +9,10 @@ and an evaluation.
 
 import contextlib
 import ctypes
+import logging
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,14 +23,15 @@ from jax.experimental import multihost_utils
 
 from lladax.config import CheckpointConfig, LogConfig
 from lladax.devices import distributed
-from lladax.mistake import Diverged
 from lladax.storage import checkpoint, metrics
 
 
 class Work(NamedTuple):
   """What is repeated. A state and a batch are trees of arrays; of what, is the step's own affair."""
 
-  step: Any  # jitted: (state, batch) -> (state, scalars), `loss` and `grad_norm` among these
+  # Jitted: (state, batch) -> (state, scalars). These are a `loss`, a `grad_norm` and, where a step may change nothing,
+  # how many did so (`skipped`), and how many in a `row`.
+  step: Any
   batches: Iterator[Any]  # on the devices, of the steps start + 1 .. end
   start: int  # so many steps are done
   end: int  # the number of the last one
@@ -39,6 +42,16 @@ class Work(NamedTuple):
   to_tree: Callable[[Any], Any]  # what is saved of a state
   evaluate: Callable[[Any, Callable[[str], None]], dict[str, float]]  # (state, beat) -> metrics
   evaluate_every: int  # steps; 0: never
+  patience: int = 0  # steps in a row that may be skipped; 0: all
+  examples: Callable[[int], str] = "batch {}".format  # of a step, for who looks for what is wrong with them
+
+
+class Stuck(Exception):
+  """The steps up to `step` changed nothing: `Work.patience` in a row, `skipped` in all."""
+
+  def __init__(self, step: int, skipped: int):
+    super().__init__(step, skipped)
+    self.step, self.skipped = step, skipped
 
 
 def run(
@@ -47,7 +60,9 @@ def run(
   """Repeats the step, from `state` on; returns the last state, which is saved.
 
   Raises:
-    Diverged: a metric of a step is not a number; the last checkpoint is from before.
+    Stuck: too many steps in a row changed nothing.
+    Diverged: the state is not all numbers; it is not saved.
+    Unsaved: the last step could not be saved.
   """
   watchdog = distributed.Watchdog(log.hang_seconds)
   profiler = metrics.ProfilerWindow(workdir / "profile", log.profile_first, log.profile_last)
@@ -71,7 +86,7 @@ def run(
       saves = last or step % checkpoints.every == 0
       evaluates = not last and work.evaluate_every and step % work.evaluate_every == 0
       if saves or evaluates:
-        journal.flush()  # a state that is not a number is never saved
+        journal.flush()  # of a run that is stuck nothing more is saved
       if saves:
         watchdog.beat(f"saving step {step}")  # once the one before is saved
         saver.save(step, work.to_tree(state))
@@ -82,8 +97,8 @@ def run(
   finally:
     watchdog.close()
     profiler.stop()
-    saver.close()
     journal.close()
+    saver.close(sys.exception())
   return state
 
 
@@ -124,20 +139,22 @@ class _Journal:
     values = {name: x.item() for name, x in jax.device_get(scalars).items()}
     ticks.append(time.monotonic())
     del ticks[:-20]
-    if not all(map(math.isfinite, values.values())):  # the gradient can break before the loss does
-      raise Diverged(
-        f"loss={values['loss']}, grad_norm={values['grad_norm']} at step {step}: start again in another workdir with"
-        f" a lower learning rate; the checkpoints in {self._workdir} are from before"
-      )
+    skipped, row = values.pop("skipped", 0), values.pop("row", 0)
+    if row:
+      found = ", ".join(f"{name}={values[name]:.4g}" for name in ("loss", "grad_norm"))
+      logging.warning("step %d changes nothing (%s; %d so far): %s", step, found, skipped, work.examples(step))
+      values = {name: x for name, x in values.items() if math.isfinite(x)} | {"skipped": skipped}
     speed = work.tokens * (len(ticks) - 1) / (ticks[-1] - ticks[0])
     values |= {"learning_rate": work.learning_rate(step), "tokens_per_second": speed}
     if self._peak:
       values["mfu"] = speed * work.flops / (self._peak * jax.device_count())
-    if step % log.every == 0 or step == work.end:
+    if step % log.every == 0 or step == work.end or row:
       shown = step % log.console_every == 0 or step in (work.start + 1, work.end)
       self._writer.write(step, values, console=shown)
     if step == work.start + 1:
       self._writer.restart_clock(step)
+    if work.patience and row >= work.patience:
+      raise Stuck(step, skipped)
 
   def add_held_out(self, step: int, values: dict[str, float]) -> None:
     """Writes an evaluation; the time it took is not the next step's."""

@@ -20,7 +20,7 @@ from lladax.inference.load import check_vocabulary, load
 from lladax.mistake import Missing, Mistake
 from lladax.model import quantized
 from lladax.storage import checkpoint
-from lladax.training.step import State, check_mesh, check_trains, from_tree, program, to_tree
+from lladax.training.step import State, check_mesh, check_trains, from_tree, guard, program, to_tree
 
 
 class Run(NamedTuple):
@@ -30,7 +30,7 @@ class Run(NamedTuple):
   workdir: Path
   text: tokenizer.Tokenizer
   mesh: Mesh
-  tx: optax.GradientTransformation
+  tx: optax.GradientTransformationExtraArgs
   init: Callable[[], State]
   shardings: State
   batch_sharding: dict[str, Any]
@@ -192,7 +192,7 @@ def begin(run: Run) -> State:
     base = load(run.base, mesh=run.mesh, dtype=run.config.model.dtype, weights="full")
     params = _cast(base.params, jnp.float32, at.params)
   opt_state = jax.jit(run.tx.init, out_shardings=at.opt_state)(params)
-  return State(jax.device_put(jnp.int32(0), at.step), params, opt_state, frozen)
+  return State(jax.device_put(jnp.int32(0), at.step), params, opt_state, jax.device_put(guard(), at.guard), frozen)
 
 
 def _frozen_base(run: Run) -> Any:
@@ -214,7 +214,14 @@ def restore(run: Run) -> State | None:
   shapes = jax.tree.map(
     lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), jax.eval_shape(run.init), run.shardings
   )
-  found = checkpoint.restore_latest(run.workdir, to_tree(shapes, copy=False))
+
+  def read(workdir: Path, step: int, wanted: checkpoint.Tree) -> checkpoint.Tree:
+    if "guard" in checkpoint.metadata(workdir, step):
+      return checkpoint.restore(workdir, step, wanted)
+    wanted = {name: x for name, x in wanted.items() if name != "guard"}  # older than the guard
+    return checkpoint.restore(workdir, step, wanted) | {"guard": jax.device_put(guard(), run.shardings.guard)}
+
+  found = checkpoint.restore_latest(run.workdir, to_tree(shapes, copy=False), read=read)
   if found is None:
     return None
   return from_tree(found[1], shapes)._replace(frozen=_frozen_base(run) if run.config.model.lora_rank else {})

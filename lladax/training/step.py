@@ -25,14 +25,32 @@ class State(NamedTuple):
   step: jax.Array
   params: Any  # what is trained
   opt_state: Any
+  guard: Any  # what `judge` remembers, and what the loop does about it: scalars, from `guard()` on
   frozen: Any = {}  # the other parameters, where adapters are trained; in the compute dtype
 
 
+def guard() -> dict[str, jax.Array]:
+  """What a run knows of its good and bad steps before the first one.
+
+  Of good ones how many there were (`seen`), and `mean` and `variance` of log |gradient|; of bad ones how many there
+  were in all (`skipped`) and are now in a `row`; how often the run went back to a checkpoint (`returns`), and how many
+  batches it is `ahead` of its steps since.
+  """
+  kinds = dict.fromkeys(("seen", "skipped", "row", "returns", "ahead"), jnp.int32)
+  return {name: jnp.zeros((), kind) for name, kind in (kinds | {"mean": jnp.float32, "variance": jnp.float32}).items()}
+
+
+_WINDOW = 100  # good steps before a spike is called one; the memory of the running mean is as long
+
+
 def train_step(
-  state: State, batch: dict[str, jax.Array], *, config: Config, tx: optax.GradientTransformation, mask_id: int,
+  state: State, batch: dict[str, jax.Array], *, config: Config, tx: optax.GradientTransformationExtraArgs, mask_id: int,
   eos_id: int,
 ) -> tuple[State, dict[str, jax.Array]]:  # fmt: skip
-  """One update. Noise is drawn here, on the device, from (seed, step, example index)."""
+  """One update. Noise is drawn here, on the device, from (seed, step, example index).
+
+  Of a bad step (see `judge`) only the counters go on: parameters and moments stay, bit for bit.
+  """
   B, L, M = config.data.batch_size, config.data.length, config.micro_batches
   letters, _ = config.model.split(config.model.letters())
 
@@ -58,12 +76,37 @@ def train_step(
     add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(part, state)), None)  # noqa: E731
     return jax.lax.scan(add, zeros, parts)[0]
 
-  learning = state._replace(opt_state=())
+  learning = state._replace(opt_state=(), guard=())
   grads, loss, means = gradient(batch, learning) if M == 1 else sharding.sum_over_copies(add_up, batch, learning)
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
   scalars = {"loss": loss} | {name: total / jnp.maximum(count, 1) for name, (total, count) in means.items()}
   scalars |= {"grad_norm": optax.tree.norm(grads)}
-  return State(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.frozen), scalars
+  good, judged = judge(state.guard, loss, scalars["grad_norm"], config.guard.spike)
+  updates, opt_state = tx.update(grads, state.opt_state, state.params, good=good)
+  params = jax.tree.map(functools.partial(jnp.where, good), optax.apply_updates(state.params, updates), state.params)
+  scalars |= {name: judged[name] for name in ("skipped", "row")}
+  return State(state.step + 1, params, opt_state, judged, state.frozen), scalars
+
+
+def judge(
+  guard: dict[str, jax.Array], loss: jax.Array, grad_norm: jax.Array, spike: float
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """(whether a step is good, what is known after it): all of its numbers are, and its gradient is no spike.
+
+  A spike is a norm whose logarithm lies more than `spike` (0: never) standard deviations above its mean. Both forget
+  exponentially, with weights 1/n at first (Welford's recurrences), and learn from good steps alone.
+  """
+  apart = jnp.where(grad_norm > 0, jnp.log(grad_norm) - guard["mean"], 0.0)
+  good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+  if spike:
+    good &= (guard["seen"] < _WINDOW) | (apart <= spike * jnp.sqrt(guard["variance"]))
+  seen = guard["seen"] + 1
+  a = 1 / jnp.minimum(seen, _WINDOW)
+  learnt = {
+    "seen": seen, "mean": guard["mean"] + a * apart, "variance": (1 - a) * (guard["variance"] + a * apart**2),
+    "row": jnp.zeros_like(seen),
+  }  # fmt: skip
+  bad = {"skipped": guard["skipped"] + 1, "row": guard["row"] + 1}
+  return good, {name: jnp.where(good, learnt.get(name, x), bad.get(name, x)) for name, x in guard.items()}
 
 
 def check_trains(c: MaskPredictorConfig) -> None:
@@ -95,7 +138,9 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
 _PARAMETERS = 0x1217  # folded into the seed that they are drawn from: the noise of a step has the step folded in
 
 
-def program(config: Config, mesh: Mesh) -> tuple[optax.GradientTransformation, Callable[[], State], State, Any]:
+def program(
+  config: Config, mesh: Mesh
+) -> tuple[optax.GradientTransformationExtraArgs, Callable[[], State], State, Any]:
   """(optimizer, how the state begins, where it lives, where the columns of a batch live)."""
   c = config.model
   letters, frozen_letters = c.split(c.letters())
@@ -103,7 +148,7 @@ def program(config: Config, mesh: Mesh) -> tuple[optax.GradientTransformation, C
 
   def init() -> State:
     params, frozen = c.split(c.init(jax.random.fold_in(jax.random.key(config.seed), _PARAMETERS)))
-    return State(jnp.int32(0), params, tx.init(params), c.freeze(frozen) if c.lora_rank else frozen)
+    return State(jnp.int32(0), params, tx.init(params), guard(), c.freeze(frozen) if c.lora_rank else frozen)
 
   shapes = jax.eval_shape(init)
   everywhere = sharding.shardings(mesh, "")
@@ -111,14 +156,15 @@ def program(config: Config, mesh: Mesh) -> tuple[optax.GradientTransformation, C
   opt_at = jax.tree.map(lambda _: everywhere, shapes.opt_state)
   opt_at = optax.tree_utils.tree_set(opt_at, mu=params_at, nu=params_at)
   columns = {"tokens": "BL", "weight": "BL", "segment": "BL", "index": "B"}
-  at = State(everywhere, params_at, opt_at, sharding.shardings(mesh, frozen_letters))
+  guard_at = jax.tree.map(lambda _: everywhere, shapes.guard)
+  at = State(everywhere, params_at, opt_at, guard_at, sharding.shardings(mesh, frozen_letters))
   return tx, init, at, sharding.shardings(mesh, columns)
 
 
-def jit_step(config: Config, tx: optax.GradientTransformation, at: State, *, mask_id: int, eos_id: int) -> Any:
+def jit_step(config: Config, tx: optax.GradientTransformationExtraArgs, at: State, *, mask_id: int, eos_id: int) -> Any:
   """`train_step`, jitted: the state is donated, and stays where it lives."""
   step = functools.partial(train_step, config=config, tx=tx, mask_id=mask_id, eos_id=eos_id)
-  return sharding.jit(step, donate_argnums=0, out_shardings=(at, at.step))
+  return sharding.jit(step, trains=True, donate_argnums=0, out_shardings=(at, at.step))
 
 
 def flops_per_token(config: Config) -> float:
@@ -142,7 +188,7 @@ def frozen_matmuls(config: Config) -> int:
 def to_tree(state: State, *, copy: bool = True) -> dict[str, Any]:
   """The state as the plain dict that is saved."""
   mu, nu = (optax.tree_utils.tree_get(state.opt_state, name) for name in ("mu", "nu"))
-  tree = {"step": state.step, "params": state.params, "mu": mu, "nu": nu}
+  tree = {"step": state.step, "params": state.params, "mu": mu, "nu": nu, "guard": state.guard}
   # On a CPU an array on the host is the array on the device: the next step would overwrite it under the writer.
   return jax.tree.map(jnp.copy, tree) if copy and jax.default_backend() == "cpu" else tree
 
@@ -152,4 +198,4 @@ def from_tree(tree: dict[str, Any], like: State) -> State:
   opt_state = optax.tree_utils.tree_set(like.opt_state, mu=tree["mu"], nu=tree["nu"], count=tree["step"])
   # The optimizer's counters and the step must be arrays of their own: the whole state is donated.
   opt_state = jax.tree.map(lambda x: jnp.copy(x) if x is tree["step"] else x, opt_state)
-  return State(tree["step"], tree["params"], opt_state, like.frozen)
+  return State(tree["step"], tree["params"], opt_state, tree["guard"], like.frozen)

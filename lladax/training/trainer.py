@@ -16,6 +16,7 @@ from lladax.data import batches
 from lladax.devices import distributed, sharding
 from lladax.evaluation import evaluate, held_out
 from lladax.inference.llada import LLaDA
+from lladax.mistake import Diverged, Unsaved
 from lladax.storage import checkpoint, metrics
 from lladax.terminal import Console
 from lladax.training import loop
@@ -31,7 +32,8 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
 
   Raises:
     Mistake, Missing: bad input, one line, before any long work.
-    Diverged: the loss is not a number; the last checkpoint is from before.
+    Diverged: the loss is not a number, again and again; the last checkpoint is from before.
+    Unsaved: the last step could not be saved.
   """
   began, console = time.monotonic(), distributed.console()
   run = prepare(config, Path(workdir).expanduser())
@@ -47,42 +49,88 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
 def _last_state(run: Run, console: Console) -> State:
   """The state after the last step; of a run that a signal stops there is none: the process ends."""
   config = run.config
-  state = restore(run)
-  if state:
-    console.print(f"continuing from step {int(state.step)} of {run.workdir}")
-  else:
-    state = begin(run)
-  start = int(state.step)
-  distributed.agree(checkpoint=str(start))
-  if start >= config.steps:
-    return state
+  state = _first_state(run, console)
   with loop.Interrupt() as interrupt:
-    state = loop.run(_work(run, start, console), state, run.workdir, config.checkpoint, config.log, interrupt)
+    while (start := int(state.step)) < config.steps:
+      guard = {name: int(x) for name, x in state.guard.items() if name in ("returns", "ahead")}
+      try:
+        work = _work(run, start, guard["ahead"], console)
+        state = loop.run(work, state, run.workdir, config.checkpoint, config.log, interrupt)
+        break
+      except loop.Stuck as stuck:
+        del state  # the arrays are the step's, and gone
+        state = _go_back(run, stuck, **guard, console=console)
+      except Unsaved as error:
+        if not interrupt.signal:
+          raise
+        logging.warning("%s", error)  # somewhere else it may go on from the checkpoint before
+        raise SystemExit(128 + interrupt.signal) from None
   if interrupt.signal:
     console.print(f"stopped by a signal after step {int(state.step)}; the same command continues from there")
     raise SystemExit(128 + interrupt.signal)
   return state
 
 
-def _work(run: Run, start: int, console: Console) -> loop.Work:
-  """The steps that are left of a run, for the loop."""
+def _first_state(run: Run, console: Console) -> State:
+  """The state of the last checkpoint, or of step 0."""
+  state = restore(run)
+  if state:
+    console.print(f"continuing from step {int(state.step)} of {run.workdir}")
+  else:
+    state = begin(run)
+  distributed.agree(checkpoint=str(int(state.step)))
+  return state
+
+
+def _go_back(run: Run, stuck: loop.Stuck, *, returns: int, ahead: int, console: Console) -> State:
+  """The state of the last checkpoint before the steps that changed nothing, which goes on behind their examples.
+
+  Raises:
+    Diverged: it has been so `guard.returns` times.
+  """
+  c, first = run.config.guard, stuck.step - run.config.guard.patience + 1
+  where = f"the steps {first} to {stuck.step} had a loss or a gradient that is not a number, or is a spike"
+  if returns >= c.returns:
+    raise Diverged(
+      f"{where}, and the run went back {returns} times (guard.returns): start again in another workdir with a lower"
+      f" learning rate; the checkpoints in {run.workdir} are from before"
+    )
+  steps, usual = checkpoint.steps(run.workdir), run.config.checkpoint.every
+  # Rather not one that a signal left: the same steps, interrupted or not. What others rest on stays.
+  target = max((s for s in steps if s < first), key=lambda s: (s % usual == 0, s), default=0)
+  target = max([target, *(s for s in steps if checkpoint.needed(run.workdir, s))])
+  checkpoint.drop(run.workdir, after=target)
+  console.print(f"{where}: back to step {target}, and past their examples")
+  state = _first_state(run, console)
+  known = {"returns": returns + 1, "ahead": ahead + stuck.step - int(state.step), "skipped": stuck.skipped, "row": 0}
+  put = {name: jax.device_put(np.int32(x), run.shardings.guard[name]) for name, x in known.items()}
+  return state._replace(guard=state.guard | put)
+
+
+def _work(run: Run, start: int, ahead: int, console: Console) -> loop.Work:
+  """The steps that are left of a run, for the loop; its batches are `ahead` of it."""
   config, c = run.config, run.config.data
   rate = jax.jit(optimizer.schedule(config.optimizer, config.steps))
   rows_R = sharding.local_rows(run.batch_sharding["index"], (c.batch_size,))
   read = batches.of_steps(
-    run.sources, c, eos_id=run.text.eos_id, seed=config.seed, steps=config.steps, start=start, stop=config.steps,
-    rows_R=rows_R,
+    run.sources, c, eos_id=run.text.eos_id, seed=config.seed, steps=config.steps, start=start + ahead,
+    stop=config.steps + ahead, rows_R=rows_R,
   )  # fmt: skip
 
   def bound(state, beat):
     return held_out.bound(_llada(run, state), config, rows=config.evaluate.rows, beat=beat)
+
+  def examples(step):
+    first = (step - 1 + ahead) * c.batch_size
+    return f"the examples {first} to {first + c.batch_size - 1} of the data's order"
 
   return loop.Work(
     step=jit_step(config, run.tx, run.shardings, mask_id=run.text.mask_id, eos_id=run.text.eos_id),
     batches=map(functools.partial(_put, run.batch_sharding, rows_R, c.batch_size), read),
     start=start, end=config.steps, tokens=c.batch_size * c.length, flops=flops_per_token(config),
     learning_rate=lambda step: float(np.asarray(rate(step - 1))), describe=functools.partial(describe, run, console),
-    to_tree=to_tree, evaluate=bound, evaluate_every=config.evaluate.every,
+    to_tree=to_tree, evaluate=bound, evaluate_every=config.evaluate.every, patience=config.guard.patience,
+    examples=examples,
   )  # fmt: skip
 
 

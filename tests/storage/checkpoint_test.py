@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lladax.devices import sharding
-from lladax.mistake import Diverged, Mistake
+from lladax.mistake import Diverged, Mistake, Unsaved
 from lladax.storage import checkpoint
 from lladax.storage.checkpoint import Checkpoints, Corrupt
 
@@ -116,10 +116,10 @@ def test_a_workdir_of_any_name_reads_back(tmp_path, name):
     (os.fsdecode(b"latin-\xe9"), r"latin-\\udce9.*: the name is not UTF-8"),
     ("x" * 256, "cannot be written: File name too long"),
     ("/".join(["y" * 200] * 20), "4,.* letters leave no room for the names of checkpoints"),
-    ("file/run", "cannot be written: Not a directory"),
-    ("file", "cannot be written: .*file is no folder"),
+    ("file/run", "cannot be written: .*file is a file, where a folder"),
+    ("file", "cannot be written: .*file is a file, where a folder"),
     ("half", "evaluation.html cannot be written: it is a folder"),
-    ("other", "other/tensorboard is no folder"),
+    ("other", "other/tensorboard is a file, where a folder is needed"),
   ],
 )
 def test_other_workdirs_are_refused(tmp_path, name, why):
@@ -300,7 +300,7 @@ def test_nothing_is_saved_in_a_workdir_that_is_no_longer_there(tmp_path):
     (workdir / "config.json").write_text("{}")
     checkpoints = Checkpoints(workdir)
     checkpoints.save(1, tree(1))
-    checkpoints._manager.wait_until_finished()
+    checkpoints._saving.result()
     change(workdir)
     with pytest.raises(Mistake, match=f"{name} was removed, or another run has begun in it, .*: step 2 is not saved"):
       checkpoints.save(2, tree(2))
@@ -309,7 +309,71 @@ def test_nothing_is_saved_in_a_workdir_that_is_no_longer_there(tmp_path):
 def test_a_last_checkpoint_that_vanishes_is_not_called_done(tmp_path):
   checkpoints = Checkpoints(tmp_path / "run")
   checkpoints.save(1, tree(1))
-  checkpoints._manager.wait_until_finished()
+  checkpoints._saving.result()
   shutil.rmtree(tmp_path / "run")
   with pytest.raises(Mistake, match="run was removed while step 1 was saved in it: it is lost"):
     checkpoints.close()
+
+
+@pytest.fixture
+def refusing(tmp_path):
+  """Has a disk refuse what is written to the checkpoints of RUN, and take it again."""
+  root, aside = tmp_path / "run/checkpoints", tmp_path / "run/aside"
+
+  def refuse():
+    root.rename(aside)
+    root.touch()
+
+  def take():
+    root.unlink()
+    aside.rename(root)
+
+  return refuse, take
+
+
+def test_a_save_that_fails_is_said_and_the_next_one_is_tried(tmp_path, refusing, caplog):
+  refuse, take = refusing
+  checkpoints = Checkpoints(tmp_path / "run", keep=2)
+  for step in range(1, 6):
+    if step == 3:
+      checkpoints._saving.result()
+      refuse()
+    elif step == 5:
+      take()
+    checkpoints.save(step, tree(step))
+    if step in (3, 4) and checkpoints._saving:
+      checkpoints._saving.result()
+  checkpoints.close()
+  said = [x.getMessage() for x in caplog.records if x.name == "root" and "NOT saved" in x.getMessage()]
+  where = f"{tmp_path}/run/checkpoints cannot be written: Not a directory"
+  assert said == [f"step {step} is NOT saved: {where}; there is no checkpoint yet" for step in (3, 4)]
+  assert checkpoint.steps(tmp_path / "run") == [2, 5]  # those that failed push none out
+  for step in (2, 5):
+    assert_same(checkpoint.restore(tmp_path / "run", step, abstract(tree(step))), tree(step))
+
+
+def test_a_last_save_that_fails_is_one_line(tmp_path, refusing):
+  checkpoints = Checkpoints(tmp_path / "run")
+  checkpoints.save(1, tree(1))
+  checkpoints._saving.result()
+  refusing[0]()
+  checkpoints.save(2, tree(2))
+  with pytest.raises(Unsaved, match="step 2, the last one, could not be saved: .*Not a directory; make room") as error:
+    checkpoints.close()
+  assert "\n" not in str(error.value)
+
+
+def test_a_save_that_fails_of_something_else_is_a_crash(tmp_path, monkeypatch, caplog):
+  checkpoints = Checkpoints(tmp_path)
+
+  def fail(*args, **options):
+    raise RuntimeError("a bug\nof ours")
+
+  monkeypatch.setattr(type(checkpoints._manager), "wait_until_finished", fail)
+  checkpoints.save(1, tree(1))
+  with pytest.raises(RuntimeError, match="a bug"):
+    checkpoints.close()
+  assert "step 1 is NOT saved: " in caplog.text and "RuntimeError: a bug;" in caplog.text
+  checkpoints = Checkpoints(tmp_path / "other")
+  checkpoints.save(1, tree(1))
+  checkpoints.close(why=KeyboardInterrupt())  # which is not hidden

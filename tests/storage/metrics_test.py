@@ -1,9 +1,10 @@
+import errno
 import json
 
 import jax
 import pytest
 
-from lladax.storage import metrics
+from lladax.storage import metrics, writing
 from lladax.storage.metrics import Writer
 
 
@@ -126,3 +127,40 @@ def test_the_profiler_sees_its_window(tmp_path, monkeypatch):
   assert run(2, 4) == [1, f"start {tmp_path}", 2, 3, "stop", 4, 5, 6]
   assert run(5, 99) == [1, 2, 3, 4, f"start {tmp_path}", 5, 6, "stop"]
   assert run(0, 0) == [1, 2, 3, 4, 5, 6]
+
+
+class Full:
+  """A file on a disk that is full, then is not."""
+
+  def __init__(self, file):
+    self.file, self.full = file, True
+
+  def __getattr__(self, name):
+    if self.full:
+      raise OSError(errno.ENOSPC, "No space left on device")
+    return getattr(self.file, name)
+
+
+def test_a_log_that_cannot_be_written_is_said_once_and_ends_nothing(tmp_path, caplog):
+  writing._say.cache_clear()
+  writer = metrics.Writer(tmp_path, 3)
+  writer.write(1, {"loss": 1.0})
+  file, board = writer._file, writer._board._file
+  writer._file, writer._board._file = Full(file), Full(board)
+  for step in (2, 3):
+    writer.write(step, {"loss": 1.0})
+  expected = [f"{tmp_path / x} cannot be written: No space left on device; the run goes on without" for x in
+              ("metrics.jsonl", "tensorboard")]  # fmt: skip
+  assert caplog.messages == expected
+  writer._file.full = writer._board._file.full = False
+  writer.write(4, {"loss": 1.0})
+  writer.close()
+  assert [row["step"] for row in metrics.read(tmp_path / "metrics.jsonl")] == [1, 4]
+  (tmp_path / "file").touch()
+  nowhere = metrics.Writer(tmp_path / "file", 3)
+  nowhere.write(1, {"loss": 1.0})
+  nowhere.close()
+  assert "file/metrics.jsonl cannot be written: " in caplog.text and "file/tensorboard cannot be wr" in caplog.text
+  profiler = metrics.ProfilerWindow(tmp_path / "file/profile", 1, 2)
+  for step in (1, 2):
+    profiler.at(step)

@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -72,17 +73,81 @@ def test_a_run_that_was_stopped_goes_on_bitwise(tiny, tiny_workdir, tmp_path, mo
   assert_bitwise_equal(tmp_path, tiny_workdir)
 
 
-@pytest.mark.parametrize(("weight", "message"), [(np.nan, "loss=nan"), (1e30, "grad_norm=inf")])
-def test_what_is_not_a_number_stops_the_run_and_is_not_saved(tiny, tmp_path, monkeypatch, weight, message):
-  def poison(batch):
+def poison(weight):
+  def act(batch):
     batch["weight"] = batch["weight"] * np.float32(weight)
 
-  at_batch(monkeypatch, 10, poison)
-  with pytest.raises(FloatingPointError, match=f"{message}.* at step 10: start again") as error:
-    trainer.train(tiny(), tmp_path)
+  return act
+
+
+@pytest.mark.parametrize(("weight", "said"), [(np.nan, "loss=nan"), (1e30, "grad_norm=inf")])
+def test_a_step_that_is_not_a_number_changes_nothing(tiny, tmp_path, monkeypatch, caplog, weight, said):
+  """It is counted, and said with its examples; and the run goes on bitwise, interrupted or not."""
+  seen, saved = [], checkpoint.Checkpoints.save
+
+  def save(self, step, tree):
+    seen.append((step, jax.device_get(tree)))
+    saved(self, step, tree)
+
+  monkeypatch.setattr(checkpoint.Checkpoints, "save", save)
+  config = {"steps": 14, "checkpoint.every": 1}
+  with monkeypatch.context() as patch:
+    at_batch(patch, 10, poison(weight))
+    trainer.train(tiny(config), tmp_path / "whole")
+    B = tiny().data.batch_size
+    line = rf"step 10 changes nothing \(.*{said}.*; 1 so far\): the examples {9 * B} to {10 * B - 1} of"
+    assert [x for x in caplog.messages if re.search(line, x)]
+    trees = dict(seen)
+    for name in ("params", "mu", "nu"):
+      jax.tree.map(np.testing.assert_array_equal, trees[10][name], trees[9][name])
+      assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (trees[11][name], trees[10][name])), strict=True))
+    assert trees[14]["guard"] | {"mean": 0, "variance": 0} == {
+      "seen": 13, "mean": 0, "variance": 0, "skipped": 1, "row": 0, "returns": 0, "ahead": 0,
+    }  # fmt: skip
+    rows = {row["step"]: row for row in metrics.read(tmp_path / "whole/metrics.jsonl")}
+    assert rows[10]["skipped"] == 1 and not [row for row in rows.values() if "skipped" in row and row["step"] != 10]
+    assert (
+      all(np.isfinite(x) for x in rows[10].values()) and "NaN" not in (tmp_path / "whole/metrics.jsonl").read_text()
+    )
+  with monkeypatch.context() as patch:
+    at_batch(patch, 11, terminate)
+    at_batch(patch, 10, poison(weight))
+    with pytest.raises(SystemExit):
+      trainer.train(tiny(config), tmp_path / "cut")
+  trainer.train(tiny(config), tmp_path / "cut")
+  a, b = parameters(tmp_path / "whole"), parameters(tmp_path / "cut")
+  assert all(a[name].tobytes() == b[name].tobytes() for name in a)
+
+
+def test_after_too_many_in_a_row_the_run_goes_past_their_examples(tiny, tmp_path, monkeypatch, caplog):
+  """The examples are bad, wherever they come: the run is that of another order of the data, from the checkpoint on."""
+  config = {"steps": 14, "checkpoint.every": 5, "guard.patience": 3}
+  first, last = (8 - 1) * tiny().data.batch_size, 10 * tiny().data.batch_size - 1
+
+  def bad(batch):
+    if (batch["index"] >= first).all() and (batch["index"] <= last).all():
+      batch["weight"] = batch["weight"] * np.float32(np.nan)
+
+  read = []
+  at_batch(monkeypatch, None, lambda batch: read.append(int(batch["index"][0])) or bad(batch))
+  trainer.train(tiny(config), tmp_path / "whole")
+  B = tiny().data.batch_size
+  assert checkpoint.steps(tmp_path / "whole") == [10, 14]
+  assert len([x for x in caplog.messages if "changes nothing" in x]) == 3
+  steps = [step for step, *_ in curve(tmp_path / "whole")]
+  assert steps == list(range(1, 15))
+  rows = metrics.read(tmp_path / "whole/metrics.jsonl")
+  assert not [row for row in rows if "skipped" in row]  # they are lines of steps that are not the run's any more
+  again = read[read.index(10 * B, read.index(10 * B) + 1) :]  # steps 6 .. 14 over the batches 11 ..
+  assert again[:9] == [n * B for n in range(10, 19)]
+
+
+def test_a_run_that_diverges_ends_in_one_line(tiny, tmp_path, monkeypatch):
+  at_batch(monkeypatch, None, lambda batch: batch["index"][0] >= 6 * tiny().data.batch_size and poison(np.nan)(batch))
+  config = {"checkpoint.every": 5, "guard.patience": 2, "guard.returns": 2}
+  with pytest.raises(FloatingPointError, match=r"went back 2 times \(guard.returns\): start again") as error:
+    trainer.train(tiny(config), tmp_path)
   assert "\n" not in str(error.value)
-  assert checkpoint.steps(tmp_path) == [5]
-  assert [step for step, *_ in curve(tmp_path)] == list(range(1, 10))
   assert all(np.isfinite(x).all() for x in parameters(tmp_path).values())
 
 
