@@ -85,7 +85,10 @@ def typed(value: Any, kind: Any, where: str) -> Any:
     if len(kinds) == len(value):
       return tuple(typed(x, k, f"{where}[{i}]") for i, (x, k) in enumerate(zip(value, kinds, strict=True)))
   if origin is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
+    try:
+      return float(value)
+    except OverflowError:
+      raise Mistake(f"{where}={_shown(value)}: a number of this size is none") from None
   if not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool):
     raise Mistake(f"{where}={_shown(value)}: expected {origin.__name__}, not {type(value).__name__}")
   return value
