@@ -186,9 +186,12 @@ def _decode(raw: bytes, where: str, tally: Tally) -> str:
 
 def _whole(file: Any, where: str, tally: Tally, start: bytes = b"") -> bytes:
   """All that a file holds behind its `start`; nothing of one that unpacks to more than can be held."""
-  content = start + file.read(WHOLE * tally.longest + 1)
-  if len(content) <= WHOLE * tally.longest:
-    return content
+  parts, room = [start], WHOLE * tally.longest - len(start)
+  while room >= 0 and (part := file.read(min(2**20, room + 1))):  # one long read would take the room at once
+    parts.append(part)
+    room -= len(part)
+  if room >= 0:
+    return b"".join(parts)
   tally.spoiled(f"{where} is longer than {WHOLE} x data.longest_line={tally.longest:,} bytes, and is read whole")
   return b""
 

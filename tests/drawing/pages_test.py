@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from lladax.drawing import pages, report, unmasking
-from lladax.training import explanation, roofline
 from lladax.terminal import visible
+from lladax.training import explanation, roofline
 
 FOLDER = pathlib.Path(pages.__file__).parent
 HOSTILE = """</style></script><script>x</script><i title='"'>{{ 7 * 7 }}{% raw %}{# $x & \ud800"""
