@@ -219,7 +219,10 @@ def _parse(argv: list[str]) -> list[str]:
           last[x[1]] = i
       # ... and adds up the tuples of a field that is given twice.
       words = [word for i, word in enumerate(words) if not (x := _FIELD.match(word)) or last.get(x[1], i) == i]
-      config_flags.DEFINE_config_dict("config", config, flag_values=overrides, sys_argv=words)
+      try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=overrides, sys_argv=words)
+      except ValueError as error:  # of ml_collections: a name that is none, as in --config.steps]=7
+        raise Mistake(" ".join(str(error).split())) from error
     overrides.set_gnu_getopt(True)
     try:
       words = overrides(words)
