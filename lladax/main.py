@@ -23,8 +23,9 @@ from lladax.terminal import Console, visible
 
 # `parse` puts the config itself, with the fields that the command line sets, in the place of its name.
 _CONFIG = flags.DEFINE_string(
-  "config", None, "A recipe's name or a file, and :ARGUMENT for its get_config; --config.steps=200 sets a field."
-)
+  "config", None,
+  "A recipe's name or a file, and :ARGUMENT for its get_config, or a run's config.json; --config.steps=2 sets a field.",
+)  # fmt: skip
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, tokenizer, checkpoints, metrics.")
 _MODE = flags.DEFINE_enum(
   "mode", "train",
@@ -58,6 +59,9 @@ _SLICES = flags.DEFINE_integer(
 _UTILISATION = flags.DEFINE_float("utilisation", 0.4, "mode=plan: of the peak FLOP/s, for the times.")
 _EXPLAIN = flags.DEFINE_bool("explain", False, "mode=plan: estimate where the time of the step goes, too.")
 _JSON = flags.DEFINE_bool("json", False, "mode=plan: print JSON.")
+_ALLOW = flags.DEFINE_list(
+  "allow", [], "mode=train: fields that may be other than the run in the workdir has had, as in optimizer.schedule."
+)
 _SYSTEM = flags.DEFINE_string("system", "", "mode=chat: the system prompt.")
 
 
@@ -112,7 +116,7 @@ def main(argv: list[str]) -> int:
   else:
     c = dataclasses.replace(config.load(workdir), mesh=MeshConfig())  # of the devices here, not there
   if mode == "train":
-    trainer.train(c, workdir)
+    trainer.train(c, workdir, _ALLOW.value)
   elif mode == "evaluate":
     evaluate.evaluate_last(c, workdir)
   elif mode == "chat":

@@ -92,6 +92,8 @@ RULES = [
     r"--config=\S*quickstart(\.py)? --workdir=runs/quickstart$", RUN, {"pip install -e . && ": ""},
     "runs/quickstart/samples.html",
   ),
+  Rule(r"--allow=optimizer.schedule", [x for x in RUN if "schedule" not in x], makes="runs/quickstart/runs.jsonl"),
+  Rule(r"--config=runs/quickstart/config.json", RUN, makes="runs/again/samples.html"),
   Rule(r"^lladax --workdir=runs/quickstart --mode=sample", makes="out.html"),
   Rule(r"^lladax --workdir=runs/quickstart --mode=evaluate", makes="runs/quickstart/evaluation.html"),
   Rule(r"^python docs/unmasking.py", change={" docs/unmasking.svg": " unmasking.svg"}, makes="unmasking.svg"),

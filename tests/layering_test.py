@@ -21,7 +21,7 @@ ORDER = [
     ("", "config recipes"),
     ("inference", "engine llada load convert verify show chat"),
     ("evaluation", "reversal fences sandbox tasks.local answers presets kwargs adapter harness held_out evaluate"),
-    ("training", "step setup loop trainer roofline explanation plan"),
+    ("training", "history step setup loop trainer roofline explanation plan"),
     ("", "harness main __init__"),
   )
   for name in names.split()

@@ -33,6 +33,8 @@ def _parts(workdir: Path) -> Iterator[tuple[str, Callable[[], str]]]:
   yield "tokenizer", lambda: _tokenizer(workdir)
   if (workdir / "metrics.jsonl").exists():
     yield "metrics.jsonl", lambda: f"{len(metrics.read(workdir / 'metrics.jsonl')):,} lines"
+  if (workdir / "runs.jsonl").exists():
+    yield "runs.jsonl", lambda: f"{len(metrics.read(workdir / 'runs.jsonl')):,} starts"
   for step in checkpoint.steps(workdir):
     yield f"checkpoints/{step}", lambda step=step: checkpoint.verify(workdir, step)
   for path in sorted(checkpoint.folder(workdir).glob("*.unreadable*")):

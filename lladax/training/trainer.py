@@ -3,6 +3,7 @@
 import functools
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from lladax.training.setup import Run, begin, prepare, restore
 from lladax.training.step import State, flops_per_token, frozen_matmuls, jit_step, matmuls, to_tree
 
 
-def train(config: Config, workdir: str | Path) -> dict[str, float]:
+def train(config: Config, workdir: str | Path, allow: Sequence[str] = ()) -> dict[str, float]:
   """Trains up to `config.steps`, from the workdir's last checkpoint if there is one; evaluates at the end.
+
+  The fields of `allow` may be other than the run in the workdir has had.
 
   Returns:
     The metrics of the last evaluation.
@@ -36,7 +39,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
     Unsaved: the last step could not be saved.
   """
   began, console = time.monotonic(), distributed.console()
-  run = prepare(config, Path(workdir).expanduser())
+  run = prepare(config, Path(workdir).expanduser(), allow)
   config = run.config
   with jax.set_mesh(run.mesh):
     llada = _llada(run, _last_state(run, console))
