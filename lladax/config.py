@@ -63,7 +63,7 @@ class LogConfig:
   tensorboard: bool = True  # the metrics are also written for TensorBoard
   profile_first: int = 0  # profiler trace from this step ...
   profile_last: int = 0  # ... up to, not including, this one; 0: none
-  # A step, its compilation, a save, or a batch of an evaluation that takes longer ends the run; 0: nothing does.
+  # A step, its compilation, a save, or a batch (read, or evaluated) that takes longer ends the run; 0: nothing does.
   hang_seconds: float = 1800.0
 
   def __post_init__(self):

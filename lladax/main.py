@@ -15,7 +15,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from lladax import configs
-from lladax.devices import distributed
+from lladax.devices import distributed, interrupts
 from lladax.devices.distributed import guard
 from lladax.mistake import Missing, Mistake
 from lladax.storage.writing import check_writable
@@ -91,26 +91,31 @@ def main(argv: list[str]) -> int:
     _check_run(workdir)
   page = _page() if mode == "sample" else None
 
+  distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  # Training knows what is to be saved, and a conversation takes Ctrl-C for the end of a reply.
+  with contextlib.nullcontext() if mode in ("train", "chat") else interrupts.Interrupt():
+    _act(mode, given, workdir, target, page)
+  return 0
+
+
+def _act(mode: str, given: ConfigDict | None, workdir: Path, target: Path, page: Path | None) -> None:
+  """Calls a mode that has a workdir."""
   from lladax import config  # the slow imports come after the quick checks
   from lladax.devices.sharding import MeshConfig
   from lladax.evaluation import evaluate
   from lladax.inference import chat, convert, show, verify
   from lladax.training import trainer
 
-  distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if mode == "verify":
-    verify.run(workdir, distributed.console())
-    return 0
+    return verify.run(workdir, distributed.console())
   if mode == "export":
     convert.to_published(workdir, target, _DTYPE.value)
-    print(visible(f"lladax: {workdir} is written to {target}"), file=sys.stderr)
-    return 0
+    return print(visible(f"lladax: {workdir} is written to {target}"), file=sys.stderr)
   if mode == "import":
     values = (given or configs.load("base")).to_dict()
     config.parse(values)
     convert.from_published(_SOURCE.value or "", workdir, values)
-    print(visible(f"lladax: {_SOURCE.value} is read into {workdir}"), file=sys.stderr)
-    return 0
+    return print(visible(f"lladax: {_SOURCE.value} is read into {workdir}"), file=sys.stderr)
   if given is not None:
     c = config.parse(given.to_dict())
   else:
@@ -125,7 +130,6 @@ def main(argv: list[str]) -> int:
     if page:
       page.parent.mkdir(parents=True, exist_ok=True)
     show.show_samples(c, workdir, _PROMPT.value, page and str(page))
-  return 0
 
 
 def _prepare(given: ConfigDict, beam_options: list[str]) -> int:
@@ -133,7 +137,8 @@ def _prepare(given: ConfigDict, beam_options: list[str]) -> int:
   from lladax.data import prepare
 
   c = config.parse(given.to_dict())
-  prepare.run(c.data, c.tokenizer, str(_TARGET.value), _SHARDS.value, beam_options)
+  with interrupts.Interrupt():
+    prepare.run(c.data, c.tokenizer, str(_TARGET.value), _SHARDS.value, beam_options)
   return 0
 
 
@@ -306,6 +311,7 @@ def keep_freed_memory() -> None:
 
 def run() -> None:
   """The console script `lladax`: the same as `python -m lladax.main`."""
+  interrupts.own()
   keep_freed_memory()
   app.run(lambda argv: guard(main, argv), flags_parser=parse)
 

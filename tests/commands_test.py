@@ -181,6 +181,7 @@ RULES = [
   Rule(r"benchmarks/gpu.py", "gpu_test.py runs it"),
   Rule(r"benchmarks/fuzz.py \[", "its command stands in results"),
   Rule(r"benchmarks/fuzz.py", ["--inputs=3", "--only=index,metrics"]),
+  Rule(r"benchmarks/faults.py", "faults_test.py runs a small one"),
   Rule(r"launch/local.sh", "launch_test.py trains with it"),
 ]  # fmt: skip
 

@@ -13,7 +13,7 @@ ORDER = [
   for room, names in (
     ("", "terminal mistake fields configs sampling diffusion autoregressive optimizer"),
     ("drawing", "pages unmasking animation report"),
-    ("devices", "gpus sharding distributed hlo ahead"),
+    ("devices", "gpus sharding interrupts distributed hlo ahead"),
     ("data", "template vocabularies tokenizer facts reading contamination corpus"),
     ("data", "windows records dialogues sources batches prepare"),
     ("model", "attention cross_entropy quantized mask_predictor"),

@@ -122,11 +122,11 @@ def run(
       )
       _ = read.documents | "shards" >> beam.GroupByKey() | "write" >> beam.Map(_write, recipe, folder, text)
       _ = read.tally | "tallies" >> beam.combiners.ToList() | "sum" >> beam.Map(_write_tally, folder)
-  except (Exception, KeyboardInterrupt) as error:
-    if isinstance(error, KeyboardInterrupt) or "KeyboardInterrupt" in str(error):
+  except (Exception, KeyboardInterrupt, SystemExit) as error:
+    if not isinstance(error, Exception) or "KeyboardInterrupt" in str(error):
       console.print("stopped; the same command goes on with the shards that are not whole yet")
       threading.excepthook = lambda _: None  # Beam's threads would tell of the end of their workers
-      raise SystemExit(130) from None
+      raise SystemExit(error.code if isinstance(error, SystemExit) else 130) from None
     if line := _own_error(str(error)):
       raise Mistake(line) from None
     raise

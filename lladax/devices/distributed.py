@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from lladax.devices import interrupts
 from lladax.mistake import Mistake, refusal
 from lladax.terminal import Console, Formatter, visible
 
@@ -39,6 +41,7 @@ def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = 
   Raises:
     Mistake: flags that do not belong together.
   """
+  jax.config.update("jax_enable_preemption_service", False)  # signals are for interrupts.py
   if coordinator or num_processes or process_id >= 0:
     if not coordinator or num_processes < 1 or not 0 <= process_id < num_processes:
       raise Mistake(
@@ -87,7 +90,7 @@ def leave(code: int) -> None:
 
 
 def guard(command: Callable[[list[str]], int | None], argv: list[str], name: str = "lladax") -> int:
-  """Runs a command: one line and 1 for a `Mistake` or what a disk refuses; a traceback and 70 for everything else."""
+  """Runs a command: one line for a `Mistake`, what a disk refuses (1), Ctrl-C (130); else a traceback and 70."""
   handler = logging.StreamHandler()
   handler.setFormatter(Formatter(f"{name}: %(message)s"))
   logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
@@ -99,6 +102,9 @@ def guard(command: Callable[[list[str]], int | None], argv: list[str], name: str
   except Mistake as error:
     print(f"{name}: {error}", file=sys.stderr)
     code = 1
+  except KeyboardInterrupt:
+    interrupts.say(signal.SIGINT)
+    code = 128 + signal.SIGINT
   except Exception as error:
     if line := refusal(error):
       print(visible(f"{name}: {line}"), file=sys.stderr)

@@ -402,6 +402,9 @@ def restore_latest(
     Corrupt: if there are checkpoints, but none can be read.
   """
   failed = []
+  if set_aside and jax.process_index() == 0 and (root := folder(workdir)).is_dir():
+    for path in sorted(root.glob("*.orbax-checkpoint-tmp*")):
+      logging.warning("%s: the run ended while it was written; it is skipped, and cleaned away", path)
   for step in reversed(steps(workdir)):
     try:
       tree = (read or restore)(workdir, step, abstract)

@@ -15,6 +15,7 @@ from lladax import optimizer
 from lladax.config import Config
 from lladax.data import batches
 from lladax.devices import distributed, sharding
+from lladax.devices.interrupts import Interrupt
 from lladax.evaluation import evaluate, held_out
 from lladax.inference.llada import LLaDA
 from lladax.mistake import Diverged, Unsaved
@@ -39,38 +40,38 @@ def train(config: Config, workdir: str | Path, allow: Sequence[str] = ()) -> dic
     Unsaved: the last step could not be saved.
   """
   began, console = time.monotonic(), distributed.console()
-  run = prepare(config, Path(workdir).expanduser(), allow)
-  config = run.config
-  with jax.set_mesh(run.mesh):
-    llada = _llada(run, _last_state(run, console))
-    bounds = held_out.bound(llada, config) if config.data.held_out else {}
-    results = evaluate.report(llada, config, bounds, run.workdir, console)
+  with Interrupt() as stop:
+    run = prepare(config, Path(workdir).expanduser(), allow)
+    config = run.config
+    with jax.set_mesh(run.mesh):
+      llada = _llada(run, _last_state(run, stop, console))
+      bounds = held_out.bound(llada, config) if config.data.held_out else {}
+      results = evaluate.report(llada, config, bounds, run.workdir, console)
   console.print(f"done in {metrics.clock(time.monotonic() - began)}; everything is in {run.workdir}")
   return results
 
 
-def _last_state(run: Run, console: Console) -> State:
+def _last_state(run: Run, stop: Interrupt, console: Console) -> State:
   """The state after the last step; of a run that a signal stops there is none: the process ends."""
   config = run.config
   state = _first_state(run, console)
-  with loop.Interrupt() as interrupt:
-    while (start := int(state.step)) < config.steps:
-      guard = {name: int(x) for name, x in state.guard.items() if name in ("returns", "ahead")}
-      try:
-        work = _work(run, start, guard["ahead"], console)
-        state = loop.run(work, state, run.workdir, config.checkpoint, config.log, interrupt)
-        break
-      except loop.Stuck as stuck:
-        del state  # the arrays are the step's, and gone
-        state = _go_back(run, stuck, **guard, console=console)
-      except Unsaved as error:
-        if not interrupt.signal:
-          raise
-        logging.warning("%s", error)  # somewhere else it may go on from the checkpoint before
-        raise SystemExit(128 + interrupt.signal) from None
-  if interrupt.signal:
+  while (start := int(state.step)) < config.steps:
+    guard = {name: int(x) for name, x in state.guard.items() if name in ("returns", "ahead")}
+    try:
+      work = _work(run, start, guard["ahead"], console)
+      state = loop.run(work, state, run.workdir, config.checkpoint, config.log, stop)
+      break
+    except loop.Stuck as stuck:
+      del state  # the arrays are the step's, and gone
+      state = _go_back(run, stuck, **guard, console=console)
+    except Unsaved as error:
+      if not stop.signal:
+        raise
+      logging.warning("%s", error)  # somewhere else it may go on from the checkpoint before
+      raise SystemExit(128 + stop.signal) from None
+  if stop.signal:
     console.print(f"stopped by a signal after step {int(state.step)}; the same command continues from there")
-    raise SystemExit(128 + interrupt.signal)
+    raise SystemExit(128 + stop.signal)
   return state
 
 
