@@ -215,7 +215,7 @@ def table(c: Config, setters: Mapping[str, str]) -> Table:
 # What may differ between the first start of a run and its continuation.
 _SAFE = (
   "steps", "micro_batches", "evaluate.", "log.", "checkpoint.", "sample.", "mesh.", "model.remat", "model.attention",
-  "model.head_chunk",
+  "model.head_chunk", "data.longest_line",
 )  # fmt: skip
 
 

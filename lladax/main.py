@@ -13,13 +13,13 @@ from pathlib import Path
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
-from rich.console import Console
 
 from lladax import configs
 from lladax.devices import distributed, interrupts
 from lladax.devices.distributed import guard
 from lladax.mistake import Missing, Mistake
 from lladax.storage.writing import check_writable
+from lladax.terminal import Console, visible
 
 # `parse` puts the config itself, with the fields that the command line sets, in the place of its name.
 _CONFIG = flags.DEFINE_string(
@@ -110,12 +110,12 @@ def _act(mode: str, given: ConfigDict | None, workdir: Path, target: Path, page:
     return verify.run(workdir, distributed.console())
   if mode == "export":
     convert.to_published(workdir, target, _DTYPE.value)
-    return print(f"lladax: {workdir} is written to {target}", file=sys.stderr)
+    return print(visible(f"lladax: {workdir} is written to {target}"), file=sys.stderr)
   if mode == "import":
     values = (given or configs.load("base")).to_dict()
     config.parse(values)
     convert.from_published(_SOURCE.value or "", workdir, values)
-    return print(f"lladax: {_SOURCE.value} is read into {workdir}", file=sys.stderr)
+    return print(visible(f"lladax: {_SOURCE.value} is read into {workdir}"), file=sys.stderr)
   if given is not None:
     c = config.parse(given.to_dict())
   else:
@@ -163,7 +163,7 @@ def _plan(given: ConfigDict) -> int:
 def _show(given: ConfigDict) -> int:
   from lladax import config
 
-  console = Console(width=None if sys.stdout.isatty() else 120, markup=False, highlight=False, emoji=False)
+  console = Console(width=None if sys.stdout.isatty() else 120)
   console.print(config.table(config.parse(given.to_dict()), _setters))
   return 0
 
@@ -228,9 +228,15 @@ def _parse(argv: list[str]) -> list[str]:
           last[x[1]] = i
       # ... and adds up the tuples of a field that is given twice.
       words = [word for i, word in enumerate(words) if not (x := _FIELD.match(word)) or last.get(x[1], i) == i]
-      config_flags.DEFINE_config_dict("config", config, flag_values=overrides, sys_argv=words)
+      try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=overrides, sys_argv=words)
+      except ValueError as error:  # of ml_collections: a name that is none, as in --config.steps]=7
+        raise Mistake(" ".join(str(error).split())) from error
     overrides.set_gnu_getopt(True)
-    words = overrides(words)
+    try:
+      words = overrides(words)
+    except ValueError as error:  # of ml_collections: a tuple that is not written as one
+      raise Mistake(" ".join(str(error).split())) from error
   except flags.UnrecognizedFlagError as error:
     near = _nearest(error.flagname, flags.FLAGS, 0.6)
     raise Mistake(f"--{error.flagname}: there is no such option" + f"; did you mean --{near}?" * bool(near)) from error

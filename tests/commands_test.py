@@ -179,6 +179,8 @@ RULES = [
   Rule(r"cpu.py", [*CPU, "--only=exact|lladax$"], {"pip install torch==2.13.0 && ": ""}),
   Rule(r"torch_baseline.py", CPU[:12], needs="torch"),
   Rule(r"benchmarks/gpu.py", "gpu_test.py runs it"),
+  Rule(r"benchmarks/fuzz.py \[", "its command stands in results"),
+  Rule(r"benchmarks/fuzz.py", ["--inputs=3", "--only=index,metrics"]),
   Rule(r"benchmarks/faults.py", "faults_test.py runs a small one"),
   Rule(r"launch/local.sh", "launch_test.py trains with it"),
 ]  # fmt: skip

@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "lladax"
 ORDER = [
   f"{room}.{name}" if room else name
   for room, names in (
-    ("", "mistake fields configs sampling diffusion autoregressive optimizer"),
+    ("", "terminal mistake fields configs sampling diffusion autoregressive optimizer"),
     ("drawing", "pages unmasking animation report"),
     ("devices", "gpus sharding interrupts distributed hlo ahead"),
     ("data", "template vocabularies tokenizer facts reading contamination corpus"),
@@ -20,7 +20,7 @@ ORDER = [
     ("storage", "writing metrics digest checkpoint safetensors layout published transfer"),
     ("", "config recipes"),
     ("inference", "engine llada load convert verify show chat"),
-    ("evaluation", "reversal sandbox tasks.local answers presets kwargs adapter harness held_out evaluate"),
+    ("evaluation", "reversal fences sandbox tasks.local answers presets kwargs adapter harness held_out evaluate"),
     ("training", "history step setup loop trainer roofline explanation plan"),
     ("", "harness main __init__"),
   )

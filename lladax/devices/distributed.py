@@ -20,10 +20,10 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from rich.console import Console
 
 from lladax.devices import interrupts
 from lladax.mistake import Mistake, refusal
+from lladax.terminal import Console, Formatter, visible
 
 HUNG = 75  # the exit code of a job that the watchdog ended ("temporary failure": a launcher may start it again)
 
@@ -91,7 +91,9 @@ def leave(code: int) -> None:
 
 def guard(command: Callable[[list[str]], int | None], argv: list[str], name: str = "lladax") -> int:
   """Runs a command: one line for a `Mistake`, what a disk refuses (1), Ctrl-C (130); else a traceback and 70."""
-  logging.basicConfig(format=f"{name}: %(message)s", level=logging.WARNING, force=True)
+  handler = logging.StreamHandler()
+  handler.setFormatter(Formatter(f"{name}: %(message)s"))
+  logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
   logging.getLogger("lladax").setLevel(logging.INFO)  # which attention kernel runs
   logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates every save, and what it raises, a dozen times
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and its abandoned reads report themselves, one by one
@@ -105,9 +107,9 @@ def guard(command: Callable[[list[str]], int | None], argv: list[str], name: str
     code = 128 + signal.SIGINT
   except Exception as error:
     if line := refusal(error):
-      print(f"{name}: {line}", file=sys.stderr)
+      print(visible(f"{name}: {line}"), file=sys.stderr)
     else:
-      traceback.print_exc()
+      print(visible(traceback.format_exc()), end="", file=sys.stderr)
     code = 1 if line else 70  # EX_SOFTWARE: a launcher may start it again
   leave(code)
   return code
@@ -170,4 +172,4 @@ class Watchdog:
 
 def console() -> Console:
   """Progress and tables of the first process go to stderr; stdout is for text that was asked for."""
-  return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False, quiet=not is_first())
+  return Console(stderr=True, soft_wrap=True, quiet=not is_first())

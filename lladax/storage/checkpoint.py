@@ -28,6 +28,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from lladax import fields
 from lladax.devices import distributed
 from lladax.mistake import Diverged, Missing, Mistake, Unsaved, refusal
 from lladax.storage import digest, writing
@@ -57,8 +58,10 @@ def config(workdir: Path) -> dict[str, Any]:
   if not path.is_file():
     raise Missing(f"{workdir} is not a workdir of lladax: there is no config.json in it")
   try:
-    values = json.loads(path.read_bytes())
+    values = json.loads(fields.read_bytes(path))
     why = "" if isinstance(values, dict) and isinstance(values.get("model"), dict) else "it holds something else"
+  except Mistake:
+    raise
   except (ValueError, RecursionError) as error:  # of UTF-8, too
     why = str(error)[:200]
   if why:

@@ -65,8 +65,8 @@ def prepare(config: Config, workdir: Path, allow: Sequence[str] = ()) -> Run:
       )
     shape = {name: begun["model"][name] for name in _SHAPE}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **shape))
-    console.print(f"parameters, their shape and the tokenizer are those of {base}", markup=False)
-  console.print(f"reading {', '.join(config.data.corpora)}", markup=False)
+    console.print(f"parameters, their shape and the tokenizer are those of {base}")
+  console.print(f"reading {', '.join(config.data.corpora)}")
   if saved or base:
     text = tokenizer.load((workdir if saved else _workdir_of(base)) / "tokenizer")
   elif text := sources.prepared_tokenizer(config.data):
@@ -88,7 +88,7 @@ def prepare(config: Config, workdir: Path, allow: Sequence[str] = ()) -> Run:
   evaluate.check(config, text, others)
   rows = sources.training(config.data, text, config.seed)
   for name, source in zip(config.data.corpora, rows, strict=True):
-    console.print(f"{name}: {source.about}", markup=False)
+    console.print(f"{name}: {source.about}")
   digests = {name: source.digest[:32] for name, source in zip(config.data.corpora, rows, strict=True)}
   _check_data(read_before or digests, digests, workdir)
   plain |= {"data_digests": digests, "draws": draws}

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from lladax import optimizer
@@ -21,6 +20,7 @@ from lladax.evaluation import evaluate, held_out
 from lladax.inference.llada import LLaDA
 from lladax.mistake import Diverged, Unsaved
 from lladax.storage import checkpoint, metrics
+from lladax.terminal import Console
 from lladax.training import loop
 from lladax.training.setup import Run, begin, prepare, restore
 from lladax.training.step import State, flops_per_token, frozen_matmuls, jit_step, matmuls, to_tree
@@ -47,7 +47,7 @@ def train(config: Config, workdir: str | Path, allow: Sequence[str] = ()) -> dic
       llada = _llada(run, _last_state(run, stop, console))
       bounds = held_out.bound(llada, config) if config.data.held_out else {}
       results = evaluate.report(llada, config, bounds, run.workdir, console)
-  console.print(f"done in {metrics.clock(time.monotonic() - began)}; everything is in {run.workdir}", markup=False)
+  console.print(f"done in {metrics.clock(time.monotonic() - began)}; everything is in {run.workdir}")
   return results
 
 
@@ -79,7 +79,7 @@ def _first_state(run: Run, console: Console) -> State:
   """The state of the last checkpoint, or of step 0."""
   state = restore(run)
   if state:
-    console.print(f"continuing from step {int(state.step)} of {run.workdir}", markup=False)
+    console.print(f"continuing from step {int(state.step)} of {run.workdir}")
   else:
     state = begin(run)
   distributed.agree(checkpoint=str(int(state.step)))
@@ -104,7 +104,7 @@ def _go_back(run: Run, stuck: loop.Stuck, *, returns: int, ahead: int, console: 
   target = max((s for s in steps if s < first), key=lambda s: (s % usual == 0, s), default=0)
   target = max([target, *(s for s in steps if checkpoint.needed(run.workdir, s))])
   checkpoint.drop(run.workdir, after=target)
-  console.print(f"{where}: back to step {target}, and past their examples", markup=False)
+  console.print(f"{where}: back to step {target}, and past their examples")
   state = _first_state(run, console)
   known = {"returns": returns + 1, "ahead": ahead + stuck.step - int(state.step), "skipped": stuck.skipped, "row": 0}
   put = {name: jax.device_put(np.int32(x), run.shardings.guard[name]) for name, x in known.items()}
