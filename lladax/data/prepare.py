@@ -123,10 +123,12 @@ def run(
       _ = read.documents | "shards" >> beam.GroupByKey() | "write" >> beam.Map(_write, recipe, folder, text)
       _ = read.tally | "tallies" >> beam.combiners.ToList() | "sum" >> beam.Map(_write_tally, folder)
   except (Exception, KeyboardInterrupt, SystemExit) as error:
-    if not isinstance(error, Exception) or "KeyboardInterrupt" in str(error):
+    signalled = re.search(r"SystemExit: (\d+)", str(error))  # what is raised in a worker, Beam keeps as text
+    if not isinstance(error, Exception) or signalled or "KeyboardInterrupt" in str(error):
       console.print("stopped; the same command goes on with the shards that are not whole yet")
       threading.excepthook = lambda _: None  # Beam's threads would tell of the end of their workers
-      raise SystemExit(error.code if isinstance(error, SystemExit) else 130) from None
+      code = error.code if isinstance(error, SystemExit) else int(signalled[1]) if signalled else 130
+      raise SystemExit(code) from None
     if line := _own_error(str(error)):
       raise Mistake(line) from None
     raise
