@@ -5,8 +5,9 @@
 #     launch/local.sh 2 --config=configs/quickstart.py --workdir=runs/two
 #
 # Each line of output starts with the number of its process. SIGINT and SIGTERM are passed on to all. When one
-# process fails the others are ended, and its exit code is the one of this script. A crash is restarted (the same
-# command resumes from the last checkpoint); bad input (1), Ctrl-C (130) and a run that was stopped (143) are not.
+# process fails the others are ended, and its exit code is the one of this script. A crash is restarted, and so is a
+# run that SIGTERM to one of its processes ended, as on a machine that is taken away (143); the same command resumes
+# from the last checkpoint. Bad input (1), Ctrl-C (130), and what a signal to this script ended, are not.
 set -u
 
 PYTHON="${PYTHON:-python}"
@@ -73,11 +74,11 @@ run_once() {
       unset "pids[i]"
       ((exit_code == 0 || code)) && continue
       code=$exit_code
-      # 143, or a signal passed on: all leave together, behind a checkpoint that the others may still be writing.
-      if ((code != 143 && !stopped)); then
-        kill -TERM "${pids[@]}" 2>/dev/null
-        deadline=$((SECONDS + GRACE))
-      fi
+      # A signal that was passed on: all leave together, behind a checkpoint that the others may still be writing. One
+      # that a process got alone, it has told the others; those that had not met it wait for it in vain.
+      if ((stopped)); then continue; fi
+      if ((code != 130 && code != 143)); then kill -TERM "${pids[@]}" 2>/dev/null; fi
+      deadline=$((SECONDS + GRACE))
     done
     if ((deadline && SECONDS >= deadline)); then kill -KILL "${pids[@]}" 2>/dev/null; fi
   done
@@ -89,7 +90,7 @@ run_once() {
 
 for ((restart = 0; ; restart++)); do
   run_once "$@"
-  case $code in 0 | 1 | 130 | 143) break ;; esac
+  case $code in 0 | 1 | 130) break ;; esac
   if ((stopped || restart >= MAX_RESTARTS)); then break; fi
   echo "$0: exit code $code, restart $((restart + 1)) of $MAX_RESTARTS" >&2
 done

@@ -74,10 +74,11 @@ run() {
   # What one worker runs, as a line for its shell. `exec`: the signal of `stop` must reach Python.
   local command="${cache}source launch/flags.sh ${ACCELERATOR%%-*} && exec ~/venv/bin/python -m lladax.main $flags"
   # systemd keeps the run when the connection ends, holds its output, and restarts it: one worker that fails takes the
-  # others down, and all of them come back to the last checkpoint. Bad input (1) and Ctrl-C (130) are final.
+  # others down, and all of them come back to the last checkpoint; so does SIGTERM to one of them (for systemd that is a
+  # good end, where it comes before Python listens). Bad input (1) and Ctrl-C (130) are final.
   on_all "sudo systemd-run --quiet --collect --unit=lladax --uid=\$(id -un) --working-directory=\$HOME/lladax \
     --setenv=HOME=\$HOME --setenv=PYTHONUNBUFFERED=1 --property=Restart=on-failure --property=RestartSec=20 \
-    --property='RestartPreventExitStatus=1 130' --property=StartLimitIntervalSec=3600 --property=StartLimitBurst=10 \
+    --property='RestartPreventExitStatus=1 130' --property=RestartForceExitStatus=SIGTERM --property=StartLimitIntervalSec=3600 --property=StartLimitBurst=10 \
     --property=TimeoutStopSec=900 --property=KillMode=mixed --property=LimitNOFILE=1048576 \
     bash -c $(printf '%q' "$command")"
 }

@@ -6,6 +6,7 @@
 """
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lladax import configs
@@ -25,13 +26,17 @@ __all__ = ["configs", "LLaDA", "Mistake", "SamplerConfig", "load", "train"]
 distributed.hush_libtpu()
 
 
-def train(config: "str | os.PathLike | ConfigDict | Config", workdir: str | os.PathLike) -> dict[str, float]:
+def train(
+  config: "str | os.PathLike | ConfigDict | Config", workdir: str | os.PathLike, allow: Sequence[str] = ()
+) -> dict[str, float]:
   """Trains a model up to `config.steps`, or goes on from the workdir's last checkpoint, and evaluates it.
 
   Args:
     config: a recipe's name ("quickstart", "llada_8b_sft:lora") or the path of a file of your own; a ConfigDict, such
-      as `configs.load` returns, with the fields that you have set; or a whole `lladax.config.Config`.
+      as `configs.load` returns, with the fields that you have set; or a whole `lladax.config.Config`. With the
+      config.json of another run it is done again.
     workdir: folder of the run, for `load`: config.json, tokenizer/, checkpoints/STEP/, metrics.jsonl, evaluation.html.
+    allow: fields, as "optimizer.schedule", that may be other than they were so far in the run of the workdir.
 
   Returns:
     The metrics of the last evaluation, over all held-out text: `bits_per_byte`, `perplexity` (of a token) and their
@@ -44,4 +49,4 @@ def train(config: "str | os.PathLike | ConfigDict | Config", workdir: str | os.P
   from lladax import config as whole  # Grain and its kin are slow to import, and of use to those who train
   from lladax.training import trainer
 
-  return trainer.train(whole.given(config), workdir)
+  return trainer.train(whole.given(config), workdir, allow)

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class LogConfig:
   tensorboard: bool = True  # the metrics are also written for TensorBoard
   profile_first: int = 0  # profiler trace from this step ...
   profile_last: int = 0  # ... up to, not including, this one; 0: none
-  # A step, its compilation, a save, or a batch of an evaluation that takes longer ends the run; 0: nothing does.
+  # A step, its compilation, a save, or a batch (read, or evaluated) that takes longer ends the run; 0: nothing does.
   hang_seconds: float = 1800.0
 
   def __post_init__(self):
@@ -183,15 +183,13 @@ def given(config: Any) -> Config:
 def load(workdir: Path) -> Config:
   """The config that a workdir was trained with."""
   values = checkpoint.config(workdir)
-  for name in NOT_FIELDS:
+  for name in configs.NOT_FIELDS:
     values.pop(name, None)
   return parse({"init_from": ""} | values)
 
 
 # Fields of the dataclasses that a config does not set: the objective decides.
 DECIDED = ("model.causal",)
-# What config.json holds besides: of init_from, the checkpoint that the run began from.
-NOT_FIELDS = ("tokenizer_fingerprint", "base", "base_fingerprint", "data_digests")
 
 
 def table(c: Config, setters: Mapping[str, str]) -> Table:
@@ -217,22 +215,41 @@ def table(c: Config, setters: Mapping[str, str]) -> Table:
 # What may differ between the first start of a run and its continuation.
 _SAFE = (
   "steps", "micro_batches", "evaluate.", "log.", "checkpoint.", "sample.", "mesh.", "model.remat", "model.attention",
-  "model.head_chunk",
+  "model.head_chunk", "data.longest_line",
 )  # fmt: skip
 
 
-def check_saved(saved: dict[str, Any], given: dict[str, Any], workdir: Path) -> None:
-  """The run may go on with other steps, logging and evaluation; with nothing else."""
+# What may differ where the user says so: the state means the same with any value of it.
+_DELIBERATE = ("optimizer.", "noise.", "guard.")
+
+
+def check_saved(
+  saved: dict[str, Any], given: dict[str, Any], workdir: Path, allow: Sequence[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+  """The run may go on with other steps, logging and evaluation, and what is allowed; with nothing else.
+
+  Returns:
+    What differs: field -> (what it was, what it is).
+
+  Raises:
+    Mistake: something else differs; a field cannot be allowed.
+  """
   # A field that is younger than the run had its default there.
   default = json.loads(json.dumps(configs.load("base").to_dict()))
   old, new = (_flatten(default) | _flatten(x) for x in (saved, given))
+  for name in allow:
+    if name not in new or not name.startswith(_DELIBERATE + _SAFE):
+      groups = ", ".join(x.rstrip(".") for x in _DELIBERATE)
+      raise Mistake(f"--allow={name}: name fields of {groups}, as in --allow=optimizer.schedule; no other may change")
   differ = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
-  unsafe = [name for name in differ if not name.startswith(_SAFE)]
+  unsafe = [name for name in differ if not name.startswith(_SAFE) and name not in allow]
   if unsafe:
     listed = "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} here" for name in unsafe)
-    raise Mistake(f"{workdir} holds a run with another config ({listed}): use another workdir, or the same values")
+    so = f", or say --allow={','.join(unsafe)}" if all(name.startswith(_DELIBERATE) for name in unsafe) else ""
+    raise Mistake(f"{workdir} holds a run with another config ({listed}): use another workdir, or the same values{so}")
   for name in differ:
     logging.warning("%s was %r, and is %r from now on", name, old.get(name), new.get(name))
+  return {name: (old.get(name), new.get(name)) for name in differ}
 
 
 def _flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:

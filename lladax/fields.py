@@ -13,6 +13,8 @@ from typing import Any
 
 from lladax.mistake import Mistake, Unknown
 
+_LARGEST = 2**28  # bytes
+
 
 def parse(values: dict[str, Any], cls: Any, path: str) -> Any:
   """A dataclass from nested plain values.
@@ -83,7 +85,10 @@ def typed(value: Any, kind: Any, where: str) -> Any:
     if len(kinds) == len(value):
       return tuple(typed(x, k, f"{where}[{i}]") for i, (x, k) in enumerate(zip(value, kinds, strict=True)))
   if origin is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
+    try:
+      return float(value)
+    except OverflowError:
+      raise Mistake(f"{where}={_shown(value)}: a number of this size is none") from None
   if not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool):
     raise Mistake(f"{where}={_shown(value)}: expected {origin.__name__}, not {type(value).__name__}")
   return value
@@ -95,12 +100,25 @@ def check_seed(seed: int, where: str) -> None:
     raise Mistake(f"{where}={seed}: must be from 0 to 2^32 - 1")
 
 
+def read_bytes(path: Path) -> bytes:
+  """What a file of settings or of a vocabulary holds; Mistake for one so large that it is neither."""
+  if (size := path.stat().st_size) > _LARGEST:
+    raise Mistake(f"{path} has {size:,} bytes, more than {_LARGEST:,}: it is not what its name says")
+  return path.read_bytes()
+
+
 def read_json(path: Path) -> Any:
   """What a file holds; raises Mistake if that is no JSON."""
   try:
-    return json.loads(path.read_text("utf-8"))
+    text = read_bytes(path).decode("utf-8")
+    found = json.loads(text)
+    if "\\ud" in text.lower():  # perhaps half of a pair, which is no character
+      json.dumps(found, ensure_ascii=False).encode()
+    return found
   except RecursionError:
     raise Mistake(f"{path} is no JSON that can be read: its lists and objects are too deep") from None
+  except Mistake:
+    raise
   except ValueError as error:
     raise Mistake(f"{path} is no JSON: {error}") from None
 

@@ -13,18 +13,19 @@ from pathlib import Path
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
-from rich.console import Console
 
 from lladax import address, configs
-from lladax.devices import distributed
+from lladax.devices import distributed, interrupts
 from lladax.devices.distributed import guard
 from lladax.mistake import Missing, Mistake
 from lladax.storage.writing import check_writable
+from lladax.terminal import Console, visible
 
 # `parse` puts the config itself, with the fields that the command line sets, in the place of its name.
 _CONFIG = flags.DEFINE_string(
-  "config", None, "A recipe's name or a file, and :ARGUMENT for its get_config; --config.steps=200 sets a field."
-)
+  "config", None,
+  "A recipe's name or a file, and :ARGUMENT for its get_config, or a run's config.json; --config.steps=2 sets a field.",
+)  # fmt: skip
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run, here or at gs:// or s3://: config, checkpoints, metrics."
 )
@@ -60,6 +61,9 @@ _SLICES = flags.DEFINE_integer(
 _UTILISATION = flags.DEFINE_float("utilisation", 0.4, "mode=plan: of the peak FLOP/s, for the times.")
 _EXPLAIN = flags.DEFINE_bool("explain", False, "mode=plan: estimate where the time of the step goes, too.")
 _JSON = flags.DEFINE_bool("json", False, "mode=plan: print JSON.")
+_ALLOW = flags.DEFINE_list(
+  "allow", [], "mode=train: fields that may be other than the run in the workdir has had, as in optimizer.schedule."
+)
 _SYSTEM = flags.DEFINE_string("system", "", "mode=chat: the system prompt.")
 
 
@@ -89,32 +93,37 @@ def main(argv: list[str]) -> int:
     _check_run(workdir)
   page = _page() if mode == "sample" else None
 
+  distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  # Training knows what is to be saved, and a conversation takes Ctrl-C for the end of a reply.
+  with contextlib.nullcontext() if mode in ("train", "chat") else interrupts.Interrupt():
+    _act(mode, given, workdir, target, page)
+  return 0
+
+
+def _act(mode: str, given: ConfigDict | None, workdir: Path, target: Path, page: Path | None) -> None:
+  """Calls a mode that has a workdir."""
   from lladax import config  # the slow imports come after the quick checks
   from lladax.devices.sharding import MeshConfig
   from lladax.evaluation import evaluate
   from lladax.inference import chat, convert, show, verify
   from lladax.training import trainer
 
-  distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if mode == "verify":
-    verify.run(workdir, distributed.console())
-    return 0
+    return verify.run(workdir, distributed.console())
   if mode == "export":
     convert.to_published(workdir, target, _DTYPE.value)
-    print(f"lladax: {workdir} is written to {address.of(target)}", file=sys.stderr)
-    return 0
+    return print(visible(f"lladax: {workdir} is written to {address.of(target)}"), file=sys.stderr)
   if mode == "import":
     values = (given or configs.load("base")).to_dict()
     config.parse(values)
     convert.from_published(_SOURCE.value or "", workdir, values)
-    print(f"lladax: {_SOURCE.value} is read into {address.of(workdir)}", file=sys.stderr)
-    return 0
+    return print(visible(f"lladax: {_SOURCE.value} is read into {address.of(workdir)}"), file=sys.stderr)
   if given is not None:
     c = config.parse(given.to_dict())
   else:
     c = dataclasses.replace(config.load(workdir), mesh=MeshConfig())  # of the devices here, not there
   if mode == "train":
-    trainer.train(c, workdir)
+    trainer.train(c, workdir, _ALLOW.value)
   elif mode == "evaluate":
     evaluate.evaluate_last(c, workdir)
   elif mode == "chat":
@@ -123,7 +132,6 @@ def main(argv: list[str]) -> int:
     if page:
       page.parent.mkdir(parents=True, exist_ok=True)
     show.show_samples(c, workdir, _PROMPT.value, page and str(page))
-  return 0
 
 
 def _prepare(given: ConfigDict, beam_options: list[str]) -> int:
@@ -131,7 +139,8 @@ def _prepare(given: ConfigDict, beam_options: list[str]) -> int:
   from lladax.data import prepare
 
   c = config.parse(given.to_dict())
-  prepare.run(c.data, c.tokenizer, str(_TARGET.value), _SHARDS.value, beam_options)
+  with interrupts.Interrupt():
+    prepare.run(c.data, c.tokenizer, str(_TARGET.value), _SHARDS.value, beam_options)
   return 0
 
 
@@ -156,7 +165,7 @@ def _plan(given: ConfigDict) -> int:
 def _show(given: ConfigDict) -> int:
   from lladax import config
 
-  console = Console(width=None if sys.stdout.isatty() else 120, markup=False, highlight=False, emoji=False)
+  console = Console(width=None if sys.stdout.isatty() else 120)
   console.print(config.table(config.parse(given.to_dict()), _setters))
   return 0
 
@@ -221,9 +230,15 @@ def _parse(argv: list[str]) -> list[str]:
           last[x[1]] = i
       # ... and adds up the tuples of a field that is given twice.
       words = [word for i, word in enumerate(words) if not (x := _FIELD.match(word)) or last.get(x[1], i) == i]
-      config_flags.DEFINE_config_dict("config", config, flag_values=overrides, sys_argv=words)
+      try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=overrides, sys_argv=words)
+      except ValueError as error:  # of ml_collections: a name that is none, as in --config.steps]=7
+        raise Mistake(" ".join(str(error).split())) from error
     overrides.set_gnu_getopt(True)
-    words = overrides(words)
+    try:
+      words = overrides(words)
+    except ValueError as error:  # of ml_collections: a tuple that is not written as one
+      raise Mistake(" ".join(str(error).split())) from error
   except flags.UnrecognizedFlagError as error:
     near = _nearest(error.flagname, flags.FLAGS, 0.6)
     raise Mistake(f"--{error.flagname}: there is no such option" + f"; did you mean --{near}?" * bool(near)) from error
@@ -298,6 +313,7 @@ def keep_freed_memory() -> None:
 
 def run() -> None:
   """The console script `lladax`: the same as `python -m lladax.main`."""
+  interrupts.own()
   keep_freed_memory()
   app.run(lambda argv: guard(main, argv), flags_parser=parse)
 

@@ -8,9 +8,22 @@ import errno
 import os
 import re
 
+from lladax.terminal import visible
+
+_LONGEST = 2000  # characters; of a longer line the middle, which somebody else wrote, is left out
+
 
 class Mistake(ValueError):
-  """A mistake of the user's: one line, exit code 1; the same command would end the same way."""
+  """A mistake of the user's: one line, exit code 1; the same command would end the same way.
+
+  The values that it quotes come from anywhere: what a terminal would obey in them is shown as escapes.
+  """
+
+  def __init__(self, message: object = ""):
+    line = visible(str(message)).replace("\n", "␊")
+    if len(line) > _LONGEST:
+      line = f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
+    super().__init__(line)
 
 
 class Missing(Mistake, FileNotFoundError):

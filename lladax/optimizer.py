@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,7 +43,7 @@ class OptimizerConfig:
 
 def lengths(given: Sequence[float], steps: int, field: str) -> list[int]:
   """Lengths in steps of pieces that are given as steps, as fractions of all steps (0 < x < 1), or as -1, the rest."""
-  if any(n < 0 and n != -1 for n in given) or list(given).count(-1) > 1:
+  if any(not n < math.inf or (n < 0 and n != -1) for n in given) or list(given).count(-1) > 1:
     raise Mistake(f"{field}: a length is a number of steps, a fraction, or (one of them) -1 for the rest")
   found = [round(n * steps) if 0 < n < 1 else int(n) for n in given]
   rest = steps - sum(n for n in found if n >= 0)

@@ -92,6 +92,8 @@ RULES = [
     r"--config=\S*quickstart(\.py)? --workdir=runs/quickstart$", RUN, {"pip install -e . && ": ""},
     "runs/quickstart/samples.html",
   ),
+  Rule(r"--allow=optimizer.schedule", [x for x in RUN if "schedule" not in x], makes="runs/quickstart/runs.jsonl"),
+  Rule(r"--config=runs/quickstart/config.json", RUN, makes="runs/again/samples.html"),
   Rule(r"^lladax --workdir=runs/quickstart --mode=sample", makes="out.html"),
   Rule(r"^lladax --workdir=runs/quickstart --mode=evaluate", makes="runs/quickstart/evaluation.html"),
   Rule(r"^python docs/unmasking.py", change={" docs/unmasking.svg": " unmasking.svg"}, makes="unmasking.svg"),
@@ -177,6 +179,15 @@ RULES = [
   Rule(r"cpu.py", [*CPU, "--only=exact|lladax$"], {"pip install torch==2.13.0 && ": ""}),
   Rule(r"torch_baseline.py", CPU[:12], needs="torch"),
   Rule(r"benchmarks/gpu.py", "gpu_test.py runs it"),
+  Rule(r"benchmarks/fuzz.py", ["--inputs=3", "--only=index,metrics"]),
+  Rule(r"benchmarks/faults.py", "faults_test.py runs a small one"),
+  Rule(r"guards.py --B", "with other sizes, in the command above it"),
+  Rule(r"guards.py", shlex.split("--B 1 --L 16 --V 128 --D 16 --N 1 --H 2 --K 8 --F 32 --rounds 1")),
+  Rule(r"soak.py .* -- ", "with other times, in the command above it"),
+  Rule(
+    r"soak.py", ["--minutes=0.1", "--", *[x for x in TINY if x != "--config.steps=3"]],
+    {"pip install -e '.[figures]' && ": ""}, "runs/soak/soak.svg", needs="matplotlib",
+  ),
   Rule(r"launch/local.sh", "launch_test.py trains with it"),
 ]  # fmt: skip
 

@@ -63,7 +63,8 @@ def test_commands_name_configs_and_flags_that_exist(page, monkeypatch):
 
   monkeypatch.chdir(ROOT)
   for given in calls(prose.PAGES[page]):
-    config = configs.load(given.get("config", "base"))  # without one it is a workdir's
+    spec = given.get("config", "base")  # without one it is a workdir's
+    config = configs.load("base" if spec.startswith("runs/") else spec)
     for name, text in given.items():
       flag, *path = name.split(".")
       assert flag in flags.FLAGS, f"{page} uses --{name}, which does not exist"

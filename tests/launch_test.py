@@ -243,18 +243,27 @@ def test_local_ends_the_others_when_one_fails(tmp_path):
   wait_until(lambda: not any(map(alive, pids)))
 
 
-@pytest.mark.parametrize("code", [1, 130, 143])
+@pytest.mark.parametrize("code", [1, 130])
 def test_local_does_not_restart_what_a_restart_cannot_mend(tmp_path, code):
   assert finish(start(tmp_path, 2, f"exit {code}", MAX_RESTARTS="3"))[0] == code
   assert len((tmp_path / "tries_0").read_text()) == 1
 
 
-def test_local_restarts_a_crash(tmp_path):
-  program = "if ((id == 1 && try < 3)); then exit 134; fi"
+@pytest.mark.parametrize("ends", [134, 143])  # a crash; one whose machine is taken away
+def test_local_restarts_a_crash(tmp_path, ends):
+  program = f"if ((id == 1 && try < 3)); then exit {ends}; fi"
   code, lines = finish(start(tmp_path, 2, program, MAX_RESTARTS="3"))
   assert code == 0
   assert len((tmp_path / "tries_0").read_text()) == len((tmp_path / "tries_1").read_text()) == 3
-  assert [line.split(": ")[1] for line in lines] == [f"exit code 134, restart {i} of 3" for i in (1, 2)]
+  assert [line.split(": ")[1] for line in lines] == [f"exit code {ends}, restart {i} of 3" for i in (1, 2)]
+
+
+def test_local_ends_who_waits_for_one_that_was_stopped(tmp_path):
+  """Not by a signal, which would be the second one for those that were told; after GRACE."""
+  program = """if ((id == 0)); then exit 143; fi
+  trap "echo told" TERM; for ((i = 0; i < 600; i++)); do sleep 0.05; done"""
+  code, lines = finish(start(tmp_path, 2, program, GRACE="1"))
+  assert code == 143 and "[1] told" not in lines
 
 
 def test_local_gives_up_after_max_restarts(tmp_path):

@@ -16,11 +16,16 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from lladax import fields
 from lladax.mistake import Missing, Mistake
 
 _HERE = Path(__file__).parent
 FOLDER = _HERE if (_HERE / "base.py").is_file() else _HERE.parent.parent / "configs"
 __path__ = [str(FOLDER)]
+
+
+# What WORKDIR/config.json holds besides the fields: of init_from, the checkpoint that the run began from.
+NOT_FIELDS = ("tokenizer_fingerprint", "base", "base_fingerprint", "data_digests", "draws")
 
 
 def names() -> list[str]:
@@ -31,12 +36,16 @@ def names() -> list[str]:
 def load(spec: str) -> ConfigDict:
   """The config that `spec` stands for: a recipe's name, or the path of a file with a function `get_config`.
 
+  Or that of a run, WORKDIR/config.json: what is younger than it has its default, and `init_from` is the very checkpoint
+  that the run began from.
+
   What follows a colon is the argument of `get_config`, as in "llada_8b:v5p_4x4x4" and "my/own.py:small". A file may
   import what lies in the working directory, as a program that was started there could.
 
   Raises:
     Missing: there is neither such a recipe nor such a file.
-    Mistake: the file cannot be read as Python, or has no `get_config` that takes the argument and returns a config.
+    Mistake: the file cannot be read as Python, or has no `get_config` that takes the argument and returns a config; of
+      JSON, it is none of a run.
       What goes wrong within the file is its own crash.
   """
   name, colon, argument = (spec, "", "") if Path(spec).is_file() else spec.partition(":")
@@ -45,6 +54,8 @@ def load(spec: str) -> ConfigDict:
   path = FOLDER / f"{name}.py" if name in names() else Path(os.path.expanduser(name))
   if not path.exists():
     raise Missing(f"--config={spec}: {_missing(name, path)}")
+  if path.suffix == ".json":
+    return _of_run(spec, path)
   with _working_directory_on_path():
     get_config = _run(spec, path).get("get_config")
     if not callable(get_config):
@@ -59,6 +70,26 @@ def load(spec: str) -> ConfigDict:
   if not isinstance(config, ConfigDict | dict):
     raise Mistake(f"--config={spec}: its get_config returns {type(config).__name__}, not a ConfigDict")
   return ConfigDict(config) if isinstance(config, dict) else config
+
+
+def _of_run(spec: str, path: Path) -> ConfigDict:
+  """The config of the run whose config.json this is."""
+  values = fields.read_json(path)
+  if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+    raise Mistake(f"--config={spec}: it is not the config.json of a run")
+  own = {name: value for name, value in values.items() if name not in NOT_FIELDS}
+  own |= {"init_from": values["base"]} if values.get("base") else {}
+  config = load("base")  # its fields know what may be None
+  with config.ignore_type():
+    config.update(_tuples(own))
+  return config
+
+
+def _tuples(value: Any) -> Any:
+  """JSON knows lists alone, and a config tuples."""
+  if isinstance(value, dict):
+    return {name: _tuples(x) for name, x in value.items()}
+  return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _run(spec: str, path: Path) -> dict[str, Any]:

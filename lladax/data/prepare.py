@@ -29,7 +29,6 @@ from typing import Any, TextIO
 
 import fsspec
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from lladax import address
@@ -39,6 +38,7 @@ from lladax.data.sources import texts
 from lladax.data.tokenizer import Tokenizer, TokenizerConfig
 from lladax.data.windows import DataConfig
 from lladax.mistake import Mistake
+from lladax.terminal import Console
 
 _BATCH_BYTES = 4_000_000  # of documents that travel together
 _COUNTS = ("documents", "bytes", "tokens", "records", "padding", "duplicates")
@@ -80,7 +80,7 @@ def run(
   Raises:
     Mistake, Missing: bad input, one line.
   """
-  console = Console(stderr=True, highlight=False, soft_wrap=True)
+  console = Console(stderr=True, soft_wrap=True)
   if data.format != "text" or data.mixture:
     raise Mistake("--mode=prepare makes records of one corpus of text: data.format=text, no data.mixture")
   if shards < 1:
@@ -121,15 +121,17 @@ def run(
         pipeline
         | "parts" >> beam.Create(parts)
         | "spread" >> beam.Reshuffle()
-        | "read" >> beam.ParDo(_reader(recipe, data.bad_lines, done)).with_outputs("tally", main="documents")
+        | "read" >> beam.ParDo(_reader(recipe, data, done)).with_outputs("tally", main="documents")
       )
       _ = read.documents | "shards" >> beam.GroupByKey() | "write" >> beam.Map(_write, recipe, folder, text)
       _ = read.tally | "tallies" >> beam.combiners.ToList() | "sum" >> beam.Map(_write_tally, folder)
-  except (Exception, KeyboardInterrupt) as error:
-    if isinstance(error, KeyboardInterrupt) or "KeyboardInterrupt" in str(error):
+  except (Exception, KeyboardInterrupt, SystemExit) as error:
+    signalled = re.search(r"SystemExit: (\d+)", str(error))  # what is raised in a worker, Beam keeps as text
+    if not isinstance(error, Exception) or signalled or "KeyboardInterrupt" in str(error):
       console.print("stopped; the same command goes on with the shards that are not whole yet")
       threading.excepthook = lambda _: None  # Beam's threads would tell of the end of their workers
-      raise SystemExit(130) from None
+      code = error.code if isinstance(error, SystemExit) else int(signalled[1]) if signalled else 130
+      raise SystemExit(code) from None
     if line := _own_error(str(error)):
       raise Mistake(line) from None
     raise
@@ -167,17 +169,24 @@ class _Folder:
 
   def counts(self, key: Key) -> dict[str, int] | None:
     """The counts of a shard that is whole."""
-    content = self.read(_counts_name(key))
-    return json.loads(content) if content else None
+    return self.json(_counts_name(key))
+
+  def json(self, name: str) -> Any:
+    """What a file of a preparation holds; None without it."""
+    try:
+      return json.loads(self.read(name) or b"null")
+    except (ValueError, RecursionError) as error:
+      raise Mistake(
+        f"--target={self.target}: {name} is damaged ({error}): delete the folder, and prepare it again"
+      ) from None
 
   def begin(self, recipe: Recipe) -> set[Key]:
     """The shards that are whole; refuses a folder that was begun otherwise."""
     given = dataclasses.asdict(recipe)
-    before = self.read("recipe.json")
-    if before is None:
+    found = self.json("recipe.json")
+    if found is None:
       self.write("recipe.json", json.dumps(given, indent=2).encode())
       return set()
-    found = json.loads(before)
     differ = [f"{name}: {found.get(name)!r} there, {x!r} here" for name, x in given.items() if found.get(name) != x]
     if differ:
       raise Mistake(f"--target={self.target} was begun otherwise ({'; '.join(differ)}): choose another folder")
@@ -213,14 +222,16 @@ def _tokenizer(folder: _Folder, config: TokenizerConfig, data: DataConfig, conso
   return text
 
 
-def _reader(recipe: Recipe, bad_lines: str, done: set[Key]) -> Any:
+def _reader(recipe: Recipe, data: DataConfig, done: set[Key]) -> Any:
   """The DoFn from parts of the corpus to (key, [(hash, text), ...]), and a tally of each part."""
   import apache_beam as beam
   from apache_beam.pvalue import TaggedOutput
 
+  bad_lines, longest = data.bad_lines, data.longest_line
+
   class Read(beam.DoFn):
     def process(self, part: str) -> Iterator[Any]:
-      tally = reading.Tally(bad_lines, recipe.exclude)
+      tally = reading.Tally(bad_lines, recipe.exclude, longest)
       waiting, size = collections.defaultdict(list), 0
       for text in corpus.read_texts(part, recipe.text_field, tally):
         key, digest = recipe.key(text)
@@ -300,7 +311,7 @@ def _finish(folder: _Folder, recipe: Recipe, text: Tokenizer) -> dict[str, Any]:
   """The manifest, from the counts of the shards, and what TFDS wants to know."""
   shards = {split: [folder.counts((split, i)) or {} for i in range(recipe.shards)] for split in records.SPLITS}
   splits = {split: {name: sum(x[name] for x in counts) for name in _COUNTS} for split, counts in shards.items()}
-  read = json.loads(folder.read("read.json") or b"{}")
+  read = folder.json("read.json") or {}
   documents = sum(x["documents"] + x["duplicates"] for x in splits.values())
   if documents != read["documents"]:
     raise Mistake(
@@ -358,7 +369,7 @@ def _stderr_aside() -> Iterator[TextIO]:
 @contextlib.contextmanager
 def _progress(folder: _Folder, total: int, terminal: TextIO) -> Iterator[None]:
   """Says on the terminal how many shards are whole."""
-  ended, status = threading.Event(), Console(file=terminal, highlight=False).status("reading")
+  ended, status = threading.Event(), Console(file=terminal).status("reading")
 
   def watch():
     with status:

@@ -42,7 +42,8 @@ Record = tuple[str, Any]  # (where it stands, a dictionary or a text)
 
 CORPUS = "data.corpus=files:"  # how a file is called in messages, up to its name
 NAMED = 5  # so many bad lines are named
-LONGEST_LINE = 2**28  # bytes; a longer one is a bad line, and is never held whole
+LONGEST_LINE = 2**26  # bytes; a longer one is a bad line, and is never held whole
+WHOLE = 16  # times as many may have a file that is read whole: a text, one list of JSON
 _PACKED: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": zstd.open}
 _LINES = (".jsonl", ".ndjson", ".jsonlines")
 _ARCHIVES = (".tar", ".tgz", ".tbz2", ".txz", ".zip", ".7z")
@@ -58,6 +59,7 @@ class Tally:
 
   bad_lines: str = "stop"
   exclude: str = ""  # see `contamination.excluded`
+  longest: int = LONGEST_LINE  # bytes of a line
   items: int = 0
   empty: int = 0
   bad: int = 0
@@ -161,7 +163,7 @@ def records(path: str, tally: Tally, columns: tuple[str, ...] = (), field: str =
         yield from _lines(_raw_lines(file, where, tally), where, tally)
       elif kind == ".json":
         yield from _json(file, where, tally)
-      elif text := _decode(file.read(), where, tally):
+      elif text := _decode(_whole(file, where, tally), where, tally):
         yield where, text.replace("\r\n", "\n").replace("\r", "\n")
   except _DAMAGED as error:
     if not _is_damage(error):
@@ -182,13 +184,25 @@ def _decode(raw: bytes, where: str, tally: Tally) -> str:
     return ""
 
 
+def _whole(file: Any, where: str, tally: Tally, start: bytes = b"") -> bytes:
+  """All that a file holds behind its `start`; nothing of one that unpacks to more than can be held."""
+  parts, room = [start], WHOLE * tally.longest - len(start)
+  while room >= 0 and (part := file.read(min(2**20, room + 1))):  # one long read would take the room at once
+    parts.append(part)
+    room -= len(part)
+  if room >= 0:
+    return b"".join(parts)
+  tally.spoiled(f"{where} is longer than {WHOLE} x data.longest_line={tally.longest:,} bytes, and is read whole")
+  return b""
+
+
 def _raw_lines(file: io.BufferedReader, where: str, tally: Tally, first: int = 1) -> Iterator[tuple[int, bytes]]:
   """Numbered lines; only a newline ends one. What a damaged archive still gives is read."""
   for number in itertools.count(first):
     here = f"{where} line {number}"
     try:
-      raw = rest = file.readline(LONGEST_LINE + 1)
-      while len(raw) > LONGEST_LINE and rest and not rest.endswith(b"\n"):
+      raw = rest = file.readline(tally.longest + 1)
+      while len(raw) > tally.longest and rest and not rest.endswith(b"\n"):
         rest = file.readline(2**20)
     except _DAMAGED as error:
       if not _is_damage(error):
@@ -196,8 +210,8 @@ def _raw_lines(file: io.BufferedReader, where: str, tally: Tally, first: int = 1
       return tally.spoiled(f"{where} cannot be read from line {number} on: {error}")
     if not raw:
       return
-    if len(raw) > LONGEST_LINE:
-      tally.spoiled(f"{here} is longer than {LONGEST_LINE:,} bytes")
+    if len(raw) > tally.longest:
+      tally.spoiled(f"{here} is longer than data.longest_line={tally.longest:,} bytes")
     else:
       yield number, raw
 
@@ -220,12 +234,12 @@ def _json(file: io.BufferedReader, where: str, tally: Tally) -> Iterator[Record]
   """Lines where the first one is an object; else one list of records, or one record."""
   start = b""
   if file.peek(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"{":
-    start = file.readline(LONGEST_LINE + 1)
+    start = file.readline(tally.longest + 1)
     if start.rstrip().endswith(b"}"):
       numbered = itertools.chain([(1, start)], _raw_lines(file, where, tally, first=2))
       yield from _lines(numbered, where, tally)
       return
-  text = _decode(start + file.read(), where, tally)
+  text = _decode(_whole(file, where, tally, start), where, tally)
   if not text.strip():
     return
   try:

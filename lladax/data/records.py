@@ -20,8 +20,9 @@ from typing import Any
 import grain
 import numpy as np
 from google.protobuf import descriptor_pb2, message_factory
+from google.protobuf import message as protobuf
 
-from lladax import address
+from lladax import address, fields
 from lladax.data import tokenizer as tokenizers
 from lladax.data.windows import DataConfig, Row
 from lladax.mistake import Missing, Mistake
@@ -29,6 +30,7 @@ from lladax.mistake import Missing, Mistake
 NAME = "records"
 SPLITS = ("train", "validation")
 MANIFEST = "manifest.json"
+_COUNTS = ("documents", "bytes", "tokens", "records")  # of a split, that a manifest must have
 
 
 def file_name(split: str, shard: int, shards: int) -> str:
@@ -92,12 +94,15 @@ class Folder:
 
   def source(self, split: str) -> Any:
     """Random access to the records of a split, as bytes."""
-    shards = self.manifest["shards"]
-    paths = [self.path / file_name(split, shard, shards) for shard in range(shards)]
-    for path in paths:
+    paths, shards = [], self.manifest["shards"]
+    for shard in range(shards):
+      paths.append(path := self.path / file_name(split, shard, shards))
       if not path.is_file():
         raise Mistake(f"{path} is missing: prepare these records again")
-    found: Any = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
+    try:
+      found: Any = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
+    except (RuntimeError, ValueError) as error:  # of a shard, which the library does not name
+      raise Mistake(f"{self.path}: a shard of {split} is damaged ({error}): prepare these records again") from error
     if len(found) != (stated := self.manifest["splits"][split]["records"]):
       raise Mistake(f"{self.path} holds {len(found)} records of {split}, its manifest says {stated}: prepare it again")
     return found
@@ -122,7 +127,17 @@ def open_folder(path: str | Path) -> Folder:
     if any(folder.glob(f"{NAME}-*")):
       raise Mistake(f"data.corpus=records:{path} is not finished: run --mode=prepare with --target={path} again")
     raise Missing(f"data.corpus=records:{path}: there are no records; make them with --mode=prepare")
-  return Folder(folder, json.loads((folder / MANIFEST).read_text()))
+  manifest = fields.read_json(folder / MANIFEST)
+  try:
+    for name, kind in (("length", int), ("shards", int), ("tokenizer_fingerprint", str), ("splits", dict)):
+      fields.typed(manifest[name], kind, name)
+    counts = {f"splits.{x}.{name}": manifest["splits"][x][name] for x in SPLITS for name in _COUNTS}
+    for name, count in ({"length": manifest["length"] - 1, "shards": manifest["shards"] - 1} | counts).items():
+      if fields.typed(count, int, name) < 0:
+        raise Mistake(f"{name} is too small")
+  except (Mistake, KeyError, TypeError) as error:  # a name that is not there, an object that is none
+    raise Mistake(f"{folder / MANIFEST} is damaged ({error}): prepare these records again") from None
+  return Folder(folder, manifest)
 
 
 class Records:
@@ -156,6 +171,12 @@ class Records:
 
   def row(self, row: int, epoch: int, end: int) -> Row:
     """As `Source.row`."""
-    tokens_L, segment_L = decode(self._source[row])
+    try:
+      tokens_L, segment_L = decode(self._source[row])
+    except (RuntimeError, ValueError, IndexError, protobuf.DecodeError) as error:  # of the file's own checksums, too
+      raise Mistake(f"{self._folder.path}: record {row} is damaged ({error}): prepare these records again") from None
+    of_length = len(tokens_L) == len(segment_L) == self._c.length
+    if not of_length or tokens_L.min() < 0 or tokens_L.max() >= self.tokenizer.vocab_size or segment_L.max() < 1:
+      raise Mistake(f"{self._folder.path}: record {row} is none of these records: prepare them again")
     kept_L = segment_L > 0
     return tokens_L, segment_L if self._c.segments else kept_L.astype(np.int32), kept_L / kept_L.sum()

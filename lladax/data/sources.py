@@ -82,13 +82,13 @@ class Items(NamedTuple):
 
 def items(name: str, c: DataConfig) -> Items:
   """The items of a corpus; kept until its files change."""
-  fields = c.format, c.text_field, c.prompt_field, c.response_field, c.bad_lines, c.exclude, c.held_out
+  fields = c.format, c.text_field, c.prompt_field, c.response_field, c.bad_lines, c.longest_line, c.exclude, c.held_out
   return _read(corpus.stamp(name, c.exclude), name, *fields)
 
 
 @functools.lru_cache(maxsize=8)
-def _read(_, name, format, text_field, prompt_field, response_field, bad_lines, exclude, held_out):
-  tally = reading.Tally(bad_lines, exclude)
+def _read(_, name, format, text_field, prompt_field, response_field, bad_lines, longest, exclude, held_out):
+  tally = reading.Tally(bad_lines, exclude, longest)
   if format == "chat":
     found = corpus.conversations(name, prompt_field, response_field, tally)
   else:

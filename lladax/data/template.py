@@ -7,15 +7,19 @@ sees it; the template may trim, split and quote as it likes, and the tokenizer c
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lladax import fields
 from lladax.mistake import Mistake
 
+# What a template may do, which comes from anywhere: rounds of its loops and macros, a number or a text in a product or
+# an argument, a text that it adds up.
+_ROUNDS, _LARGE, _LONG, _STEP = 10**6, 10**5, 10**7, "lladax_step"
 SEAM, _EDGE = "\ufdd0", "\ufdd1"  # no characters: Unicode keeps them for a program's own use
 
 
@@ -46,7 +50,7 @@ class Template:
       {key: value if key == "role" else apart(value, tuple(control)) for key, value in message.items()}
       for message in messages
     ]
-    variables = {"tools": None, "documents": None, **self.variables}
+    variables = {"tools": None, "documents": None, **self.variables, _STEP: functools.partial(_step, itertools.count())}
     try:
       text = _compiled(self.source).render(messages=said, add_generation_prompt=ask, **variables)
     except Exception as error:  # of Jinja, of the template's own operations, of what it raises: all are the template's
@@ -120,10 +124,23 @@ def apart(value: Any, control: tuple[str, ...]) -> Any:
   return text if edged == bare else text.replace(bare, edged, 1)
 
 
+def _step(rounds: Iterator[int]) -> None:
+  if next(rounds) >= _ROUNDS:
+    raise ValueError(f"it goes round more than {_ROUNDS:,} times")
+
+
+def _small(value: Any) -> Any:
+  """The value, if it is no number and no text to fill the memory with."""
+  size = abs(value) / _LARGE if isinstance(value, int) else len(value) / _LONG if isinstance(value, str) else 0
+  if size > 1:
+    raise ValueError("it makes something very large")
+  return value
+
+
 @functools.lru_cache(maxsize=8)
 def _compiled(source: str) -> Any:
   """The template in the environment that published templates are written for."""
-  from jinja2 import TemplateError, ext, sandbox  # of no use to those who never meet a foreign template
+  from jinja2 import TemplateError, ext, nodes, sandbox  # of no use to those who never meet a foreign template
 
   class Generation(ext.Extension):
     """`{% generation %}` marks what training learns: here it is what it encloses."""
@@ -134,6 +151,30 @@ def _compiled(source: str) -> Any:
       next(parser.stream)
       return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
+  class Bounded(sandbox.ImmutableSandboxedEnvironment):
+    """The sandbox, with an end to time and memory."""
+
+    intercepted_binops = frozenset(["+", "*", "**", "%"])
+
+    def _parse(self, source, name, filename):
+      tree = super()._parse(source, name, filename)
+      for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
+        step = nodes.Call(nodes.Name(_STEP, "load"), [], [], None, None)
+        node.body.insert(0, nodes.ExprStmt(step).set_lineno(node.lineno))
+      return tree
+
+    def call_binop(self, context, operator, left, right):
+      sizes = [abs(x) if isinstance(x, int) else len(x) if hasattr(x, "__len__") else 1 for x in (left, right)]
+      wide = operator == "%" and isinstance(left, str) and re.search(r"[*]|[0-9]{5}", left)
+      if wide or (operator == "*" and sizes[0] * sizes[1] > _LARGE) or (operator == "**" and sum(sizes) > 64):
+        raise ValueError("it makes something very large")
+      return _small(super().call_binop(context, operator, left, right))
+
+    def call(self, *args, **options):
+      for x in (*args[2:], *options.values()):
+        _small(x)
+      return super().call(*args, **options)
+
   def raise_exception(message):
     raise TemplateError(message)
 
@@ -141,7 +182,7 @@ def _compiled(source: str) -> Any:
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
   extensions = [Generation, ext.loopcontrols]
-  environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+  environment = Bounded(finalize=_small, trim_blocks=True, lstrip_blocks=True, extensions=extensions)
   environment.filters["tojson"] = tojson
   environment.globals["raise_exception"] = raise_exception
   environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)

@@ -24,6 +24,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lladax import fields
 from lladax.data import template as templates
 from lladax.data import vocabularies
 from lladax.data.vocabularies import KINDS, Bytes, HuggingFace, SentencePiece
@@ -290,10 +291,49 @@ def load(folder: str | pathlib.Path) -> Tokenizer:
   path = pathlib.Path(folder) / SETTINGS
   if not path.is_file():
     raise Missing(f"{path}: no such file; give a folder that Tokenizer.save wrote")
-  settings = json.loads(path.read_text(encoding="utf-8"))
-  kind = KINDS[settings["kind"]]
-  content = path.with_name(kind.file).read_bytes() if kind.file else b""
-  return Tokenizer(kind(content), settings["names"], settings.get("others"))
+  settings = fields.read_json(path)
+  if why := _damage(settings):
+    raise Mistake(f"{path} is damaged ({why}): put back a copy of it")
+  content, file = b"", KINDS[settings["kind"]].file
+  if file and not path.with_name(file).is_file():
+    raise Missing(f"{path.with_name(file)}: no such file, and {SETTINGS} says that it holds the vocabulary")
+  try:
+    content = fields.read_bytes(path.with_name(file)) if file else b""
+    vocabulary = vocabularies.make(settings["kind"], content)
+  except vocabularies.Broken as error:
+    raise Mistake(f"{path.with_name(file)} {error}: put back a copy of it") from error
+  for name in ("eos", "mask", "pad"):  # to the vocabulary of others nothing is appended
+    if settings.get("others") and (token := settings["names"][name]) and vocabulary.find(token) is None:
+      raise Mistake(f"{path} is damaged ({name}={token!r:.80} is no token): put back a copy of it")
+  return Tokenizer(vocabulary, settings["names"], settings.get("others"))
+
+
+def _damage(settings: Any) -> str:
+  """Why this is not what `Tokenizer.save` writes beside a vocabulary; "" where it is."""
+  found = settings if isinstance(settings, dict) else {}
+  kind, names, others = found.get("kind"), found.get("names"), found.get("others")
+  if not isinstance(kind, str) or kind not in KINDS:
+    return f"kind={kind!r:.80}"
+  if (
+    not isinstance(names, dict)
+    or not _are_names(names)
+    or names.keys() != {"eos", "mask", "pad", "bos"}
+    or not (names["eos"] and names["mask"])
+  ):
+    return f"names={names!r:.80}"
+  if others is None:
+    return ""
+  if not isinstance(others, dict) or kind != "huggingface" or not _are_names({"template": others.get("template", "")}):
+    return f"others={others!r:.80}"
+  ends = others.get("ends", [])
+  if not _are_names(others.get("variables", {})) or (others.get("template") and "variables" not in others):
+    return f"variables={others.get('variables')!r:.80}"
+  return "" if isinstance(ends, list) and all(type(x) is int and x >= 0 for x in ends) else f"ends={ends!r:.80}"
+
+
+def _are_names(found: Any) -> bool:
+  """Whether it is an object of texts."""
+  return isinstance(found, dict) and all(isinstance(x, str) for x in found.values())
 
 
 def _rebuild(kind: str, content: bytes, names: Mapping[str, str], others: Mapping[str, Any] | None) -> Tokenizer:
@@ -353,7 +393,7 @@ def published(config: TokenizerConfig, ends: Sequence[int] = ()) -> Tokenizer:
 _PROBES = [[{"role": role, "content": f" {role}\n"} for role in roles] for roles in (("user",), (*ROLES, "user"))]
 
 
-def _read(config: TokenizerConfig) -> tuple[SentencePiece | HuggingFace, dict[str, str]]:
+def _read(config: TokenizerConfig) -> tuple[Bytes | SentencePiece | HuggingFace, dict[str, str]]:
   """The vocabulary of a file, and the special tokens' names."""
   names = {"eos": config.eos, "mask": config.mask, "pad": config.pad, "bos": ""}
   path = pathlib.Path(config.path).expanduser()
@@ -362,9 +402,9 @@ def _read(config: TokenizerConfig) -> tuple[SentencePiece | HuggingFace, dict[st
   if not path.is_file():
     raise Missing(f"tokenizer.path={config.path!r}: no such file")
   try:
-    vocabulary = (HuggingFace if config.kind == "huggingface" else SentencePiece)(path.read_bytes())
-  except Exception as error:  # the libraries raise bare Exception and RuntimeError
-    raise Mistake(f"tokenizer.path={config.path!r} is no {config.kind} vocabulary") from error
+    vocabulary = vocabularies.make(config.kind, fields.read_bytes(path))
+  except vocabularies.Broken as error:
+    raise Mistake(f"tokenizer.path={config.path!r} {error}") from error
   names["bos"] = vocabulary.bos
   if config.kind == "huggingface":
     beside = templates.read(path.with_name("tokenizer_config.json"))

@@ -17,6 +17,7 @@ from lladax.mistake import Mistake
 _MODEL_TYPE = "bpe"
 _TRAINING_BYTES = 10_000_000  # unigram takes half a minute for these, and gains 1% from 10 MB
 _SPACE = "\u2581"  # how SentencePiece writes a space inside its pieces
+_LONGEST_NAME = 500  # characters of an added token: what a message may spell is looked for in all parts of names
 _BYTE = re.compile("<0x([0-9A-F]{2})>")  # how vocabularies of characters spell a byte
 
 
@@ -59,6 +60,8 @@ class SentencePiece:
     self.content = content
     self._model = model = sentencepiece.SentencePieceProcessor(model_proto=content)
     self.size: int = len(model)
+    if not 0 <= model.unk_id() < self.size:
+      raise ValueError("it has no piece for what is unknown")
     self.special = {id: model.id_to_piece(id) for id in range(self.size) if model.is_control(id)}
     self.bos = self.special.get(model.bos_id(), "")
     # The character U+2581 would come back as a space: spell it in bytes, in a model that has bytes
@@ -110,6 +113,8 @@ class HuggingFace:
     model.no_padding()
     self.size = 1 + max(model.get_vocab(with_added_tokens=True).values())
     added = model.get_added_tokens_decoder()
+    if (longest := max((len(token.content) for token in added.values()), default=0)) > _LONGEST_NAME:
+      raise ValueError(f"an added token of {longest:,} characters")
     self.special = {id: token.content for id, token in added.items() if token.special}
     self.added = {id: token.content for id, token in added.items()}
     # Byte-level vocabularies write a byte as itself if it prints, else as a character past U+00FF.
@@ -190,6 +195,19 @@ class HuggingFace:
     if "\ufffd" in text and self._byte.keys() >= set(token):
       return _show(bytes(self._byte[character] for character in token))
     return token.replace(_SPACE, " ") if token.startswith(_SPACE) else text
+
+
+class Broken(ValueError):
+  """Bytes that are no vocabulary of their kind."""
+
+
+def make(kind: str, content: bytes) -> Bytes | SentencePiece | HuggingFace:
+  """The vocabulary that a file holds; raises Broken, with what the library says of it."""
+  try:
+    return KINDS[kind](content)
+  except Exception as error:  # the libraries raise bare Exception and RuntimeError
+    why = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    raise Broken(f"is no {kind} vocabulary ({why})") from error
 
 
 KINDS = {kind.kind: kind for kind in (Bytes, SentencePiece, HuggingFace)}

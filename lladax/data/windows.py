@@ -34,6 +34,7 @@ class DataConfig:
   prompt_field: str = ""  # of records, in chat, together with response_field; "": known names
   response_field: str = ""  # of records, in chat, together with prompt_field
   bad_lines: str = "stop"  # "stop" at the first line that cannot be used | "skip", and count them
+  longest_line: int = 2**26  # bytes; a longer one is a bad line. A file that is read whole may have 16 times as many
   # FILE of a test: documents that share 13 words (50 characters, where no spaces part them) with a text in it, or hold
   # a whole one of 8 (31), are left out. FILE:FIELD,...: the texts of these fields alone, and the shorter ones, too.
   exclude: str = ""
@@ -48,7 +49,7 @@ class DataConfig:
   packing: bool = False  # several conversations in a row, which do not see each other; with eos_padding="none"
 
   def __post_init__(self):
-    for name in ("length", "batch_size"):
+    for name in ("length", "batch_size", "longest_line"):
       if getattr(self, name) < 1:
         raise Mistake(f"data.{name}={getattr(self, name)}: must be at least 1")
     for name, known in (("format", ("text", "chat")), ("bad_lines", ("stop", "skip")),

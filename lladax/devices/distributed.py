@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -19,10 +20,11 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from rich.console import Console
 
 from lladax import address
+from lladax.devices import interrupts
 from lladax.mistake import Mistake, refusal
+from lladax.terminal import Console, Formatter, visible
 
 HUNG = 75  # the exit code of a job that the watchdog ended ("temporary failure": a launcher may start it again)
 
@@ -40,6 +42,7 @@ def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = 
   Raises:
     Mistake: flags that do not belong together.
   """
+  jax.config.update("jax_enable_preemption_service", False)  # signals are for interrupts.py
   if coordinator or num_processes or process_id >= 0:
     if not coordinator or num_processes < 1 or not 0 <= process_id < num_processes:
       raise Mistake(
@@ -88,8 +91,10 @@ def leave(code: int) -> None:
 
 
 def guard(command: Callable[[list[str]], int | None], argv: list[str], name: str = "lladax") -> int:
-  """Runs a command: one line and 1 for a `Mistake` or what a disk refuses; a traceback and 70 for everything else."""
-  logging.basicConfig(format=f"{name}: %(message)s", level=logging.WARNING, force=True)
+  """Runs a command: one line for a `Mistake`, what a disk refuses (1), Ctrl-C (130); else a traceback and 70."""
+  handler = logging.StreamHandler()
+  handler.setFormatter(Formatter(f"{name}: %(message)s"))
+  logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
   logging.getLogger("lladax").setLevel(logging.INFO)  # which attention kernel runs
   logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates every save, and what it raises, a dozen times
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and its abandoned reads report themselves, one by one
@@ -100,11 +105,14 @@ def guard(command: Callable[[list[str]], int | None], argv: list[str], name: str
   except Mistake as error:
     print(f"{name}: {address.said(str(error))}", file=sys.stderr)
     code = 1
+  except KeyboardInterrupt:
+    interrupts.say(signal.SIGINT)
+    code = 128 + signal.SIGINT
   except Exception as error:
     if line := refusal(error):
-      print(f"{name}: {line}", file=sys.stderr)
+      print(visible(f"{name}: {line}"), file=sys.stderr)
     else:
-      traceback.print_exc()
+      print(visible(traceback.format_exc()), end="", file=sys.stderr)
     code = 1 if line else 70  # EX_SOFTWARE: a launcher may start it again
   leave(code)
   return code
@@ -172,4 +180,4 @@ class Watchdog:
 
 def console() -> Console:
   """Progress and tables of the first process go to stderr; stdout is for text that was asked for."""
-  return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False, quiet=not is_first())
+  return Console(stderr=True, soft_wrap=True, quiet=not is_first())

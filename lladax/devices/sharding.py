@@ -167,17 +167,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
   # 32 rows through a head of 32,768 columns take three and a half times as long, and a training step is a tenth slower.
   "cpu": {"xla_cpu_experimental_ynn_fusion_type": ""},
   # To multiply matrices by cuBLAS alone, each by itself: only then a layer's are read where all layers' lie. For
-  # Triton's kernels, or joined to one product, they are copied out first, in every pass: 13 GiB of an 8B.
+  # Triton's kernels, or joined to one product, they are copied out first, in every pass: 13 GiB of an 8B, nine
+  # of 22 ms. A training step is 7% faster with Triton's (docs/results.md).
   "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0},
 }
 
 
 class jit:
-  """`jax.jit`, with the compiler's `OPTIONS` of the platform that is traced for."""
+  """`jax.jit`, with the compiler's `OPTIONS` of the platform that is traced for; on a GPU not if it `trains`."""
 
-  def __init__(self, fn: Callable[..., Any], **options: Any):
+  def __init__(self, fn: Callable[..., Any], *, trains: bool = False, **options: Any):
     functools.update_wrapper(self, fn)
-    self.programs = {}
+    self.programs, self.trains = {}, trains
     self.make = functools.partial(jax.jit, fn, **options)
 
   @property
@@ -185,7 +186,7 @@ class jit:
     """What is called where it is traced for."""
     on = platform()
     if on not in self.programs:
-      self.programs[on] = self.make(compiler_options=_known(on))
+      self.programs[on] = self.make(compiler_options=None if self.trains and on == "gpu" else _known(on))
     return self.programs[on]
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ import numpy as np
 
 from lladax.drawing import unmasking
 from lladax.mistake import Mistake
+from lladax.terminal import visible
 
 
 def gif(
@@ -35,7 +36,7 @@ def gif(
   for u in unmaskings:
     row, column = row + 1, 1
     for piece, s in zip(u.pieces, u.unmasked_at.tolist(), strict=True):
-      for character in piece.translate(unmasking.CONTROLS).expandtabs(2):
+      for character in visible(piece).expandtabs(2):
         cells = max(1, cell_len(character))
         if column + cells > columns + 1:
           row, column = row + 1, 1

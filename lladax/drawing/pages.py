@@ -4,10 +4,17 @@ import functools
 from importlib import resources
 from typing import Any
 
+from lladax.terminal import visible
+
 
 def fill(name: str, **values: Any) -> str:
   """The page of a template, NAME.html; the values are text, never markup."""
   return _templates().get_template(name).render(values)
+
+
+def _visible(value: Any) -> Any:
+  """Of a page that is printed, or copied into a terminal, nothing is obeyed either."""
+  return visible(value) if type(value) is str else value
 
 
 @functools.cache
@@ -19,7 +26,7 @@ def _templates() -> Any:
 
   templates = jinja2.Environment(
     loader=jinja2.FunctionLoader(read), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-    lstrip_blocks=True,
+    lstrip_blocks=True, finalize=_visible,
   )  # fmt: skip
   templates.globals["file"] = read
   return templates

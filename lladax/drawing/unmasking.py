@@ -15,6 +15,7 @@ import numpy as np
 
 from lladax.drawing import pages
 from lladax.mistake import Mistake
+from lladax.terminal import visible
 
 if TYPE_CHECKING:
   from rich.text import Text
@@ -25,10 +26,6 @@ MASKED = "░"
 # keeps a contrast of 3:1 on black and on white, so one ramp serves both kinds of terminal.
 _RAMP = ("#3a65d6", "#8755d6", "#c149ac", "#e04f65", "#dd6e36", "#cd851a")
 _RAMP_RGB = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in _RAMP], float)
-
-# A sample may hold escape sequences: shown as pictures (␛), they cannot drive the terminal.
-CONTROLS = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {127: 0x2421}
-CONTROLS |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,7 +88,7 @@ def frame(unmasking: Unmasking, step: int, steps: int | None = None) -> Text:
   colours = ["bold", *step_colours(unmasking.steps if steps is None else max(steps, step))[1:]]
   parts = []  # neighbours of one style are one part: rich pays for each
   for piece, s in zip(unmasking.pieces, unmasking.unmasked_at.tolist(), strict=True):
-    text, style = (piece.translate(CONTROLS), colours[s]) if s <= step else (MASKED, "dim")
+    text, style = (visible(piece), colours[s]) if s <= step else (MASKED, "dim")
     if parts and parts[-1][1] == style:
       parts[-1][0].append(text)
     else:
@@ -114,7 +111,7 @@ def terminal(unmasking: Unmasking, *, frames: int = 4) -> Text:
   steps, unmasked_at = unmasking.steps, unmasking.unmasked_at
   out = Text(overflow="fold")
   if unmasking.title:
-    out.append(unmasking.title.translate(CONTROLS) + "\n", "bold underline")
+    out.append(visible(unmasking.title) + "\n", "bold underline")
   out.append("given", "bold")
   out.append(f" · {MASKED} masked · unmasked at step {min(1, steps)} ", "dim")
   for colour in step_colours(16)[1:]:
@@ -145,7 +142,7 @@ def _sample(unmasking: Unmasking) -> dict[str, Any]:
     # Dots are lines of almost no length with round caps: they stay round however wide the plot.
     dots[s].append(f"M{x} {steps + 0.5}h1" if s == 0 else f"M{x}.5 {steps - s + 0.5}h.01")
   tokens = [
-    (piece.translate(CONTROLS), s, colours[s], f"step {s} · probability {p:.3f}")
+    (visible(piece), s, colours[s], f"step {s} · probability {p:.3f}")
     for piece, s, p in zip(unmasking.pieces, unmasked_at, confidence, strict=True)
   ]
   floor, *later = map("".join, dots)  # the given text is the floor

@@ -9,6 +9,8 @@ from typing import Any
 from lladax.mistake import Mistake
 from lladax.storage.writing import leniently
 
+_LONGEST = 2**24  # bytes of a line
+
 
 class Answers:
   """JSON lines [kind, key, answer], where a kind is a method of `harness.Harness`. Nothing that stands in one can run.
@@ -25,7 +27,7 @@ class Answers:
       self.path.parent.mkdir(parents=True, exist_ok=True)
       with self.path.open("a+b") as file:
         file.seek(0)
-        for line in filter(bytes.strip, file):
+        for line in filter(bytes.strip, iter(lambda: file.readline(_LONGEST), b"")):  # a longer one is none
           try:
             kind, key, answer = json.loads(line)
             self.known[kind, key] = _checked(kind, answer)

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 
 from lladax import address
 from lladax.config import Config
@@ -30,6 +29,7 @@ from lladax.inference.llada import LLaDA, Sampled
 from lladax.mistake import Mistake
 from lladax.storage import checkpoint, metrics
 from lladax.storage.writing import leniently
+from lladax.terminal import Console
 
 
 def samples(llada: LLaDA, config: Config) -> Sampled | None:
@@ -220,14 +220,14 @@ def report(llada: LLaDA, config: Config, bounds: dict[str, float], workdir: Path
     losses = metrics.losses(workdir)
     with leniently(workdir / "evaluation.html"):
       reports.write(reports.Report(title, about, found, shown, bounds, judged, losses), workdir / "evaluation")
-      console.print(f"the same as a page, with the loss: {address.of(workdir / 'evaluation.html')}", markup=False)
+      console.print(f"the same as a page, with the loss: {address.of(workdir / 'evaluation.html')}")
   if filled := samples(llada, config):
     for row in filled.unmaskings():
       console.print(unmasking.terminal(row, frames=4))
     page = filled.html(f"{workdir.name}, step {step}")
     with leniently(workdir / "samples.html"):
       (workdir / "samples.html").write_text(page, encoding="utf-8", errors="backslashreplace")
-      console.print(f"the same as a page: {address.of(workdir / 'samples.html')}", markup=False)
+      console.print(f"the same as a page: {address.of(workdir / 'samples.html')}")
   return results
 
 
@@ -257,15 +257,15 @@ def _show(
     for name, values in found.items():
       for metric, value in reports.metrics(values).items():
         x = own[name].get(metric)
-        example = [escape(f"{x['question']} → {x['guess']} ({x['answer']})")] if x else []
-        table.add_row(escape(name), metric, f"[bold]{reports.number(metric, value, values)}[/]", *example)
+        example = [f"{x['question']} → {x['guess']} ({x['answer']})"] if x else []
+        table.add_row(name, metric, Text(reports.number(metric, value, values), "bold"), *example)
     console.print(table)
   if bounds:
     columns = "held-out replies" if config.data.format == "chat" else "held-out text", "bits per byte", "perplexity"
     table = Table(*columns)
     name = "exact" if llada.model.objective.exact else "bound"
     bits, perplexity = (
-      f"[bold]{bounds[x]:.{places}f}[/] ± {bounds[f'{x}_stderr']:.{places}f}"
+      Text.assemble((f"{bounds[x]:.{places}f}", "bold"), f" ± {bounds[f'{x}_stderr']:.{places}f}")
       for x, places in (("bits_per_byte", 3), ("perplexity", 2))
     )
     table.add_row(f"lladax ({name})", bits, perplexity)

@@ -24,6 +24,9 @@ from lladax.model.mask_predictor import MaskPredictorConfig
 _REPLY = {"gen_length": 28, "block_length": 28, "steps": 28, "logits_eos_inf": True}
 
 
+_LONGEST = 2**26  # characters of a file of couplets
+
+
 @dataclasses.dataclass(frozen=True)
 class Question:
   """`before`, gap, `after`: the text; `prompt`: what a causal model continues, or a model that `talks` is asked."""
@@ -66,10 +69,13 @@ def of_couplets(path: str | Path, talks: bool = False) -> list[Question]:
     raise Missing(f"evaluate.tasks: poems:{path}: no such file")
   try:
     with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
-      pairs = [(str(pair["first"]), str(pair["second"])) for pair in json.load(file)]
+      text = file.read(_LONGEST + 1)
+    if len(text) > _LONGEST:
+      raise ValueError(f"it holds more than {_LONGEST:,} characters")
+    pairs = [(str(pair["first"]), str(pair["second"])) for pair in json.loads(text)]
     if not all(map(all, pairs)) or not pairs:
       raise ValueError("a line is empty" if pairs else "it is empty")
-  except (ValueError, TypeError, KeyError, EOFError, lzma.LZMAError) as error:
+  except (ValueError, TypeError, KeyError, EOFError, RecursionError, lzma.LZMAError) as error:
     wanted, why = '{"first": line, "second": line}', f"{type(error).__name__}: {error}"[:200]
     raise Mistake(f"evaluate.tasks: poems:{path} is no JSON list of {wanted} ({why})") from None
   found = []

@@ -1,14 +1,22 @@
 """Runs one piece of generated Python in a process of its own, with limits, and says whether it passed.
 
-Four fences, each for what the others let through: limits of the kernel (processor time, memory, file size, processes);
-an audit hook in the process itself, which refuses processes, sockets, and files outside its empty folder; namespaces
-without a network, whose end takes every process along, where the kernel allows them (`unshare`); and a clock outside.
-That stops the accidents of a language model. It is no wall against somebody who studies it: for that, use a container.
+The fences, each for what the others let through (`fences.py` puts most of them up, in the process itself):
+  limits       of processor time, memory, size of a file, files open
+  namespaces   no network, no other process in sight, and all ends with the first one (`unshare`)
+  folder       in these namespaces the empty folder it runs in is a small file system in memory
+  landlock     no file but Python's own can be read, none outside the folder written; no TCP, no signals
+  seccomp      no processes, sockets, signals, devices, shared memory; threads may be
+  audit hook   the same in words, where it is Python that asks
+  clock        outside
+Which of them a system gives is asked once, and what is missing is said. That stops the accidents of a language model,
+and what it might try. It is no wall against somebody who has a hole in the kernel: for that, use a virtual machine. And
+tests that run in the process of what they test believe it: a class whose objects equal everything passes them all.
 """
 
 import dataclasses
 import functools
 import json
+import logging
 import math
 import os
 import secrets
@@ -16,55 +24,18 @@ import signal
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 from lladax.mistake import Mistake
 
-# Reads a job from standard input, limits itself, runs it, and reports on standard output. The token is what a program
-# that ends itself early cannot write. What the program prints goes nowhere: a pipe has no limit.
-_BOOTSTRAP = r"""
-import json, os, resource, signal, sys
-job = json.loads(sys.stdin.buffer.read())
-report = os.fdopen(os.dup(1), "w")
-null = os.open(os.devnull, os.O_RDWR)
-for fd in (0, 1, 2):
-  os.dup2(null, fd)
-os.set_inheritable(report.fileno(), False)
-def end(why):
-  report.write(json.dumps({"token": job["token"], "why": why}))
-  report.flush()
-  os._exit(0)
-here = os.path.realpath(os.getcwd()) + os.sep
-changes = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod",
-           "os.chown", "os.utime", "os.setxattr"}
-refused = ("subprocess.", "socket.", "ctypes.", "pty.", "os.fork", "os.exec", "os.system", "os.spawn", "os.posix_spawn",
-           "os.kill", "signal.pthread_kill", "syslog.", "shutil.")
-def inside(path):
-  return isinstance(path, int) or (os.path.realpath(os.fsdecode(path)) + os.sep).startswith(here)
-def guard(event, args):
-  if event.startswith(refused):
-    raise PermissionError(f"{event} is not allowed here")
-  writes = event == "open" and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
-  paths = args[:1] if writes else args[:2] if event in ("os.rename", "os.link", "os.symlink") else args[:1]
-  if (writes or event in changes) and not all(inside(path) for path in paths):
-    raise PermissionError(f"{event} outside the working directory")
-for name, limit in job["limits"].items():
-  hard = resource.getrlimit(getattr(resource, name))[1]
-  limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-  resource.setrlimit(getattr(resource, name), (limit, limit if name != "RLIMIT_CPU" else hard))
-signal.signal(signal.SIGXCPU, lambda *_: end(job["time"]))
-names = {"__name__": "__main__"}
-try:
-  program = compile(job["code"], "program", "exec")
-  sys.addaudithook(guard)
-  exec(program, names)
-  why = ""
-except MemoryError:
-  why = "memory"
-except BaseException as error:
-  names.clear()
-  why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-end(why)
-"""
+_FENCES = Path(__file__).with_name("fences.py")
+_NAMESPACES = ("unshare", "--user", "--map-root-user", "--net", "--pid", "--ipc", "--mount", "--fork", "--kill-child")
+_WITHOUT = {
+  "namespaces": "a program could see other processes",
+  "folder": "a program could fill the disk with files of 1 MiB",
+  "landlock": "only Python itself keeps a program from files",
+  "seccomp": "only Python itself keeps a program from processes and sockets",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,34 +63,60 @@ def run(code: str, timeout: float = 3.0, memory: int = 1024) -> Result:
     "RLIMIT_CPU": math.ceil(timeout), "RLIMIT_AS": memory << 20, "RLIMIT_FSIZE": 1 << 20, "RLIMIT_NPROC": 0,
     "RLIMIT_NOFILE": 64, "RLIMIT_CORE": 0,
   }  # fmt: skip
-  token, late = secrets.token_hex(16), f"time: more than {timeout:g} s"
-  job = json.dumps({"code": code, "token": token, "limits": limits, "time": late}).encode()
-  with tempfile.TemporaryDirectory(prefix="lladax-sandbox-", ignore_cleanup_errors=True) as folder:
-    process = subprocess.Popen(
-      [*_namespaces(), sys.executable, "-I", "-B", "-c", _BOOTSTRAP], cwd=folder, start_new_session=True,
-      env={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-      out, _ = process.communicate(job, timeout=timeout + 2)
-    except subprocess.TimeoutExpired:
-      return Result(False, late)
-    finally:
+  program = _Program(code, limits, f"time: more than {timeout:g} s", timeout + 2)
+  said = program.run(_namespaces())
+  return Result(not said, said)
+
+
+@dataclasses.dataclass
+class _Program:
+  """What is run, and under which limits."""
+
+  code: str
+  limits: dict[str, int]
+  late: str
+  patience: float  # seconds
+  held: tuple[str, ...] = ()  # the fences that held
+
+  def run(self, namespaces: bool, kernel: bool = True) -> str:
+    """Why it did not pass; "" where it did. `kernel`: landlock and seccomp are asked for."""
+    secret, command = secrets.token_hex(16), _NAMESPACES if namespaces else ()
+    job = {"code": self.code, "secret": secret, "limits": self.limits, "late": self.late}
+    job |= {"namespaces": namespaces, "kernel": kernel}
+    new = tempfile.TemporaryDirectory(prefix="lladax-sandbox-", ignore_cleanup_errors=True)
+    with new as folder, tempfile.TemporaryFile() as report:  # a file is limited in size, a pipe is not
+      process = subprocess.Popen(
+        [*command, sys.executable, "-I", "-B", str(_FENCES)], cwd=folder, start_new_session=True,
+        env={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE, stdout=report, stderr=subprocess.DEVNULL,
+      )  # fmt: skip
       try:
-        os.killpg(process.pid, signal.SIGKILL)  # and whatever it has left running
-      except ProcessLookupError:
-        pass
-      process.communicate()
-  said = json.loads(out) if token.encode() in out else {"why": "ended early, or was killed"}
-  return Result(not said["why"], said["why"])
+        process.communicate(json.dumps(job).encode(), timeout=self.patience)
+      except subprocess.TimeoutExpired:
+        return self.late
+      finally:
+        try:
+          os.killpg(process.pid, signal.SIGKILL)  # and whatever it has left running
+        except ProcessLookupError:
+          pass
+        process.wait()
+      report.seek(0)
+      held, _, said = report.read(1000).decode(errors="replace").partition("\n")
+    self.held = tuple(held.split())
+    return "" if said == secret else " ".join(said.split())[:200] or "ended early, or was killed"
 
 
 @functools.cache
-def _namespaces() -> tuple[str, ...]:
-  """The command that takes the network and all other processes out of sight; () where the kernel refuses it."""
-  command = ("unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child")
+def _namespaces() -> bool:
+  """Whether this system gives namespaces; which fences it does not give is said, once."""
+  probe = _Program("", {"RLIMIT_NPROC": 0}, "", 20)
   try:
-    allowed = subprocess.run([*command, "true"], capture_output=True, timeout=10).returncode == 0
-  except (OSError, subprocess.TimeoutExpired):
-    allowed = False
-  return command if allowed else ()
+    given = not probe.run(True)
+  except FileNotFoundError:  # no unshare
+    given = False
+  if not given:
+    probe.run(False)
+  if missing := [name for name in _WITHOUT if name not in probe.held]:
+    why = "; ".join(f"no {name}: {_WITHOUT[name]}" for name in missing)
+    logging.warning("the sandbox of generated code has less fences here (%s): use a container of its own", why)
+  return given

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
@@ -30,6 +29,7 @@ from lladax.inference.load import asked, load
 from lladax.mistake import Mistake
 from lladax.sampling import SamplerConfig
 from lladax.storage.writing import reason
+from lladax.terminal import Console, visible
 
 Messages = list[dict[str, str]]
 
@@ -61,7 +61,7 @@ def talk(llada: LLaDA, system: str = "", options: Mapping[str, Any] | None = Non
   """
   if llada.tokenizer is None:
     raise Mistake("this model has no tokenizer, and so no chat template: it cannot chat")
-  console, notes = Console(highlight=False), Console(stderr=True, highlight=False, soft_wrap=True)
+  console, notes = Console(), Console(stderr=True, soft_wrap=True)
   watched = console.is_terminal
   start: Messages = [{"role": "system", "content": system}] if system else []
   messages, asked_before, left_out = list(start), 0, 0
@@ -79,7 +79,7 @@ def talk(llada: LLaDA, system: str = "", options: Mapping[str, Any] | None = Non
           messages, left_out = list(start), 0
         notes.print(HELP if line == "/help" else "the conversation starts anew", style="dim")
       elif line.startswith("/"):
-        notes.print(_save(line, messages), style="dim", markup=False)
+        notes.print(_save(line, messages), style="dim")
       elif line:
         asked = [*messages, {"role": "user", "content": line}]
         sent = _fitting(llada, asked, len(start), options)
@@ -100,7 +100,7 @@ def talk(llada: LLaDA, system: str = "", options: Mapping[str, Any] | None = Non
     except Mistake as error:
       if not watched:
         raise
-      notes.print(str(error), style="red", markup=False)
+      notes.print(str(error), style="red")
 
 
 def _read(prompt: str) -> str:
@@ -147,7 +147,7 @@ def _answer(llada: LLaDA, messages: Messages, options: dict[str, Any], console: 
   """The reply to a conversation, after it has been shown."""
   if not (console.is_terminal and llada.model.objective.fills):
     reply = llada.chat(messages, **options).text[0].strip()
-    print(reply, flush=True)
+    print(visible(reply) if console.is_terminal else reply, flush=True)
     return reply
   began, text, out = time.monotonic(), Text(), None
   with Live(console=console, auto_refresh=False, transient=True) as live:

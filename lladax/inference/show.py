@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from lladax import sampling
 from lladax.config import Config
 from lladax.devices import distributed, sharding
@@ -17,6 +15,7 @@ from lladax.mistake import Mistake
 from lladax.model.mask_predictor import MaskPredictorConfig
 from lladax.sampling import SamplerConfig
 from lladax.storage import writing
+from lladax.terminal import Console
 
 
 def check_room(lengths: Mapping[str, int], c: SamplerConfig, model: MaskPredictorConfig, *, fills: bool) -> None:
@@ -80,7 +79,7 @@ def show_samples(config: Config, workdir: Path, prompts: list[str], html: str | 
     if not distributed.is_first():
       continue
     if sys.stdout.isatty():
-      Console(highlight=False, soft_wrap=True).print(unmasking.terminal(out.unmaskings()[0]))
+      Console(soft_wrap=True).print(unmasking.terminal(out.unmaskings()[0]))
     else:
       print(out.text[0])
     pages += out.unmaskings()

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from rich.console import Console
-
 from lladax import address, config
 from lladax.inference.load import saved_model
 from lladax.mistake import Mistake
 from lladax.storage import checkpoint, metrics
+from lladax.terminal import Console
 
 
 def run(workdir: Path, console: Console) -> None:
@@ -24,7 +23,7 @@ def run(workdir: Path, console: Console) -> None:
     except Mistake as error:
       damaged.append(name)
       said = f"DAMAGED: {error}"
-    console.print(f"{name}: {said}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{name}: {said}", soft_wrap=True)
   if damaged:
     raise Mistake(
       f"--workdir={address.of(workdir)}: {', '.join(damaged)} cannot be read back: put back a copy, or do without"
@@ -36,6 +35,8 @@ def _parts(workdir: Path) -> Iterator[tuple[str, Callable[[], str]]]:
   yield "tokenizer", lambda: _tokenizer(workdir)
   if (workdir / "metrics.jsonl").exists():
     yield "metrics.jsonl", lambda: f"{len(metrics.read(workdir / 'metrics.jsonl')):,} lines"
+  if (workdir / "runs.jsonl").exists():
+    yield "runs.jsonl", lambda: f"{len(metrics.read(workdir / 'runs.jsonl')):,} starts"
   for step in checkpoint.steps(workdir):
     yield f"checkpoints/{step}", lambda step=step: checkpoint.verify(workdir, step)
   for path in sorted(checkpoint.folder(workdir).glob("*.unreadable*")):

@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from lladax import address
+from lladax import address, fields
 from lladax.devices import distributed
 from lladax.mistake import Diverged, Missing, Mistake, Unsaved, refusal
 from lladax.storage import digest, writing
@@ -57,8 +57,10 @@ def config(workdir: Path) -> dict[str, Any]:
   if not path.is_file():
     raise Missing(f"{workdir} is not a workdir of lladax: there is no config.json in it")
   try:
-    values = json.loads(path.read_bytes())
+    values = json.loads(fields.read_bytes(path))
     why = "" if isinstance(values, dict) and isinstance(values.get("model"), dict) else "it holds something else"
+  except Mistake:
+    raise
   except (ValueError, RecursionError) as error:  # of UTF-8, too
     why = str(error)[:200]
   if why:
@@ -449,6 +451,9 @@ def restore_latest(
     Corrupt: if there are checkpoints, but none can be read.
   """
   failed = []
+  if set_aside and jax.process_index() == 0 and (root := folder(workdir)).is_dir():
+    for path in sorted(root.glob("*.orbax-checkpoint-tmp*")):
+      logging.warning("%s: the run ended while it was written; it is skipped, and cleaned away", path)
   for step in reversed(steps(workdir)):
     try:
       tree = (read or restore)(workdir, step, abstract)

@@ -1,5 +1,7 @@
 """Numbers out: console, metrics.jsonl, TensorBoard; throughput and model FLOPs utilisation; the profiler window."""
 
+import contextlib
+import io
 import json
 import logging
 import os
@@ -9,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
+from rich.text import Text
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2 as _generated
 
 from lladax.storage.writing import leniently
+from lladax.terminal import Console
 
 # Dense bfloat16 peak in FLOP/s per device (of a T4, which has none, float16), summed up in float32, from the makers'
 # data sheets; the first key that is part of `device_kind`.
@@ -79,7 +82,7 @@ class Writer:
       with leniently(self._board_path):
         self._board_path.mkdir(exist_ok=True)
         self._board = _Board(self._board_path, start)
-    self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+    self._console = Console(file=sys.stderr, soft_wrap=True)
     self._total, self._first, self._began = total_steps, start, time.monotonic()
 
   def write(self, step: int, scalars: dict[str, Any], *, console: bool = True) -> None:
@@ -95,7 +98,8 @@ class Writer:
         self._board.write(step, {name: x for name, x in scalars.items() if isinstance(x, int | float)})
     if console:
       with leniently(Path("the console")):
-        self._console.print(f"[bold]step {step}/{self._total}[/]  {_line(scalars)}  [dim]{self._left(step)}[/]")
+        progress = (f"step {step}/{self._total}", "bold"), f"  {_line(scalars)}  ", (self._left(step), "dim")
+        self._console.print(Text.assemble(*progress))
 
   def _left(self, step: int) -> str:
     """Time left, from the pace since the first step was written."""
@@ -164,19 +168,22 @@ class ProfilerWindow:
         jax.profiler.stop_trace()
 
 
+_LONGEST = 2**20  # bytes of a line
+
+
 def read(path: Path) -> list[dict[str, Any]]:
   """The records of a file of one object a line, each with its "step"; of a file that is not there, none.
 
   A run that was killed, or a full disk, leaves a line torn: what cannot be read is left out, and said.
   """
-  lines = path.read_bytes().split(b"\n") if path.is_file() else []
   rows, torn = [], []
-  for number, line in enumerate(lines, start=1):
-    row = _record(line)
-    if row is not None:
-      rows.append(row)
-    elif line.strip():
-      torn.append(number)
+  with path.open("rb") if path.is_file() else contextlib.nullcontext(io.BytesIO()) as file:
+    for number, line in enumerate(iter(lambda: file.readline(_LONGEST), b""), start=1):  # a longer one is torn
+      row = _record(line)
+      if row is not None:
+        rows.append(row)
+      elif line.strip():
+        torn.append(number)
   if torn:
     more = f" and {len(torn) - 3} others" if len(torn) > 3 else ""
     logging.warning("%s: torn, and left out: line %s%s", path, ", ".join(map(str, torn[:3])), more)

@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import importlib
-import json
 import os
 import re
 from pathlib import Path
@@ -146,6 +145,7 @@ def identity(folder: Path, model: MaskPredictorConfig, text: tokenizers.Tokenize
   config = read_json(folder / "config.json")
   said = [config.get("eos_token_id"), templates.read(folder / "generation_config.json").get("eos_token_id")]
   ends = [i for x in said for i in (x if isinstance(x, list) else [x]) if i is not None]
+  _check_ends(folder, ends, model)
   eos_id, mask_id = ends[0] if ends else None, config.get("mask_token_id")
   if text is None and (folder / tokenizers.SETTINGS).is_file():
     text = tokenizers.load(folder)
@@ -166,10 +166,14 @@ def identity(folder: Path, model: MaskPredictorConfig, text: tokenizers.Tokenize
       field = name.replace("_id", "_token_id")
       raise Mistake(f"{folder}/config.json: {field}={found[name]}, and the embedding has {model.V} rows")
   ends = [i for i in (found["eos_id"], found["eot_id"], *ends) if i is not None]
-  for i in ends:
-    if not isinstance(i, int) or not 0 <= i < model.V:
-      raise Mistake(f"{folder}: token {json.dumps(i)} ends a text, and the embedding has {model.V} rows")
+  _check_ends(folder, ends, model)
   return {"tokenizer": text, "ends": tuple(dict.fromkeys(ends))} | found
+
+
+def _check_ends(folder: Path, ends: list[Any], model: MaskPredictorConfig) -> None:
+  for i in ends:
+    if type(i) is not int or not 0 <= i < model.V:
+      raise Mistake(f"{folder}: token {shown(i)} ends a text, and the embedding has {model.V} rows")
 
 
 def _tokenizer_config(path: Path, eos_id, mask_id, pad_id) -> tokenizers.TokenizerConfig:
@@ -180,7 +184,7 @@ def _tokenizer_config(path: Path, eos_id, mask_id, pad_id) -> tokenizers.Tokeniz
     raise Mistake(f"{path.parent}/config.json: mask_token_id is missing, and the tokenizer names no mask either")
   names = {}
   for field, id in (("eos_token_id", eos_id), ("mask_token_id", mask_id), ("pad_token_id", pad_id)):
-    name = vocabulary.id_to_token(id) if isinstance(id, int) and id >= 0 else None
+    name = vocabulary.id_to_token(id) if isinstance(id, int) and 0 <= id < 2**32 else None
     if name is None and not (field == "pad_token_id" and id is None):
       raise Mistake(f"{path.parent}/config.json: {field}={id} is no token of {path.name}")
     names[field] = name or ""

@@ -64,6 +64,7 @@ def reason(error: BaseException) -> str:
   """Why something could not be written, in one line: as the system says it, or what the library said."""
   return (
     refusal(error).rpartition(": ")[2]
+    or getattr(error, "strerror", None)
     or f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
   )
 

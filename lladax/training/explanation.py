@@ -5,10 +5,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from lladax.drawing import pages
+from lladax.terminal import Console
 from lladax.training.roofline import EXPOSED, HIDDEN, Roofline
 
 _COLOURS = {
@@ -57,7 +57,7 @@ def page(found: Roofline, title: str) -> str:
 
 def show(found: Roofline) -> None:
   """Tables on stdout: the time by kind, and the ten longest kernels."""
-  console = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
+  console = Console(width=None if sys.stdout.isatty() else 180)
   flops, size = found.flops, found.nbytes
   table = Table("kind of kernel", "ms", "of the step", "TFLOPs", "GiB", title="roofline of the train step, an estimate")
   for kind, seconds in found.seconds.items():
@@ -70,7 +70,7 @@ def show(found: Roofline) -> None:
     table.add_row(*row)
   console.print(table)
   for line in (*_doubts(found), _words(found)):
-    console.print(line, markup=False)
+    console.print(line)
 
 
 def _largest(found: Roofline) -> list[tuple[str, ...]]:

@@ -11,18 +11,16 @@ import contextlib
 import ctypes
 import logging
 import math
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import multihost_utils
 
 from lladax.config import CheckpointConfig, LogConfig
 from lladax.devices import distributed
+from lladax.devices.interrupts import Interrupt, Stopped
 from lladax.storage import checkpoint, metrics
 
 
@@ -54,10 +52,8 @@ class Stuck(Exception):
     self.step, self.skipped = step, skipped
 
 
-def run(
-  work: Work, state: Any, workdir: Path, checkpoints: CheckpointConfig, log: LogConfig, interrupt: "Interrupt"
-) -> Any:
-  """Repeats the step, from `state` on; returns the last state, which is saved.
+def run(work: Work, state: Any, workdir: Path, checkpoints: CheckpointConfig, log: LogConfig, stop: Interrupt) -> Any:
+  """Repeats the step, from `state` on, to the last one or to a signal; returns the last state, which is saved.
 
   Raises:
     Stuck: too many steps in a row changed nothing.
@@ -68,37 +64,54 @@ def run(
   profiler = metrics.ProfilerWindow(workdir / "profile", log.profile_first, log.profile_last)
   saver = checkpoint.Checkpoints(workdir, keep=checkpoints.keep, keep_every=checkpoints.keep_every)
   journal = _Journal(work, workdir, log)
-  try:
-    watchdog.beat("reading the first batch")
-    batch = next(work.batches)
-    watchdog.beat("compiling the step")
-    program = compiled(work.step, state, batch)
-    work.describe(state, program)
-    for step in range(work.start + 1, work.end + 1):
-      watchdog.beat(f"step {step}")
-      profiler.at(step)
-      with jax.transfer_guard("disallow"):
-        state, scalars = program(state, batch)
-      if step < work.end:
+  done = saved = work.start
+
+  def save():
+    nonlocal saved
+    if saved < done:
+      journal.flush()  # of a run that is stuck nothing more is saved
+      watchdog.beat(f"saving step {done}")  # once the one before is saved
+      saver.save(done, work.to_tree(state))
+      saved = done
+
+  def beat(doing):
+    stop.point()
+    watchdog.beat(doing)
+
+  with stop.steps(), contextlib.ExitStack() as ends:  # a save that waits is a step still
+    ends.callback(watchdog.close)  # in the opposite order
+    ends.push(lambda _, error, __: saver.close(error))
+    ends.callback(journal.close)
+    ends.callback(profiler.stop)
+    ends.callback(watchdog.beat, "finishing the last save")
+    try:
+      with stop.waiting():
+        watchdog.beat("reading the first batch")
         batch = next(work.batches)
-      journal.add(step, scalars)
-      last = step == work.end or interrupt.at(step)
-      saves = last or step % checkpoints.every == 0
-      evaluates = not last and work.evaluate_every and step % work.evaluate_every == 0
-      if saves or evaluates:
-        journal.flush()  # of a run that is stuck nothing more is saved
-      if saves:
-        watchdog.beat(f"saving step {step}")  # once the one before is saved
-        saver.save(step, work.to_tree(state))
-      if last:
-        break
-      if evaluates:
-        journal.add_held_out(step, work.evaluate(state, watchdog.beat))
-  finally:
-    watchdog.close()
-    profiler.stop()
-    journal.close()
-    saver.close(sys.exception())
+        watchdog.beat("compiling the step")
+        program = compiled(work.step, state, batch)
+        work.describe(state, program)
+      for step in range(work.start + 1, work.end + 1):
+        beat(f"step {step}")
+        profiler.at(step)
+        with jax.transfer_guard("disallow"):
+          state, scalars = program(state, batch)
+        done = step
+        try:
+          if step < work.end:
+            with stop.waiting():
+              watchdog.beat(f"reading the batch of step {step + 1}")
+              batch = next(work.batches)
+        finally:
+          watchdog.beat(f"step {step}")
+          journal.add(step, scalars)
+        if step == work.end or step % checkpoints.every == 0:
+          save()
+        if step < work.end and work.evaluate_every and step % work.evaluate_every == 0:
+          journal.flush()
+          journal.add_held_out(step, work.evaluate(state, beat))
+    except Stopped:  # between two steps, or within an evaluation, which is left out then
+      save()
   return state
 
 
@@ -163,39 +176,3 @@ class _Journal:
 
   def close(self) -> None:
     self._writer.close()
-
-
-class Interrupt:
-  """Ctrl-C and SIGTERM (preemption) end the run after the current step, with a checkpoint; a second one ends it.
-
-  Of several processes one may be told alone: JAX's runtime listens for SIGTERM then, and names a step to all.
-  """
-
-  def __init__(self):
-    self.signal = 0
-    self._old: dict[int, Any] = {}
-    if jax.process_count() > 1:
-      return
-    for number in (signal.SIGINT, signal.SIGTERM):
-      try:
-        self._old[number] = signal.signal(number, self._note)
-      except ValueError:  # not the main thread (a notebook kernel may run us elsewhere)
-        return
-
-  def at(self, step: int) -> bool:
-    """Whether this step is the last."""
-    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-      self.signal = signal.SIGTERM
-    return bool(self.signal)
-
-  def _note(self, number: int, frame: Any) -> None:
-    self.signal = number
-    signal.signal(number, self._old[number])
-
-  def __enter__(self) -> "Interrupt":
-    return self
-
-  def __exit__(self, *_) -> None:
-    """Signals mean again what they meant before the run."""
-    for number, handler in self._old.items():
-      signal.signal(number, handler)

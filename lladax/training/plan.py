@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 from rich.table import Table
 
 from lladax import sampling
@@ -28,6 +27,7 @@ from lladax.inference import engine
 from lladax.mistake import Mistake
 from lladax.model import quantized
 from lladax.storage import metrics
+from lladax.terminal import Console
 from lladax.training import explanation, roofline, step
 
 
@@ -221,7 +221,7 @@ def run(
 
   Returns 0 where it fits, 1 where it does not.
   """
-  console = Console(stderr=True, highlight=False, soft_wrap=True)
+  console = Console(stderr=True, soft_wrap=True)
   found = devices(topology, slices)  # says what is wrong with them
   if explain and not _trains(config):
     raise Mistake(f"model.weights={config.model.weights}: --explain is of the train step, and bits are not trained")
@@ -268,7 +268,7 @@ def _size(n: int) -> str:
 
 def show(plan: Plan) -> None:
   """A table of the plan on stdout."""
-  c, console = plan.config, Console(highlight=False, soft_wrap=True)
+  c, console = plan.config, Console(soft_wrap=True)
   unit = "GPU" if plan.topology.partition(":")[0] in gpus.GPUS else "chip"
   mesh = " x ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(c.mesh).items() if size != 1)
   console.print(
@@ -286,7 +286,7 @@ def show(plan: Plan) -> None:
   console.print(table)
   for name, program in plan.programs:
     if program.refusal:
-      console.print(f"{name}: {program.refusal}", markup=False)
+      console.print(f"{name}: {program.refusal}")
   if plan.train is None:
     print("it fits" if plan.fits else "it does not fit")
     return

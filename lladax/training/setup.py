@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from lladax.inference.load import check_vocabulary, load
 from lladax.mistake import Missing, Mistake
 from lladax.model import quantized
 from lladax.storage import checkpoint
+from lladax.training import history
 from lladax.training.step import State, check_mesh, check_trains, from_tree, guard, program, to_tree
 
 
@@ -39,8 +40,11 @@ class Run(NamedTuple):
   base: str  # the checkpoint that the run begins from; "": random parameters
 
 
-def prepare(config: Config, workdir: Path) -> Run:
-  """Checks everything there is to check, makes or loads the tokenizer, and writes the config beside it."""
+def prepare(config: Config, workdir: Path, allow: Sequence[str] = ()) -> Run:
+  """Checks everything there is to check, makes or loads the tokenizer, and writes the config beside it.
+
+  A run that goes on may differ from what it was in the fields of `allow`, too.
+  """
   _check_outputs(config.log, workdir)
   mesh = sharding.make_mesh(config.mesh)
   check_mesh(config, mesh)
@@ -48,7 +52,9 @@ def prepare(config: Config, workdir: Path) -> Run:
   if config.model.weights != "full":
     quantized.library()
   saved = checkpoint.config(workdir) if (workdir / "config.json").exists() else None
-  read_before = (saved or {}).pop("data_digests", {})
+  read_before, drawn_before = ((saved or {}).pop(name, {}) for name in ("data_digests", "draws"))
+  draws = history.draws()
+  history.check_draws(drawn_before, draws, workdir)
   console = distributed.console()
   others = evaluate.check_tasks(config)
   base = _base(config, saved, workdir) if config.init_from else ""
@@ -60,8 +66,8 @@ def prepare(config: Config, workdir: Path) -> Run:
       )
     shape = {name: begun["model"][name] for name in _SHAPE}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **shape))
-    console.print(f"parameters, their shape and the tokenizer are those of {base}", markup=False)
-  console.print(f"reading {', '.join(config.data.corpora)}", markup=False)
+    console.print(f"parameters, their shape and the tokenizer are those of {base}")
+  console.print(f"reading {', '.join(config.data.corpora)}")
   if saved or base:
     text = tokenizer.load((workdir if saved else _workdir_of(base)) / "tokenizer")
   elif text := sources.prepared_tokenizer(config.data):
@@ -76,22 +82,24 @@ def prepare(config: Config, workdir: Path) -> Run:
   if base:
     extra["base_fingerprint"] = (saved or {}).get("base_fingerprint") or checkpoint.fingerprint(address.mirror(base))
   plain = json.loads(json.dumps(dataclasses.asdict(config) | extra))
-  if saved:
-    moved = {name: plain[name] for name in ("init_from", "base", "base_fingerprint")} if base else {}
-    check_saved(saved | moved, plain, workdir)
+  moved = {name: plain[name] for name in ("init_from", "base", "base_fingerprint")} if base else {}
+  changed = check_saved({**(saved or plain), **moved}, plain, workdir, allow)
   if config.evaluate.every and not config.data.held_out:
     raise Mistake(f"evaluate.every={config.evaluate.every}: data.held_out=0.0 leaves no text to evaluate on")
   evaluate.check(config, text, others)
   rows = sources.training(config.data, text, config.seed)
   for name, source in zip(config.data.corpora, rows, strict=True):
-    console.print(f"{name}: {source.about}", markup=False)
+    console.print(f"{name}: {source.about}")
   digests = {name: source.digest[:32] for name, source in zip(config.data.corpora, rows, strict=True)}
   _check_data(read_before or digests, digests, workdir)
-  plain["data_digests"] = digests
+  plain |= {"data_digests": digests, "draws": draws}
   distributed.agree(
     config=json.dumps(plain), data=json.dumps(digests), workdir=address.of(workdir), jax=jax.__version__
   )
   if distributed.is_first():
+    workdir.mkdir(parents=True, exist_ok=True)
+    done = max(checkpoint.steps(workdir), default=0)
+    history.append(workdir, done, mesh, changed, allowed=list(allow), data=digests, draws=draws)
     _write(workdir, plain, None if saved else text, base)
   return Run(config, workdir, text, mesh, *program(config, mesh), rows, base)
 
@@ -108,7 +116,7 @@ def _check_data(began: dict[str, str], now: dict[str, str], workdir: Path) -> No
 
 def _check_outputs(log: LogConfig, workdir: Path) -> None:
   """Raises Mistake if what a run writes could not be written, or no step lies in the profiler's window."""
-  names = ("config.json", "metrics.jsonl", *evaluate.FILES)
+  names = ("config.json", history.FILE, "metrics.jsonl", *evaluate.FILES)
   folders = ["checkpoints", "tokenizer", *["tensorboard"] * log.tensorboard, *["profile"] * (log.profile_last > 0)]
   checkpoint.check_workdir(workdir, names, folders)
   if (log.profile_first or log.profile_last) and not log.profile_first < log.profile_last:
@@ -117,7 +125,6 @@ def _check_outputs(log: LogConfig, workdir: Path) -> None:
 
 def _write(workdir: Path, config: dict[str, Any], text: tokenizer.Tokenizer | None, base: str) -> None:
   """Writes config.json; of a run that begins here (with its tokenizer) also what makes the workdir self-contained."""
-  workdir.mkdir(parents=True, exist_ok=True)
   if base:
     checkpoint.need(address.mirror(base), workdir.absolute())
   if text:

@@ -164,7 +164,7 @@ def program(
 def jit_step(config: Config, tx: optax.GradientTransformationExtraArgs, at: State, *, mask_id: int, eos_id: int) -> Any:
   """`train_step`, jitted: the state is donated, and stays where it lives."""
   step = functools.partial(train_step, config=config, tx=tx, mask_id=mask_id, eos_id=eos_id)
-  return sharding.jit(step, donate_argnums=0, out_shardings=(at, at.step))
+  return sharding.jit(step, trains=True, donate_argnums=0, out_shardings=(at, at.step))
 
 
 def flops_per_token(config: Config) -> float:

@@ -4,28 +4,32 @@ import functools
 import logging
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from lladax import address, optimizer
 from lladax.config import Config
 from lladax.data import batches
 from lladax.devices import distributed, sharding
+from lladax.devices.interrupts import Interrupt
 from lladax.evaluation import evaluate, held_out
 from lladax.inference.llada import LLaDA
 from lladax.mistake import Diverged, Unsaved
 from lladax.storage import checkpoint, metrics
+from lladax.terminal import Console
 from lladax.training import loop
 from lladax.training.setup import Run, begin, prepare, restore
 from lladax.training.step import State, flops_per_token, frozen_matmuls, jit_step, matmuls, to_tree
 
 
-def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
+def train(config: Config, workdir: str | os.PathLike, allow: Sequence[str] = ()) -> dict[str, float]:
   """Trains up to `config.steps`, from the workdir's last checkpoint if there is one; evaluates at the end.
+
+  The fields of `allow` may be other than the run in the workdir has had.
 
   Returns:
     The metrics of the last evaluation.
@@ -36,42 +40,40 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     Unsaved: the last step could not be saved.
   """
   began, console = time.monotonic(), distributed.console()
-  run = prepare(config, address.mirror(workdir))
-  config = run.config
-  with jax.set_mesh(run.mesh):
-    llada = _llada(run, _last_state(run, console))
-    bounds = held_out.bound(llada, config) if config.data.held_out else {}
-    results = evaluate.report(llada, config, bounds, run.workdir, console)
-  if distributed.is_first():
-    address.push(run.workdir, must=False)
-  console.print(
-    f"done in {metrics.clock(time.monotonic() - began)}; everything is in {address.of(run.workdir)}", markup=False
-  )
+  with Interrupt() as stop:
+    run = prepare(config, address.mirror(workdir), allow)
+    config = run.config
+    with jax.set_mesh(run.mesh):
+      llada = _llada(run, _last_state(run, stop, console))
+      bounds = held_out.bound(llada, config) if config.data.held_out else {}
+      results = evaluate.report(llada, config, bounds, run.workdir, console)
+    if distributed.is_first():
+      address.push(run.workdir, must=False)
+  console.print(f"done in {metrics.clock(time.monotonic() - began)}; everything is in {address.of(run.workdir)}")
   return results
 
 
-def _last_state(run: Run, console: Console) -> State:
+def _last_state(run: Run, stop: Interrupt, console: Console) -> State:
   """The state after the last step; of a run that a signal stops there is none: the process ends."""
   config = run.config
   state = _first_state(run, console)
-  with loop.Interrupt() as interrupt:
-    while (start := int(state.step)) < config.steps:
-      guard = {name: int(x) for name, x in state.guard.items() if name in ("returns", "ahead")}
-      try:
-        work = _work(run, start, guard["ahead"], console)
-        state = loop.run(work, state, run.workdir, config.checkpoint, config.log, interrupt)
-        break
-      except loop.Stuck as stuck:
-        del state  # the arrays are the step's, and gone
-        state = _go_back(run, stuck, **guard, console=console)
-      except Unsaved as error:
-        if not interrupt.signal:
-          raise
-        logging.warning("%s", error)  # somewhere else it may go on from the checkpoint before
-        raise SystemExit(128 + interrupt.signal) from None
-  if interrupt.signal:
+  while (start := int(state.step)) < config.steps:
+    guard = {name: int(x) for name, x in state.guard.items() if name in ("returns", "ahead")}
+    try:
+      work = _work(run, start, guard["ahead"], console)
+      state = loop.run(work, state, run.workdir, config.checkpoint, config.log, stop)
+      break
+    except loop.Stuck as stuck:
+      del state  # the arrays are the step's, and gone
+      state = _go_back(run, stuck, **guard, console=console)
+    except Unsaved as error:
+      if not stop.signal:
+        raise
+      logging.warning("%s", error)  # somewhere else it may go on from the checkpoint before
+      raise SystemExit(128 + stop.signal) from None
+  if stop.signal:
     console.print(f"stopped by a signal after step {int(state.step)}; the same command continues from there")
-    raise SystemExit(128 + interrupt.signal)
+    raise SystemExit(128 + stop.signal)
   return state
 
 
@@ -79,7 +81,7 @@ def _first_state(run: Run, console: Console) -> State:
   """The state of the last checkpoint, or of step 0."""
   state = restore(run)
   if state:
-    console.print(f"continuing from step {int(state.step)} of {address.of(run.workdir)}", markup=False)
+    console.print(f"continuing from step {int(state.step)} of {address.of(run.workdir)}")
   else:
     state = begin(run)
   distributed.agree(checkpoint=str(int(state.step)))
@@ -104,7 +106,7 @@ def _go_back(run: Run, stuck: loop.Stuck, *, returns: int, ahead: int, console: 
   target = max((s for s in steps if s < first), key=lambda s: (s % usual == 0, s), default=0)
   target = max([target, *(s for s in steps if checkpoint.needed(run.workdir, s))])
   checkpoint.drop(run.workdir, after=target)
-  console.print(f"{where}: back to step {target}, and past their examples", markup=False)
+  console.print(f"{where}: back to step {target}, and past their examples")
   state = _first_state(run, console)
   known = {"returns": returns + 1, "ahead": ahead + stuck.step - int(state.step), "skipped": stuck.skipped, "row": 0}
   put = {name: jax.device_put(np.int32(x), run.shardings.guard[name]) for name, x in known.items()}

@@ -6,8 +6,10 @@ import json
 import os
 import pathlib
 import random
+import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -129,6 +131,21 @@ def test_a_preparation_goes_on_where_it_was_cut_off(prepared, config, tmp_path, 
   for split, shard in written:
     name = records.file_name(split, shard, SHARDS)
     assert (tmp_path / "again" / name).stat().st_mtime_ns == before[name]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_preparation_that_a_signal_ends_says_so(config, tmp_path, monkeypatch, capsys, number):
+  """By the signal's own status, wherever in Beam it comes."""
+
+  def stop(gathered, *args):
+    raise SystemExit(128 + number) if number == signal.SIGTERM else KeyboardInterrupt  # as the door's handlers do
+
+  monkeypatch.setattr(prepare, "_write", stop)
+  monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+  with pytest.raises(SystemExit) as ended:
+    prepare.run(config, BYTES, str(tmp_path), SHARDS, [])
+  assert ended.value.code == 128 + number
+  assert "stopped; the same command goes on with the shards that are not whole yet" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_taken(prepared, config, tmp_path):

@@ -149,12 +149,11 @@ def test_a_line_that_cannot_be_used_is_counted_and_named(tmp_path, bad, name):
   assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 600
 
 
-def test_a_line_that_is_too_long_is_not_held(tmp_path, monkeypatch):
-  monkeypatch.setattr(reading, "LONGEST_LINE", 1000)
+def test_a_line_that_is_too_long_is_not_held(tmp_path):
   path = write(tmp_path / "a.jsonl.gz", LINES + line("x" * 10**7) + LINES + line("x" * 2000).strip())
-  tally = reading.Tally("skip")
+  tally = reading.Tally("skip", longest=1000)
   assert corpus.documents(f"files:{path}", tally=tally) == GOOD * 2
-  assert tally.bad == 2 and tally.named[0].endswith("a.jsonl.gz line 4 is longer than 1,000 bytes")
+  assert tally.bad == 2 and tally.named[0].endswith("a.jsonl.gz line 4 is longer than data.longest_line=1,000 bytes")
   longest = []
 
   class Watched(io.BytesIO):
@@ -163,7 +162,9 @@ def test_a_line_that_is_too_long_is_not_held(tmp_path, monkeypatch):
       return super().readinto(buffer)
 
   content = (LINES + line("x" * 10**7) + LINES).encode()
-  numbers = [n for n, _ in reading._raw_lines(io.BufferedReader(Watched(content)), "x", reading.Tally("skip"))]
+  numbers = [
+    n for n, _ in reading._raw_lines(io.BufferedReader(Watched(content)), "x", reading.Tally("skip", longest=1000))
+  ]
   assert numbers == [1, 2, 3, 5, 6, 7] and max(longest) <= 2**20
 
 

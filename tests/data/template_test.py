@@ -304,3 +304,19 @@ def test_jinja_is_read_by_those_who_need_it():
 def test_noncharacters_do_not_cut(folders):
   text = read(folders("bytes", "chatml"))
   assert "a\ufffdb" in text.decode(text.chat(talk(f"a{template.SEAM}b")))
+
+
+@pytest.mark.parametrize(
+  "source",
+  [
+    "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
+    "{{ 'a' * 10 ** 10 }}", "{{ ('a' * 99999) * 99999 }}", "{{ 9 ** 9 ** 9 }}", "{{ 'a'.center(10 ** 5 * 9999) }}",
+    "{{ '%9999999999d' % 1 }}",
+    "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "{{ range(10 ** 5)|list * 99999 }}",
+  ],
+)  # fmt: skip
+def test_a_template_has_an_end(source):
+  with pytest.raises(Mistake, match="the model's chat template fails on these 1 messages"):
+    template.Template(source, {}).render([{"role": "user", "content": "x"}], True, ())

@@ -77,12 +77,13 @@ def test_two_processes_get_the_losses_of_one(tiny_flags, tiny_workdir, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_ends_both_and_one_process_goes_on(tiny, tiny_flags, tiny_workdir, tmp_path):
+@pytest.mark.parametrize(("process", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (0, signal.SIGINT)])
+def test_a_signal_to_one_ends_both_and_one_process_goes_on(tiny, tiny_flags, tiny_workdir, tmp_path, process, number):
   processes = start([*tiny_flags, "--config.steps=100000", "--config.checkpoint.every=100000"], tmp_path)
   wait_for_steps(processes, tmp_path)
-  processes[1].send_signal(signal.SIGTERM)
+  processes[process].send_signal(number)
   ends = finish(processes)
-  assert [code for code, _ in ends] == [128 + signal.SIGTERM] * 2, ends
+  assert [code for code, _ in ends] == [128 + number] * 2, ends
   (saved,) = (int(folder.name) for folder in (tmp_path / "checkpoints").iterdir())
   assert saved == len(losses(tmp_path))
   trainer.train(tiny({"steps": saved + 3, "checkpoint.every": 100000}), tmp_path)  # 1 process, 8 devices
@@ -90,6 +91,29 @@ def test_a_signal_to_one_ends_both_and_one_process_goes_on(tiny, tiny_flags, tin
   assert len(found) == saved + 3
   n = min(20, len(found))  # the unbroken run's losses, as far as it went
   np.testing.assert_allclose(found[:n], losses(tiny_workdir)[:n], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_before_the_first_step_ends_both(tiny_flags, tmp_path):
+  processes = start(tiny_flags, tmp_path)
+  while not (tmp_path / "config.json").exists() and processes[0].poll() is None:
+    time.sleep(0.02)
+  processes[1].send_signal(signal.SIGTERM)
+  ends = finish(processes)
+  assert [code for code, _ in ends] == [128 + signal.SIGTERM] * 2, ends
+  assert ends[0][1].endswith("lladax: stopped by SIGTERM; the same command goes on from what is saved\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_process_ends_the_other(tiny_flags, tmp_path, lost):
+  processes = start([*tiny_flags, "--config.steps=100000"], tmp_path)
+  wait_for_steps(processes, tmp_path)
+  processes[lost].kill()
+  began = time.monotonic()
+  ends = finish(processes)
+  assert ends[lost][0] == -signal.SIGKILL and ends[1 - lost][0] not in (0, 1, 130), ends  # scripts restart it
+  assert time.monotonic() - began < 150  # JAX's heartbeat takes 100, where nothing is quicker
 
 
 @pytest.mark.slow

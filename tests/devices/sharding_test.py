@@ -357,6 +357,17 @@ def test_matrices_are_multiplied_by_eigen_on_a_cpu(monkeypatch):
   assert program.program is not sharding.jit(jnp.matmul).program and list(program.programs) == ["cpu", "tpu"]
 
 
+@pytest.mark.parametrize("trains", [False, True])
+def test_matrices_are_multiplied_by_cublas_on_a_gpu_unless_it_trains(trains, monkeypatch):
+  asked = []
+  monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+  monkeypatch.setattr(jax, "jit", lambda fn, **options: asked.append(options))
+  monkeypatch.setattr(sharding, "_known", sharding.OPTIONS.get)
+  sharding.jit(jnp.matmul, trains=trains, donate_argnums=0).program  # noqa: B018
+  options = None if trains else {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+  assert asked == [{"compiler_options": options, "donate_argnums": 0}]
+
+
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_an_xla_without_an_option_compiles_without_it(platform, monkeypatch):
   assert sharding._known.__wrapped__(platform) == sharding.OPTIONS[platform]  # this one has them

@@ -16,8 +16,8 @@ def workdir(tiny_workdir, tmp_path):
 def test_what_is_sound_is_said_part_by_part(workdir, capsys):
   verify.run(workdir, Console(width=200))
   parts = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
-  assert list(parts) == ["config.json", "tokenizer", "metrics.jsonl", "checkpoints/15", "checkpoints/20"]
-  assert parts["checkpoints/20"].startswith("37 arrays, 0.2 MiB, as they were written")
+  assert list(parts) == ["config.json", "tokenizer", "metrics.jsonl", "runs.jsonl", "checkpoints/15", "checkpoints/20"]
+  assert parts["checkpoints/20"].startswith("44 arrays, 0.2 MiB, as they were written")
 
 
 def test_everything_that_is_damaged_is_named_and_stays_as_it_is(workdir, capsys):
@@ -30,5 +30,5 @@ def test_everything_that_is_damaged_is_named_and_stays_as_it_is(workdir, capsys)
   with pytest.raises(Mistake, match=r"config.json, tokenizer, checkpoints/15 cannot be read back: put back a copy"):
     verify.run(workdir, Console(width=200))
   out = capsys.readouterr().out
-  assert "checkpoints/15: DAMAGED" in out and "checkpoints/20: 37 arrays" in out
+  assert "checkpoints/15: DAMAGED" in out and "checkpoints/20: 44 arrays" in out
   assert sorted((path, path.stat().st_mtime) for path in workdir.rglob("*")) == before

@@ -211,13 +211,14 @@ def test_if_none_can_be_read_it_is_one_error(tmp_path, damage):
   assert checkpoint.steps(tmp_path) == [3, 6]  # left as they were
 
 
-def test_a_half_written_checkpoint_is_none(tmp_path):
+def test_a_half_written_checkpoint_is_none(tmp_path, caplog):
   save(tmp_path, 3, 6)
   folder = checkpoint.folder(tmp_path)
   half = folder / "6.orbax-checkpoint-tmp"
   (folder / "6").rename(half)  # Orbax writes here, and renames at the end
   assert checkpoint.steps(tmp_path) == [3]
   assert checkpoint.restore_latest(tmp_path, abstract(tree(3)))[0] == 3
+  assert [x for x in caplog.messages if x.startswith(f"{half}: the run ended while it was written; it is skipped")]
   save(tmp_path, 6)
   assert checkpoint.steps(tmp_path) == [3, 6] and not half.exists()
   assert_same(checkpoint.restore(tmp_path, 6, abstract(tree(6))), tree(6))

@@ -173,7 +173,7 @@ def test_a_path_that_is_not_there(tmp_path, monkeypatch, tiny_workdir):
   ):
     with pytest.raises(Mistake) as error:
       lladax.load(path)
-    assert str(error.value) == f"{path}: {said}"
+    assert str(error.value) == str(Mistake(f"{path}: {said}"))  # of a long line the middle is left out
   monkeypatch.setenv("HOME", str(tmp_path / "runs"))
   steps = ["runs/quickstart/", "~/quickstart", "runs/quickstart/checkpoints", "~/quickstart/checkpoints/20/"]
   params = [lladax.load(path).params for path in steps]

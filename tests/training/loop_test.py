@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -15,6 +16,7 @@ from runs import Crash, assert_bitwise_equal, at_batch, crash, curve, parameters
 
 from lladax import config
 from lladax.devices import distributed
+from lladax.devices.interrupts import Interrupt
 from lladax.evaluation import held_out
 from lladax.storage import checkpoint, metrics
 from lladax.training import loop, trainer
@@ -38,8 +40,8 @@ def test_any_step_over_any_batches(tmp_path):
     evaluate=lambda w, beat: {"error": float(jnp.abs(w - 3.0).max())}, evaluate_every=4,
   )  # fmt: skip
   log, often = config.LogConfig(tensorboard=False), config.CheckpointConfig(every=5)
-  with loop.Interrupt() as interrupt:
-    w = loop.run(work, jax.device_put(np.zeros(2, np.float32), here), tmp_path, often, log, interrupt)
+  with Interrupt() as stop:
+    w = loop.run(work, jax.device_put(np.zeros(2, np.float32), here), tmp_path, often, log, stop)
   np.testing.assert_allclose(w, 3.0 * (1 - 0.9**10), rtol=1e-5)
   rows = metrics.read(tmp_path / "metrics.jsonl")
   assert [row["loss"] for row in rows if "loss" in row] == pytest.approx([9.0 * 0.81**n for n in range(10)], rel=1e-4)
@@ -151,6 +153,44 @@ def test_a_run_that_diverges_ends_in_one_line(tiny, tmp_path, monkeypatch):
   assert all(np.isfinite(x).all() for x in parameters(tmp_path).values())
 
 
+def test_a_signal_while_the_data_stalls(tiny, tiny_workdir, tmp_path, monkeypatch):
+  def stall(batch):
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    time.sleep(100)
+
+  with monkeypatch.context() as patch:
+    at_batch(patch, 8, stall)
+    began = time.monotonic()
+    with pytest.raises(SystemExit) as stopped:
+      trainer.train(tiny(), tmp_path)
+  assert stopped.value.code == 128 + signal.SIGINT and time.monotonic() - began < 90
+  assert checkpoint.steps(tmp_path) == [5, 7]
+  trainer.train(tiny(), tmp_path)
+  assert_bitwise_equal(tmp_path, tiny_workdir)
+
+
+def test_a_signal_ends_an_evaluation_at_its_next_batch(tiny, tiny_workdir, tmp_path, monkeypatch):
+  scored, real = [], held_out._score
+
+  def score(*args, **options):
+    scored.append(1)
+    if len(scored) == 3:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return real(*args, **options)
+
+  changes = {"evaluate.every": 7, "evaluate.batch_size": 2}
+  with monkeypatch.context() as patch:
+    patch.setattr(held_out, "_score", score)
+    with pytest.raises(SystemExit) as stopped:
+      trainer.train(tiny(changes), tmp_path)
+  assert stopped.value.code == 128 + signal.SIGTERM
+  assert len(scored) <= 2 * tiny().evaluate.num_samples  # of many
+  assert checkpoint.steps(tmp_path) == [5, 7]
+  assert not [row for row in metrics.read(tmp_path / "metrics.jsonl") if "loss" not in row]
+  trainer.train(tiny(), tmp_path)
+  assert_bitwise_equal(tmp_path, tiny_workdir)
+
+
 @pytest.mark.slow
 def test_sigkill_at_random_steps(tiny_flags, tmp_path):
   flags = [*tiny_flags, "--config.steps=200", "--config.checkpoint.every=7"]
@@ -213,6 +253,13 @@ def test_the_watchdog_waits_for_what_moves(tiny, tmp_path, monkeypatch):
   trainer.train(tiny(config), tmp_path / "[/red] a[1]")  # no markup of the console's
   scored = [x for x in beats if x.startswith("scoring held-out row ")]
   assert len(scored) > 3
-  assert beats[:5] == ["reading the first batch", "compiling the step", "step 1", "step 2", "step 3"]
-  assert beats[5:7] == ["saving step 3", scored[0]]
-  assert beats[-3:] == ["step 6", "saving step 6", "closing"]
+  assert beats[:5] == [
+    "reading the first batch",
+    "compiling the step",
+    "step 1",
+    "reading the batch of step 2",
+    "step 1",
+  ]
+  at = beats.index("saving step 3")
+  assert beats[at - 2 : at + 2] == ["reading the batch of step 4", "step 3", "saving step 3", scored[0]]
+  assert beats[-4:] == ["step 6", "saving step 6", "finishing the last save", "closing"]

@@ -14,6 +14,7 @@ import re
 import datasets
 from lm_eval.api.samplers import ContextSampler
 
+from lladax.data import reading
 from lladax.evaluation import sandbox
 from lladax.mistake import Mistake
 
@@ -34,9 +35,12 @@ def _parse(path, *_):
   """The rows of a file; of one that was edited, anew."""
   try:
     with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
-      lines = ".jsonl" in path.suffixes
-      found = [json.loads(line) for line in file if line.strip()] if lines else json.load(file)
-  except (ValueError, OSError, EOFError, lzma.LZMAError) as error:
+      text = str(file.read(reading.LONGEST_LINE + 1))
+    if len(text) > reading.LONGEST_LINE:
+      raise ValueError(f"it holds more than {reading.LONGEST_LINE:,} characters")
+    lines = ".jsonl" in path.suffixes
+    found = [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
+  except (ValueError, OSError, EOFError, RecursionError, lzma.LZMAError) as error:
     raise Mistake(f"{path} cannot be read: {error}") from None
   if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
     raise Mistake(f"{path}: must hold questions that are objects of JSON, one a line, or a list of them")
@@ -52,16 +56,34 @@ def rows(name, data_dir="", where=None):
   return kept
 
 
+def _of_files(load):
+  """A loader that says it of the files where their rows are not what it takes apart."""
+
+  @functools.wraps(load)
+  def named(*, test, data_dir="", **options):
+    try:
+      return load(test=test, data_dir=data_dir, **options)
+    except Mistake:
+      raise
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:  # ArrowInvalid is a ValueError
+      why = f"{type(error).__name__}: {error}"[:200]
+      raise Mistake(f"data_dir={str(data_dir)!r}: {test}: a question is not as the task wants it ({why})") from error
+
+  return named
+
+
 def splits(**found):
   """Split -> rows, as the harness takes them."""
   return {name: datasets.Dataset.from_list(rows) for name, rows in found.items() if rows is not None}
 
 
+@_of_files
 def load(*, test, shots="", data_dir="", where=None, **_):
   """A benchmark of one file of questions, and perhaps one of examples."""
   return splits(test=rows(test, data_dir, where), shots=rows(shots, data_dir, where) if shots else None)
 
 
+@_of_files
 def load_truthfulqa(*, test, data_dir="", **_):
   """Answers as two lists: a table has no column for every answer."""
   return splits(
@@ -72,6 +94,7 @@ def load_truthfulqa(*, test, data_dir="", **_):
   )
 
 
+@_of_files
 def load_bbh(*, test, shots, data_dir="", where=None, **_):
   """Questions of one task; its prompt, a description and three worked examples, is taken apart."""
   (prompt,) = (row["prompt"] for row in rows(shots, data_dir, where))
@@ -83,6 +106,7 @@ def load_bbh(*, test, shots, data_dir="", where=None, **_):
   )
 
 
+@_of_files
 def load_mbpp(*, test, data_dir="", **_):
   """Tasks 11 to 510 are the test; the examples are 2, 3, 4 (the harness's three), and then those behind them."""
   found = rows(test, data_dir)
@@ -92,6 +116,7 @@ def load_mbpp(*, test, data_dir="", **_):
   )
 
 
+@_of_files
 def load_math(*, test, data_dir="", **_):
   """Problems with their normalised answers."""
   minerva = _minerva()
