@@ -20,7 +20,7 @@ from lladax.evaluation import evaluate
 from lladax.inference.load import check_vocabulary, load
 from lladax.mistake import Missing, Mistake
 from lladax.model import quantized
-from lladax.storage import checkpoint
+from lladax.storage import checkpoint, near
 from lladax.training import history
 from lladax.training.step import State, check_mesh, check_trains, from_tree, guard, program, to_tree
 
@@ -218,7 +218,7 @@ def _cast(params: Any, dtype: Any, at: Any) -> Any:
 
 
 def restore(run: Run) -> State | None:
-  """The state of the last checkpoint, read to where it lives: nothing is drawn, and of a base only what is frozen read.
+  """The state of the last checkpoint, or of a newer one near, read to where it lives: nothing is drawn, and of a base only what is frozen read.
 
   None where there is no checkpoint.
   """
@@ -232,7 +232,11 @@ def restore(run: Run) -> State | None:
     wanted = {name: x for name, x in wanted.items() if name != "guard"}  # older than the guard
     return checkpoint.restore(workdir, step, wanted) | {"guard": jax.device_put(guard(), run.shardings.guard)}
 
-  found = checkpoint.restore_latest(run.workdir, to_tree(shapes, copy=False), read=read)
+  abstract = to_tree(shapes, copy=False)
+  done, found = max(checkpoint.steps(run.workdir), default=0), None
+  if run.config.checkpoint.near:
+    found = near.Near(run.config.checkpoint.near, run.workdir).restore(abstract, after=done)
+  found = found or checkpoint.restore_latest(run.workdir, abstract, read=read)
   if found is None:
     return None
   return from_tree(found[1], shapes)._replace(frozen=_frozen_base(run) if run.config.model.lora_rank else {})

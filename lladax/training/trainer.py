@@ -19,7 +19,7 @@ from lladax.devices.interrupts import Interrupt
 from lladax.evaluation import evaluate, held_out
 from lladax.inference.llada import LLaDA
 from lladax.mistake import Diverged, Unsaved
-from lladax.storage import checkpoint, metrics
+from lladax.storage import checkpoint, metrics, near
 from lladax.terminal import Console
 from lladax.training import loop
 from lladax.training.setup import Run, begin, prepare, restore
@@ -106,6 +106,8 @@ def _go_back(run: Run, stuck: loop.Stuck, *, returns: int, ahead: int, console: 
   target = max((s for s in steps if s < first), key=lambda s: (s % usual == 0, s), default=0)
   target = max([target, *(s for s in steps if checkpoint.needed(run.workdir, s))])
   checkpoint.drop(run.workdir, after=target)
+  if folder := run.config.checkpoint.near:
+    near.Near(folder, run.workdir).drop(after=target)
   console.print(f"{where}: back to step {target}, and past their examples")
   state = _first_state(run, console)
   known = {"returns": returns + 1, "ahead": ahead + stuck.step - int(state.step), "skipped": stuck.skipped, "row": 0}
