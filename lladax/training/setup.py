@@ -218,7 +218,9 @@ def _cast(params: Any, dtype: Any, at: Any) -> Any:
 
 
 def restore(run: Run) -> State | None:
-  """The state of the last checkpoint, or of a newer one near, read to where it lives: nothing is drawn, and of a base only what is frozen read.
+  """The state of the last checkpoint, or of a newer one near, read to where it lives.
+
+  Nothing is drawn, and of a base only what is frozen read.
 
   None where there is no checkpoint.
   """
