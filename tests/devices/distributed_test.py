@@ -101,8 +101,7 @@ def test_a_signal_to_one_before_the_first_step_ends_both(tiny_flags, tmp_path):
   processes[1].send_signal(signal.SIGTERM)
   ends = finish(processes)
   assert [code for code, _ in ends] == [128 + signal.SIGTERM] * 2, ends
-  line = "lladax: stopped by SIGTERM; the same command goes on from what is saved\n"
-  assert line in ends[0][1]  # Gloo may complain beside it
+  assert ends[0][1].endswith("lladax: stopped by SIGTERM; the same command goes on from what is saved\n")
 
 
 @pytest.mark.slow
