@@ -1,8 +1,8 @@
 """Checkpoints with Orbax: the train state as a plain dict with stable names, on any mesh.
 
 WORKDIR/checkpoints/STEP/ holds {"step", "params", "mu", "nu", "guard"}: parameters and Adam's moments under the names
-of `MaskPredictorConfig.letters`, and what the guard of `training.step` knows. Neither Flax's nor optax's classes leave a
-trace in it.
+of `MaskPredictorConfig.letters`, and what the guard of `training.step` knows. Neither Flax's nor optax's classes leave
+a trace in it.
 """
 
 import contextlib
