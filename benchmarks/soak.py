@@ -70,7 +70,7 @@ def main() -> None:
   parser.add_argument("--minutes", type=float, default=60.0)
   parser.add_argument("flags", nargs="*", help="of the training, behind --")
   a = parser.parse_args()
-  workdir = a.out / "run"
+  workdir = (a.out / "run").absolute()
   flags = ["--config.steps=1000000", "--config.checkpoint.every=200", "--config.evaluate.every=200"]
   a.out.mkdir(parents=True, exist_ok=True)
   train = [sys.executable, "-m", "lladax.main", "--config=quickstart", f"--workdir={workdir}", *flags, *a.flags]

@@ -109,16 +109,15 @@ def read_bytes(path: Path) -> bytes:
 
 def read_json(path: Path) -> Any:
   """What a file holds; raises Mistake if that is no JSON."""
+  content = read_bytes(path)
   try:
-    text = read_bytes(path).decode("utf-8")
+    text = content.decode("utf-8")
     found = json.loads(text)
     if "\\ud" in text.lower():  # perhaps half of a pair, which is no character
       json.dumps(found, ensure_ascii=False).encode()
     return found
   except RecursionError:
     raise Mistake(f"{path} is no JSON that can be read: its lists and objects are too deep") from None
-  except Mistake:
-    raise
   except ValueError as error:
     raise Mistake(f"{path} is no JSON: {error}") from None
 

@@ -185,7 +185,7 @@ RULES = [
   Rule(r"guards.py", shlex.split("--B 1 --L 16 --V 128 --D 16 --N 1 --H 2 --K 8 --F 32 --rounds 1")),
   Rule(r"soak.py .* -- ", "with other times, in the command above it"),
   Rule(
-    r"soak.py", ["--minutes=0.1", "--", *[x for x in TINY if x != "--config.steps=3"]],
+    r"soak.py", ["--minutes=0.1", "--", "--config.checkpoint.keep=99", *[x for x in TINY if x != "--config.steps=3"]],
     {"pip install -e '.[figures]' && ": ""}, "runs/soak/soak.svg", needs="matplotlib",
   ),
   Rule(r"launch/local.sh", "launch_test.py trains with it"),

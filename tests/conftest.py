@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 
 import pytest
 
@@ -39,14 +40,25 @@ import jax  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = pathlib.Path(__file__).parent.parent
+BEGAN = time.monotonic()
 # They take minutes, by default or with the slow ones, and are begun first: one that came last would leave a core idle.
 LONGEST = [
   f"tests/{name}_test.py"
   for name in (
     "commands", "training/plan", "inference/samplers", "lowering", "notebooks", "inference/llada", "main",
-    "storage/safetensors", "scaling", "devices/distributed", "evaluation/adapter", "wheel", "training/step",
+    "storage/safetensors", "scaling", "devices/distributed", "evaluation/adapter", "wheel", "training/step", "hostile",
+    "training/loop", "evaluation/sandbox", "faults", "devices/interrupts", "data/template", "inference/verify",
   )
 ]  # fmt: skip
+
+
+def pytest_addoption(parser):
+  parser.addoption("--seconds", type=float, default=float("inf"), help="what would begin later is skipped")
+
+
+def pytest_runtest_setup(item):
+  if time.monotonic() - BEGAN > item.config.getoption("seconds"):
+    pytest.skip("no time left (--seconds)")
 
 
 def pytest_collection_modifyitems(items):

@@ -76,7 +76,10 @@ def command(monkeypatch, capsys):
     ("--tasks lladax_gsm8k --model dummy --use_cache c", "--use_cache c: answers of other models than lladax would be"),
     ("--tasks lladax_mbpp", "lladax_mbpp runs generated code: allow it with"),
     ("--tasks lladax_gsm8k --log_samples", "Specify --output_path if providing --log_samples"),
-    ("--tasks lladax_gsm8k --output_path /dev/null/x", "--output_path=/dev/null/x: Not a directory; name a folder"),
+    (
+      "--tasks lladax_gsm8k --output_path /dev/null/x",
+      "--output_path: /dev/null/x cannot be written: /dev/null is a file, where a folder is needed",
+    ),
     ("--config /nowhere.yaml", "Config file not found: /nowhere.yaml"),
     (
       "--tasks lladax_gsm8k --data_dir={data} --gen_kwargs do_sample=True,temperature=1,top_p=0.5",

@@ -248,8 +248,7 @@ def _patiently(get: Callable[[], str]) -> str | None:
 
 def _leave(number: int) -> None:
   """Ends this process from a thread. The coordinator stays until the others have heard of it."""
-  first = not global_state.process_id
-  if first:
-    say(number)
-  time.sleep(2 * (first and (global_state.num_processes or 1) > 1))
+  if not global_state.process_id:
+    time.sleep(2 * ((global_state.num_processes or 1) > 1))
+    say(number)  # last: the main thread may have complained of the others, which are gone
   os._exit(128 + number)

@@ -1,7 +1,8 @@
 """Checkpoints with Orbax: the train state as a plain dict with stable names, on any mesh.
 
-WORKDIR/checkpoints/STEP/ holds {"step", "params", "mu", "nu"}: parameters and Adam's moments under the names of
-`MaskPredictorConfig.letters`. Neither Flax's nor optax's classes leave a trace in it.
+WORKDIR/checkpoints/STEP/ holds {"step", "params", "mu", "nu", "guard"}: parameters and Adam's moments under the names
+of `MaskPredictorConfig.letters`, and what the guard of `training.step` knows. Neither Flax's nor optax's classes leave
+a trace in it.
 """
 
 import contextlib
@@ -56,11 +57,10 @@ def config(workdir: Path) -> dict[str, Any]:
   path = workdir / "config.json"
   if not path.is_file():
     raise Missing(f"{workdir} is not a workdir of lladax: there is no config.json in it")
+  content = fields.read_bytes(path)
   try:
-    values = json.loads(fields.read_bytes(path))
+    values = json.loads(content)
     why = "" if isinstance(values, dict) and isinstance(values.get("model"), dict) else "it holds something else"
-  except Mistake:
-    raise
   except (ValueError, RecursionError) as error:  # of UTF-8, too
     why = str(error)[:200]
   if why:
@@ -302,7 +302,17 @@ def restore(workdir: Path, step: int, abstract: Tree) -> Tree:
   Raises:
     Corrupt: if it cannot be read, or has other shapes; the message says what the reader said.
   """
-  shapes = dict(flat(metadata(workdir, step)))
+  return _restore(workdir, step, abstract, *_about(workdir, step))
+
+
+def _about(workdir: Path, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+  """(name -> shape and dtype as written, what else is known of the checkpoint), without reading an array."""
+  return _read(
+    workdir, step, lambda x: (dict(flat(dict(x.item_metadata(step).tree))), x.metadata(step).custom_metadata or {})
+  )
+
+
+def _restore(workdir: Path, step: int, abstract: Tree, shapes: dict[str, Any], kept: dict[str, Any]) -> Tree:
   for name, wanted in flat(abstract):
     found = shapes.get(name)
     if found is None or tuple(found.shape) != tuple(wanted.shape):
@@ -313,7 +323,7 @@ def restore(workdir: Path, step: int, abstract: Tree) -> Tree:
   args = ocp.args.PyTreeRestore(
     item=as_written, restore_args=ocp.checkpoint_utils.construct_restore_args(as_written), partial_restore=True
   )
-  tree, kept = _read(workdir, step, lambda x: (x.restore(step, args=args), x.metadata(step).custom_metadata or {}))
+  tree = _read(workdir, step, lambda manager: manager.restore(step, args=args))
   digests, broken = digest.of(dict(flat(tree)))
   expected = kept.get(DIGESTS, digests)  # older checkpoints have none
   if changed := [name for name in digests if expected.get(name) != digests[name]]:
@@ -335,14 +345,14 @@ def verify(workdir: Path, step: int) -> str:
   Raises:
     Corrupt: as `restore`.
   """
-  here, arrays = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), flat(metadata(workdir, step))
-  for path, x in arrays:
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  arrays, kept = _about(workdir, step)
+  for path, x in arrays.items():
     alone: Any = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
     for name in reversed(path.split("/")):
       alone = {name: alone}
-    restore(workdir, step, alone)
-  size = sum(math.prod(x.shape) * x.dtype.itemsize for _, x in arrays) / 2**20
-  kept = _read(workdir, step, lambda manager: manager.metadata(step).custom_metadata) or {}
+    _restore(workdir, step, alone, arrays, kept)
+  size = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays.values()) / 2**20
   digests = "as they were written" if DIGESTS in kept else "that can be read; they were written without digests"
   return f"{len(arrays)} arrays, {size:,.1f} MiB, {digests}"
 

@@ -6,6 +6,7 @@ element is never missed, and one of several with a probability of 2^-64.
 """
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +30,13 @@ def _of(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     place = place * np.uint32(factor % 2**32 | 1) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
   first = _mix(bits ^ _mix(place))
   second = _mix(first + np.uint32(0x85EBCA6B))
-  finite = jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.bool_(True)
-  return first.sum(dtype=jnp.uint32), second.sum(dtype=jnp.uint32), finite
+  finite = jnp.isfinite(x) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.ones(x.shape, bool)
+  none = np.uint32(0), np.uint32(0), np.bool_(True)  # one reduction of all three: nothing of x's size is kept
+  return jax.lax.reduce((first, second, finite), none, _both, tuple(range(x.ndim)))
+
+
+def _both(a: Any, b: Any) -> Any:
+  return a[0] + b[0], a[1] + b[1], a[2] & b[2]
 
 
 def _mix(x: jax.Array) -> jax.Array:

@@ -145,7 +145,7 @@ def identity(folder: Path, model: MaskPredictorConfig, text: tokenizers.Tokenize
   config = read_json(folder / "config.json")
   said = [config.get("eos_token_id"), templates.read(folder / "generation_config.json").get("eos_token_id")]
   ends = [i for x in said for i in (x if isinstance(x, list) else [x]) if i is not None]
-  _check_ends(folder, ends, model)
+  _check_ends(folder, "eos_token_id={}", ends, model)
   eos_id, mask_id = ends[0] if ends else None, config.get("mask_token_id")
   if text is None and (folder / tokenizers.SETTINGS).is_file():
     text = tokenizers.load(folder)
@@ -166,14 +166,14 @@ def identity(folder: Path, model: MaskPredictorConfig, text: tokenizers.Tokenize
       field = name.replace("_id", "_token_id")
       raise Mistake(f"{folder}/config.json: {field}={found[name]}, and the embedding has {model.V} rows")
   ends = [i for i in (found["eos_id"], found["eot_id"], *ends) if i is not None]
-  _check_ends(folder, ends, model)
+  _check_ends(folder, "token {} ends a text", ends, model)
   return {"tokenizer": text, "ends": tuple(dict.fromkeys(ends))} | found
 
 
-def _check_ends(folder: Path, ends: list[Any], model: MaskPredictorConfig) -> None:
+def _check_ends(folder: Path, said: str, ends: list[Any], model: MaskPredictorConfig) -> None:
   for i in ends:
     if type(i) is not int or not 0 <= i < model.V:
-      raise Mistake(f"{folder}: token {shown(i)} ends a text, and the embedding has {model.V} rows")
+      raise Mistake(f"{folder}: {said.format(shown(i))}, and the embedding has {model.V} rows")
 
 
 def _tokenizer_config(path: Path, eos_id, mask_id, pad_id) -> tokenizers.TokenizerConfig:

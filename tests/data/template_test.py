@@ -310,7 +310,10 @@ def test_noncharacters_do_not_cut(folders):
   "source",
   [
     "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
-    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
+    pytest.param(
+      "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
+      marks=pytest.mark.slow,
+    ),
     "{{ 'a' * 10 ** 10 }}", "{{ ('a' * 99999) * 99999 }}", "{{ 9 ** 9 ** 9 }}", "{{ 'a'.center(10 ** 5 * 9999) }}",
     "{{ '%9999999999d' % 1 }}",
     "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",

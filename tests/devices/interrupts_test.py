@@ -112,7 +112,15 @@ def test_a_process_that_is_busy_in_a_library_is_ended(signals, began, line):
   assert done.stderr.count("\n") == 1 and line in done.stderr
 
 
-def test_a_notebook_keeps_its_own_handlers():
+@pytest.fixture
+def python_handles_ctrl_c():
+  """Not so in what a shell has started in the background."""
+  found = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, found)
+
+
+def test_a_notebook_keeps_its_own_handlers(python_handles_ctrl_c):
   """Nothing of ours ends the process there, and a second Ctrl-C is the notebook's."""
   before = signal.getsignal(signal.SIGINT)
   with Interrupt() as stop:

@@ -199,7 +199,7 @@ def test_what_ends_a_text_without_tokenizer_files(tmp_path):
   (source / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
   assert lladax.load(source).ends == (1, 7, 9)
   (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 256]}))
-  assert "token 256 ends a text, and the embedding has 256 rows" in complaint(source)
+  assert "eos_token_id=256, and the embedding has 256 rows" in complaint(source)
 
 
 def test_hub_names(monkeypatch):

@@ -82,7 +82,9 @@ def poison(weight):
   return act
 
 
-@pytest.mark.parametrize(("weight", "said"), [(np.nan, "loss=nan"), (1e30, "grad_norm=inf")])
+@pytest.mark.parametrize(
+  ("weight", "said"), [(np.nan, "loss=nan"), pytest.param(1e30, "grad_norm=inf", marks=pytest.mark.slow)]
+)
 def test_a_step_that_is_not_a_number_changes_nothing(tiny, tmp_path, monkeypatch, caplog, weight, said):
   """It is counted, and said with its examples; and the run goes on bitwise, interrupted or not."""
   seen, saved = [], checkpoint.Checkpoints.save

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+pytest.importorskip("lm_eval")
 pytestmark = [
   pytest.mark.usefixtures("quick_compiles"),
   pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of the harness and of what it imports
