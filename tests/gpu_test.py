@@ -78,6 +78,8 @@ def test_the_table_and_the_picture(gpu, tmp_path):
 )
 def test_contenders_on_a_tiny_model(gpu, function, options):
   """Here without a GPU, where cuDNN's place is taken by XLA."""
+  if "weights" in options:
+    pytest.importorskip("qwix")
   sizes = gpu.TINY_SAMPLE if function == "lladax_sample" else gpu.TINY_TRAIN
   found = getattr(gpu, function)(sizes | options)
   if function == "check":

@@ -212,4 +212,5 @@ def main() -> None:
   end("SystemExit")  # the only one that a thread does not report
 
 
-main()
+if __name__ == "__main__":
+  main()

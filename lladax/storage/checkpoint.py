@@ -169,6 +169,7 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: Path, *, keep: int = 2, keep_every: int = 0):
+    _drop_echoes()
     kept: Any = _Kept(workdir, keep, keep_every)
     options = ocp.CheckpointManagerOptions(preservation_policy=kept, cleanup_tmp_directories=True, create=True)
     self._open = functools.partial(_manager, workdir, options)
@@ -215,7 +216,6 @@ class Checkpoints:
       address.push(self._workdir, must=False)
 
   def _failed(self, error: Exception) -> None:
-    _drop_echoes()
     self._error = error
     left = steps(self._workdir)
     logging.warning(
@@ -430,17 +430,27 @@ def _read(workdir: Path, step: int, how: Callable[[ocp.CheckpointManager], Any])
 
 @functools.cache
 def _drop_echoes() -> None:
-  """When one array cannot be read, Orbax abandons the others, and each would print a traceback of its own."""
-  report = sys.unraisablehook
+  """When one array cannot be read or written, Orbax abandons the others, and each would print a traceback of its own.
 
-  def hook(unraisable):
-    abandoned = getattr(unraisable.object, "__name__", "") == "_read_array_index_and_device_put"
-    if not abandoned and str(unraisable.exc_value) != "Event loop is closed":
-      report(unraisable)
+  TensorStore prints what it still has to say to Orbax's loop, once that is closed, as Python prints what nobody caught.
+  """
+  report, uncaught = sys.unraisablehook, sys.excepthook
 
-  sys.unraisablehook = hook
+  def unraisable(about):
+    abandoned = getattr(about.object, "__name__", "") == "_read_array_index_and_device_put"
+    if not abandoned and str(about.exc_value) != _ECHO:
+      report(about)
+
+  def excepthook(kind, error, traceback):
+    if str(error) != _ECHO:
+      uncaught(kind, error, traceback)
+
+  sys.unraisablehook, sys.excepthook = unraisable, excepthook
   warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
   logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
+
+
+_ECHO = "Event loop is closed"
 
 
 def restore_latest(

@@ -15,7 +15,9 @@ import numpy as np
 
 def of(arrays: dict[str, jax.Array]) -> tuple[dict[str, str], list[str]]:
   """(the digest of each array: its dtype, and 16 hexadecimal digits; the names of those with NaN or infinity)."""
-  found = jax.device_get({name: _of(x) for name, x in arrays.items()})
+  # One after the other: programs with collectives that are under way together can wait for each other on the devices
+  # that a CPU plays.
+  found = {name: jax.device_get(_of(x)) for name, x in arrays.items()}
   digests = {name: f"{x.dtype}:{found[name][0]:08x}{found[name][1]:08x}" for name, x in arrays.items()}
   return digests, [name for name in arrays if not found[name][2]]
 

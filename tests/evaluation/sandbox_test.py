@@ -1,3 +1,4 @@
+import importlib
 import os
 import pathlib
 import threading
@@ -219,6 +220,11 @@ def test_the_kernel_refuses_what_the_hook_does_not_see(home, name, monkeypatch, 
   if not {"landlock", "seccomp"} <= set(held):
     pytest.skip(f"could not find Landlock and seccomp: {held}")
   assert tried(ATTACKS[name], home, False)[0].startswith(("PermissionError", "BlockingIOError"))
+
+
+def test_to_import_the_fences_puts_none_up():
+  """The pages import every module; it is a program only as one."""
+  assert importlib.import_module("lladax.evaluation.fences").main
 
 
 def test_what_is_missing_is_said_once(monkeypatch, caplog):
