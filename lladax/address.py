@@ -6,12 +6,15 @@ read and written where they are, each process its part (`at`).
 """
 
 import atexit
+import contextlib
 import importlib.util
 import logging
 import os
 import re
 import shutil
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ from lladax.mistake import Mistake
 _LIBRARY = {"gs": "gcsfs", "s3": "s3fs"}
 _mirrors: dict[Path, str] = {}  # folder here -> address
 _stamps: dict[Path, tuple[int, int]] = {}  # of the files here as they are there
+_pushing = threading.Lock()  # checkpoints are saved in threads
+_SMALL = 2**26  # bytes: what is read at once, as a run may be writing it
 
 
 def is_address(name: Any) -> bool:
@@ -61,10 +66,8 @@ def mirror(name: str | os.PathLike) -> Path:
     atexit.register(shutil.rmtree, above, ignore_errors=True)
     here = Path(above, *root.replace("://", "/").split("/"))
     here.mkdir(parents=True)
-    try:
+    with asked(root):
       _pull(files, path, here)
-    except Exception as error:  # each library has errors of its own
-      raise Mistake(f"{root} cannot be read: {type(error).__name__}: {_line(error)}") from error
     _mirrors[here] = root
   return here / inside
 
@@ -96,16 +99,57 @@ def push(here: Path, *, must: bool = True) -> None:
   if here not in _mirrors:
     return
   try:
-    files, path = system(_mirrors[here])
-    for file in sorted(here.rglob("*"), key=lambda x: x.name == "config.json"):
-      if file.is_file() and _stamps.get(file) != (stamp := _stamp(file)):
-        files.pipe_file(f"{path}/{file.relative_to(here).as_posix()}", file.read_bytes())
+    with _pushing, asked(_mirrors[here], "written", missing=True):
+      files, path = system(_mirrors[here])
+      for file in sorted(here.rglob("*"), key=lambda x: x.name == "config.json"):
+        if not file.is_file() or file.suffix == ".new" or _stamps.get(file) == (stamp := _stamp(file)):
+          continue  # what ends so is about to be renamed
+        there = f"{path}/{file.relative_to(here).as_posix()}"
+        if stamp[1] <= _SMALL:
+          files.pipe_file(there, file.read_bytes())
+        else:
+          files.put_file(str(file), there)
         _stamps[file] = stamp
-  except Exception as error:
-    said = f"{_mirrors[here]} cannot be written: {type(error).__name__}: {_line(error)}"
+  except Mistake as error:
     if must:
-      raise Mistake(said) from error
-    logging.warning("%s; the files of the run are put there with the next checkpoint", said)
+      raise
+    logging.warning("%s; the files of the run are put there with the next checkpoint", error)
+
+
+@contextlib.contextmanager
+def asked(name: Any, how: str = "read", *, missing: bool = False) -> Iterator[None]:
+  """Around what asks a store, which is asked again and again by its library before that gives up; here, nothing.
+
+  Args:
+    name: the address.
+    how: what it cannot be, then.
+    missing: whether FileNotFoundError, which else passes, is no answer either.
+
+  Raises:
+    Mistake: it cannot be reached, or refuses.
+  """
+  try:
+    yield
+  except Exception as error:  # each library has errors of its own
+    if not is_address(name) or isinstance(error, Mistake):
+      raise
+    if isinstance(error, FileNotFoundError) and not missing:
+      raise
+    raise Mistake(f"{name} cannot be {how}: {_line(error)}") from error
+
+
+def unreachable(error: BaseException | None) -> bool:
+  """Whether it, or what it was raised from, is of a store that is away or refuses; not of what is read there."""
+  while error is not None:
+    library = type(error).__module__.partition(".")[0]
+    if library in ("aiohttp", "botocore", "aiobotocore", "gcsfs", "google", "requests"):
+      return True
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+      return True
+    if re.search(r"\b(PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED)\b", str(error)):
+      return True
+    error = error.__cause__
+  return False
 
 
 def of(here: Path) -> str:
@@ -139,4 +183,4 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _line(error: BaseException) -> str:
-  return (str(error).strip().splitlines() or [""])[0][:200]
+  return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"

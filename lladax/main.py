@@ -112,7 +112,7 @@ def _act(mode: str, given: ConfigDict | None, workdir: Path, target: Path, page:
     return verify.run(workdir, distributed.console())
   if mode == "export":
     convert.to_published(workdir, target, _DTYPE.value)
-    return print(visible(f"lladax: {workdir} is written to {address.of(target)}"), file=sys.stderr)
+    return print(visible(f"lladax: {address.of(workdir)} is written to {address.of(target)}"), file=sys.stderr)
   if mode == "import":
     values = (given or configs.load("base")).to_dict()
     config.parse(values)
@@ -174,6 +174,8 @@ def _page() -> Path | None:
   """The file of --html, in a folder that can be written to."""
   if not _HTML.value:
     return None
+  if address.is_address(_HTML.value):
+    raise Mistake(f"--html={_HTML.value}: the page is written here: name a file")
   page = Path(os.path.expanduser(_HTML.value))
   check_writable(page, "--html", parents=True)
   return page

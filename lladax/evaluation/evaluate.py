@@ -293,7 +293,8 @@ def evaluate_last(config: Config, workdir: Path) -> dict[str, float]:
   llada = load.load(workdir, mesh=sharding.make_mesh(config.mesh), **asked)
   config = dataclasses.replace(config, model=llada.model)  # adapters are merged
   bounds = held_out.bound(llada, config) if config.data.held_out else {}
-  results = report(llada, config, bounds, workdir, distributed.console())
-  if distributed.is_first():
-    address.push(workdir)
-  return results
+  try:
+    return report(llada, config, bounds, workdir, distributed.console())
+  finally:
+    if distributed.is_first():
+      address.push(workdir)

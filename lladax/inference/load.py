@@ -48,7 +48,7 @@ def load(
   said: dict[str, Any] = {name: value for name, value in both.items() if value is not None}
   if not isinstance(path, str | os.PathLike):
     raise Mistake(f"path={path!r}: give a folder, or hf://OWNER/NAME")
-  path = given = address.mirror(path)
+  given = address.mirror(path)
   folder = given.parent if given.name.isdecimal() else given
   if folder.name == "checkpoints" and not (given / "config.json").exists():
     named = None if folder == given else int(given.name)

@@ -119,6 +119,8 @@ def run(work: Work, state: Any, workdir: Path, checkpoints: CheckpointConfig, lo
           journal.add_held_out(step, work.evaluate(state, beat))
     except Stopped:  # between two steps, or within an evaluation, which is left out then
       save()
+  if nearer and done == work.end:
+    nearer.drop(after=-1)
   return state
 
 

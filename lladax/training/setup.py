@@ -96,9 +96,11 @@ def prepare(config: Config, workdir: Path, allow: Sequence[str] = ()) -> Run:
   distributed.agree(
     config=json.dumps(plain), data=json.dumps(digests), workdir=address.of(workdir), jax=jax.__version__
   )
+  done = max(checkpoint.steps(workdir), default=0)
+  if config.checkpoint.near:
+    done = near.Near(config.checkpoint.near, workdir).newest(after=done)
   if distributed.is_first():
     workdir.mkdir(parents=True, exist_ok=True)
-    done = max(checkpoint.steps(workdir), default=0)
     history.append(workdir, done, mesh, changed, allowed=list(allow), data=digests, draws=draws)
     _write(workdir, plain, None if saved else text, base)
   return Run(config, workdir, text, mesh, *program(config, mesh), rows, base)

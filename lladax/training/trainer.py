@@ -46,9 +46,11 @@ def train(config: Config, workdir: str | os.PathLike, allow: Sequence[str] = ())
     with jax.set_mesh(run.mesh):
       llada = _llada(run, _last_state(run, stop, console))
       bounds = held_out.bound(llada, config) if config.data.held_out else {}
-      results = evaluate.report(llada, config, bounds, run.workdir, console)
-    if distributed.is_first():
-      address.push(run.workdir, must=False)
+      try:
+        results = evaluate.report(llada, config, bounds, run.workdir, console)
+      finally:
+        if distributed.is_first():
+          address.push(run.workdir, must=False)
   console.print(f"done in {metrics.clock(time.monotonic() - began)}; everything is in {address.of(run.workdir)}")
   return results
 
