@@ -170,6 +170,20 @@ def at(here: Path) -> Any:
   return epath.Path(name)
 
 
+def move(path: Any, target: Any) -> None:
+  """Renames a folder, wherever it is: at an address file by file, and what is there is whole until all are copied."""
+  if not is_address(path):
+    path.rename(target)
+    return
+  files, old = system(str(path))
+  new = files._strip_protocol(str(target))
+  every = files.find(old)
+  for x in every:
+    files.cp_file(x, new + x[len(old) :])
+  for x in every:
+    files.rm_file(x)
+
+
 def said(text: str) -> str:
   """A message, with the addresses of what is mirrored."""
   for folder, name in _mirrors.items():

@@ -59,10 +59,14 @@ def environment(kind, port):
 
 
 class Unreliable:
-  """Stands before a server: every `fails`-th request is answered 503, every `waits`-th after half a second."""
+  """Stands before a server: every `fails`-th request is answered 503, every `waits`-th after half a second.
+
+  While it `refuses`, each is answered 403.
+  """
 
   def __init__(self, port, fails, waits):
-    count = itertools.count(1)
+    count, self.refuses = itertools.count(1), False
+    outside = self
 
     class Handler(http.server.BaseHTTPRequestHandler):
       protocol_version = "HTTP/1.1"
@@ -75,7 +79,9 @@ class Unreliable:
         if number % waits == 0:
           time.sleep(0.5)
         status, headers, content = 503, [], b"busy"
-        if number % fails:
+        if outside.refuses:
+          status, content = 403, b"no"
+        elif number % fails:
           asked = http.client.HTTPConnection("127.0.0.1", port)
           asked.request(self.command, self.path, body, dict(self.headers))
           found = asked.getresponse()

@@ -517,7 +517,7 @@ def restore_latest(
         left = aside if set_aside else folder(workdir) / str(bad)
         logging.warning("%s; falling back to step %d, the old files are in %s", error, step, left)
         if set_aside and jax.process_index() == 0:
-          (folder(workdir) / str(bad)).rename(aside)
+          address.move(folder(workdir) / str(bad), aside)
     return step, tree
   if failed:
     raise Corrupt(f"no checkpoint of {workdir} can be read; the newest: {failed[0][1]}")
