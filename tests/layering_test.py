@@ -17,7 +17,7 @@ ORDER = [
     ("data", "template vocabularies tokenizer facts reading contamination corpus"),
     ("data", "windows records dialogues sources batches prepare"),
     ("model", "attention cross_entropy quantized mask_predictor"),
-    ("storage", "writing metrics digest checkpoint near safetensors layout published transfer"),
+    ("storage", "writing metrics digest together checkpoint near safetensors layout published transfer"),
     ("", "config recipes"),
     ("inference", "engine llada load convert verify show chat"),
     ("evaluation", "reversal fences sandbox tasks.local answers presets kwargs adapter harness held_out evaluate"),

@@ -31,7 +31,7 @@ from jax.experimental import multihost_utils
 from lladax import address, fields
 from lladax.devices import distributed
 from lladax.mistake import Diverged, Missing, Mistake, Unsaved, refusal
-from lladax.storage import digest, writing
+from lladax.storage import digest, together, writing
 
 Tree = dict[str, Any]
 
@@ -178,7 +178,9 @@ class Checkpoints:
     _drop_echoes()
     kept: Any = _Kept(workdir, keep, keep_every)
     options = ocp.CheckpointManagerOptions(preservation_policy=kept, cleanup_tmp_directories=True, create=True)
-    self._open = functools.partial(_manager, workdir, options)
+    self._open, self._meetings = functools.partial(_manager, workdir, options), together.Meetings()
+    if jax.process_count() > 1:
+      options.async_options = ocp.AsyncOptions(barrier_sync_fn=self._meetings.meet)
     self._workdir, self._begun, self._last = workdir, _identity(workdir), None
     with address.asked(folder(workdir), "written"):
       self._manager: ocp.CheckpointManager | None = self._open()
@@ -205,6 +207,7 @@ class Checkpoints:
         f" lower learning rate; the checkpoints before it are in {folder(self._workdir)}"
       )
     self._last = step
+    self._meetings.begin()
     try:
       self._manager = self._manager or self._open()
       self._manager.save(step, args=ocp.args.PyTreeSave(tree), force=True, custom_metadata={DIGESTS: digests})
@@ -280,7 +283,8 @@ class Checkpoints:
     if why:
       return
     if self._error:
-      if not refusal(self._error) and not address.is_address(folder(self._workdir)):
+      ours = isinstance(self._error, together.Elsewhere) or refusal(self._error)
+      if not ours and not address.is_address(folder(self._workdir)):
         raise self._error
       raise Unsaved(
         f"step {self._last}, the last one, could not be saved: {folder(self._workdir)} cannot be written:"
