@@ -88,6 +88,8 @@ def leave(code: int) -> None:
   """Ends this process of several at once: on its way out it would wait minutes for the others, which wait for it."""
   if jax.distributed.is_initialized() and jax.process_count() > 1:
     sys.stderr.flush()
+    for number in interrupts.SIGNALS:  # all is done; who ends at once here aborts the others
+      signal.signal(number, signal.SIG_IGN)
     interrupts.depart(interrupts.PATIENCE if code != CRASH else 2.0)  # of which the others may not know
     os._exit(code)
 
