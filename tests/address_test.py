@@ -181,6 +181,7 @@ def names(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("store", ["s3"], indirect=True)  # for gs, see the next one
 def test_a_run_lives_at_an_address(store, tiny_flags, tmp_path):
   """Trained over a store that fails and dawdles, continued, evaluated, begun from; bitwise as unbroken here."""
   proxy = stores.Unreliable(store.port, fails=13, waits=9)
@@ -197,9 +198,7 @@ def test_a_run_lives_at_an_address(store, tiny_flags, tmp_path):
   fetch(store, f"{at}/a", tmp_path / "there")
   assert_bitwise_equal(tmp_path / "there", tmp_path / "here")
   assert (tmp_path / "there/needed/20").read_text() == f"{at}/b\n"
-  # Nothing else is missing or too much, but for the mark of Orbax's that a checkpoint is whole.
-  there, here = names(tmp_path / "there"), names(tmp_path / "here")
-  assert {x for x in there if "commit_success" not in x and x != "needed/20"} == here
+  assert names(tmp_path / "there") - {"needed/20"} == names(tmp_path / "here")  # nothing is missing, or too much
 
 
 @pytest.mark.slow
@@ -217,25 +216,6 @@ def test_models_and_records_at_an_address(store, tiny_flags, tiny_workdir, tmp_p
   run(env, "--mode=sample", f"--workdir={at}/imported", "--prompt=red")
   run(env, "--mode=prepare", *tiny_flags, f"--target={at}/records", "--shards=2")
   run(env, *tiny_flags, f"--config.data.corpus=records:{at}/records", "--config.steps=5", f"--workdir={at}/run")
-
-
-@pytest.mark.slow
-def test_two_processes_without_a_shared_folder(store, tiny_flags, tmp_path):
-  """Each with a disk of its own."""
-  at, port = f"{store.kind}://{stores.BUCKET}/run", stores.free_port()
-  flags = [*tiny_flags, "--config.mesh.fsdp=2", f"--workdir={at}", f"--coordinator=localhost:{port}"]
-  env = store.environment | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-  for steps in (10, 20):
-    both = []
-    for number in range(2):
-      own = tmp_path / f"{steps}_{number}"
-      own.mkdir()
-      given = [*flags, f"--config.steps={steps}", "--num_processes=2", f"--process_id={number}"]
-      both.append(start(env | {"TMPDIR": str(own)}, *given))
-    for process in both:
-      _, err = process.communicate()
-      assert process.returncode == 0, err
-  assert "checkpoints/20: " in run(env, "--mode=verify", f"--workdir={at}")
 
 
 def test_what_is_missing_is_said(monkeypatch):
