@@ -106,6 +106,8 @@ def fork(act: Callable[[], Any], log: Path) -> int:
   finally:
     sys.stdout.flush()
     sys.stderr.flush()
+    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+      sys.modules["jax"].distributed.shutdown()  # as the interpreter does on its way out: the coordinator goes last
     os._exit(int(code))
 
 
