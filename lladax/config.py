@@ -125,7 +125,9 @@ class Config:
     if self.objective not in ("diffusion", "autoregressive"):
       raise Mistake(f"objective={self.objective!r}: use diffusion or autoregressive")
     # The objective decides; configs do not say it twice.
-    object.__setattr__(self, "model", dataclasses.replace(self.model, causal=self.aim.order == "causal"))
+    causal = self.objective == "autoregressive"
+    block = 0 if causal else self.noise.block
+    object.__setattr__(self, "model", dataclasses.replace(self.model, causal=causal, block=block))
     fields.check_seed(self.seed, "seed")
     if isinstance(self.sample.seed, tuple):
       raise Mistake(f"sample.seed={self.sample.seed}: a config has one seed, of which every row makes its own")
@@ -152,9 +154,11 @@ class Config:
     batches.Mixture(self.data, seed=self.seed, steps=self.steps)
 
   @property
-  def aim(self) -> diffusion.Masked | autoregressive.Causal:
+  def aim(self) -> diffusion.Masked | diffusion.Blocks | autoregressive.Causal:
     """The objective as a value: how losses and likelihoods are made, and what they ask of model and sampler."""
-    return diffusion.Masked(self.noise) if self.objective == "diffusion" else autoregressive.Causal()
+    if self.objective == "autoregressive":
+      return autoregressive.Causal()
+    return diffusion.Blocks(self.noise) if self.noise.block else diffusion.Masked(self.noise)
 
   @property
   def masks_attention(self) -> bool:
@@ -189,7 +193,7 @@ def load(workdir: Path) -> Config:
 
 
 # Fields of the dataclasses that a config does not set: the objective decides.
-DECIDED = ("model.causal",)
+DECIDED = ("model.causal", "model.block")
 
 
 def table(c: Config, setters: Mapping[str, str]) -> Table:

@@ -1,14 +1,17 @@
-"""Masked diffusion: the forward process, the loss and the likelihood, on plain arrays.
+"""Masked diffusion: the forward process, the loss and the likelihood, of whole canvases and of blocks, on plain arrays.
 
 A model is any function `nll(input_BL, target_BL) -> nll_BL`: the cross-entropy in nats of every target given the
 noised input, zero where the target is negative (not asked). To train on it is `weighted_nll(input_BL, target_BL,
 weight_BL) -> (sum of weight_BL x nll_BL, nll_BL)`: who knows the weights at once can make the gradient of the sum in
-the same pass. Nothing else of the model is known here.
+the same pass. Of a model of blocks both also take `clean_BL`: each block of the input then sees, of the blocks before
+it, these tokens. Nothing else of the model is known here.
 Noise is a function of (rng, index) row by row, so it is the same on one device and on many, for any number of
-micro-batches, and after any restart. The equations are those of LLaDA (arXiv 2502.09992). Letters: `mask_predictor.py`.
+micro-batches, and after any restart. The equations are those of LLaDA (arXiv 2502.09992), and of BD3-LM (arXiv
+2503.09573) for blocks. Letters: `mask_predictor.py`; here S is the blocks of a row.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -18,11 +21,12 @@ import jax.numpy as jnp
 from lladax.mistake import Mistake
 from lladax.sampling import SamplerConfig
 
-Nll = Callable[[jax.Array, jax.Array], jax.Array]
-WeightedNll = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+Nll = Callable[..., jax.Array]
+WeightedNll = Callable[..., tuple[jax.Array, jax.Array]]
 
 # What is folded into a key, in an example's or a draw's place, for the shift that all of them have in common.
 _SHIFT = 0x51F7
+_BLOCKS = 0xB10C  # and for what is drawn block by block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +38,10 @@ class NoiseConfig:
   # "uniform", as published | "stratified" over the batch | "antithetic" pairs t, 1 - t, stratified too; less variance.
   times: str = "uniform"
   eps: float = 1e-3  # smallest mask probability, p = (1 - eps) t + eps; independent masking only
+  # Tokens of a block, counted from each document's own start; it is noised and predicted given the clean blocks before
+  # it. 0: the whole canvas is one. 1, with exact masking: the chain rule, without noise.
+  block: int = 0
+  times_per: str = "block"  # of blocks: each has a time of its own | "row": all of a row have one (LLaDA2.0)
 
   def __post_init__(self):
     if self.masking not in ("independent", "exact"):
@@ -42,9 +50,15 @@ class NoiseConfig:
       raise Mistake(f"noise.times={self.times!r}: use uniform, stratified or antithetic")
     if not 0.0 < self.eps < 1.0:
       raise Mistake(f"noise.eps={self.eps}: must lie between 0 and 1")
+    if self.block < 0:
+      raise Mistake(f"noise.block={self.block}: must be at least 1, or 0 for the whole canvas")
+    if self.times_per not in ("block", "row"):
+      raise Mistake(f"noise.times_per={self.times_per!r}: use block or row")
 
 
-def draw_times(rng: jax.Array, index_B: jax.Array, times: str, batch_size: int) -> tuple[jax.Array, jax.Array]:
+def draw_times(
+  rng: jax.Array, index_B: jax.Array, times: str, batch_size: int, blocks: int | None = None
+) -> tuple[jax.Array, jax.Array]:
   """Times in [0, 1) for the examples `index_B`, each uniform on its own.
 
   Args:
@@ -53,9 +67,10 @@ def draw_times(rng: jax.Array, index_B: jax.Array, times: str, batch_size: int) 
     times: "uniform"; "stratified" puts one example in each of `batch_size` equal slices of [0, 1);
       "antithetic" gives examples 2k and 2k + 1 one time, stratified over the pairs, the second mirrored.
     batch_size: the global batch B, whatever part of it is at hand.
+    blocks: so many times for each example, stratified over the blocks of a row and over the rows; None: one.
 
   Returns:
-    (t_B, mirrored_B): where `mirrored` the time meant is 1 - t, or the count n + 1 - l(t).
+    (t_B, or t_BS of the blocks; mirrored_B): where `mirrored` the time meant is 1 - t, or the count n + 1 - l(t).
 
   Raises:
     Mistake: an odd batch cannot be paired.
@@ -64,13 +79,20 @@ def draw_times(rng: jax.Array, index_B: jax.Array, times: str, batch_size: int) 
   if pairs and batch_size % 2:
     raise Mistake(f"noise.times='antithetic' pairs neighbouring rows: a batch of {batch_size} must be even")
   draw_B = index_B // 2 if pairs else index_B
-  t_B = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(rng, i)))(draw_B)
+  if blocks is None:
+    number, t = draw_B, jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(rng, i)))(draw_B)
+  else:
+    key_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(rng, i), _BLOCKS))(draw_B)
+    t = jax.vmap(lambda key: jax.random.uniform(key, (blocks,)))(key_B)
   if times != "uniform":
     strata = batch_size // 2 if pairs else batch_size
+    if blocks is not None:  # those of a row lie 1 / blocks apart
+      number = jnp.arange(blocks)[None] * strata + draw_B[:, None] % strata
+      strata *= blocks
     # A shift common to the step makes every single time uniform, not just their union.
     shift = jax.random.randint(jax.random.fold_in(rng, _SHIFT), (), 0, strata)
-    t_B = jnp.minimum(((draw_B + shift) % strata + t_B) / strata, 1.0 - 2.0**-24)
-  return t_B, (index_B % 2 == 1) & pairs
+    t = jnp.minimum(((number + shift) % strata + t) / strata, 1.0 - 2.0**-24)
+  return t, (index_B % 2 == 1) & pairs
 
 
 def mask_exactly(rng: jax.Array, maskable_L: jax.Array, count: jax.Array) -> jax.Array:
@@ -97,24 +119,44 @@ def forward_process(
     batch_size: the global batch.
 
   Returns:
-    input_BL (x_t), masked_BL (bool), scale_B: 1/p (P Eq. 3) or n/l (P Eq. 6). The mean over noise of
-    scale x the summed cross-entropy of the masked tokens is the bound on -log p(x_0).
+    input_BL (x_t), masked_BL (bool), scale_BL: 1/p (P Eq. 3) or n/l (P Eq. 6), one for all that is noised together.
+    The mean over noise of the summed scale x cross-entropy of the masked tokens is the bound on -log p(x_0).
   """
-  t_B, mirrored_B = draw_times(rng, index_B, noise.times, batch_size)
-  row_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(rng, i), 1))(index_B)
+  L, n = tokens_BL.shape[1], noise.block
+  S = -(-L // n) if n else 1
+  per_block = n > 0 and noise.times_per == "block"
+  t, mirrored_B = draw_times(rng, index_B, noise.times, batch_size, S if per_block else None)
+  key_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(rng, i), 1))(index_B)
+  if not n:
+    masked_BL, scale_B = _masked(key_B, t, mirrored_B, maskable_BL, noise)
+    scale_BL = jnp.broadcast_to(scale_B[:, None], tokens_BL.shape)
+    return jnp.where(masked_BL, mask_id, tokens_BL), masked_BL, scale_BL
+  each = lambda x: jnp.broadcast_to(x.reshape(len(index_B), -1), (len(index_B), S)).reshape(-1)  # noqa: E731
+  key_R = jax.vmap(lambda key: jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(S)))(key_B).reshape(-1)
+  masked_RW, scale_R = _masked(key_R, each(t), each(mirrored_B), _cut(maskable_BL, n), noise)
+  masked_BL = masked_RW.reshape(-1, S * n)[:, :L]
+  scale_BL = jnp.repeat(scale_R.reshape(-1, S), n, axis=1)[:, :L]
+  return jnp.where(masked_BL, mask_id, tokens_BL), masked_BL, scale_BL
+
+
+def _cut(array_BL: jax.Array, n: int) -> jax.Array:
+  """Rows cut into blocks of n, each a row of its own [R, n]; the last one is filled up."""
+  return jnp.pad(array_BL, ((0, 0), (0, -array_BL.shape[1] % n))).reshape(-1, n)
+
+
+def _masked(
+  key_B: jax.Array, t_B: jax.Array, mirrored_B: jax.Array, maskable_BL: jax.Array, noise: NoiseConfig
+) -> tuple[jax.Array, jax.Array]:
+  """(masked_BL, scale_B) of what is noised together."""
   if noise.masking == "independent":
     t_B = jnp.where(mirrored_B, 1.0 - t_B, t_B)
     p_B = (1.0 - noise.eps) * t_B + noise.eps
-    u_BL = jax.vmap(lambda key: jax.random.uniform(key, tokens_BL.shape[1:]))(row_B)
-    masked_BL = maskable_BL & (u_BL < p_B[:, None])
-    scale_B = 1.0 / p_B
-  else:
-    n_B = maskable_BL.sum(axis=1)
-    l_B = _count(t_B, n_B)
-    l_B = jnp.where(mirrored_B, n_B + 1 - l_B, l_B)
-    masked_BL = maskable_BL & jax.vmap(mask_exactly)(row_B, maskable_BL, l_B)
-    scale_B = n_B / jnp.maximum(l_B, 1)
-  return jnp.where(masked_BL, mask_id, tokens_BL), masked_BL, scale_B
+    u_BL = jax.vmap(lambda key: jax.random.uniform(key, maskable_BL.shape[1:]))(key_B)
+    return maskable_BL & (u_BL < p_B[:, None]), 1.0 / p_B
+  n_B = maskable_BL.sum(axis=1)
+  l_B = _count(t_B, n_B)
+  l_B = jnp.where(mirrored_B, n_B + 1 - l_B, l_B)
+  return maskable_BL & jax.vmap(mask_exactly)(key_B, maskable_BL, l_B), n_B / jnp.maximum(l_B, 1)
 
 
 def _count(t_B: jax.Array, n_B: jax.Array) -> jax.Array:
@@ -159,13 +201,7 @@ class Masked:
       (loss in nats per token, metrics as (sum, how many) of this part of the batch: of the parts, both add up).
       `masked_nll` is the plain mean over masked tokens.
     """
-    weight_BL = batch["weight"]
-    input_BL, masked_BL, scale_B = forward_process(
-      batch["tokens"], weight_BL > 0, batch["index"], rng, mask_id, self.noise, batch_size
-    )
-    target_BL = jnp.where(masked_BL, batch["tokens"], -1)
-    total, nll_BL = weighted_nll(input_BL, target_BL, weight_BL * scale_B[:, None])
-    return total, {"masked_nll": (jnp.sum(nll_BL), jnp.sum(masked_BL))}
+    return _loss(self.noise, weighted_nll, batch, rng, mask_id, batch_size)
 
   def log_likelihood(
     self, nll: Nll, tokens_BL: jax.Array, scored_BL: jax.Array, segment_BL: jax.Array | None, key_B: jax.Array,
@@ -191,18 +227,81 @@ class Masked:
       float32 [B].
     """
 
-    def one(tokens_L, scored_L, row_key, sample, samples):
-      shift = jax.random.uniform(jax.random.fold_in(row_key, _SHIFT))
-      key = jax.random.fold_in(row_key, sample)
-      t = (sample + jax.random.uniform(jax.random.fold_in(key, 0))) / samples
-      n = scored_L.sum()
-      count = _count(jnp.mod(t + shift, 1.0), n)
-      masked_L = scored_L & mask_exactly(jax.random.fold_in(key, 1), scored_L, count)
-      scale = n / jnp.maximum(count, 1)
-      return jnp.where(masked_L, mask_id, tokens_L), jnp.where(masked_L, tokens_L, -1), scale
-
-    input_BL, target_BL, scale_B = jax.vmap(one)(tokens_BL, scored_BL, key_B, sample_B, samples_B)
+    masked_BL, scale_B = jax.vmap(_drawn)(scored_BL, key_B, sample_B, samples_B)
+    input_BL, target_BL = jnp.where(masked_BL, mask_id, tokens_BL), jnp.where(masked_BL, tokens_BL, -1)
     return -scale_B * jnp.sum(nll(input_BL, target_BL), axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+  """Block diffusion (BD3-LM): the bound of each block given the clean blocks before it, and their sum.
+
+  Documents begin at multiples of the block. With blocks of one token and exact masking it is the chain rule itself.
+  """
+
+  noise: NoiseConfig
+
+  name: ClassVar = "diffusion"
+  order: ClassVar = "blocks"
+  fills: ClassVar = True
+
+  @property
+  def exact(self) -> bool:
+    """Whether there is nothing to draw."""
+    return self.noise.block == 1
+
+  def targets_per_pair(self, length: int) -> int | None:
+    """As that of `Masked`: each block of a pair of rows has one more than its tokens."""
+    if (self.noise.masking, self.noise.times) != ("exact", "antithetic"):
+      return None
+    return length - (-length // self.noise.block)
+
+  def check_sampler(self, c: SamplerConfig) -> None:
+    """Raises Mistake for what a model of blocks cannot do."""
+
+  def loss(
+    self, weighted_nll: WeightedNll, batch: dict[str, jax.Array], rng: jax.Array, *, mask_id: int, batch_size: int,
+    **_: Any,
+  ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:  # fmt: skip
+    """As that of `Masked`, by one pass over [x_t, x_0]."""
+    weighted_nll = functools.partial(weighted_nll, clean_BL=batch["tokens"])
+    return _loss(self.noise, weighted_nll, batch, rng, mask_id, batch_size)
+
+  def log_likelihood(
+    self, nll: Nll, tokens_BL: jax.Array, scored_BL: jax.Array, segment_BL: jax.Array | None, key_B: jax.Array,
+    sample_B: jax.Array, samples_B: jax.Array, *, mask_id: int, **_: Any,
+  ) -> jax.Array:  # fmt: skip
+    """As that of `Masked`; every block with scored tokens is noised in every draw, with a count of its own."""
+    (B, L), n = tokens_BL.shape, self.noise.block
+    S = -(-L // n)
+    keys_BS = jax.vmap(lambda key: jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(S)))(key_B)
+    each = lambda x: jnp.repeat(x, S)  # noqa: E731
+    scored_RW = _cut(scored_BL, n)
+    masked_RW, scale_R = jax.vmap(_drawn)(scored_RW, keys_BS.reshape(-1), each(sample_B), each(samples_B))
+    masked_BL, scale_BS = masked_RW.reshape(B, -1)[:, :L], scale_R.reshape(B, S)
+    input_BL, target_BL = jnp.where(masked_BL, mask_id, tokens_BL), jnp.where(masked_BL, tokens_BL, -1)
+    nll_BL = nll(input_BL, target_BL, clean_BL=tokens_BL)
+    return -jnp.sum(jnp.repeat(scale_BS, n, axis=1)[:, :L] * nll_BL, axis=1)
+
+
+def _loss(noise, weighted_nll, batch, rng, mask_id, batch_size):
+  weight_BL = batch["weight"]
+  input_BL, masked_BL, scale_BL = forward_process(
+    batch["tokens"], weight_BL > 0, batch["index"], rng, mask_id, noise, batch_size
+  )
+  target_BL = jnp.where(masked_BL, batch["tokens"], -1)
+  total, nll_BL = weighted_nll(input_BL, target_BL, weight_BL * scale_BL)
+  return total, {"masked_nll": (jnp.sum(nll_BL), jnp.sum(masked_BL))}
+
+
+def _drawn(scored_L: jax.Array, key: jax.Array, sample: jax.Array, samples: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Draw number `sample` of `samples`: (masked_L, n / l), with counts stratified over the draws."""
+  shift = jax.random.uniform(jax.random.fold_in(key, _SHIFT))
+  key = jax.random.fold_in(key, sample)
+  t = (sample + jax.random.uniform(jax.random.fold_in(key, 0))) / samples
+  n = scored_L.sum()
+  count = _count(jnp.mod(t + shift, 1.0), n)
+  return scored_L & mask_exactly(jax.random.fold_in(key, 1), scored_L, count), n / jnp.maximum(count, 1)
 
 
 def chain_rule(nll: Nll, tokens_BL: jax.Array, scored_BL: jax.Array, sample_B: jax.Array, *, mask_id: int) -> jax.Array:

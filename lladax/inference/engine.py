@@ -379,13 +379,15 @@ def _likelihood(
   method,
 ):  # fmt: skip
   """`guidance`: w + 1."""
-  bound, visible = model.bind(params), model.visible(tokens_BL.shape[1], segment_BL, right_padded=True)
+  bound = model.bind(params)
+  visible = model.visible(tokens_BL.shape[1], segment_BL, right_padded=True, aligned=True)
 
-  def nll(input_BL, target_BL):
+  def nll(input_BL, target_BL, clean_BL=None):
     if not guided:
-      return bound.nll(input_BL, target_BL, visible)
-    unconditional_BL = jnp.where(scored_BL | (segment_BL == 0), input_BL, mask_id)
-    cond_BLD, un_BLD = (bound.hidden(x, visible)[0] for x in (input_BL, unconditional_BL))
+      return bound.nll(input_BL, target_BL, visible, clean_BL=clean_BL)
+    unconditional = lambda x: None if x is None else jnp.where(scored_BL | (segment_BL == 0), x, mask_id)  # noqa: E731
+    cond_BLD = bound.seen(input_BL, visible, clean_BL)
+    un_BLD = bound.seen(unconditional(input_BL), visible, unconditional(clean_BL))
 
     def row(x):  # one row's logits at a time
       cond, un = bound.logits(x[0]), bound.logits(x[1])

@@ -60,7 +60,7 @@ def train_step(
 
     def loss_fn(params):
       visible = config.model.visible(
-        L, batch["segment"] if config.masks_attention else None, right_padded=not config.data.separates
+        L, batch["segment"] if config.masks_attention else None, right_padded=not config.data.separates, aligned=True
       )
       model = config.model.bind(config.model.join(params, state.frozen))
       weighted_nll = functools.partial(model.weighted_nll, visible=visible, per_pair=config.aim.targets_per_pair(L))
@@ -129,7 +129,7 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
   c, L = config.model, config.data.length
   segment_BL = jax.ShapeDtypeStruct((part, L), jnp.int32)
   attention.choose(
-    c.attention, c.visible(L, segment_BL, right_padded=not config.data.separates), K=c.K, dtype=c.compute_dtype,
+    c.attention, c.visible(L, segment_BL, right_padded=not config.data.separates, aligned=True), K=c.K, dtype=c.compute_dtype,
     platform=mesh.devices.flat[0].platform, capability=sharding.capability(mesh.devices.flat[0]),
     context=mesh.shape["context"],
   )  # fmt: skip
