@@ -257,7 +257,11 @@ class Blocks:
     return length - (-length // self.noise.block)
 
   def check_sampler(self, c: SamplerConfig) -> None:
-    """Raises Mistake for what a model of blocks cannot do."""
+    """Raises Mistake for what a model of blocks has already decided."""
+    if c.cache:
+      raise Mistake(f"sample.cache={c.cache!r}: a model of blocks keeps those that are finished by itself; leave it out")
+    if c.block_length not in (self.noise.block, SamplerConfig.block_length):
+      raise Mistake(f"sample.block_length={c.block_length}: this model's blocks have {self.noise.block}; leave it out")
 
   def loss(
     self, weighted_nll: WeightedNll, batch: dict[str, jax.Array], rng: jax.Array, *, mask_id: int, batch_size: int,
