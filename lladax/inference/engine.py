@@ -98,13 +98,13 @@ class Engine:
     length_B = np.array([len(row) for row in rows])
     self.check_length(int(length_B.max()) + (gen_length or 1))
     given_B = length_B % n
-    first = -(-bucket(int(length_B.max() - given_B[length_B.argmax()])) // n) * n or n
-    first = max(first, int((length_B - given_B).max()))
+    longest = int((length_B - given_B).max())
+    first = -(-bucket(max(longest, n)) // n) * n  # a block before the first one that is filled, at least
     if gen_length is None:
-      room = most - int((length_B - given_B).max())
-      lengths = [min(4 * n, room // n * n)]
-      while lengths[-1] < room // n * n:
-        lengths.append(min(2 * lengths[-1], room // n * n))
+      room = (most - longest) // n * n
+      lengths = [min(4 * n, room)]
+      while lengths[-1] < room:
+        lengths.append(min(2 * lengths[-1], room))
       own_B, behind_B = None, np.full(len(rows), n)
     else:
       own_B = length_B + gen_length
@@ -141,6 +141,8 @@ class Engine:
     if shape.grows:
       raise Mistake("sample.gen_length=None: a canvas has a length; leave it out")
     if self.model.block:
+      for c in [settings] if isinstance(settings, SamplerConfig) else settings:
+        self.model.objective.check_sampler(c)
       return self._fill_blocks(rows, shape, numbers)
     longest = bucket(max(map(len, rows)))
     W = min(shape.block_length, longest)
@@ -166,8 +168,9 @@ class Engine:
       canvas, L, W = self._grown(canvas, first, length), first + length, min(shape.block_length, length)
       at_1L = np.arange(L)[None]
       segment_BL = at_1L >= job.padding_B[:, None]
-      if shape.of_blocks and job.given_B is None:  # a canvas may end within a block; what continues is filled up
-        segment_BL &= at_1L < (job.padding_B + job.own_B)[:, None]
+      if job.own_B is not None:  # a canvas may end within a block; what continues a prompt fills its last one up
+        own_B = job.own_B if job.given_B is None else -(-job.own_B // W) * W
+        segment_BL &= at_1L < (job.padding_B + own_B)[:, None]
       segment_BL = segment_BL.astype(np.int32)
       padded = job.padding_B.any() or shape.grows or shape.of_blocks
       with sharding.on_mesh_of(self.params):
@@ -183,7 +186,8 @@ class Engine:
       state = jax.device_put(host, where)
       state = state._replace(cache=jax.device_put(cache, jax.tree.map(lambda x: x.sharding, cache)))
       blocks = length // W - int(block)
-      for _ in range({"block": blocks, "step": blocks * W}.get(every, 1)):
+      most = W + (int(np.max(job.settings.max_post_passes)) if shape.edits else 0)
+      for _ in range({"block": blocks, "step": blocks * most}.get(every, 1)):
         until_nfe = np.int32(host.canvas.nfe + 1) if every == "step" else _NEVER
         until_block = np.int32(host.block + 1) if every == "block" else _NEVER
         with sharding.on_mesh_of(self.params):
@@ -246,7 +250,7 @@ class Engine:
     return canvas._replace(
       tokens_BL=grow(canvas.tokens_BL, token_B), unmasked_at_BL=grow(canvas.unmasked_at_BL, at_B),
       confidence_BL=grow(canvas.confidence_BL, np.ones(len(token_B))),
-      edited_at_BL=None if edited_at_BL is None else grow(edited_at_BL, np.zeros(len(token_B))),
+      edited_at_BL=None if edited_at_BL is None else grow(edited_at_BL, np.zeros(len(token_B), np.int32)),
     )  # fmt: skip
 
   def _continue(self, job: Job) -> Filled:
