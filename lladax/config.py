@@ -128,6 +128,12 @@ class Config:
     causal = self.objective == "autoregressive"
     block = 0 if causal else self.noise.block
     object.__setattr__(self, "model", dataclasses.replace(self.model, causal=causal, block=block))
+    if block and self.data.length % block:
+      raise Mistake(
+        f"data.length={self.data.length} is not a multiple of noise.block={block}: rows hold whole blocks; 0 makes one"
+        " of each row"
+      )
+    object.__setattr__(self, "data", dataclasses.replace(self.data, align=block or 1))
     fields.check_seed(self.seed, "seed")
     if isinstance(self.sample.seed, tuple):
       raise Mistake(f"sample.seed={self.sample.seed}: a config has one seed, of which every row makes its own")
@@ -193,7 +199,7 @@ def load(workdir: Path) -> Config:
 
 
 # Fields of the dataclasses that a config does not set: the objective decides.
-DECIDED = ("model.causal", "model.block")
+DECIDED = ("model.causal", "model.block", "data.align")
 
 
 def table(c: Config, setters: Mapping[str, str]) -> Table:

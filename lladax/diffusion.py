@@ -226,7 +226,6 @@ class Masked:
     Returns:
       float32 [B].
     """
-
     masked_BL, scale_B = jax.vmap(_drawn)(scored_BL, key_B, sample_B, samples_B)
     input_BL, target_BL = jnp.where(masked_BL, mask_id, tokens_BL), jnp.where(masked_BL, tokens_BL, -1)
     return -scale_B * jnp.sum(nll(input_BL, target_BL), axis=1)
@@ -259,7 +258,7 @@ class Blocks:
   def check_sampler(self, c: SamplerConfig) -> None:
     """Raises Mistake for what a model of blocks has already decided."""
     if c.cache:
-      raise Mistake(f"sample.cache={c.cache!r}: a model of blocks keeps those that are finished by itself; leave it out")
+      raise Mistake(f"sample.cache={c.cache!r}: a model of blocks keeps the finished ones by itself; leave it out")
     if c.block_length not in (self.noise.block, SamplerConfig.block_length):
       raise Mistake(f"sample.block_length={c.block_length}: this model's blocks have {self.noise.block}; leave it out")
 

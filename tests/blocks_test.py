@@ -61,7 +61,9 @@ def draw_losses(noise, draws):
 
   def step(i):
     batch = {"tokens": jnp.asarray(TOKENS), "weight": jnp.asarray(WEIGHT), "index": i * B + jnp.arange(B)}
-    return Blocks(noise).loss(weighted_nll, batch, jax.random.fold_in(jax.random.key(1), i), mask_id=MASK, batch_size=B)[0]
+    return Blocks(noise).loss(
+      weighted_nll, batch, jax.random.fold_in(jax.random.key(1), i), mask_id=MASK, batch_size=B
+    )[0]
 
   return np.asarray(jax.jit(lambda: jax.lax.map(step, jnp.arange(draws), batch_size=10_000))())
 
@@ -128,7 +130,9 @@ def by_block(c, params, noised_BL, clean_BL, target_BL, weight_BL):
   for first in range(0, noised_BL.shape[1], n):
     end = min(first + n, noised_BL.shape[1])
     canvas_BL = np.concatenate([clean_BL[:, :first], noised_BL[:, first:end]], axis=1)
-    nll_BL = c.bind(params).nll(canvas_BL, np.concatenate([np.full_like(clean_BL[:, :first], -1), target_BL[:, first:end]], 1))
+    nll_BL = c.bind(params).nll(
+      canvas_BL, np.concatenate([np.full_like(clean_BL[:, :first], -1), target_BL[:, first:end]], 1)
+    )
     total += jnp.sum(weight_BL[:, first:end] * nll_BL[:, first:])
   return total
 

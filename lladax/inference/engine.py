@@ -71,7 +71,7 @@ class Engine:
   def extend(self, rows: Sequence[Ids], settings: SamplerConfig | Sequence[SamplerConfig]) -> Job:
     """Prompts that are to be continued, `gen_length` tokens or until EOS; see `LLaDA.sample` for the mistakes."""
     each = [settings] if isinstance(settings, SamplerConfig) else settings
-    shape, numbers = sampling.split(settings, len(rows))
+    shape, numbers = compiled_for(self.model, *sampling.split(settings, len(rows)))
     for c in each:
       self.model.objective.check_sampler(c)
     if self.model.block:
@@ -116,7 +116,6 @@ class Engine:
     for row, tokens_L, padding, behind in zip(rows, tokens_BL, padding_B, behind_B, strict=True):
       tokens_L[padding : padding + len(row)] = row
       tokens_L[padding + len(row) : first + behind] = self.mask_id
-    shape = shape._replace(block_length=n, of_blocks=True)
     return Job(tokens_BL, padding_B, first, first, lengths, shape, settings, given_B, own_B)
 
   def _fill_blocks(self, rows: Sequence[Ids], shape: Shape, settings: Settings) -> Job:
@@ -132,12 +131,11 @@ class Engine:
     masks_BL = tokens_BL == self.mask_id
     first = max(int(np.argmax(masks_BL.any(axis=0))) // n * n, n)  # what stands before is read in one pass
     steps = _of_a_block(settings.steps, n, np.maximum(masks_BL.sum(axis=1), 1))
-    shape = shape._replace(block_length=n, of_blocks=True)
     return Job(tokens_BL, padding_B, first, L, [L - first], shape, settings._replace(steps=steps), None, own_B)
 
   def fill(self, rows: Sequence[Ids], settings: SamplerConfig | Sequence[SamplerConfig]) -> Job:
     """Canvases of any lengths whose [MASK]s are to be filled."""
-    shape, numbers = sampling.split(settings, len(rows))
+    shape, numbers = compiled_for(self.model, *sampling.split(settings, len(rows)))
     if shape.grows:
       raise Mistake("sample.gen_length=None: a canvas has a length; leave it out")
     if self.model.block:
@@ -162,7 +160,7 @@ class Engine:
     where = NamedSharding(where.mesh, sharding.spec("")) if isinstance(where, NamedSharding) else where
     zeros_BL = np.zeros((B, L), np.int32)
     canvas = (job.tokens_BL, zeros_BL, np.ones((B, L), np.float32), np.zeros(B, np.int32), np.int32(0))
-    canvas = Canvas(*canvas, zeros_BL if shape.edits else None)
+    canvas += (zeros_BL if shape.edits else None,)
     canvas, block = Canvas(*jax.device_get(canvas)), np.int32(0)
     for length in job.lengths:
       canvas, L, W = self._grown(canvas, first, length), first + length, min(shape.block_length, length)
@@ -198,9 +196,11 @@ class Engine:
           )  # fmt: skip
         host = jax.device_get(state._replace(cache=None))
         end = first + int(host.block + (host.step > 0)) * W if shape.grows else L
-        filled = Filled(jax.tree.map(lambda x, end=end: x[:, :end] if x.ndim == 2 else x, host.canvas), job.padding_B, first)
+        shown = jax.tree.map(lambda x, end=end: x[:, :end] if x.ndim == 2 else x, host.canvas)
+        filled = Filled(shown, job.padding_B, first)
         yield self._in_line(filled, job) if shape.of_blocks else filled
-        if not (host.canvas.tokens_BL == self.mask_id).any() and not (host.step > 0 and shape.edits and host.open_B.any()):
+        edits = shape.edits and host.step > 0 and host.open_B.any()
+        if not edits and not (host.canvas.tokens_BL == self.mask_id).any():
           break
       canvas, block = host.canvas, host.block
       if self._ended(canvas, first).all():
@@ -371,6 +371,11 @@ _new_cache = jax.jit(MaskPredictorConfig.new_cache, static_argnums=(0, 1, 2))
 _start = jax.jit(sampling.start, static_argnames=("shape", "mask_id", "first"))  # one program, not one a line
 
 
+def compiled_for(model: MaskPredictorConfig, shape: Shape, settings: Settings) -> tuple[Shape, Settings]:
+  """As `sampling.split` split them, for a model: one of blocks has a block length of its own, and a cache."""
+  return (shape._replace(block_length=model.block, of_blocks=True) if model.block else shape), settings
+
+
 def _of_a_block(steps_B: Any, block: int, asked: Any) -> np.ndarray:
   """The steps of a whole block, where all that is asked for has so many; int32 [B]."""
   return np.maximum(-(-np.asarray(steps_B, np.int64) * block // asked), 1).astype(np.int32)
@@ -460,7 +465,7 @@ def lower_sampler(
   """The program that `LLaDA.sample` runs on prompts of `first` tokens, lowered from shapes for `plan.py`."""
   tokens = state.canvas.tokens_BL
   segment = jax.ShapeDtypeStruct(tokens.shape, jnp.int32, sharding=tokens.sharding)
-  shape, settings = sampling.split(c, len(tokens))
+  shape, settings = compiled_for(model, *sampling.split(c, len(tokens)))
   if not model.objective.fills:
     return _autoregressive_sample.lower(
       params, tokens, segment, settings, model=model, prompt_length=first, eos_id=ends[0], mask_id=mask_id,

@@ -502,7 +502,7 @@ class MaskPredictor(nnx.Module):
     return self.logits(self.hidden(tokens_BL, visible, position_BL)[0])
 
   def seen(self, input_BL, visible: Visible | None = None, clean_BL=None) -> jax.Array:
-    """`hidden` of the input; with `clean_BL`, given the clean blocks before each of its blocks, in one pass over both."""
+    """`hidden` of the input; of its blocks, given the clean ones before each, by one pass over both."""
     if clean_BL is None:
       return self.hidden(input_BL, visible)[0]
     L = input_BL.shape[1]

@@ -128,10 +128,10 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
   config.model.check_mesh(mesh, config.data.length)
   c, L = config.model, config.data.length
   segment_BL = jax.ShapeDtypeStruct((part, L), jnp.int32)
+  visible = c.visible(L, segment_BL, right_padded=not config.data.separates, aligned=True)
   attention.choose(
-    c.attention, c.visible(L, segment_BL, right_padded=not config.data.separates, aligned=True), K=c.K, dtype=c.compute_dtype,
-    platform=mesh.devices.flat[0].platform, capability=sharding.capability(mesh.devices.flat[0]),
-    context=mesh.shape["context"],
+    c.attention, visible, K=c.K, dtype=c.compute_dtype, platform=mesh.devices.flat[0].platform,
+    capability=sharding.capability(mesh.devices.flat[0]), context=mesh.shape["context"],
   )  # fmt: skip
 
 
