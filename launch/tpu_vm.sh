@@ -20,7 +20,7 @@ SLICES="${SLICES:-1}"
 CREATE_FLAGS="${CREATE_FLAGS:-}" # for example: --spot, or --reserved, or --network=NETWORK
 REPO="${REPO:-}"                 # URL to clone; empty: the files of this checkout that git knows, as they are
 COMMIT="${COMMIT:-HEAD}"         # of REPO
-NFS="${NFS:-}"                   # IP:/SHARE, Filestore for one; a pod needs one for the workdir
+NFS="${NFS:-}"                   # IP:/SHARE, Filestore for one; a pod needs one, or a workdir at gs://
 MOUNT="${MOUNT:-/mnt/lladax}"    # where it is mounted
 
 usage() {
@@ -59,7 +59,7 @@ setup() {
   on_all "set -e; rm -rf lladax; $fetch
     python3 -m pip install -q --user uv
     ~/.local/bin/uv venv -q --clear --python=3.12 venv
-    ~/.local/bin/uv pip install -q --python=venv/bin/python -e './lladax[tpu]'"
+    ~/.local/bin/uv pip install -q --python=venv/bin/python -e './lladax[tpu,gs]'"
   if [[ -n "$NFS" ]]; then
     on_all "set -e; sudo apt-get update -qq; sudo apt-get install -qq -y nfs-common; sudo mkdir -p $MOUNT
       mountpoint -q $MOUNT || sudo mount -t nfs $NFS $MOUNT; sudo chmod 1777 $MOUNT"

@@ -7,7 +7,6 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lladax import configs
@@ -50,4 +49,4 @@ def train(
   from lladax import config as whole  # Grain and its kin are slow to import, and of use to those who train
   from lladax.training import trainer
 
-  return trainer.train(whole.given(config), Path(workdir), allow)
+  return trainer.train(whole.given(config), workdir, allow)

@@ -31,11 +31,19 @@ class CheckpointConfig:
   every: int = 1000  # steps between saves; the last step is always saved
   keep: int = 2  # the newest so many
   keep_every: int = 0  # and, for good, those whose step is a multiple of this; 0: none
+  # Where the workdir is far: a folder on the disk of each machine, for states that are saved in between; "": none.
+  near: str = ""
+  near_every: int = 0  # steps between these; 0: none
 
   def __post_init__(self):
-    for name, least in (("every", 1), ("keep", 1), ("keep_every", 0)):
+    for name, least in (("every", 1), ("keep", 1), ("keep_every", 0), ("near_every", 0)):
       if getattr(self, name) < least:
         raise Mistake(f"checkpoint.{name}={getattr(self, name)}: must be at least {least}")
+    if bool(self.near) != bool(self.near_every):
+      raise Mistake(
+        f"checkpoint.near={self.near!r}, checkpoint.near_every={self.near_every}: a folder and a number of steps belong"
+        " together"
+      )
 
 
 @dataclasses.dataclass(frozen=True)

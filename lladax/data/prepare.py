@@ -31,6 +31,7 @@ import fsspec
 import numpy as np
 from rich.table import Table
 
+from lladax import address
 from lladax.data import contamination, corpus, reading, records
 from lladax.data import tokenizer as tokenizers
 from lladax.data.sources import texts
@@ -95,6 +96,8 @@ def run(
   parts = corpus.parts(data.corpus)
   if data.exclude:
     contamination.excluded(data.exclude)  # says now what is wrong with it
+  if address.is_address(target):
+    address.system(target)  # says what is not installed
   system, root = fsspec.url_to_fs(os.path.expanduser(target))
   folder = _Folder(target, root)
   text = _tokenizer(folder, tokenizer, data, console)

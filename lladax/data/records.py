@@ -22,7 +22,7 @@ import numpy as np
 from google.protobuf import descriptor_pb2, message_factory
 from google.protobuf import message as protobuf
 
-from lladax import fields
+from lladax import address, fields
 from lladax.data import tokenizer as tokenizers
 from lladax.data.windows import DataConfig, Row
 from lladax.mistake import Missing, Mistake
@@ -120,9 +120,9 @@ def open_folder(path: str | Path) -> Folder:
     Missing: there is no such folder.
     Mistake: the preparation was not finished.
   """
-  if "://" in str(path):
+  if "://" in str(path) and not address.is_address(path):
     raise Mistake(f"data.corpus=records:{path}: records are read from a mounted file system; give its path")
-  folder = Path(path).expanduser()
+  folder = address.mirror(path)  # all of it: grain reads files
   if not (folder / MANIFEST).is_file():
     if any(folder.glob(f"{NAME}-*")):
       raise Mistake(f"data.corpus=records:{path} is not finished: run --mode=prepare with --target={path} again")

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from lladax import address
 from lladax.devices import interrupts
 from lladax.mistake import Mistake, refusal
 from lladax.terminal import Console, Formatter, visible
@@ -97,10 +98,12 @@ def guard(command: Callable[[list[str]], int | None], argv: list[str], name: str
   logging.getLogger("lladax").setLevel(logging.INFO)  # which attention kernel runs
   logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates every save, and what it raises, a dozen times
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and its abandoned reads report themselves, one by one
+  for handler in logging.getLogger().handlers:
+    handler.addFilter(_with_addresses)
   try:
     return command(argv) or 0
   except Mistake as error:
-    print(f"{name}: {error}", file=sys.stderr)
+    print(f"{name}: {address.said(str(error))}", file=sys.stderr)
     code = 1
   except KeyboardInterrupt:
     interrupts.say(signal.SIGINT)
@@ -113,6 +116,11 @@ def guard(command: Callable[[list[str]], int | None], argv: list[str], name: str
     code = 1 if line else 70  # EX_SOFTWARE: a launcher may start it again
   leave(code)
   return code
+
+
+def _with_addresses(record: logging.LogRecord) -> bool:
+  record.msg, record.args = address.said(record.getMessage()), ()
+  return True
 
 
 def is_first() -> bool:

@@ -16,6 +16,7 @@ import jax
 from rich.table import Column, Table
 from rich.text import Text
 
+from lladax import address
 from lladax.config import Config
 from lladax.data import sources
 from lladax.data.tokenizer import Tokenizer
@@ -219,14 +220,14 @@ def report(llada: LLaDA, config: Config, bounds: dict[str, float], workdir: Path
     losses = metrics.losses(workdir)
     with leniently(workdir / "evaluation.html"):
       reports.write(reports.Report(title, about, found, shown, bounds, judged, losses), workdir / "evaluation")
-      console.print(f"the same as a page, with the loss: {workdir / 'evaluation.html'}")
+      console.print(f"the same as a page, with the loss: {address.of(workdir / 'evaluation.html')}")
   if filled := samples(llada, config):
     for row in filled.unmaskings():
       console.print(unmasking.terminal(row, frames=4))
     page = filled.html(f"{workdir.name}, step {step}")
     with leniently(workdir / "samples.html"):
       (workdir / "samples.html").write_text(page, encoding="utf-8", errors="backslashreplace")
-      console.print(f"the same as a page: {workdir / 'samples.html'}")
+      console.print(f"the same as a page: {address.of(workdir / 'samples.html')}")
   return results
 
 
@@ -292,4 +293,8 @@ def evaluate_last(config: Config, workdir: Path) -> dict[str, float]:
   llada = load.load(workdir, mesh=sharding.make_mesh(config.mesh), **asked)
   config = dataclasses.replace(config, model=llada.model)  # adapters are merged
   bounds = held_out.bound(llada, config) if config.data.held_out else {}
-  return report(llada, config, bounds, workdir, distributed.console())
+  try:
+    return report(llada, config, bounds, workdir, distributed.console())
+  finally:
+    if distributed.is_first():
+      address.push(workdir)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lladax import address
 from lladax.data import tokenizer as tokenizers
 from lladax.devices import sharding
 from lladax.inference import load
@@ -48,7 +49,7 @@ def from_published(source: str | Path, workdir: Path, values: dict[str, Any]) ->
     settings = json.loads((workdir / "tokenizer" / tokenizers.SETTINGS).read_text())
     files = [path for path in (workdir / "tokenizer").iterdir() if path.name != tokenizers.SETTINGS]
     special = {name: settings["names"][name] for name in ("eos", "mask", "pad")}
-    special |= {"kind": settings["kind"], "path": "".join(map(str, files))}
+    special |= {"kind": settings["kind"], "path": "".join(map(address.of, files))}
     values = values | {"tokenizer": values["tokenizer"] | special}
   saver = checkpoint.Checkpoints(workdir)
   c = sharding.MeshConfig(**values.get("mesh", {}))
@@ -63,6 +64,7 @@ def from_published(source: str | Path, workdir: Path, values: dict[str, Any]) ->
   values = values | {"objective": "diffusion", "model": values["model"] | shape}
   values |= {"tokenizer_fingerprint": text.fingerprint if text else ""}
   (workdir / "config.json").write_text(json.dumps(values, indent=2) + "\n")  # the last: now it is a workdir
+  address.push(workdir)
 
 
 def to_published(workdir: Path, target: Path, dtype: str | None = None) -> None:
@@ -91,3 +93,4 @@ def to_published(workdir: Path, target: Path, dtype: str | None = None) -> None:
   if dtype:
     config[next((name for name in ("torch_dtype", "dtype") if name in config), "dtype")] = dtype
   transfer.export(params, model, target, config, dtype=dtype)
+  address.push(target)

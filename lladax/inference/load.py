@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from lladax import fields
+from lladax import address, fields
 from lladax.data import tokenizer as tokenizers
 from lladax.devices import sharding
 from lladax.inference.llada import LLaDA
@@ -48,7 +48,7 @@ def load(
   said: dict[str, Any] = {name: value for name, value in both.items() if value is not None}
   if not isinstance(path, str | os.PathLike):
     raise Mistake(f"path={path!r}: give a folder, or hf://OWNER/NAME")
-  given = Path(os.path.expanduser(path))
+  given = address.mirror(path)
   folder = given.parent if given.name.isdecimal() else given
   if folder.name == "checkpoints" and not (given / "config.json").exists():
     named = None if folder == given else int(given.name)
@@ -105,7 +105,7 @@ def load(
   params = tree["params"]
   if not model.lora_rank:
     return LLaDA(model, params, **identity)
-  if not checkpoint.folder(Path(saved["base"]).parent.parent).is_dir():
+  if not checkpoint.folder(address.mirror(saved["base"]).parent.parent).is_dir():
     raise Missing(
       f"{workdir} holds adapters of {saved['base']}, which is not there: put it back, or train on with"
       " init_from=the place where it is now"

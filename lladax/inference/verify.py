@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lladax import config
+from lladax import address, config
 from lladax.inference.load import saved_model
 from lladax.mistake import Mistake
 from lladax.storage import checkpoint, metrics
@@ -25,7 +25,9 @@ def run(workdir: Path, console: Console) -> None:
       said = f"DAMAGED: {error}"
     console.print(f"{name}: {said}", soft_wrap=True)
   if damaged:
-    raise Mistake(f"--workdir={workdir}: {', '.join(damaged)} cannot be read back: put back a copy, or do without")
+    raise Mistake(
+      f"--workdir={address.of(workdir)}: {', '.join(damaged)} cannot be read back: put back a copy, or do without"
+    )
 
 
 def _parts(workdir: Path) -> Iterator[tuple[str, Callable[[], str]]]:

@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import re
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -29,10 +28,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from lladax import fields
+from lladax import address, fields
 from lladax.devices import distributed
 from lladax.mistake import Diverged, Missing, Mistake, Unsaved, refusal
-from lladax.storage import digest, writing
+from lladax.storage import digest, together, writing
 
 Tree = dict[str, Any]
 
@@ -46,7 +45,7 @@ class Corrupt(Mistake):
 
 def folder(workdir: Path) -> Path:
   """Where a workdir keeps its checkpoints."""
-  return workdir / "checkpoints"
+  return address.at(workdir / "checkpoints")
 
 
 def config(workdir: Path) -> dict[str, Any]:
@@ -100,7 +99,15 @@ _LONGEST = 3800  # bytes of a path: Linux takes 4095, and the files of a checkpo
 def steps(workdir: Path) -> list[int]:
   """Steps of the finished checkpoints, oldest first."""
   root = folder(workdir)
+  if address.is_address(root):  # where nothing can be renamed, Orbax's mark says that it is whole
+    system, path = address.system(str(root))
+    with address.asked(root):
+      found = [x.split("/")[-2] for x in system.glob(f"{path}/*/{_WHOLE}")]
+    return sorted(int(x) for x in found if x.isdecimal())
   return sorted(int(x.name) for x in root.iterdir() if x.name.isdecimal()) if root.is_dir() else []
+
+
+_WHOLE = "commit_success.txt"
 
 
 def fingerprint(path: Path) -> str:
@@ -108,7 +115,13 @@ def fingerprint(path: Path) -> str:
 
   Its data files are named by random numbers of 128 bits when they are written: nothing large is read.
   """
-  files = sorted((str(file.relative_to(path)), file.stat().st_size) for file in path.glob("**/d/*"))
+  if address.is_address(name := address.of(path)):
+    system, root = address.system(name)
+    with address.asked(name):
+      found = system.find(root, detail=True).items()
+    files = sorted((x[len(root) + 1 :], about["size"]) for x, about in found if x.split("/")[-2] == "d")
+  else:
+    files = sorted((str(file.relative_to(path)), file.stat().st_size) for file in path.glob("**/d/*"))
   return hashlib.blake2b(repr(files).encode(), digest_size=8).hexdigest() if files else ""
 
 
@@ -119,19 +132,22 @@ def need(path: Path, who: Path) -> None:
     path: its folder, WORKDIR/checkpoints/STEP.
     who: who needs it.
   """
-  note = path.parent.parent / _NEEDED / path.name
+  note, name = address.at(path.parent.parent / _NEEDED / path.name), address.of(who)
   try:
-    note.parent.mkdir(exist_ok=True)
-    known = note.read_text("utf-8").splitlines() if note.exists() else []
-    if str(who) not in known:
-      note.write_text("".join(f"{x}\n" for x in (*known, who)), "utf-8")
-  except OSError as error:
+    with address.asked(note, "written"):
+      note.parent.mkdir(exist_ok=True)
+      known = note.read_text("utf-8").splitlines() if note.exists() else []
+      if name not in known:
+        note.write_text("".join(f"{x}\n" for x in (*known, name)), "utf-8")
+  except (OSError, Mistake) as error:
     logging.warning("%s cannot be written: %s: see to it that %s is not removed", note, writing.reason(error), path)
 
 
 def needed(workdir: Path, step: int) -> bool:
   """Whether another run rests on a checkpoint."""
-  return (workdir / _NEEDED / str(step)).exists()
+  note = address.at(workdir / _NEEDED / str(step))
+  with address.asked(note):
+    return note.exists()
 
 
 _NEEDED = "needed"  # WORKDIR/needed/STEP names, line by line, the workdirs of the runs that began from that checkpoint
@@ -162,9 +178,12 @@ class Checkpoints:
     _drop_echoes()
     kept: Any = _Kept(workdir, keep, keep_every)
     options = ocp.CheckpointManagerOptions(preservation_policy=kept, cleanup_tmp_directories=True, create=True)
-    self._open = functools.partial(_manager, workdir, options)
+    self._open, self._meetings = functools.partial(_manager, workdir, options), together.Meetings()
+    if jax.process_count() > 1:
+      options.async_options = ocp.AsyncOptions(barrier_sync_fn=self._meetings.meet)
     self._workdir, self._begun, self._last = workdir, _identity(workdir), None
-    self._manager: ocp.CheckpointManager | None = self._open()
+    with address.asked(folder(workdir), "written"):
+      self._manager: ocp.CheckpointManager | None = self._open()
     self._waiter, self._saving = futures.ThreadPoolExecutor(1, "saving"), None
     self._error: Exception | None = None  # of the last save
 
@@ -176,7 +195,7 @@ class Checkpoints:
       Mistake: the workdir was removed, or another run has begun in it.
     """
     self._settle()
-    if jax.process_index() == 0 and _identity(self._workdir) != self._begun:  # others may see it late
+    if jax.process_index() == 0 and not self._is_ours():  # others may see it late
       self._last = None
       raise Mistake(
         f"{self._workdir} was removed, or another run has begun in it, since this one did: step {step} is not saved"
@@ -188,6 +207,7 @@ class Checkpoints:
         f" lower learning rate; the checkpoints before it are in {folder(self._workdir)}"
       )
     self._last = step
+    self._meetings.begin()
     try:
       self._manager = self._manager or self._open()
       self._manager.save(step, args=ocp.args.PyTreeSave(tree), force=True, custom_metadata={DIGESTS: digests})
@@ -202,13 +222,29 @@ class Checkpoints:
       manager.wait_until_finished()
     except Exception as error:
       self._failed(error)
+    self._push()
+
+  def _push(self) -> None:
+    """Of each process: it is process 0 that writes but what a profiler sees."""
+    if address.is_address(folder(self._workdir)) and self._is_ours():
+      address.push(self._workdir, must=False)
+
+  def _is_ours(self) -> bool:
+    """Whether the workdir is still that of this run. What a store does not say, a save will."""
+    try:
+      return _identity(self._workdir) == self._begun
+    except Mistake:
+      return True
 
   def _failed(self, error: Exception) -> None:
     self._error = error
-    left = steps(self._workdir)
+    left = "which are its checkpoints is not known"
+    with contextlib.suppress(Mistake):
+      found = steps(self._workdir)
+      left = f"the last checkpoint is step {found[-1]}" if found else "there is no checkpoint yet"
     logging.warning(
       "step %s is NOT saved: %s cannot be written: %s; %s", self._last, folder(self._workdir), writing.reason(error),
-      f"the last checkpoint is step {left[-1]}" if left else "there is no checkpoint yet",
+      left,
     )  # fmt: skip
 
   def _settle(self) -> None:
@@ -243,10 +279,12 @@ class Checkpoints:
     if self._manager:
       with contextlib.suppress(Exception) if self._error or why else contextlib.nullcontext():
         self._manager.close()
+    self._push()
     if why:
       return
     if self._error:
-      if not refusal(self._error):
+      ours = isinstance(self._error, together.Elsewhere) or refusal(self._error)
+      if not ours and not address.is_address(folder(self._workdir)):
         raise self._error
       raise Unsaved(
         f"step {self._last}, the last one, could not be saved: {folder(self._workdir)} cannot be written:"
@@ -256,9 +294,18 @@ class Checkpoints:
       raise Mistake(f"{self._workdir} was removed while step {self._last} was saved in it: it is lost")
 
 
-def _identity(workdir: Path) -> tuple[int, int] | None:
-  """Of the config.json that a run wrote when it began; None where there is none."""
+def _identity(workdir: Path) -> Any:
+  """Of the config.json that a run wrote when it began; None where there is none.
+
+  Raises:
+    Mistake: the store does not say.
+  """
   try:
+    if address.is_address(name := address.of(workdir)):
+      system, path = address.system(name)
+      with address.asked(name):
+        about = system.info(f"{path}/config.json")
+      return [str(about.get(x)) for x in ("ETag", "LastModified", "generation", "updated", "md5Hash")]
     found = (workdir / "config.json").stat()
   except OSError:
     return None
@@ -271,7 +318,8 @@ def drop(workdir: Path, *, after: int) -> None:
   if jax.process_index() == 0:
     for step in steps(workdir):
       if step > after:
-        shutil.rmtree(folder(workdir) / str(step))
+        with address.asked(folder(workdir), "written"):
+          epath.Path(folder(workdir) / str(step)).rmtree()
   distributed.agree(dropped=str(after))
 
 
@@ -365,7 +413,40 @@ _ARRAYS = ocp.type_handlers.create_type_handler_registry(
 
 def _manager(workdir: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
   handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_ARRAYS)
-  return ocp.CheckpointManager(_Literal(folder(workdir).absolute()), options=options, item_handlers=handler)
+  root = folder(workdir)
+  if address.is_address(root):
+    _know_s3()
+    address.system(str(root))
+  else:
+    root = _Literal(root.absolute())
+  return ocp.CheckpointManager(root, options=options, item_handlers=handler)
+
+
+@functools.cache
+def _know_s3() -> None:
+  """Orbax (0.12.8) knows gs:// alone: what it does there is right for s3://, too, and TensorStore has a driver for it.
+
+  That asks for the end point, where it is not Amazon's, by name; boto, behind s3fs, by the environment.
+  """
+  from orbax.checkpoint._src.path import gcs_utils
+  from orbax.checkpoint._src.serialization import tensorstore_utils
+
+  both, of_gs, normal = ("gs://", "s3://"), gcs_utils.get_kvstore_for_gcs, tensorstore_utils._normalize_path
+  said = {"endpoint": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"), "aws_region": ("AWS_REGION", "AWS_DEFAULT_REGION")}
+
+  def spec(path: str) -> dict[str, Any]:
+    found = of_gs(path)
+    if path.startswith("s3://"):
+      found["driver"] = "s3"
+      for name, variables in said.items():
+        if value := next(filter(None, map(os.environ.get, variables)), None):
+          found[name] = value
+    return found
+
+  gcs_utils._GCS_PATH_PREFIX = both
+  gcs_utils.get_kvstore_for_gcs = spec
+  tensorstore_utils._use_gcs_driver = lambda directory: directory.startswith(both)
+  tensorstore_utils._normalize_path = lambda path: normal(path).replace("s3:/", "s3://")
 
 
 def _read(workdir: Path, step: int, how: Callable[[ocp.CheckpointManager], Any]) -> Any:
@@ -374,9 +455,11 @@ def _read(workdir: Path, step: int, how: Callable[[ocp.CheckpointManager], Any])
     with _manager(workdir, ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False)) as manager:
       return how(manager)
   except Exception as error:  # Orbax and TensorStore raise many kinds; all mean the same here
-    cause = error.__cause__ or error
+    cause, path = error.__cause__ or error, folder(workdir) / str(step)
     why = (str(cause).splitlines() or [""])[0][:200]
-    raise Corrupt(f"{folder(workdir) / str(step)} cannot be read: {type(cause).__name__}: {why}") from error
+    # ... but of a store that is away: nothing is known of the checkpoint then, and it is not set aside.
+    kind = Mistake if address.is_address(path) and address.unreachable(error) else Corrupt
+    raise kind(f"{path} cannot be read: {type(cause).__name__}: {why}") from error
 
 
 @functools.cache
@@ -421,11 +504,11 @@ def restore_latest(
   Raises:
     Corrupt: if there are checkpoints, but none can be read.
   """
-  failed = []
-  if set_aside and jax.process_index() == 0 and (root := folder(workdir)).is_dir():
-    for path in sorted(root.glob("*.orbax-checkpoint-tmp*")):
+  failed, every = [], steps(workdir)
+  if set_aside and jax.process_index() == 0:
+    for path in _unfinished(folder(workdir), every):
       logging.warning("%s: the run ended while it was written; it is skipped, and cleaned away", path)
-  for step in reversed(steps(workdir)):
+  for step in reversed(every):
     try:
       tree = (read or restore)(workdir, step, abstract)
     except Corrupt as error:
@@ -433,15 +516,25 @@ def restore_latest(
       continue
     for bad, error in failed:
       names = (f"{bad}.unreadable{n or ''}" for n in itertools.count())
-      aside = next(path for name in names if not (path := folder(workdir) / name).exists())
-      left = aside if set_aside else folder(workdir) / str(bad)
-      logging.warning("%s; falling back to step %d, the old files are in %s", error, step, left)
-      if set_aside and jax.process_index() == 0:
-        (folder(workdir) / str(bad)).rename(aside)
+      with address.asked(folder(workdir), "written"):
+        aside = next(path for name in names if not (path := folder(workdir) / name).exists())
+        left = aside if set_aside else folder(workdir) / str(bad)
+        logging.warning("%s; falling back to step %d, the old files are in %s", error, step, left)
+        if set_aside and jax.process_index() == 0:
+          address.move(folder(workdir) / str(bad), aside)
     return step, tree
   if failed:
     raise Corrupt(f"no checkpoint of {workdir} can be read; the newest: {failed[0][1]}")
   return None
+
+
+def _unfinished(root: Path, whole: Sequence[int]) -> list[Path]:
+  with address.asked(root):
+    if not root.is_dir():
+      return []
+    if address.is_address(root):
+      return sorted(x for x in root.iterdir() if x.name.isdecimal() and int(x.name) not in whole)
+    return sorted(root.glob("*.orbax-checkpoint-tmp*"))
 
 
 def flat(tree: Tree) -> list[tuple[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import tokenizers as hf_tokenizers
 
+from lladax import address
 from lladax.data import template as templates
 from lladax.data import tokenizer as tokenizers
 from lladax.mistake import Missing, Mistake
@@ -57,7 +58,7 @@ def find(source: str | Path) -> Path:
   name = str(source)
   if match := re.fullmatch(r"hf:/+([^/@]+/[^/@]+?)(?:@(.+?))?/*", name):
     return _download(*match.groups())
-  folder = Path(os.path.expanduser(name))
+  folder = address.mirror(name)
   if os.path.isdir(folder):
     return _snapshot(folder)
   if os.path.exists(folder):

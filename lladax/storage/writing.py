@@ -62,6 +62,8 @@ def _tried(at: Path) -> str:
 
 def reason(error: BaseException) -> str:
   """Why something could not be written, in one line: as the system says it, or what the library said."""
+  if isinstance(error, Mistake):
+    return str(error)
   return (
     refusal(error).rpartition(": ")[2]
     or getattr(error, "strerror", None)

@@ -21,7 +21,7 @@ import jax
 from lladax.config import CheckpointConfig, LogConfig
 from lladax.devices import distributed
 from lladax.devices.interrupts import Interrupt, Stopped
-from lladax.storage import checkpoint, metrics
+from lladax.storage import checkpoint, metrics, near
 
 
 class Work(NamedTuple):
@@ -63,6 +63,7 @@ def run(work: Work, state: Any, workdir: Path, checkpoints: CheckpointConfig, lo
   watchdog = distributed.Watchdog(log.hang_seconds)
   profiler = metrics.ProfilerWindow(workdir / "profile", log.profile_first, log.profile_last)
   saver = checkpoint.Checkpoints(workdir, keep=checkpoints.keep, keep_every=checkpoints.keep_every)
+  nearer = near.Near(checkpoints.near, workdir) if checkpoints.near else None
   journal = _Journal(work, workdir, log)
   done = saved = work.start
 
@@ -81,6 +82,8 @@ def run(work: Work, state: Any, workdir: Path, checkpoints: CheckpointConfig, lo
   with stop.steps(), contextlib.ExitStack() as ends:  # a save that waits is a step still
     ends.callback(watchdog.close)  # in the opposite order
     ends.push(lambda _, error, __: saver.close(error))
+    if nearer:
+      ends.callback(nearer.wait)
     ends.callback(journal.close)
     ends.callback(profiler.stop)
     ends.callback(watchdog.beat, "finishing the last save")
@@ -107,11 +110,17 @@ def run(work: Work, state: Any, workdir: Path, checkpoints: CheckpointConfig, lo
           journal.add(step, scalars)
         if step == work.end or step % checkpoints.every == 0:
           save()
+        elif nearer and step % checkpoints.near_every == 0:
+          journal.flush()
+          watchdog.beat(f"saving step {step} near")
+          nearer.save(step, work.to_tree(state))
         if step < work.end and work.evaluate_every and step % work.evaluate_every == 0:
           journal.flush()
           journal.add_held_out(step, work.evaluate(state, beat))
     except Stopped:  # between two steps, or within an evaluation, which is left out then
       save()
+  if nearer and done == work.end:
+    nearer.drop(after=-1)
   return state
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from lladax import address
 from lladax.config import Config, LogConfig, check_saved
 from lladax.data import sources, tokenizer, windows
 from lladax.devices import distributed, sharding
@@ -19,7 +20,7 @@ from lladax.evaluation import evaluate
 from lladax.inference.load import check_vocabulary, load
 from lladax.mistake import Missing, Mistake
 from lladax.model import quantized
-from lladax.storage import checkpoint
+from lladax.storage import checkpoint, near
 from lladax.training import history
 from lladax.training.step import State, check_mesh, check_trains, from_tree, guard, program, to_tree
 
@@ -79,7 +80,7 @@ def prepare(config: Config, workdir: Path, allow: Sequence[str] = ()) -> Run:
   check_mesh(config, mesh)
   extra = {"tokenizer_fingerprint": text.fingerprint, "base": base}
   if base:
-    extra["base_fingerprint"] = (saved or {}).get("base_fingerprint") or checkpoint.fingerprint(Path(base))
+    extra["base_fingerprint"] = (saved or {}).get("base_fingerprint") or checkpoint.fingerprint(address.mirror(base))
   plain = json.loads(json.dumps(dataclasses.asdict(config) | extra))
   moved = {name: plain[name] for name in ("init_from", "base", "base_fingerprint")} if base else {}
   changed = check_saved({**(saved or plain), **moved}, plain, workdir, allow)
@@ -92,10 +93,14 @@ def prepare(config: Config, workdir: Path, allow: Sequence[str] = ()) -> Run:
   digests = {name: source.digest[:32] for name, source in zip(config.data.corpora, rows, strict=True)}
   _check_data(read_before or digests, digests, workdir)
   plain |= {"data_digests": digests, "draws": draws}
-  distributed.agree(config=json.dumps(plain), data=json.dumps(digests), workdir=str(workdir), jax=jax.__version__)
+  distributed.agree(
+    config=json.dumps(plain), data=json.dumps(digests), workdir=address.of(workdir), jax=jax.__version__
+  )
+  done = max(checkpoint.steps(workdir), default=0)
+  if config.checkpoint.near:
+    done = near.Near(config.checkpoint.near, workdir).newest(after=done)
   if distributed.is_first():
     workdir.mkdir(parents=True, exist_ok=True)
-    done = max(checkpoint.steps(workdir), default=0)
     history.append(workdir, done, mesh, changed, allowed=list(allow), data=digests, draws=draws)
     _write(workdir, plain, None if saved else text, base)
   return Run(config, workdir, text, mesh, *program(config, mesh), rows, base)
@@ -123,7 +128,7 @@ def _check_outputs(log: LogConfig, workdir: Path) -> None:
 def _write(workdir: Path, config: dict[str, Any], text: tokenizer.Tokenizer | None, base: str) -> None:
   """Writes config.json; of a run that begins here (with its tokenizer) also what makes the workdir self-contained."""
   if base:
-    checkpoint.need(Path(base), workdir.absolute())
+    checkpoint.need(address.mirror(base), workdir.absolute())
   if text:
     text.save(workdir / "tokenizer")
     published = _workdir_of(base) / "published"
@@ -132,11 +137,12 @@ def _write(workdir: Path, config: dict[str, Any], text: tokenizer.Tokenizer | No
   new = workdir / "config.new"
   new.write_text(json.dumps(config, indent=2) + "\n")
   new.replace(workdir / "config.json")  # at once: a run may be killed here
+  address.push(workdir)
 
 
 def _workdir_of(base: str) -> Path:
   """The workdir that a checkpoint lies in."""
-  return Path(base).parent.parent
+  return address.mirror(base).parent.parent
 
 
 _SHAPE = ("D", "N", "H", "G", "K", "F", "V", "tied", "rope_theta", "norm_eps", "max_length")
@@ -148,7 +154,7 @@ def find_base(init_from: str) -> str:
   Raises:
     Missing: there is none.
   """
-  path = Path(init_from).expanduser().absolute()
+  path = address.mirror(init_from).absolute()
   step = path.name if path.name.isdecimal() and path.parent.name == "checkpoints" else ""
   workdir = path.parent.parent if step else path
   steps = checkpoint.steps(workdir)
@@ -169,18 +175,18 @@ def _base(config: Config, saved: dict[str, Any] | None, workdir: Path) -> str:
   """
   if not saved or not saved.get("base"):
     return find_base(config.init_from)
-  base, mark = Path(saved["base"]), saved.get("base_fingerprint", "")
+  base, mark = address.mirror(saved["base"]), saved.get("base_fingerprint", "")
   same = config.init_from == saved["init_from"]
-  given = Path(config.init_from).expanduser().absolute()
-  for path in [base] * same + [given, checkpoint.folder(given) / base.name]:
+  given = address.mirror(config.init_from).absolute()
+  for path in [base] * same + [given, given / "checkpoints" / base.name]:
     found = checkpoint.fingerprint(path)
     if found and found == (mark or (found if same and path == base else "")):  # older runs hold no mark
-      return str(path)
+      return address.of(path)
   if not same:
     find_base(config.init_from)
     raise Mistake(f"init_from={config.init_from}: {workdir} began from another checkpoint, {base}")
   if checkpoint.steps(workdir) and not config.model.lora_rank:
-    return str(base)  # the workdir holds everything
+    return address.of(base)  # the workdir holds everything
   why = "trains adapters of" if config.model.lora_rank else "has no checkpoint yet, and begins from"
   raise Missing(f"{workdir} {why} {base}, which is not there: say as init_from where that checkpoint is now")
 
@@ -214,7 +220,9 @@ def _cast(params: Any, dtype: Any, at: Any) -> Any:
 
 
 def restore(run: Run) -> State | None:
-  """The state of the last checkpoint, read to where it lives: nothing is drawn, and of a base only what is frozen read.
+  """The state of the last checkpoint, or of a newer one near, read to where it lives.
+
+  Nothing is drawn, and of a base only what is frozen read.
 
   None where there is no checkpoint.
   """
@@ -228,7 +236,11 @@ def restore(run: Run) -> State | None:
     wanted = {name: x for name, x in wanted.items() if name != "guard"}  # older than the guard
     return checkpoint.restore(workdir, step, wanted) | {"guard": jax.device_put(guard(), run.shardings.guard)}
 
-  found = checkpoint.restore_latest(run.workdir, to_tree(shapes, copy=False), read=read)
+  abstract = to_tree(shapes, copy=False)
+  done, found = max(checkpoint.steps(run.workdir), default=0), None
+  if run.config.checkpoint.near:
+    found = near.Near(run.config.checkpoint.near, run.workdir).restore(abstract, after=done)
+  found = found or checkpoint.restore_latest(run.workdir, abstract, read=read)
   if found is None:
     return None
   return from_tree(found[1], shapes)._replace(frozen=_frozen_base(run) if run.config.model.lora_rank else {})

@@ -2,16 +2,16 @@
 
 import functools
 import logging
+import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from rich.table import Table
 
-from lladax import optimizer
+from lladax import address, optimizer
 from lladax.config import Config
 from lladax.data import batches
 from lladax.devices import distributed, sharding
@@ -19,14 +19,14 @@ from lladax.devices.interrupts import Interrupt
 from lladax.evaluation import evaluate, held_out
 from lladax.inference.llada import LLaDA
 from lladax.mistake import Diverged, Unsaved
-from lladax.storage import checkpoint, metrics
+from lladax.storage import checkpoint, metrics, near
 from lladax.terminal import Console
 from lladax.training import loop
 from lladax.training.setup import Run, begin, prepare, restore
 from lladax.training.step import State, flops_per_token, frozen_matmuls, jit_step, matmuls, to_tree
 
 
-def train(config: Config, workdir: str | Path, allow: Sequence[str] = ()) -> dict[str, float]:
+def train(config: Config, workdir: str | os.PathLike, allow: Sequence[str] = ()) -> dict[str, float]:
   """Trains up to `config.steps`, from the workdir's last checkpoint if there is one; evaluates at the end.
 
   The fields of `allow` may be other than the run in the workdir has had.
@@ -41,13 +41,17 @@ def train(config: Config, workdir: str | Path, allow: Sequence[str] = ()) -> dic
   """
   began, console = time.monotonic(), distributed.console()
   with Interrupt() as stop:
-    run = prepare(config, Path(workdir).expanduser(), allow)
+    run = prepare(config, address.mirror(workdir), allow)
     config = run.config
     with jax.set_mesh(run.mesh):
       llada = _llada(run, _last_state(run, stop, console))
       bounds = held_out.bound(llada, config) if config.data.held_out else {}
-      results = evaluate.report(llada, config, bounds, run.workdir, console)
-  console.print(f"done in {metrics.clock(time.monotonic() - began)}; everything is in {run.workdir}")
+      try:
+        results = evaluate.report(llada, config, bounds, run.workdir, console)
+      finally:
+        if distributed.is_first():
+          address.push(run.workdir, must=False)
+  console.print(f"done in {metrics.clock(time.monotonic() - began)}; everything is in {address.of(run.workdir)}")
   return results
 
 
@@ -79,7 +83,7 @@ def _first_state(run: Run, console: Console) -> State:
   """The state of the last checkpoint, or of step 0."""
   state = restore(run)
   if state:
-    console.print(f"continuing from step {int(state.step)} of {run.workdir}")
+    console.print(f"continuing from step {int(state.step)} of {address.of(run.workdir)}")
   else:
     state = begin(run)
   distributed.agree(checkpoint=str(int(state.step)))
@@ -104,6 +108,8 @@ def _go_back(run: Run, stuck: loop.Stuck, *, returns: int, ahead: int, console: 
   target = max((s for s in steps if s < first), key=lambda s: (s % usual == 0, s), default=0)
   target = max([target, *(s for s in steps if checkpoint.needed(run.workdir, s))])
   checkpoint.drop(run.workdir, after=target)
+  if folder := run.config.checkpoint.near:
+    near.Near(folder, run.workdir).drop(after=target)
   console.print(f"{where}: back to step {target}, and past their examples")
   state = _first_state(run, console)
   known = {"returns": returns + 1, "ahead": ahead + stuck.step - int(state.step), "skipped": stuck.skipped, "row": 0}

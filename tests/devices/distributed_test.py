@@ -20,8 +20,8 @@ from lladax.training import trainer
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
-def start(flags, workdir, *, more=({}, {})):
-  """Two processes that train together; `more`: flags of each, name -> value."""
+def start(flags, workdir, *, more=({}, {}), limited=None):
+  """Two processes that train together; `more`: flags of each, name -> value; `limited` cannot write large files."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
@@ -30,7 +30,10 @@ def start(flags, workdir, *, more=({}, {})):
   command += [f"--coordinator=localhost:{port}", "--num_processes=2"]
   return [
     subprocess.Popen(
-      [*command, f"--process_id={i}", *(f"--{name}={value}" for name, value in more[i].items())],
+      [
+        *(["bash", "-c", 'ulimit -f 40; exec "$@"', "-"] if i == limited else []),
+        *command, f"--process_id={i}", *(f"--{name}={value}" for name, value in more[i].items()),
+      ],
       env=env, stderr=subprocess.PIPE, text=True,
     )
     for i in range(2)
@@ -198,3 +201,16 @@ def test_libtpu_is_told_only_where_it_would_complain(set_, tpus, installed, told
   monkeypatch.setattr(os, "environ", dict(set_))
   distributed.hush_libtpu()
   assert os.environ == set_ | told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_save_that_one_process_cannot_write_is_given_up_by_all(failing, tiny_flags, tmp_path):
+  """Orbax alone would let the others wait for twenty minutes. The run goes on; the last save ends it, in one line."""
+  larger = [*tiny_flags, "--config.model.D=64", "--config.model.F=128", "--config.mesh.fsdp=8"]
+  processes = start(larger, tmp_path / "run", limited=failing)
+  for i, (code, said) in enumerate(finish(processes)):
+    assert code == 1 and "Traceback" not in said, said
+    why = "File too large" if i == failing else "another process could not write its part"
+    assert f"step 5 is NOT saved: {tmp_path / 'run/checkpoints'} cannot be written: {why}" in said
+    assert f"step 20, the last one, could not be saved: {tmp_path / 'run/checkpoints'} cannot be written: {why}" in said

@@ -166,7 +166,7 @@ def test_a_path_that_is_not_there(tmp_path, monkeypatch, tiny_workdir):
     ("x" * 5000, "there is no such folder"),
     ("runs", "there is no config.json in it; did you mean runs/quickstart?"),
     ("runs/quickstart/config.json", "it is a file: give its folder, runs/quickstart"),
-    ("gs://bucket/run", "models are read from folders, and from hf://"),
+    ("abfs://bucket/run", "models are read from folders, and from hf://"),
     ("hf://NAME", "a hub name is written hf://OWNER/NAME or hf://OWNER/NAME@REVISION"),
     ("hf://OWNER/NAME/folder", "a hub name is written hf://OWNER/NAME or hf://OWNER/NAME@REVISION"),
     ("hf://OWNER/NAME", "to ask the Hugging Face hub: pip install huggingface_hub"),
