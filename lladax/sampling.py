@@ -239,6 +239,11 @@ def candidates(
   return token_BW, probability_BW, jnp.where(jnp.take_along_axis(late_BV, token_BW, axis=-1), _LAST, score_BW)
 
 
+def scheduled(W: int, steps_B: jax.Array, step: jax.Array | int) -> jax.Array:
+  """How many tokens of a whole block of W step number `step` commits at least, of so many steps; int32 [B]."""
+  return jnp.maximum(W // steps_B + (step < W % steps_B), 1)
+
+
 def commit(
   masked_BW: jax.Array, score_BW: jax.Array, probability_BW: jax.Array, quota_B: jax.Array, settings: Settings,
   always: bool = False,
@@ -257,6 +262,13 @@ def commit(
   keep_BW |= probability_BW > threshold_B1
   keep_BW |= (rank_BW + 2) * (1.0 - probability_BW) < factor_B1
   return masked_BW & keep_BW
+
+
+def edit(
+  there_BW: jax.Array, held_BW: jax.Array, token_BW: jax.Array, probability_BW: jax.Array, settings: Settings
+) -> jax.Array:
+  """Which of the tokens that are `there` are replaced by the candidate: another one, more probable than the threshold."""
+  return there_BW & (token_BW != held_BW) & (probability_BW > settings.edit_threshold[:, None])
 
 
 class State(NamedTuple):
@@ -362,15 +374,14 @@ def run(
     )  # fmt: skip
     steps_B = jnp.take(state.steps_BN, state.block, axis=1)
     if shape.of_blocks:
-      quota_B = jnp.maximum(W // steps_B + (state.step < W % steps_B), 1)
+      quota_B = scheduled(W, steps_B, state.step)
     else:
       quota_B = -(-masked_BW.sum(axis=1) // jnp.maximum(steps_B - state.step, 1))
     commit_BW = commit(masked_BW, score_BW, probability_BW, quota_B, settings, shape.of_blocks)
     put_BW = commit_BW
     if shape.edits:
       there_BW = open_B[:, None] & (window(canvas.unmasked_at_BL, at) > 0)
-      edit_BW = there_BW & (probability_BW > settings.edit_threshold[:, None])
-      edit_BW &= token_BW != window(canvas.tokens_BL, at)
+      edit_BW = edit(there_BW, window(canvas.tokens_BL, at), token_BW, probability_BW, settings)
       put_BW |= edit_BW
 
     def put(array_BL, new_BW, put_BW):
