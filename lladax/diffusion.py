@@ -27,6 +27,7 @@ WeightedNll = Callable[..., tuple[jax.Array, jax.Array]]
 # What is folded into a key, in an example's or a draw's place, for the shift that all of them have in common.
 _SHIFT = 0x51F7
 _BLOCKS = 0xB10C  # and for what is drawn block by block
+_REPLACED = 0x5EED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,10 @@ class NoiseConfig:
   # it. 0: the whole canvas is one. 1, with exact masking: the chain rule, without noise.
   block: int = 0
   times_per: str = "block"  # of blocks: each has a time of its own | "row": all of a row have one (LLaDA2.0)
+  band: tuple[float, float] = (0.0, 1.0)  # times, and so the shares that are masked, lie in it; LLaDA2.0: (0.3, 0.8)
+  weights: str = "elbo"  # a masked token counts 1/p: the bound | "flat": each the same, in the mean 1 a token
+  complements: bool = False  # each row twice, the other tokens masked the second time; with flat weights
+  replace: float = 0.0  # so many of the masked tokens get a random token, not [MASK]: to learn editing (LLaDA2.1)
 
   def __post_init__(self):
     if self.masking not in ("independent", "exact"):
@@ -52,8 +57,22 @@ class NoiseConfig:
       raise Mistake(f"noise.eps={self.eps}: must lie between 0 and 1")
     if self.block < 0:
       raise Mistake(f"noise.block={self.block}: must be at least 1, or 0 for the whole canvas")
-    if self.times_per not in ("block", "row"):
-      raise Mistake(f"noise.times_per={self.times_per!r}: use block or row")
+    for name, known in (("times_per", ("block", "row")), ("weights", ("elbo", "flat"))):
+      if getattr(self, name) not in known:
+        raise Mistake(f"noise.{name}={getattr(self, name)!r}: use {' or '.join(known)}")
+    object.__setattr__(self, "band", tuple(self.band))  # JSON knows lists alone
+    if len(self.band) != 2 or not 0.0 <= self.band[0] < self.band[1] <= 1.0:
+      raise Mistake(f"noise.band={self.band}: give the least and the largest time, between 0 and 1")
+    if not 0.0 <= self.replace < 1.0:
+      raise Mistake(f"noise.replace={self.replace}: must be at least 0, and less than 1")
+    if self.complements and self.weights != "flat":
+      raise Mistake("noise.complements=True: what the other row masks is not weighted 1/p: set noise.weights=flat")
+
+  @property
+  def pairs_share(self) -> bool:
+    """Whether two neighbouring rows mask one token more than one of them has."""
+    whole = self.band == (0.0, 1.0) and not self.complements
+    return whole and (self.masking, self.times) == ("exact", "antithetic")
 
 
 def draw_times(
@@ -105,7 +124,7 @@ def mask_exactly(rng: jax.Array, maskable_L: jax.Array, count: jax.Array) -> jax
 
 def forward_process(
   tokens_BL: jax.Array, maskable_BL: jax.Array, index_B: jax.Array, rng: jax.Array, mask_id: int, noise: NoiseConfig,
-  batch_size: int,
+  batch_size: int, vocab_size: int = 0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
   """x_t ~ q(x_t | x_0): masks tokens, and says by how much to scale the cross-entropy of the masked ones.
 
@@ -117,6 +136,7 @@ def forward_process(
     mask_id: id of [MASK].
     noise: see `NoiseConfig`.
     batch_size: the global batch.
+    vocab_size: of the ids that may take a token's place, where `noise` replaces any.
 
   Returns:
     input_BL (x_t), masked_BL (bool), scale_BL: 1/p (P Eq. 3) or n/l (P Eq. 6), one for all that is noised together.
@@ -130,13 +150,30 @@ def forward_process(
   if not n:
     masked_BL, scale_B = _masked(key_B, t, mirrored_B, maskable_BL, noise)
     scale_BL = jnp.broadcast_to(scale_B[:, None], tokens_BL.shape)
-    return jnp.where(masked_BL, mask_id, tokens_BL), masked_BL, scale_BL
+    return noised(tokens_BL, masked_BL, index_B, rng, mask_id, noise, vocab_size), masked_BL, scale_BL
   each = lambda x: jnp.broadcast_to(x.reshape(len(index_B), -1), (len(index_B), S)).reshape(-1)  # noqa: E731
   key_R = jax.vmap(lambda key: jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(S)))(key_B).reshape(-1)
   masked_RW, scale_R = _masked(key_R, each(t), each(mirrored_B), _cut(maskable_BL, n), noise)
   masked_BL = masked_RW.reshape(-1, S * n)[:, :L]
   scale_BL = jnp.repeat(scale_R.reshape(-1, S), n, axis=1)[:, :L]
-  return jnp.where(masked_BL, mask_id, tokens_BL), masked_BL, scale_BL
+  return noised(tokens_BL, masked_BL, index_B, rng, mask_id, noise, vocab_size), masked_BL, scale_BL
+
+
+def noised(
+  tokens_BL: jax.Array, masked_BL: jax.Array, index_B: jax.Array, rng: jax.Array, mask_id: int, noise: NoiseConfig,
+  vocab_size: int,
+) -> jax.Array:  # fmt: skip
+  """The tokens with [MASK], or a random token, in the place of those that are masked."""
+  if not noise.replace:
+    return jnp.where(masked_BL, mask_id, tokens_BL)
+
+  def row(i, masked_L):
+    key = jax.random.fold_in(jax.random.fold_in(rng, i), _REPLACED)
+    random_L = jax.random.randint(jax.random.fold_in(key, 0), masked_L.shape, 0, vocab_size - (mask_id < vocab_size))
+    random_L += random_L >= mask_id  # any but [MASK]
+    return jnp.where(jax.random.uniform(jax.random.fold_in(key, 1), masked_L.shape) < noise.replace, random_L, mask_id)
+
+  return jnp.where(masked_BL, jax.vmap(row)(index_B, masked_BL), tokens_BL)
 
 
 def _cut(array_BL: jax.Array, n: int) -> jax.Array:
@@ -148,15 +185,26 @@ def _masked(
   key_B: jax.Array, t_B: jax.Array, mirrored_B: jax.Array, maskable_BL: jax.Array, noise: NoiseConfig
 ) -> tuple[jax.Array, jax.Array]:
   """(masked_BL, scale_B) of what is noised together."""
+  low, high = noise.band
   if noise.masking == "independent":
     t_B = jnp.where(mirrored_B, 1.0 - t_B, t_B)
+    if noise.band != (0.0, 1.0):
+      t_B = low + (high - low) * t_B
     p_B = (1.0 - noise.eps) * t_B + noise.eps
     u_BL = jax.vmap(lambda key: jax.random.uniform(key, maskable_BL.shape[1:]))(key_B)
-    return maskable_BL & (u_BL < p_B[:, None]), 1.0 / p_B
+    mean = (1.0 - noise.eps) * (low + high) / 2 + noise.eps
+    scale_B = 1.0 / p_B if noise.weights == "elbo" else jnp.full_like(p_B, 1.0 / mean)
+    return maskable_BL & (u_BL < p_B[:, None]), scale_B
   n_B = maskable_BL.sum(axis=1)
-  l_B = _count(t_B, n_B)
-  l_B = jnp.where(mirrored_B, n_B + 1 - l_B, l_B)
-  return maskable_BL & jax.vmap(mask_exactly)(key_B, maskable_BL, l_B), n_B / jnp.maximum(l_B, 1)
+  if noise.band == (0.0, 1.0):
+    least_B, most_B, l_B = 1, n_B, _count(t_B, n_B)
+  else:  # rounded inwards, where that leaves any
+    least_B = jnp.maximum(jnp.ceil(low * n_B - 1e-3).astype(jnp.int32), 1)
+    most_B = jnp.maximum(jnp.floor(high * n_B + 1e-3).astype(jnp.int32), least_B)
+    l_B = jnp.minimum(least_B + jnp.floor(t_B * (most_B - least_B + 1)).astype(jnp.int32), most_B)
+  l_B = jnp.where(mirrored_B, most_B + least_B - l_B, l_B)
+  mean_B = l_B if noise.weights == "elbo" else (least_B + most_B) / 2
+  return maskable_BL & jax.vmap(mask_exactly)(key_B, maskable_BL, l_B), n_B / jnp.maximum(mean_B, 1)
 
 
 def _count(t_B: jax.Array, n_B: jax.Array) -> jax.Array:
@@ -177,14 +225,14 @@ class Masked:
 
   def targets_per_pair(self, length: int) -> int | None:
     """How many tokens two neighbouring rows have masked at most, where that is fewer than all of them."""
-    return length + 1 if (self.noise.masking, self.noise.times) == ("exact", "antithetic") else None
+    return length + 1 if self.noise.pairs_share else None
 
   def check_sampler(self, c: SamplerConfig) -> None:
     """All settings have a meaning here."""
 
   def loss(
     self, weighted_nll: WeightedNll, batch: dict[str, jax.Array], rng: jax.Array, *, mask_id: int, batch_size: int,
-    **_: Any,
+    vocab_size: int = 0, **_: Any,
   ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:  # fmt: skip
     """The masked-diffusion training loss (P Eq. 3): a plain weighted sum of cross-entropies of masked tokens.
 
@@ -195,13 +243,14 @@ class Masked:
       rng: key of this step, a function of (seed, step).
       mask_id: id of [MASK].
       batch_size: the global batch.
+      vocab_size: ids in use, of which some may take a token's place.
       **_: what other objectives need.
 
     Returns:
       (loss in nats per token, metrics as (sum, how many) of this part of the batch: of the parts, both add up).
       `masked_nll` is the plain mean over masked tokens.
     """
-    return _loss(self.noise, weighted_nll, batch, rng, mask_id, batch_size)
+    return _loss(self.noise, weighted_nll, batch, rng, mask_id, batch_size, vocab_size)
 
   def log_likelihood(
     self, nll: Nll, tokens_BL: jax.Array, scored_BL: jax.Array, segment_BL: jax.Array | None, key_B: jax.Array,
@@ -251,9 +300,7 @@ class Blocks:
 
   def targets_per_pair(self, length: int) -> int | None:
     """As that of `Masked`: each block of a pair of rows has one more than its tokens."""
-    if (self.noise.masking, self.noise.times) != ("exact", "antithetic"):
-      return None
-    return length - (-length // self.noise.block)
+    return length - (-length // self.noise.block) if self.noise.pairs_share else None
 
   def check_sampler(self, c: SamplerConfig) -> None:
     """Raises Mistake for what a model of blocks has already decided."""
@@ -264,11 +311,11 @@ class Blocks:
 
   def loss(
     self, weighted_nll: WeightedNll, batch: dict[str, jax.Array], rng: jax.Array, *, mask_id: int, batch_size: int,
-    **_: Any,
+    vocab_size: int = 0, **_: Any,
   ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:  # fmt: skip
     """As that of `Masked`, by one pass over [x_t, x_0]."""
     weighted_nll = functools.partial(weighted_nll, clean_BL=batch["tokens"])
-    return _loss(self.noise, weighted_nll, batch, rng, mask_id, batch_size)
+    return _loss(self.noise, weighted_nll, batch, rng, mask_id, batch_size, vocab_size)
 
   def log_likelihood(
     self, nll: Nll, tokens_BL: jax.Array, scored_BL: jax.Array, segment_BL: jax.Array | None, key_B: jax.Array,
@@ -287,14 +334,21 @@ class Blocks:
     return -jnp.sum(jnp.repeat(scale_BS, n, axis=1)[:, :L] * nll_BL, axis=1)
 
 
-def _loss(noise, weighted_nll, batch, rng, mask_id, batch_size):
-  weight_BL = batch["weight"]
+def _loss(noise, weighted_nll, batch, rng, mask_id, batch_size, vocab_size):
+  tokens_BL, weight_BL, index_B = batch["tokens"], batch["weight"], batch["index"]
   input_BL, masked_BL, scale_BL = forward_process(
-    batch["tokens"], weight_BL > 0, batch["index"], rng, mask_id, noise, batch_size
+    tokens_BL, weight_BL > 0, index_B, rng, mask_id, noise, batch_size, vocab_size
   )
-  target_BL = jnp.where(masked_BL, batch["tokens"], -1)
-  total, nll_BL = weighted_nll(input_BL, target_BL, weight_BL * scale_BL)
-  return total, {"masked_nll": (jnp.sum(nll_BL), jnp.sum(masked_BL))}
+  passes = [(input_BL, masked_BL)]
+  if noise.complements:  # each token is masked in one of the two
+    scale_BL, other_BL = jnp.ones_like(weight_BL), (weight_BL > 0) & ~masked_BL
+    passes.append((noised(tokens_BL, other_BL, index_B, rng, mask_id, noise, vocab_size), other_BL))
+  found = []
+  for input_BL, masked_BL in passes:
+    total, nll_BL = weighted_nll(input_BL, jnp.where(masked_BL, tokens_BL, -1), weight_BL * scale_BL)
+    found.append((total, jnp.sum(nll_BL), jnp.sum(masked_BL)))
+  total, nats, count = (functools.reduce(jnp.add, x) for x in zip(*found, strict=True))
+  return total, {"masked_nll": (nats, count)}
 
 
 def _drawn(scored_L: jax.Array, key: jax.Array, sample: jax.Array, samples: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -12,6 +12,7 @@ from diffusion_test import MASK, TABLE, TOKENS, WEIGHT, B, L, assert_mean, every
 
 from lladax import diffusion
 from lladax.diffusion import Blocks, NoiseConfig
+from lladax.mistake import Mistake
 from lladax.model.mask_predictor import MaskPredictorConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -203,3 +204,82 @@ def test_packed_documents_are_those_of_rows_of_their_own(n):
   for part in (slice(0, 3), slice(4, 9)):
     alone_BL = c.bind(params).nll(noised_BL[:, part], target_BL[:, part], clean_BL=clean_BL[:, part])
     np.testing.assert_allclose(packed_BL[:, part], alone_BL, rtol=1e-4, atol=1e-5)
+
+
+def draws(noise, rows=4096, length=8, **options):
+  tokens_BL = jnp.broadcast_to(jnp.arange(length) % 4, (rows, length))
+  return [
+    np.asarray(x)
+    for x in diffusion.forward_process(
+      tokens_BL, tokens_BL >= 0, jnp.arange(rows), jax.random.key(0), MASK, noise, rows, **options
+    )
+  ]
+
+
+@pytest.mark.parametrize("masking", ["independent", "exact"])
+@pytest.mark.parametrize("times", ["uniform", "antithetic"])
+@pytest.mark.parametrize("n", [0, 8])
+def test_times_in_a_band(masking, times, n):
+  """Shares of masked tokens lie in it; flat weights are one a token in the mean."""
+  noise = NoiseConfig(masking, times, block=n, band=(0.3, 0.8))
+  _, masked_BL, scale_BL = draws(noise)
+  share_B = masked_BL.mean(axis=1)
+  assert abs(share_B.mean() - 0.55) < 0.02
+  if masking == "exact":
+    assert set(share_B * 8) == {3.0, 4.0, 5.0, 6.0}
+    np.testing.assert_allclose(scale_BL, np.broadcast_to(1 / share_B[:, None], scale_BL.shape), rtol=1e-6)
+  else:
+    assert 1 / 0.81 < scale_BL.min() and scale_BL.max() < 1 / 0.299
+  flat = NoiseConfig(masking, times, block=n, band=(0.3, 0.8), weights="flat")
+  _, masked_BL, scale_BL = draws(flat)
+  assert len(np.unique(scale_BL)) == 1 and abs((masked_BL * scale_BL).mean() - 1) < 0.02
+  assert diffusion.Masked(flat).targets_per_pair(8) is None
+
+
+def test_complements_ask_for_each_token_once():
+  asked, inputs = [], []
+
+  def weighted_nll(input_BL, target_BL, weight_BL, clean_BL):
+    asked.append(np.asarray(target_BL))
+    inputs.append(np.asarray(input_BL))
+    nll_BL = jnp.where(target_BL < 0, 0.0, 1.0)
+    return jnp.sum(weight_BL * nll_BL), nll_BL
+
+  noise = NoiseConfig(block=2, weights="flat", complements=True)
+  batch = {"tokens": jnp.asarray(TOKENS), "weight": jnp.asarray(WEIGHT), "index": jnp.arange(B)}
+  loss, metrics = Blocks(noise).loss(weighted_nll, batch, jax.random.key(0), mask_id=MASK, batch_size=B)
+  np.testing.assert_array_equal(np.maximum(*asked), np.where(WEIGHT > 0, TOKENS, -1))
+  assert not ((asked[0] >= 0) & (asked[1] >= 0)).any() and all((x >= 0).any() for x in asked)
+  for target_BL, input_BL in zip(asked, inputs, strict=True):
+    np.testing.assert_array_equal(input_BL, np.where(target_BL >= 0, MASK, TOKENS))
+  assert float(loss) == pytest.approx(WEIGHT.sum()) and int(metrics["masked_nll"][1]) == (WEIGHT > 0).sum()
+  with pytest.raises(Mistake, match="noise.complements=True: .*set noise.weights=flat"):
+    NoiseConfig(complements=True)
+
+
+@pytest.mark.parametrize("mask_id", [2, 9])
+def test_some_of_the_masked_tokens_become_others(mask_id):
+  tokens_BL = jnp.zeros((2048, 8), jnp.int32)
+  noise = NoiseConfig(replace=0.25)
+  input_BL, masked_BL, _ = diffusion.forward_process(
+    tokens_BL, tokens_BL == 0, jnp.arange(2048), jax.random.key(0), mask_id, noise, 2048, 5
+  )
+  taken = np.asarray(input_BL)[np.asarray(masked_BL)]
+  np.testing.assert_array_equal(np.asarray(input_BL)[~np.asarray(masked_BL)], 0)
+  share = {i: (taken == i).mean() for i in np.unique(taken)}
+  others = [i for i in range(5) if i != mask_id]
+  assert set(share) == {mask_id, *others} and abs(share[mask_id] - 0.75) < 0.02
+  assert all(abs(share[i] - 0.25 / len(others)) < 0.01 for i in others)
+
+
+@pytest.mark.parametrize(
+  "field, said",
+  [
+    ({"band": (0.8, 0.3)}, r"noise.band=\(0.8, 0.3\)"), ({"weights": "t"}, "noise.weights='t': use elbo or flat"),
+    ({"replace": 1.0}, "noise.replace=1.0"), ({"block": -1}, "noise.block=-1"),
+    ({"times_per": "token"}, "noise.times_per='token': use block or row"),
+  ],
+)  # fmt: skip
+def test_noise_that_makes_no_sense(field, said):
+  with pytest.raises(Mistake, match=said):
+    NoiseConfig(**field)
