@@ -267,7 +267,7 @@ def commit(
 def edit(
   there_BW: jax.Array, held_BW: jax.Array, token_BW: jax.Array, probability_BW: jax.Array, settings: Settings
 ) -> jax.Array:
-  """Which of the tokens that are `there` are replaced by the candidate: by another, more probable than the threshold."""
+  """Which of the tokens that are `there` are replaced by their candidate: another, more probable than the threshold."""
   return there_BW & (token_BW != held_BW) & (probability_BW > settings.edit_threshold[:, None])
 
 

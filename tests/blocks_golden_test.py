@@ -12,9 +12,8 @@ import pytest
 from lladax import sampling
 from lladax.sampling import SamplerConfig
 
-FOLDER = (
-  pathlib.Path(os.environ.get("LLADAX_GOLDEN", pathlib.Path(__file__).parent / "golden")) / "block-refinement-tiny"
-)
+SETS = pathlib.Path(os.environ.get("LLADAX_GOLDEN", pathlib.Path(__file__).parent / "golden"))
+FOLDER = SETS / "block-refinement-tiny"
 GOLDEN = json.loads((FOLDER / "golden.json").read_text())
 
 

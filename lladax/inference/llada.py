@@ -48,11 +48,15 @@ class Sampled:
   def unmaskings(self) -> list[unmasking.Unmasking]:
     """The rows without their padding, ready to be drawn."""
     unmasked_at = np.where(self.tokens == self.mask_id, self.nfe + 1, self.unmasked_at)  # not yet
-    rows = zip(self.tokens, unmasked_at, self.confidence, self.padding, strict=True)
+    edited_at = [None] * len(self.tokens) if self.edited_at is None else self.edited_at
+    rows = zip(self.tokens, unmasked_at, self.confidence, self.padding, edited_at, strict=True)
     return [
-      unmasking.Unmasking(tuple(self.piece(int(i)) for i in tokens[n:]), at[n:], confidence[n:])
-      for tokens, at, confidence, n in rows
-    ]
+      unmasking.Unmasking(
+        tuple(self.piece(int(i)) for i in tokens[n:]), at[n:], confidence[n:],
+        edited_at=None if edited is None else edited[n:],
+      )
+      for tokens, at, confidence, n, edited in rows
+    ]  # fmt: skip
 
   def html(self, title: str = "") -> unmasking.Html:
     """A self-contained page with a slider over the steps."""
