@@ -27,7 +27,9 @@ class Store:
     code = {
       "s3": f"from moto.moto_server.threaded_moto_server import ThreadedMotoServer as S; import time;"
       f"S('127.0.0.1', {self.port}).start(); time.sleep(9999)",
-      "gs": f"from gcp_storage_emulator.server import create_server as s;"
+      "gs": "import http.server as h; h.HTTPServer = h.ThreadingHTTPServer;"  # one connection at a time else,
+      "h.HTTPServer.request_queue_size = 128;"  # and five that wait
+      f"from gcp_storage_emulator.server import create_server as s;"
       f"s('127.0.0.1', {self.port}, True, default_bucket='{BUCKET}').run()",
     }[kind]
     with (folder / f"{kind}.log").open("wb") as log:
@@ -59,13 +61,13 @@ def environment(kind, port):
 
 
 class Unreliable:
-  """Stands before a server: every `fails`-th request is answered 503, every `waits`-th after half a second.
+  """Stands before a server: every `fails`-th request is answered 503, every `waits`-th after 0.2 seconds.
 
   While it `refuses`, each is answered 403.
   """
 
   def __init__(self, port, fails, waits):
-    count, self.refuses = itertools.count(1), False
+    count, self.refuses, self.failed = itertools.count(1), False, 0
     outside = self
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -77,7 +79,7 @@ class Unreliable:
       def pass_on(self):
         body, number = self.rfile.read(int(self.headers.get("Content-Length") or 0)), next(count)
         if number % waits == 0:
-          time.sleep(0.5)
+          time.sleep(0.2)
         status, headers, content = 503, [], b"busy"
         if outside.refuses:
           status, content = 403, b"no"
@@ -87,6 +89,8 @@ class Unreliable:
           found = asked.getresponse()
           status, headers, content = found.status, found.getheaders(), found.read()
           asked.close()
+        else:
+          outside.failed += 1
         self.send_response(status)
         length = dict(headers).get("Content-Length") if self.command == "HEAD" else len(content)
         for name, value in headers:
@@ -99,7 +103,7 @@ class Unreliable:
       do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = do_PATCH = pass_on
 
     self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    self.port, self.count = self._server.server_address[1], count
+    self.port = self._server.server_address[1]
     threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
   def close(self):

@@ -160,12 +160,20 @@ class _Folder:
 
   def write(self, name: str, content: bytes) -> None:
     self.system.makedirs(self.root, exist_ok=True)
-    self.system.pipe_file(f"{self.root}/{name}.incomplete", content)
-    self.system.mv(f"{self.root}/{name}.incomplete", f"{self.root}/{name}")
+    part = self._part(name)
+    self.system.pipe_file(f"{self.root}/{part}", content)
+    if part != name:
+      self.system.mv(f"{self.root}/{part}", f"{self.root}/{name}")
 
   def put(self, local: str, name: str) -> None:
-    self.system.put_file(local, f"{self.root}/{name}.incomplete")
-    self.system.mv(f"{self.root}/{name}.incomplete", f"{self.root}/{name}")
+    part = self._part(name)
+    self.system.put_file(local, f"{self.root}/{part}")
+    if part != name:
+      self.system.mv(f"{self.root}/{part}", f"{self.root}/{name}")
+
+  def _part(self, name: str) -> str:
+    """What a file is called until it is whole: in an object store there is none that is not."""
+    return name if address.is_address(self.target) else f"{name}.incomplete"
 
   def counts(self, key: Key) -> dict[str, int] | None:
     """The counts of a shard that is whole."""
