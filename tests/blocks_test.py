@@ -11,8 +11,11 @@ import pytest
 from diffusion_test import MASK, TABLE, TOKENS, WEIGHT, B, L, assert_mean, every_combination
 
 from lladax import diffusion
+from lladax.devices import sharding
 from lladax.diffusion import Blocks, NoiseConfig
 from lladax.mistake import Mistake
+from lladax.model import attention
+from lladax.model.attention import Visible
 from lladax.model.mask_predictor import MaskPredictorConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -283,3 +286,44 @@ def test_some_of_the_masked_tokens_become_others(mask_id):
 def test_noise_that_makes_no_sense(field, said):
   with pytest.raises(Mistake, match=said):
     NoiseConfig(**field)
+
+
+@pytest.mark.parametrize("n", [32, 24])
+@pytest.mark.parametrize("packed", [False, True])
+def test_both_halves_with_splash_are_those_with_xla(monkeypatch, n, packed):
+  """Forward and gradients, in Pallas's interpreter; documents begin at multiples of the block."""
+  L, handed, interpreted = 384 if n == 24 else 256, [], functools.partial(attention._splash, interpret=True)
+
+  def splash(*arrays, **options):
+    handed.append((len(arrays), options["order"]))
+    return interpreted(*arrays, **options)
+
+  monkeypatch.setattr(attention, "_splash", splash)
+  monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+  clean_BL, noised_BL = canvases(rows=2, length=L)
+  segment_BL = np.where(np.arange(L) < 96, 1, np.where(np.arange(L) < 96 + n // 2, 0, 2)) if packed else None
+  if packed:  # the second document begins with a block
+    segment_BL = np.where((np.arange(L) >= 96 + n // 2) & (np.arange(L) < 96 + n), 0, segment_BL)[None]
+  weight_BL = np.random.default_rng(2).random((2, L)).astype(np.float32) * (1 if segment_BL is None else segment_BL > 0)
+
+  def answers(kernel):
+    c, params = model(n, attention=kernel)
+    visible = c.visible(L, segment_BL, aligned=True)
+    loss = lambda params: c.bind(params).weighted_nll(noised_BL, clean_BL, weight_BL, visible, clean_BL=clean_BL)[0]  # noqa: E731
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+  found, expected = answers("splash"), answers("xla")
+  assert set(handed) == {(5 if packed else 3, "noised blocks")}
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
+
+
+def test_kernels_that_know_no_blocks_are_not_taken():
+  options = {"K": 64, "dtype": jnp.bfloat16, "platform": "gpu", "capability": (9, 0)}
+  assert attention.choose("auto", Visible(256, 256, "blocks", block=32), **options) == "xla"
+  with pytest.raises(Mistake, match="model.attention='cudnn': it knows no blocks"):
+    attention.choose("cudnn", Visible(256, 256, "blocks", block=32), **options)
+  tpu = options | {"platform": "tpu", "capability": None}
+  segment_BL = np.ones((2, 256), np.int32)
+  for aligned, kernel in ((True, "splash"), (False, "xla")):
+    assert attention.choose("auto", Visible(256, 256, "blocks", segment_BL, block=32, aligned=aligned), **tpu) == kernel
