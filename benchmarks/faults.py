@@ -342,7 +342,8 @@ class Campaign:
     row = self.rows[name]
     row.times += 1
     row.moments[moment] += 1
-    made = 0 if losses(workdir) == before else max(int(step) for step, *_ in losses(workdir))  # by this run
+    after = losses(workdir)  # none, where what was made behind the last checkpoint has been dropped, and no more
+    made = 0 if after == before else max((int(step) for step, *_ in after), default=0)  # by this run
     kept = saved(workdir)
     if None in codes and not made:  # one was lost before they met: JAX waits five minutes for it, a launcher seconds
       row.told["one was lost before the first step, the other ended as launchers do"] += 1

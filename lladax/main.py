@@ -202,6 +202,7 @@ def parse(argv: list[str]) -> list[str]:
 
 
 _setters: dict[str, str] = {}  # of the last `parse`: field -> "command line"; "" -> "recipe" or "workdir"
+_LONGEST_NAME = 200  # characters; where absl looks for names like a wrong one it needs as many calls
 _FIELD = re.compile(r"--?(?:no)?config\.([\w.]+)")
 
 
@@ -211,6 +212,8 @@ def _parse(argv: list[str]) -> list[str]:
     print(f"{__doc__}\n\n{ours}\nEvery field, with its value and its meaning: lladax --config=quickstart --mode=show")
     raise SystemExit(0)
   at = argv.index("--") if "--" in argv else len(argv)
+  if long := next((x for x in argv[:at] if x.startswith("-") and len(x.partition("=")[0]) > _LONGEST_NAME), ""):
+    raise Mistake(f"{long[:40]}…: there is no option with a name of more than {_LONGEST_NAME} characters")
   flags.FLAGS.set_gnu_getopt(True)  # a value may stand behind a space
   overrides = flags.FlagValues()
   try:
@@ -234,8 +237,8 @@ def _parse(argv: list[str]) -> list[str]:
       words = [word for i, word in enumerate(words) if not (x := _FIELD.match(word)) or last.get(x[1], i) == i]
       try:
         config_flags.DEFINE_config_dict("config", config, flag_values=overrides, sys_argv=words)
-      except ValueError as error:  # of ml_collections: a name that is none, as in --config.steps]=7
-        raise Mistake(" ".join(str(error).split())) from error
+      except (ValueError, LookupError, TypeError) as error:  # of ml_collections: --config.steps]=7, --config.steps[]=7
+        raise Mistake(" ".join(str(error.args[0]).split())) from error
     overrides.set_gnu_getopt(True)
     try:
       words = overrides(words)

@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
 
@@ -82,11 +81,16 @@ def hush_libtpu() -> None:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
+CRASH = 70  # EX_SOFTWARE: a launcher may start it again
+
+
 def leave(code: int) -> None:
   """Ends this process of several at once: on its way out it would wait minutes for the others, which wait for it."""
   if jax.distributed.is_initialized() and jax.process_count() > 1:
     sys.stderr.flush()
-    time.sleep(2 * is_first())  # the coordinator: the others may have something to say, too
+    for number in interrupts.SIGNALS:  # all is done; who ends at once here aborts the others
+      signal.signal(number, signal.SIG_IGN)
+    interrupts.depart(interrupts.PATIENCE if code != CRASH else 2.0)  # of which the others may not know
     os._exit(code)
 
 
@@ -113,7 +117,7 @@ def guard(command: Callable[[list[str]], int | None], argv: list[str], name: str
       print(visible(f"{name}: {line}"), file=sys.stderr)
     else:
       print(visible(traceback.format_exc()), end="", file=sys.stderr)
-    code = 1 if line else 70  # EX_SOFTWARE: a launcher may start it again
+    code = 1 if line else CRASH
   leave(code)
   return code
 

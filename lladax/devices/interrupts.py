@@ -247,8 +247,29 @@ def _patiently(get: Callable[[], str]) -> str | None:
 
 
 def _leave(number: int) -> None:
-  """Ends this process from a thread. The coordinator stays until the others have heard of it."""
+  """Ends this process from a thread."""
+  depart()
   if not global_state.process_id:
-    time.sleep(2 * ((global_state.num_processes or 1) > 1))
     say(number)  # last: the main thread may have complained of the others, which are gone
   os._exit(128 + number)
+
+
+def depart(patience: float = PATIENCE) -> None:
+  """Called as the last thing before a process ends: the coordinator, whose end would abort the others, goes last.
+
+  It waits for them, so many seconds at most: one may have been lost.
+  """
+  client, others = _client(), (global_state.num_processes or 1) - 1
+  if client is None or others < 1:
+    return
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    if global_state.process_id:
+      client.key_value_set(f"{_GONE}/{global_state.process_id}", "", allow_overwrite=True)
+      return
+    until = time.monotonic() + patience
+    while len(client.key_value_dir_get(f"{_GONE}/")) < others and time.monotonic() < until:
+      time.sleep(0.02)
+    time.sleep(0.2)  # they are about to
+
+
+_GONE = "lladax/gone"

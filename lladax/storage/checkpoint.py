@@ -334,34 +334,33 @@ def restore(workdir: Path, step: int, abstract: Tree) -> Tree:
   Raises:
     Corrupt: if it cannot be read, or has other shapes; the message says what the reader said.
   """
-  return _restore(workdir, step, abstract, *_about(workdir, step))
+  with _opened(workdir, step) as ask:
+    return _restore(ask, folder(workdir) / str(step), abstract, *ask(_about))
 
 
-def _about(workdir: Path, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def _about(manager: ocp.CheckpointManager, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
   """(name -> shape and dtype as written, what else is known of the checkpoint), without reading an array."""
-  return _read(
-    workdir, step, lambda x: (dict(flat(dict(x.item_metadata(step).tree))), x.metadata(step).custom_metadata or {})
-  )
+  return dict(flat(dict(manager.item_metadata(step).tree))), manager.metadata(step).custom_metadata or {}
 
 
-def _restore(workdir: Path, step: int, abstract: Tree, shapes: dict[str, Any], kept: dict[str, Any]) -> Tree:
+def _restore(ask: "_Ask", path: Any, abstract: Tree, shapes: dict[str, Any], kept: dict[str, Any]) -> Tree:
   for name, wanted in flat(abstract):
     found = shapes.get(name)
     if found is None or tuple(found.shape) != tuple(wanted.shape):
       shape = "missing" if found is None else f"of shape {tuple(found.shape)}"
-      raise Corrupt(f"{folder(workdir) / str(step)}: {name} is {shape}, expected {tuple(wanted.shape)}")
+      raise Corrupt(f"{path}: {name} is {shape}, expected {tuple(wanted.shape)}")
   written = {name: x.dtype for name, x in shapes.items()}
   as_written = _by_name(lambda name, x: jax.ShapeDtypeStruct(x.shape, written[name], sharding=x.sharding), abstract)
   args = ocp.args.PyTreeRestore(
     item=as_written, restore_args=ocp.checkpoint_utils.construct_restore_args(as_written), partial_restore=True
   )
-  tree = _read(workdir, step, lambda manager: manager.restore(step, args=args))
+  tree = ask(lambda manager, step: manager.restore(step, args=args))
   digests, broken = digest.of(dict(flat(tree)))
   expected = kept.get(DIGESTS, digests)  # older checkpoints have none
   if changed := [name for name in digests if expected.get(name) != digests[name]]:
-    raise Corrupt(f"{folder(workdir) / str(step)}: {changed[0]} is not what was written")
+    raise Corrupt(f"{path}: {changed[0]} is not what was written")
   if broken:
-    raise Corrupt(f"{folder(workdir) / str(step)}: {broken[0]} holds what is not a number")
+    raise Corrupt(f"{path}: {broken[0]} holds what is not a number")
   return jax.tree.map(_cast, tree, abstract)
 
 
@@ -378,12 +377,13 @@ def verify(workdir: Path, step: int) -> str:
     Corrupt: as `restore`.
   """
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  arrays, kept = _about(workdir, step)
-  for path, x in arrays.items():
-    alone: Any = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
-    for name in reversed(path.split("/")):
-      alone = {name: alone}
-    _restore(workdir, step, alone, arrays, kept)
+  with _opened(workdir, step) as ask:
+    arrays, kept = ask(_about)
+    for path, x in arrays.items():
+      alone: Any = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
+      for name in reversed(path.split("/")):
+        alone = {name: alone}
+      _restore(ask, folder(workdir) / str(step), alone, arrays, kept)
   size = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays.values()) / 2**20
   digests = "as they were written" if DIGESTS in kept else "that can be read; they were written without digests"
   return f"{len(arrays)} arrays, {size:,.1f} MiB, {digests}"
@@ -391,7 +391,8 @@ def verify(workdir: Path, step: int) -> str:
 
 def metadata(workdir: Path, step: int) -> Tree:
   """The tree of the checkpoint, with shape and dtype at the leaves, without reading an array."""
-  return _read(workdir, step, lambda manager: dict(manager.item_metadata(step).tree))
+  with _opened(workdir, step) as ask:
+    return ask(lambda manager, step: dict(manager.item_metadata(step).tree))
 
 
 class _Literal(type(epath.Path("/"))):
@@ -449,17 +450,32 @@ def _know_s3() -> None:
   tensorstore_utils._normalize_path = lambda path: normal(path).replace("s3:/", "s3://")
 
 
-def _read(workdir: Path, step: int, how: Callable[[ocp.CheckpointManager], Any]) -> Any:
+_Ask = Callable[[Callable[[ocp.CheckpointManager, int], Any]], Any]
+
+
+@contextlib.contextmanager
+def _opened(workdir: Path, step: int) -> Iterator[_Ask]:
+  """What asks Orbax for something of a checkpoint, as often as one likes: only the first time it lists what is there.
+
+  Raises:
+    Corrupt, Mistake: when it is asked; see `restore`.
+  """
   _drop_echoes()
-  try:
-    with _manager(workdir, ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False)) as manager:
-      return how(manager)
-  except Exception as error:  # Orbax and TensorStore raise many kinds; all mean the same here
-    cause, path = error.__cause__ or error, folder(workdir) / str(step)
-    why = (str(cause).splitlines() or [""])[0][:200]
-    # ... but of a store that is away: nothing is known of the checkpoint then, and it is not set aside.
-    kind = Mistake if address.is_address(path) and address.unreachable(error) else Corrupt
-    raise kind(f"{path} cannot be read: {type(cause).__name__}: {why}") from error
+  with contextlib.ExitStack() as opened:
+    options = ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False)
+    manager = functools.cache(lambda: opened.enter_context(_manager(workdir, options)))
+
+    def ask(how: Callable[[ocp.CheckpointManager, int], Any]) -> Any:
+      try:
+        return how(manager(), step)
+      except Exception as error:  # Orbax and TensorStore raise many kinds; all mean the same here
+        cause, path = error.__cause__ or error, folder(workdir) / str(step)
+        why = (str(cause).splitlines() or [""])[0][:200]
+        # ... but of a store that is away: nothing is known of the checkpoint then, and it is not set aside.
+        kind = Mistake if address.is_address(path) and address.unreachable(error) else Corrupt
+        raise kind(f"{path} cannot be read: {type(cause).__name__}: {why}") from error
+
+    yield ask
 
 
 @functools.cache
