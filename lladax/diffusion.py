@@ -307,7 +307,9 @@ class Blocks:
     if c.cache:
       raise Mistake(f"sample.cache={c.cache!r}: a model of blocks keeps the finished ones by itself; leave it out")
     if c.block_length not in (self.noise.block, SamplerConfig.block_length):
-      raise Mistake(f"sample.block_length={c.block_length}: this model's blocks have {self.noise.block}; leave it out")
+      raise Mistake(
+        f"sample.block_length={c.block_length}: this model's blocks have {self.noise.block} tokens: set it to that"
+      )
 
   def loss(
     self, weighted_nll: WeightedNll, batch: dict[str, jax.Array], rng: jax.Array, *, mask_id: int, batch_size: int,

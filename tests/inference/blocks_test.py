@@ -125,7 +125,7 @@ def test_the_cache_and_the_batch_change_nothing(models, n, case):
 def test_what_a_model_of_blocks_has_decided(models):
   with pytest.raises(Mistake, match="sample.cache='dual': a model of blocks keeps the finished ones by itself"):
     models(4).sample([[1]], cache="dual")
-  with pytest.raises(Mistake, match="sample.block_length=8: this model's blocks have 4; leave it out"):
+  with pytest.raises(Mistake, match="sample.block_length=8: this model's blocks have 4 tokens: set it to that"):
     models(4).unmask([[1, MASK]], block_length=8)
   with pytest.raises(Mistake, match="sample.edit_threshold=0.5 changes what the dual cache keeps"):
     SamplerConfig(edit_threshold=0.5, cache="dual")
