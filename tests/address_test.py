@@ -7,6 +7,7 @@ import stores
 from runs import assert_bitwise_equal
 
 from lladax import address
+from lladax.inference import convert
 from lladax.mistake import Mistake
 
 SCHEMES = ["s3", "gs"]
@@ -28,10 +29,10 @@ def start(environment, *given):
   return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def run(environment, *given, code=0):
+def run(environment, *given):
   process = start(environment, *given)
   out, err = process.communicate()
-  assert process.returncode == code, err
+  assert process.returncode == 0, err
   assert "Traceback" not in err, err
   return out + err
 
@@ -39,6 +40,7 @@ def run(environment, *given, code=0):
 CHECK = """
 import os, sys, numpy as np, jax
 from lladax import address
+from lladax.inference import convert
 from lladax.storage import checkpoint, metrics
 from lladax.mistake import Mistake
 workdir = address.mirror(sys.argv[1])
@@ -101,6 +103,7 @@ def test_checkpoints_and_small_files_at_an_address(store):
 AWAY = """
 import sys, numpy as np, jax
 from lladax import address
+from lladax.inference import convert
 from lladax.mistake import Mistake
 from lladax.storage import checkpoint
 workdir = address.mirror(sys.argv[1])
@@ -178,28 +181,24 @@ def names(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("store", ["s3"], indirect=True)  # for gs, see the next one
 def test_a_run_lives_at_an_address(store, tiny_flags, tmp_path):
-  """Trained over a store that fails and dawdles, continued, evaluated, verified, begun from; bitwise as here."""
-  proxy = stores.Unreliable(store.port, fails=11, waits=7)
+  """Trained over a store that fails and dawdles, continued, evaluated, begun from; bitwise as unbroken here."""
+  proxy = stores.Unreliable(store.port, fails=13, waits=9)
   unreliable = stores.environment(store.kind, proxy.port)
   at, flags = f"{store.kind}://{stores.BUCKET}/runs", [*tiny_flags, "--config.log.profile_last=2"]
-  for env, where in ((unreliable, f"{at}/a"), ({}, tmp_path / "here")):
-    run(env, *flags, "--config.steps=10", f"--workdir={where}")
-    said = run(env, *flags, f"--workdir={where}")
-    assert f"continuing from step 10 of {where}" in said and f"everything is in {where}" in said
+  run(unreliable, *flags, "--config.steps=10", f"--workdir={at}/a")
+  said = run(unreliable, *flags, f"--workdir={at}/a")
+  assert f"continuing from step 10 of {at}/a" in said and f"everything is in {at}/a" in said
   assert proxy.failed > 10
   proxy.close()
-  run(store.environment, "--mode=verify", f"--workdir={at}/a")
-  run(store.environment, "--mode=evaluate", f"--workdir={at}/a")
-  run(store.environment, "--mode=sample", "--prompt=red", f"--workdir={at}/a")
-  run(store.environment, *tiny_flags, f"--config.init_from={at}/a", "--config.steps=1", f"--workdir={at}/b")
-  run(store.environment, f"--config={at}/a/config.json", "--config.steps=1", f"--workdir={tmp_path / 'again'}")
+  run({}, *flags, f"--workdir={tmp_path / 'here'}")
+  begun = [f"--config.init_from={at}/a", "--config.steps=5", f"--workdir={at}/b"]
+  run(store.environment, f"--config={at}/a/config.json", *begun)
   fetch(store, f"{at}/a", tmp_path / "there")
   assert_bitwise_equal(tmp_path / "there", tmp_path / "here")
   assert (tmp_path / "there/needed/20").read_text() == f"{at}/b\n"
-  # Nothing else is missing or too much, but for the mark of Orbax's that a checkpoint is whole.
-  there, here = names(tmp_path / "there"), names(tmp_path / "here")
-  assert {x for x in there if "commit_success" not in x and x != "needed/20"} == here
+  assert names(tmp_path / "there") - {"needed/20"} == names(tmp_path / "here")  # nothing is missing, or too much
 
 
 @pytest.mark.slow
@@ -209,35 +208,14 @@ def test_models_and_records_at_an_address(store, tiny_flags, tiny_workdir, tmp_p
   at, env = f"{store.kind}://{stores.BUCKET}", store.environment
   run(env, "--mode=export", f"--workdir={tiny_workdir}", f"--target={at}/published")
   fetch(store, f"{at}/published", tmp_path / "published")
-  run(env, "--mode=export", f"--workdir={tiny_workdir}", f"--target={tmp_path / 'here'}")
+  convert.to_published(tiny_workdir, tmp_path / "here")
   assert names(tmp_path / "published") == names(tmp_path / "here")
   for name in names(tmp_path / "here"):
     assert (tmp_path / "published" / name).read_bytes() == (tmp_path / "here" / name).read_bytes(), name
   run(env, "--mode=import", f"--source={at}/published", f"--workdir={at}/imported")
   run(env, "--mode=sample", f"--workdir={at}/imported", "--prompt=red")
-  said = run(env, "--mode=export", f"--workdir={tiny_workdir}", f"--target={at}/published", code=1)
-  assert f"--target={at}/published is not empty" in said
   run(env, "--mode=prepare", *tiny_flags, f"--target={at}/records", "--shards=2")
-  run(env, *tiny_flags, f"--config.data.corpus=records:{at}/records", "--config.steps=2", f"--workdir={at}/run")
-
-
-@pytest.mark.slow
-def test_two_processes_without_a_shared_folder(store, tiny_flags, tmp_path):
-  """Each with a disk of its own."""
-  at, port = f"{store.kind}://{stores.BUCKET}/run", stores.free_port()
-  flags = [*tiny_flags, "--config.mesh.fsdp=2", f"--workdir={at}", f"--coordinator=localhost:{port}"]
-  env = store.environment | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-  for steps in (10, 20):
-    both = []
-    for number in range(2):
-      own = tmp_path / f"{steps}_{number}"
-      own.mkdir()
-      given = [*flags, f"--config.steps={steps}", "--num_processes=2", f"--process_id={number}"]
-      both.append(start(env | {"TMPDIR": str(own)}, *given))
-    for process in both:
-      _, err = process.communicate()
-      assert process.returncode == 0, err
-  assert "checkpoints/20: " in run(env, "--mode=verify", f"--workdir={at}")
+  run(env, *tiny_flags, f"--config.data.corpus=records:{at}/records", "--config.steps=5", f"--workdir={at}/run")
 
 
 def test_what_is_missing_is_said(monkeypatch):

@@ -1,5 +1,6 @@
 """Object stores on this machine: emulators of S3 and of Google's storage, and a proxy that fails and dawdles."""
 
+import contextlib
 import http.client
 import http.server
 import itertools
@@ -91,14 +92,15 @@ class Unreliable:
           asked.close()
         else:
           outside.failed += 1
-        self.send_response(status)
         length = dict(headers).get("Content-Length") if self.command == "HEAD" else len(content)
-        for name, value in headers:
-          if name.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server"):
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(length or 0))
-        self.end_headers()
-        self.wfile.write(content)
+        with contextlib.suppress(ConnectionError):  # who asked may have ended meanwhile
+          self.send_response(status)
+          for name, value in headers:
+            if name.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server"):
+              self.send_header(name, value)
+          self.send_header("Content-Length", str(length or 0))
+          self.end_headers()
+          self.wfile.write(content)
 
       do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = do_PATCH = pass_on
 
