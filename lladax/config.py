@@ -133,7 +133,15 @@ class Config:
     if self.objective not in ("diffusion", "autoregressive"):
       raise Mistake(f"objective={self.objective!r}: use diffusion or autoregressive")
     # The objective decides; configs do not say it twice.
-    object.__setattr__(self, "model", dataclasses.replace(self.model, causal=self.aim.order == "causal"))
+    causal = self.objective == "autoregressive"
+    block = 0 if causal else self.noise.block
+    object.__setattr__(self, "model", dataclasses.replace(self.model, causal=causal, block=block))
+    if block and self.data.length % block:
+      raise Mistake(
+        f"data.length={self.data.length} is not a multiple of noise.block={block}: rows hold whole blocks; 0 makes one"
+        " of each row"
+      )
+    object.__setattr__(self, "data", dataclasses.replace(self.data, align=block or 1))
     fields.check_seed(self.seed, "seed")
     if isinstance(self.sample.seed, tuple):
       raise Mistake(f"sample.seed={self.sample.seed}: a config has one seed, of which every row makes its own")
@@ -160,9 +168,11 @@ class Config:
     batches.Mixture(self.data, seed=self.seed, steps=self.steps)
 
   @property
-  def aim(self) -> diffusion.Masked | autoregressive.Causal:
+  def aim(self) -> diffusion.Masked | diffusion.Blocks | autoregressive.Causal:
     """The objective as a value: how losses and likelihoods are made, and what they ask of model and sampler."""
-    return diffusion.Masked(self.noise) if self.objective == "diffusion" else autoregressive.Causal()
+    if self.objective == "autoregressive":
+      return autoregressive.Causal()
+    return diffusion.Blocks(self.noise) if self.noise.block else diffusion.Masked(self.noise)
 
   @property
   def masks_attention(self) -> bool:
@@ -197,7 +207,7 @@ def load(workdir: Path) -> Config:
 
 
 # Fields of the dataclasses that a config does not set: the objective decides.
-DECIDED = ("model.causal",)
+DECIDED = ("model.causal", "model.block", "data.align")
 
 
 def table(c: Config, setters: Mapping[str, str]) -> Table:

@@ -5,7 +5,9 @@ blocks from the right end; blocks are filled from left to right, each in a numbe
 (*predict*), draws a candidate for every masked position of the block and gives it a confidence (*score*), and keeps the
 most confident candidates (*commit*): a kept token never changes again. What is not [MASK] at the start is given,
 wherever it stands, so infilling is no special case. The loop can be left after any forward pass or block, and entered
-again where it was left (`State`): that is streaming. Letters: `mask_predictor.py`; here W is the block.
+again where it was left (`State`): that is streaming. Asked to *edit*, a step also replaces tokens that it committed
+earlier in the block, where another is probable enough (LLaDA2.1, arXiv 2602.08676), and goes on until nothing changes.
+Letters: `mask_predictor.py`; here W is the block.
 """
 
 import dataclasses
@@ -42,6 +44,8 @@ class SamplerConfig:
   remasking: str = "low_confidence"  # who waits: "low_confidence" | "random" | "low_margin" | "high_entropy"
   threshold: float | None = None  # keep every candidate more confident than this, at least one a step (Fast-dLLM)
   factor: float | None = None  # keep the most candidates k with (k + 1)(1 - k-th confidence) < factor
+  edit_threshold: float | None = None  # replace committed tokens of the block where another is more confident than this
+  max_post_passes: int = 16  # passes over a block without a [MASK], while edits go on
   guidance_scale: float = 0.0  # w: logits = un + (w + 1)(cond - un), `un` seeing the given tokens masked
   cache: str | None = None  # keys and values kept within a block: "prefix" of what precedes it, "dual" of all around it
   early_stop: bool = False  # a block with an EOS ends its row: the rest becomes EOS, and costs nothing
@@ -54,10 +58,12 @@ class SamplerConfig:
     for name in ("gen_length", "block_length", "steps"):
       if getattr(self, name) is not None and not 1 <= getattr(self, name) < 2**31:
         raise Mistake(f"sample.{name}={getattr(self, name)}: must be at least 1, and less than 2^31")
+    if not 0 <= self.max_post_passes < 2**16:
+      raise Mistake(f"sample.max_post_passes={self.max_post_passes}: must be at least 0, and less than 2^16")
     for name in ("temperature", "guidance_scale"):
       if not 0 <= getattr(self, name) < math.inf:
         raise Mistake(f"sample.{name}={getattr(self, name)}: must be at least 0, and finite")
-    for name in ("threshold", "factor"):
+    for name in ("threshold", "factor", "edit_threshold"):
       if getattr(self, name) is not None and math.isnan(getattr(self, name)):
         raise Mistake(f"sample.{name}={getattr(self, name)}: must be a number")
     for seed in self.seed if isinstance(self.seed, tuple) else (self.seed,):
@@ -67,6 +73,11 @@ class SamplerConfig:
         raise Mistake(f"sample.{name}={getattr(self, name)!r}: use one of {', '.join(map(str, known))}")
     if self.threshold is not None and self.factor is not None:
       raise Mistake("sample.threshold and sample.factor are both set: use one of them")
+    if self.edit_threshold is not None and self.cache == "dual":
+      raise Mistake(
+        f"sample.edit_threshold={self.edit_threshold} changes what the dual cache keeps until the next block: use"
+        " sample.cache=prefix, or none"
+      )
     if self.gen_length is None and self.logits_eos_inf:
       raise Mistake("sample.gen_length=None ends at EOS, and sample.logits_eos_inf forbids it: use one of them")
 
@@ -90,6 +101,9 @@ class Shape(NamedTuple):
   cache: str | None
   guided: bool  # whether any row is
   grows: bool  # `gen_length` is None
+  edits: bool = False  # whether any row does
+  # A model of blocks: keys and values of finished ones are kept, as they are final; steps are those of a whole block.
+  of_blocks: bool = False
 
 
 class Settings(NamedTuple):
@@ -99,6 +113,8 @@ class Settings(NamedTuple):
   temperature: jax.Array  # float32
   threshold: jax.Array  # float32; NaN, than which nothing is larger: none
   factor: jax.Array  # float32; likewise
+  edit_threshold: jax.Array  # float32; likewise
+  max_post_passes: jax.Array  # int32
   guidance: jax.Array  # float32, w + 1; 1: none
   early_stop: jax.Array  # bool, and so are the next two
   logits_eos_inf: jax.Array
@@ -124,7 +140,8 @@ def split(given: SamplerConfig | Sequence[SamplerConfig], rows: int) -> tuple[Sh
   if isinstance(seeds, tuple) and len(seeds) != rows:
     raise Mistake(f"sample.seed={list(seeds)}: give one seed, or one for each of the {rows} rows")
   c = each[0]
-  shape = Shape(c.block_length, c.remasking, c.cache, any(c.guidance_scale > 0 for c in each), c.gen_length is None)
+  shape = Shape(c.block_length, c.remasking, c.cache, any(c.guidance_scale > 0 for c in each), c.gen_length is None,
+                any(c.edit_threshold is not None for c in each))  # fmt: skip
 
   def column(values: Iterable[Any], dtype: Any = np.float32) -> Any:
     with np.errstate(over="ignore"):
@@ -135,6 +152,8 @@ def split(given: SamplerConfig | Sequence[SamplerConfig], rows: int) -> tuple[Sh
     temperature=column(c.temperature for c in each),
     threshold=column(c.threshold for c in each),  # None becomes NaN
     factor=column(c.factor for c in each),
+    edit_threshold=column(c.edit_threshold for c in each),
+    max_post_passes=column((c.max_post_passes for c in each), np.int32),
     guidance=column(c.guidance_scale + 1 for c in each),
     early_stop=column((c.early_stop or shape.grows for c in each), bool),
     logits_eos_inf=column((c.logits_eos_inf for c in each), bool),
@@ -150,13 +169,14 @@ def keys(settings: Settings) -> jax.Array:
 
 
 class Canvas(NamedTuple):
-  """A canvas being filled. `unmasked_at` replays the whole process: committed tokens never change."""
+  """A canvas being filled. `unmasked_at` replays the whole process: without edits committed tokens never change."""
 
   tokens_BL: jax.Array  # int32
   unmasked_at_BL: jax.Array  # int32: the row's forward pass that committed it, from 1; 0 = given
   confidence_BL: jax.Array  # float32: probability of the token when it was committed; 1 = given
   step_B: jax.Array  # int32: forward passes in which the row had something to fill
   nfe: jax.Array  # int32: forward passes of the whole batch
+  edited_at_BL: Any = None  # int32: the row's forward pass that replaced it last; 0 = none. None: nobody edits
 
 
 def draw(scores_BWV: jax.Array, noise: Callable[[], jax.Array], temperature_B: jax.Array) -> jax.Array:
@@ -219,22 +239,36 @@ def candidates(
   return token_BW, probability_BW, jnp.where(jnp.take_along_axis(late_BV, token_BW, axis=-1), _LAST, score_BW)
 
 
+def scheduled(W: int, steps_B: jax.Array, step: jax.Array | int) -> jax.Array:
+  """How many tokens of a whole block of W step number `step` commits at least, of so many steps; int32 [B]."""
+  return jnp.maximum(W // steps_B + (step < W % steps_B), 1)
+
+
 def commit(
-  masked_BW: jax.Array, score_BW: jax.Array, probability_BW: jax.Array, quota_B: jax.Array, settings: Settings
-) -> jax.Array:
+  masked_BW: jax.Array, score_BW: jax.Array, probability_BW: jax.Array, quota_B: jax.Array, settings: Settings,
+  always: bool = False,
+) -> jax.Array:  # fmt: skip
   """Which masked positions are kept in this step, bool [B, W]: of each row at least one.
 
   A row with a threshold or a factor keeps its best candidate, and all that these allow; another one `quota` (>= 1).
+  `always`: the quota is for both (LLaDA2.0).
   """
   # A score that is not a number goes last, and the rest is counted, so a broken model cannot stall the loop.
   score_BW = jnp.where(masked_BW, jnp.nan_to_num(score_BW, nan=_LAST), -jnp.inf)
   rank_BW = jnp.argsort(jnp.argsort(-score_BW, stable=True), stable=True)
   threshold_B1, factor_B1 = settings.threshold[:, None], settings.factor[:, None]
-  fixed_B1 = jnp.isnan(threshold_B1) & jnp.isnan(factor_B1)
+  fixed_B1 = always | jnp.isnan(threshold_B1) & jnp.isnan(factor_B1)
   keep_BW = rank_BW < jnp.where(fixed_B1, quota_B[:, None], 1)
   keep_BW |= probability_BW > threshold_B1
   keep_BW |= (rank_BW + 2) * (1.0 - probability_BW) < factor_B1
   return masked_BW & keep_BW
+
+
+def edit(
+  there_BW: jax.Array, held_BW: jax.Array, token_BW: jax.Array, probability_BW: jax.Array, settings: Settings
+) -> jax.Array:
+  """Which of the tokens that are `there` are replaced by their candidate: another, more probable than the threshold."""
+  return there_BW & (token_BW != held_BW) & (probability_BW > settings.edit_threshold[:, None])
 
 
 class State(NamedTuple):
@@ -245,6 +279,8 @@ class State(NamedTuple):
   block: jax.Array  # int32: which block is being filled
   step: jax.Array  # int32: forward passes spent on it
   cache: Any
+  open_B: Any = None  # bool: rows that go on in the block, where some edit
+  post_B: Any = None  # int32: passes over it that found no [MASK]
 
 
 def start(
@@ -255,7 +291,7 @@ def start(
   Args:
     tokens_BL: int32, left-padded; [MASK] where something is to be filled in.
     steps_B: int32, shared equally by a row's blocks that hold a mask, the first ones getting one more where that does
-      not divide. Of a canvas that grows every block gets all of them.
+      not divide. Of a canvas that grows, or of a model of blocks, every block gets all of them.
     shape: see `Shape`.
     mask_id: id of [MASK].
     first: where the blocks begin; all masks lie behind. L - first must be a multiple of the block.
@@ -276,9 +312,11 @@ def start(
     confidence_BL=jnp.ones((B, L), jnp.float32),
     step_B=jnp.zeros(B, jnp.int32),
     nfe=jnp.int32(0),
+    edited_at_BL=jnp.zeros((B, L), jnp.int32) if shape.edits else None,
   )
-  steps_BN = jnp.broadcast_to(steps_B1, shared_BN.shape) if shape.grows else shared_BN
-  return State(canvas, steps_BN, jnp.int32(0), jnp.int32(0), cache)
+  steps_BN = jnp.broadcast_to(steps_B1, shared_BN.shape) if shape.grows or shape.of_blocks else shared_BN
+  rows = (jnp.zeros(B, bool), jnp.zeros(B, jnp.int32)) if shape.edits else (None, None)
+  return State(canvas, steps_BN, jnp.int32(0), jnp.int32(0), cache, *rows)
 
 
 def run(
@@ -286,7 +324,7 @@ def run(
   allowed_V: jax.Array, ends: tuple[int, ...], origin: jax.Array | int, first: int = 0,
   alike: Callable[[jax.Array], jax.Array] = lambda tokens_BL: jnp.zeros(len(tokens_BL), bool),
   until_nfe: jax.Array | int = 2**30, until_block: jax.Array | int = 2**30,
-  reading: Callable[[Any], Any] = lambda cache: cache,
+  reading: Callable[[Any], Any] = lambda cache: cache, begin: Predict | None = None,
 ) -> State:  # fmt: skip
   """Fills the canvas up to a forward pass or a block; jit it with `predict`, `shape` and the ids static.
 
@@ -306,6 +344,7 @@ def run(
     until_nfe: stop when so many forward passes have been spent in all.
     until_block: stop when so many blocks are filled.
     reading: what to make of a block's cache once, for the passes that only read it.
+    begin: of a model of blocks, the first pass over a block, which leaves in the cache what the block before it is now.
 
   Returns:
     The state, finished if neither limit was met.
@@ -318,10 +357,10 @@ def run(
   def window(array_BL, at):
     return jax.lax.dynamic_slice_in_dim(array_BL, at, W, axis=1)
 
-  def step(state, cache):
+  def step(state, cache, predict=predict):
     canvas, at = state.canvas, first + state.block * W
-    masked_BW = window(canvas.tokens_BL, at) == mask_id
-    step_B = canvas.step_B + masked_BW.any(axis=1)
+    masked_BW, open_B = masked(state), going(state)
+    step_B = canvas.step_B + open_B
 
     def noise():  # a key for each place
       at_W = jax.lax.dynamic_slice_in_dim(place_L, at, W)
@@ -334,52 +373,93 @@ def run(
       alike_B=alike(canvas.tokens_BL),
     )  # fmt: skip
     steps_B = jnp.take(state.steps_BN, state.block, axis=1)
-    quota_B = -(-masked_BW.sum(axis=1) // jnp.maximum(steps_B - state.step, 1))
-    commit_BW = commit(masked_BW, score_BW, probability_BW, quota_B, settings)
+    if shape.of_blocks:
+      quota_B = scheduled(W, steps_B, state.step)
+    else:
+      quota_B = -(-masked_BW.sum(axis=1) // jnp.maximum(steps_B - state.step, 1))
+    commit_BW = commit(masked_BW, score_BW, probability_BW, quota_B, settings, shape.of_blocks)
+    put_BW = commit_BW
+    if shape.edits:
+      there_BW = open_B[:, None] & (window(canvas.unmasked_at_BL, at) > 0)
+      edit_BW = edit(there_BW, window(canvas.tokens_BL, at), token_BW, probability_BW, settings)
+      put_BW |= edit_BW
 
-    def put(array_BL, new_BW):
-      kept_BW = jnp.where(commit_BW, new_BW, window(array_BL, at))
+    def put(array_BL, new_BW, put_BW):
+      kept_BW = jnp.where(put_BW, new_BW, window(array_BL, at))
       return jax.lax.dynamic_update_slice_in_dim(array_BL, kept_BW, at, axis=1)
 
+    step_BW = jnp.broadcast_to(step_B[:, None], (B, W))
     canvas = Canvas(
-      tokens_BL=put(canvas.tokens_BL, token_BW),
-      unmasked_at_BL=put(canvas.unmasked_at_BL, jnp.broadcast_to(step_B[:, None], (B, W))),
-      confidence_BL=put(canvas.confidence_BL, probability_BW),
+      tokens_BL=put(canvas.tokens_BL, token_BW, put_BW),
+      unmasked_at_BL=put(canvas.unmasked_at_BL, step_BW, commit_BW),
+      confidence_BL=put(canvas.confidence_BL, probability_BW, put_BW),
       step_B=step_B,
       nfe=canvas.nfe + 1,
+      edited_at_BL=put(canvas.edited_at_BL, step_BW, edit_BW) if shape.edits else None,
     )
-    return state._replace(canvas=canvas, step=state.step + 1, cache=cache)
+    if shape.of_blocks and not shape.edits:  # all is there up to an end
+      end_BL = ended(canvas)
+      before_BL = jnp.cumsum(canvas.tokens_BL == mask_id, axis=1)
+      canvas = close(canvas, (end_BL & (before_BL == 0)).any(axis=1))
+    state = state._replace(canvas=canvas, step=state.step + 1, cache=cache)
+    if shape.edits:
+      post_B = jnp.where(state.step == 1, 0, state.post_B) + (open_B & ~masked_BW.any(axis=1))
+      changed_B = edit_BW.any(axis=1) & (post_B < settings.max_post_passes)
+      state = state._replace(open_B=open_B & (masked(state).any(axis=1) | changed_B), post_B=post_B)
+    return state
 
-  def unfilled(state):  # each step commits at least one token of every row: W steps are enough
-    return (state.step < W) & (window(state.canvas.tokens_BL, first + state.block * W) == mask_id).any()
+  def masked(state):
+    return window(state.canvas.tokens_BL, first + state.block * W) == mask_id
+
+  def going(state):  # rows that have something to do in the block
+    masked_B = masked(state).any(axis=1)
+    return jnp.where(state.step == 0, masked_B, state.open_B) if shape.edits else masked_B
+
+  def ended(canvas):
+    return jnp.isin(canvas.tokens_BL, jnp.array(ends)) & (canvas.unmasked_at_BL > 0)
+
+  def close(canvas, ended_B):  # the rest of rows that stop early
+    rest_BL = (settings.early_stop & ended_B)[:, None] & (canvas.tokens_BL == mask_id)
+    return canvas._replace(
+      tokens_BL=jnp.where(rest_BL, ends[0], canvas.tokens_BL),
+      unmasked_at_BL=jnp.where(rest_BL, canvas.step_B[:, None], canvas.unmasked_at_BL),
+    )
+
+  # Each step commits at least one token of every row that has a [MASK] here: so many are enough.
+  most = W + jnp.max(settings.max_post_passes) if shape.edits else W
+
+  def unfilled(state):
+    return (state.step < most) & going(state).any()
 
   def unfinished(state):
     return (state.canvas.nfe < until_nfe) & unfilled(state)
 
   def fill_block(state):
-    cache = None
-    if shape.cache:  # the first step makes the cache, the others read it
+    cache = state.cache if begin else None
+    if begin:  # also where a block is given: it is in nobody's cache yet
+
+      def beginning(state):
+        return (state.step < 1) & (state.canvas.nfe < until_nfe)
+
+      state = jax.lax.while_loop(beginning, lambda s: step(s, s.cache, begin), state)
+      cache = state.cache
+    elif shape.cache:  # the first step makes the cache, the others read it
       state = jax.lax.while_loop(lambda s: (s.step < 1) & unfinished(s), lambda s: step(s, None), state)
       cache = state.cache
     bare = state._replace(cache=None)  # what is only read stays out of the loop
-    read = reading(cache) if shape.cache else None
+    read = reading(cache) if shape.cache or begin else None
     bare = jax.lax.while_loop(unfinished, lambda s: step(s, read)._replace(cache=None), bare)
     state = bare._replace(cache=cache)
     filled = ~unfilled(state)
-    canvas = state.canvas
+    if begin:
+      filled &= state.step > 0
     behind_L = jnp.arange(L) < first + (state.block + 1) * W
-    end_BL = jnp.isin(canvas.tokens_BL, jnp.array(ends)) & (canvas.unmasked_at_BL > 0)
-    ended_B = settings.early_stop & (behind_L[None] & end_BL).any(axis=1)
-    rest_BL = (filled & ended_B)[:, None] & (canvas.tokens_BL == mask_id)
-    canvas = canvas._replace(
-      tokens_BL=jnp.where(rest_BL, ends[0], canvas.tokens_BL),
-      unmasked_at_BL=jnp.where(rest_BL, canvas.step_B[:, None], canvas.unmasked_at_BL),
-    )
-    state = state._replace(canvas=canvas)
+    state = state._replace(canvas=close(state.canvas, filled & (behind_L[None] & ended(state.canvas)).any(axis=1)))
     return state._replace(block=state.block + filled, step=jnp.where(filled, 0, state.step))
 
   def going_on(state):
     within = (state.block < jnp.minimum(num_blocks, until_block)) & (state.canvas.nfe < until_nfe)
-    return within & (state.canvas.tokens_BL == mask_id).any()
+    masks = (state.canvas.tokens_BL == mask_id).any()
+    return within & (masks | ((state.step > 0) & going(state).any()) if shape.edits else masks)
 
   return jax.lax.while_loop(going_on, fill_block, state)

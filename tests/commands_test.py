@@ -99,6 +99,8 @@ RULES = [
   Rule(r"^python docs/unmasking.py", change={" docs/unmasking.svg": " unmasking.svg"}, makes="unmasking.svg"),
   Rule(r"--workdir=runs/mine --config.data", TINY, makes="runs/mine/samples.html"),
   Rule(r"--workdir=runs/mine --mode=sample|--mode=verify"),
+  Rule(r"--workdir=runs/blocks --config.noise", TINY, makes="runs/blocks/samples.html"),
+  Rule(r"--mode=sample --workdir=runs/blocks"),
   Rule(r"--workdir=runs/poems ", TINY, makes="runs/poems/samples.html"),
   Rule(r"--workdir=runs/base ", TINY, makes="runs/base/checkpoints/3"),
   Rule(r"--workdir=runs/chat .*alpaca", TINY, makes="runs/chat/checkpoints/3"),

@@ -141,7 +141,9 @@ def ragged(rows=64, length=9):
 def test_only_maskable_tokens_are_masked(masking, times):
   tokens_BL, maskable_BL = ragged()
   noise = NoiseConfig(masking, times)
-  input_BL, masked_BL, scale_B = process(noise, tokens_BL, maskable_BL, 64 + np.arange(64))
+  input_BL, masked_BL, scale_BL = process(noise, tokens_BL, maskable_BL, 64 + np.arange(64))
+  scale_B = scale_BL[:, 0]
+  np.testing.assert_array_equal(scale_BL, np.broadcast_to(scale_B[:, None], (64, 9)))
   np.testing.assert_array_equal(input_BL, np.where(masked_BL, 99, tokens_BL))
   assert not np.any(masked_BL & ~maskable_BL)
   assert 0.3 < masked_BL.sum() / maskable_BL.sum() < 0.7

@@ -70,7 +70,9 @@ class Dialogues:
       raise Mistake(f"data.length={L}: no reply of {len(conversations)} conversations fits a row; use a larger length")
     self.ids_T = np.asarray(ids, np.int32)
     longest = [max(map(self._length, turns)) for turns in self._turns]
-    self._rows = pack(longest, L) if c.packing else [[i] for i in range(len(longest))]
+    self._rows = (
+      pack([-(-n // c.align) * c.align for n in longest], L) if c.packing else [[i] for i in range(len(longest))]
+    )
     turns = sum(map(len, self._turns))
     self.about = f"{len(conversations):,} conversations, {turns:,} replies"
     if c.packing:
@@ -103,7 +105,7 @@ class Dialogues:
       begin, stop = at + len(prompt), max(at + len(prompt) + len(reply), end)
       tokens_L[at:begin], tokens_L[begin : begin + len(reply)] = prompt, reply
       segment_L[at:stop], weight_L[begin:stop] = number, 1.0 / (stop - begin)
-      at = stop
+      at = -(-stop // c.align) * c.align
     return tokens_L, segment_L, weight_L
 
   def ids(self, turn: Turn) -> tuple[np.ndarray, np.ndarray]:

@@ -47,6 +47,7 @@ class DataConfig:
   # end ("row"); or it ends with one EOS ("none", as iLLaDA).
   eos_padding: str = "batch"
   packing: bool = False  # several conversations in a row, which do not see each other; with eos_padding="none"
+  align: int = 1  # documents that do not see each other begin at multiples of so many tokens: the objective's blocks
 
   def __post_init__(self):
     for name in ("length", "batch_size", "longest_line"):
@@ -70,6 +71,11 @@ class DataConfig:
         raise Mistake(f"data.packing=True leaves no room for EOS: data.eos_padding={self.eos_padding!r} must be none")
       for name in filter(is_records, self.corpora):
         raise Mistake(f"data.corpus={name!r} holds text: data.format=chat reads conversations from files")
+    elif self.align > 1 and self.segments and any(map(is_records, self.corpora)):
+      raise Mistake(
+        "data.segments=True: documents must begin with a block of noise.block, and those of records follow each other:"
+        " read files, or set data.segments=False"
+      )
     elif self.packing:
       raise Mistake("data.packing=True is for data.format=chat: text fills its rows")
     self._check_weights()
@@ -131,7 +137,7 @@ class Windows:
   """Windows of a circular stream of documents, cut at another offset in every epoch."""
 
   def __init__(self, stream_T: np.ndarray, c: DataConfig, *, eos_id: int, seed: int, about: str = ""):
-    self.stream_T, self.about = stream_T, about
+    self.stream_T, self.about = aligned(stream_T, c, eos_id), about
     self._c, self._eos_id, self._seed = c, eos_id, seed
     if len(stream_T) < c.length:
       raise Mistake(
@@ -142,7 +148,7 @@ class Windows:
   @property
   def digest(self) -> str:
     """Of the ids."""
-    return hashlib.blake2b(self.stream_T.tobytes()).hexdigest()
+    return hashlib.blake2b(self.stream_T[self.stream_T >= 0].tobytes()).hexdigest()
 
   def __len__(self) -> int:
     return -(-len(self.stream_T) // self._c.length)
@@ -154,9 +160,10 @@ class Windows:
   def row(self, row: int, epoch: int, end: int) -> Row:
     """As `Source.row`."""
     L = self._c.length
-    start = row * L + stable_hash(self._seed, epoch) % L
+    start = row * L + stable_hash(self._seed, epoch) % L // self._c.align * self._c.align
     tokens_RL, segment_RL = at(np.array([start]), self.stream_T, self._c, self._eos_id)
-    return tokens_RL[0], segment_RL[0], np.full(L, 1.0 / L)
+    kept_L = segment_RL[0] > 0
+    return tokens_RL[0], segment_RL[0], kept_L / kept_L.sum()
 
 
 def stream(documents: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
@@ -168,18 +175,31 @@ def stream(documents: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
   return np.asarray(ids, np.int32)
 
 
+def aligned(stream_T: np.ndarray, c: DataConfig, eos_id: int) -> np.ndarray:
+  """The stream with -1 behind each document that does not fill its last block, if documents are apart."""
+  if c.align == 1 or not c.segments:
+    return stream_T
+  length_D = np.diff(np.flatnonzero(stream_T == eos_id), prepend=-1)
+  room_D = -(-length_D // c.align) * c.align
+  behind_D = np.cumsum(room_D - length_D) - (room_D - length_D)  # that stand before a document
+  out_T = np.full(room_D.sum(), -1, np.int32)
+  out_T[np.arange(len(stream_T)) + np.repeat(behind_D, length_D)] = stream_T
+  return out_T
+
+
 def at(starts: np.ndarray, stream_T: np.ndarray, c: DataConfig, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
-  """Windows of a circular stream: tokens and segment [len(starts), L]."""
+  """Windows of a circular stream: tokens and segment [len(starts), L]; -1 is padding."""
   place_RL = starts[:, None] + np.arange(c.length)[None, :]
   tokens = stream_T[place_RL % len(stream_T)]
   segment = np.ones_like(tokens)
   if c.segments:
     segment[:, 1:] += np.cumsum(tokens[:, :-1] == eos_id, axis=1, dtype=np.int32)
-  return tokens, segment
+  return np.where(tokens < 0, eos_id, tokens), np.where(tokens < 0, 0, segment)
 
 
 def in_order(stream_T: np.ndarray, c: DataConfig, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
-  """A stream as rows, each token once: (tokens, segment) [rows, L]; segment 0 = padding, of the last row."""
+  """A stream as rows, each token once: (tokens, segment) [rows, L]; segment 0 = padding."""
+  stream_T = aligned(stream_T, c, eos_id)
   starts = np.arange(0, len(stream_T), c.length)
   tokens_RL, segment_RL = at(starts, stream_T, c, eos_id)
   kept = starts[:, None] + np.arange(c.length)[None, :] < len(stream_T)

@@ -1,8 +1,9 @@
 """The order of unmasking, drawn: frames in a terminal, a page or a notebook cell in HTML.
 
-Committed tokens never change, so one number per position, the forward pass that committed it,
-replays the whole reverse process. This module knows nothing of tokenizers, models or jax: it is
-handed the pieces of text and two arrays (`Unmasking`), and hands back a drawing.
+Without edits committed tokens never change, so one number per position, the forward pass that
+committed it, replays the whole reverse process; of a token that was edited a second one says when
+it came to stand there. This module knows nothing of tokenizers, models or jax: it is handed the
+pieces of text and these arrays (`Unmasking`), and hands back a drawing.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
   from rich.text import Text
 
 MASKED = "░"
+EDITED = "▒"  # committed, and another one later
 
 # Early to late: lightness rises and hue turns one way (OKLCH .54/265 to .675/70), and every colour
 # keeps a contrast of 3:1 on black and on white, so one ramp serves both kinds of terminal.
@@ -37,6 +39,7 @@ class Unmasking:
     unmasked_at: [L] int, the forward pass (from 1) that committed the position; 0 = given.
     confidence: [L] float, the probability of the token at its commit; 1 where given.
     title: one line above the drawing.
+    edited_at: [L] int, the forward pass that replaced the position last; 0 = none. None: nothing was.
 
   Raises:
     Mistake: lengths disagree, or `unmasked_at` is not non-negative integers.
@@ -46,10 +49,11 @@ class Unmasking:
   unmasked_at: np.ndarray
   confidence: np.ndarray
   title: str = ""
+  edited_at: np.ndarray | None = None
 
   def __post_init__(self):
     L = len(self.pieces)
-    for name in ("unmasked_at", "confidence"):
+    for name in ("unmasked_at", "confidence") + (("edited_at",) if self.edited_at is not None else ()):
       array = np.asarray(getattr(self, name))
       if array.shape != (L,):
         raise Mistake(f"{name} must have shape ({L},), one per piece; got {array.shape}")
@@ -59,9 +63,14 @@ class Unmasking:
       raise Mistake("unmasked_at must hold integers >= 0 (0 = given)")
 
   @property
+  def final_at(self) -> np.ndarray:
+    """[L] int, the forward pass that put the final token there."""
+    return self.unmasked_at if self.edited_at is None else np.maximum(self.unmasked_at, self.edited_at)
+
+  @property
   def steps(self) -> int:
-    """The last forward pass that committed a token; 0 if all was given."""
-    return int(self.unmasked_at.max(initial=0))
+    """The last forward pass that changed a token; 0 if all was given."""
+    return int(self.final_at.max(initial=0))
 
   def _repr_html_(self) -> str:
     return html([self])
@@ -82,13 +91,16 @@ def step_colours(steps: int) -> list[str]:
 
 
 def frame(unmasking: Unmasking, step: int, steps: int | None = None) -> Text:
-  """The canvas after forward pass `step` of `steps` (None: its last): given bold, unmasked coloured, masked ░."""
+  """The canvas after forward pass `step` of `steps` (None: its last): given bold, unmasked coloured, masked ░.
+
+  Where a token stood that was edited later it is ▒.
+  """
   from rich.text import Text
 
   colours = ["bold", *step_colours(unmasking.steps if steps is None else max(steps, step))[1:]]
   parts = []  # neighbours of one style are one part: rich pays for each
-  for piece, s in zip(unmasking.pieces, unmasking.unmasked_at.tolist(), strict=True):
-    text, style = (visible(piece), colours[s]) if s <= step else (MASKED, "dim")
+  for piece, s, end in zip(unmasking.pieces, unmasking.unmasked_at.tolist(), unmasking.final_at.tolist(), strict=True):
+    text, style = (visible(piece) if end <= step else EDITED, colours[s]) if s <= step else (MASKED, "dim")
     if parts and parts[-1][1] == style:
       parts[-1][0].append(text)
     else:
@@ -142,8 +154,8 @@ def _sample(unmasking: Unmasking) -> dict[str, Any]:
     # Dots are lines of almost no length with round caps: they stay round however wide the plot.
     dots[s].append(f"M{x} {steps + 0.5}h1" if s == 0 else f"M{x}.5 {steps - s + 0.5}h.01")
   tokens = [
-    (visible(piece), s, colours[s], f"step {s} · probability {p:.3f}")
-    for piece, s, p in zip(unmasking.pieces, unmasked_at, confidence, strict=True)
+    (visible(piece), end, colours[end], f"step {s}{f', edited at step {end}' * (end > s)} · probability {p:.3f}")
+    for piece, s, end, p in zip(unmasking.pieces, unmasked_at, unmasking.final_at.tolist(), confidence, strict=True)
   ]
   floor, *later = map("".join, dots)  # the given text is the floor
   return {

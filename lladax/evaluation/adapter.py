@@ -267,7 +267,7 @@ class Harness(LM):
     length = sampler.get("gen_length") or most
     if "gen_length" in sampler:
       most = length
-    block = min(sampler.get("block_length", length), length)
+    block = self.llada.model.block or min(sampler.get("block_length", length), length)
     length = -(-length // block) * block
     sampler |= {"gen_length": length, "block_length": block, "steps": sampler.get("steps", length)}
     c = SamplerConfig(**sampler)  # says what is wrong now

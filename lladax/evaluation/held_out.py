@@ -108,7 +108,7 @@ def _score(
   params, tokens_BL, segment_BL, scored_BL, row_B, seed, draw, *, model, mask_id, eos_id, num_samples, right_padded
 ):
   """Minus the log-likelihood of what is scored of rows, by draw number `draw`; [B]."""
-  visible = model.visible(tokens_BL.shape[1], segment_BL, right_padded=right_padded)
+  visible = model.visible(tokens_BL.shape[1], segment_BL, right_padded=right_padded, aligned=True)
   nll = functools.partial(model.bind(params).nll, visible=visible)
   key_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(row_B)
   draw_B, draws_B = jnp.broadcast_to(draw, row_B.shape), jnp.full(row_B.shape, num_samples)

@@ -168,4 +168,5 @@ def _continue(llada: LLaDA, questions: list[Question], gaps: list[list[int]]) ->
 def _reply(llada: LLaDA, questions: list[Question], gaps: list[list[int]]) -> list[str]:
   """What a model replies."""
   del gaps
-  return llada.sample([[{"role": "user", "content": q.prompt}] for q in questions], **_REPLY).text
+  options: dict[str, Any] = _REPLY | ({"block_length": llada.model.block} if llada.model.block else {})
+  return llada.sample([[{"role": "user", "content": q.prompt}] for q in questions], **options).text

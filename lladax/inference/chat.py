@@ -137,7 +137,7 @@ def _fitting(llada: LLaDA, messages: Messages, system: int, options: Mapping[str
   """
   assert llada.tokenizer is not None
   c, kept = SamplerConfig(**options), list(messages)
-  room = llada.model.max_length - (c.gen_length or c.block_length)
+  room = llada.model.max_length - (c.gen_length or llada.model.block or c.block_length)
   while len(kept) > system + 1 and len(llada.tokenizer.chat(kept)) > room:
     del kept[system : system + 2]  # what was asked, and its reply
   return kept

@@ -3,6 +3,8 @@
 The life of a row: ids -> a left-padded batch whose length is rounded up (`bucket`), so that compiled programs are
 reused (`Job`) -> [MASK]s behind it, all of them at once, or more and more until every row has ended -> sampling.run,
 one compiled program, entered once, or once a block or a step -> `Filled`.
+A model of blocks counts them from each row's own start: rows are padded by whole blocks, so that they line up; what a
+prompt has behind its last whole block is filled up together with new tokens. `Filled` knows nothing of it.
 """
 
 import dataclasses
@@ -44,6 +46,8 @@ class Job(NamedTuple):
   lengths: list[int]  # of the canvas behind `first`; it grows from each to the next
   shape: Shape
   settings: Settings
+  given_B: np.ndarray | None = None  # of a model of blocks: so many tokens behind `first` are the prompt's
+  own_B: np.ndarray | None = None  # and so many are a row's own, with its prompt; None: all that are not padding
 
 
 class Filled(NamedTuple):
@@ -67,9 +71,11 @@ class Engine:
   def extend(self, rows: Sequence[Ids], settings: SamplerConfig | Sequence[SamplerConfig]) -> Job:
     """Prompts that are to be continued, `gen_length` tokens or until EOS; see `LLaDA.sample` for the mistakes."""
     each = [settings] if isinstance(settings, SamplerConfig) else settings
-    shape, numbers = sampling.split(settings, len(rows))
+    shape, numbers = compiled_for(self.model, *sampling.split(settings, len(rows)))
     for c in each:
       self.model.objective.check_sampler(c)
+    if self.model.block:
+      return self._extend_blocks(rows, shape, numbers, each[0].gen_length)
     longest, most, n, W = max(map(len, rows)), self.model.max_length, each[0].gen_length, shape.block_length
     self.check_length(longest + (n or 0))
     if n is None:
@@ -86,11 +92,56 @@ class Engine:
     first = bucket(longest)
     return Job(*self._left_pad(rows, first), first, first, lengths, shape, numbers)
 
+  def _extend_blocks(self, rows: Sequence[Ids], shape: Shape, settings: Settings, gen_length: int | None) -> Job:
+    """`extend` of a model of blocks."""
+    n, most = self.model.block, self.model.max_length
+    length_B = np.array([len(row) for row in rows])
+    self.check_length(int(length_B.max()) + (gen_length or 1))
+    given_B = length_B % n
+    longest = int((length_B - given_B).max())
+    first = -(-bucket(max(longest, n)) // n) * n  # a block before the first one that is filled, at least
+    if gen_length is None:
+      room = (most - longest) // n * n
+      lengths = [min(4 * n, room)]
+      while lengths[-1] < room:
+        lengths.append(min(2 * lengths[-1], room))
+      own_B, behind_B = None, np.full(len(rows), n)
+    else:
+      own_B = length_B + gen_length
+      behind_B = -(-(given_B + gen_length) // n) * n
+      lengths = [int(behind_B.max())]
+      settings = settings._replace(steps=_of_a_block(settings.steps, n, gen_length))
+    tokens_BL = np.full((len(rows), first + int(behind_B.max())), self.ends[0], np.int32)
+    padding_B = first - (length_B - given_B)
+    for row, tokens_L, padding, behind in zip(rows, tokens_BL, padding_B, behind_B, strict=True):
+      tokens_L[padding : padding + len(row)] = row
+      tokens_L[padding + len(row) : first + behind] = self.mask_id
+    return Job(tokens_BL, padding_B, first, first, lengths, shape, settings, given_B, own_B)
+
+  def _fill_blocks(self, rows: Sequence[Ids], shape: Shape, settings: Settings) -> Job:
+    """`fill` of a model of blocks: right ends of blocks line up."""
+    n = self.model.block
+    own_B = np.array([len(row) for row in rows])
+    whole_B = -(-own_B // n) * n
+    L = n + -(-bucket(int(whole_B.max())) // n) * n
+    padding_B = L - whole_B
+    tokens_BL = np.full((len(rows), L), self.ends[0], np.int32)
+    for row, tokens_L, padding in zip(rows, tokens_BL, padding_B, strict=True):
+      tokens_L[padding : padding + len(row)] = row
+    masks_BL = tokens_BL == self.mask_id
+    first = max(int(np.argmax(masks_BL.any(axis=0))) // n * n, n)  # what stands before is read in one pass
+    steps = _of_a_block(settings.steps, n, np.maximum(masks_BL.sum(axis=1), 1))
+    return Job(tokens_BL, padding_B, first, L, [L - first], shape, settings._replace(steps=steps), None, own_B)
+
   def fill(self, rows: Sequence[Ids], settings: SamplerConfig | Sequence[SamplerConfig]) -> Job:
     """Canvases of any lengths whose [MASK]s are to be filled."""
-    shape, numbers = sampling.split(settings, len(rows))
+    shape, numbers = compiled_for(self.model, *sampling.split(settings, len(rows)))
     if shape.grows:
       raise Mistake("sample.gen_length=None: a canvas has a length; leave it out")
+    if self.model.block:
+      for c in [settings] if isinstance(settings, SamplerConfig) else settings:
+        self.model.objective.check_sampler(c)
+      return self._fill_blocks(rows, shape, numbers)
     longest = bucket(max(map(len, rows)))
     W = min(shape.block_length, longest)
     L = -(-longest // W) * W
@@ -109,19 +160,32 @@ class Engine:
     where = NamedSharding(where.mesh, sharding.spec("")) if isinstance(where, NamedSharding) else where
     zeros_BL = np.zeros((B, L), np.int32)
     canvas = (job.tokens_BL, zeros_BL, np.ones((B, L), np.float32), np.zeros(B, np.int32), np.int32(0))
+    canvas += (zeros_BL if shape.edits else None,)
     canvas, block = Canvas(*jax.device_get(canvas)), np.int32(0)
     for length in job.lengths:
       canvas, L, W = self._grown(canvas, first, length), first + length, min(shape.block_length, length)
-      segment_BL = (np.arange(L) >= job.padding_B[:, None]).astype(np.int32)
-      padded = job.padding_B.any() or shape.grows
+      at_1L = np.arange(L)[None]
+      segment_BL = at_1L >= job.padding_B[:, None]
+      if job.own_B is not None:  # a canvas may end within a block; what continues a prompt fills its last one up
+        own_B = job.own_B if job.given_B is None else -(-job.own_B // W) * W
+        segment_BL &= at_1L < (job.padding_B + own_B)[:, None]
+      segment_BL = segment_BL.astype(np.int32)
+      padded = job.padding_B.any() or shape.grows or shape.of_blocks
       with sharding.on_mesh_of(self.params):
-        cache = _new_cache(self.model, B * (1 + shape.guided), L) if shape.cache else None
+        cache = _new_cache(self.model, B * (1 + shape.guided), L) if shape.cache or shape.of_blocks else None
+        if shape.of_blocks:
+          known = first + int(block) * W
+          cache = _prefill(
+            self.params, cache, canvas, segment_BL, model=self.model, known=known, guided=shape.guided,
+            mask_id=self.mask_id,
+          )  # fmt: skip
       begun = _start(canvas.tokens_BL, job.settings.steps, shape, mask_id=self.mask_id, first=first)
       host = jax.device_get(begun)._replace(canvas=canvas, block=block)
       state = jax.device_put(host, where)
       state = state._replace(cache=jax.device_put(cache, jax.tree.map(lambda x: x.sharding, cache)))
       blocks = length // W - int(block)
-      for _ in range({"block": blocks, "step": blocks * W}.get(every, 1)):
+      most = W + (int(np.max(job.settings.max_post_passes)) if shape.edits else 0)
+      for _ in range({"block": blocks, "step": blocks * most}.get(every, 1)):
         until_nfe = np.int32(host.canvas.nfe + 1) if every == "step" else _NEVER
         until_block = np.int32(host.block + 1) if every == "block" else _NEVER
         with sharding.on_mesh_of(self.params):
@@ -132,8 +196,11 @@ class Engine:
           )  # fmt: skip
         host = jax.device_get(state._replace(cache=None))
         end = first + int(host.block + (host.step > 0)) * W if shape.grows else L
-        yield Filled(Canvas(*(x[:, :end] if x.ndim == 2 else x for x in host.canvas)), job.padding_B, first)
-        if not (host.canvas.tokens_BL == self.mask_id).any():
+        shown = jax.tree.map(lambda x, end=end: x[:, :end] if x.ndim == 2 else x, host.canvas)
+        filled = Filled(shown, job.padding_B, first)
+        yield self._in_line(filled, job) if shape.of_blocks else filled
+        edits = shape.edits and host.step > 0 and host.open_B.any()
+        if not edits and not (host.canvas.tokens_BL == self.mask_id).any():
           break
       canvas, block = host.canvas, host.block
       if self._ended(canvas, first).all():
@@ -141,7 +208,35 @@ class Engine:
 
   def _ended(self, canvas: Any, first: int) -> np.ndarray:
     """Which rows have met an end behind their prompts, bool [B]."""
-    return np.any(np.isin(canvas.tokens_BL[:, first:], self.ends), axis=1)
+    there_BL = np.isin(canvas.tokens_BL, self.ends) & (canvas.unmasked_at_BL > 0)
+    return there_BL[:, first:].any(axis=1)
+
+  def _in_line(self, filled: Filled, job: Job) -> Filled:
+    """As the rows of other models are laid out: what is asked for begins at one place, or right ends line up."""
+    canvas, padding_B, first = filled
+    L = canvas.tokens_BL.shape[1]
+    end_B = np.full(len(padding_B), L) if job.own_B is None else np.minimum(padding_B + job.own_B, L)
+    given_B = end_B - padding_B if job.given_B is None else first - padding_B + job.given_B
+    new_first = int(given_B.max())
+    width = new_first + int((end_B - padding_B - given_B).max())
+    ended_B = self._ended(canvas, first)
+
+    def laid(array_BL, fill_B):
+      out_BL = np.repeat(np.asarray(fill_B, array_BL.dtype)[:, None], width, axis=1)
+      for out_L, array_L, padding, given, end in zip(out_BL, array_BL, padding_B, given_B, end_B, strict=True):
+        out_L[new_first - given : new_first - given + end - padding] = array_L[padding:end]
+      return out_BL
+
+    zeros_B = np.zeros(len(padding_B))
+    token_B = np.where(ended_B, self.ends[0], self.mask_id)  # behind a row that has less room for its answer
+    tokens_BL = laid(canvas.tokens_BL, token_B)
+    tokens_BL = np.where(np.arange(width) < (new_first - given_B)[:, None], self.ends[0], tokens_BL)
+    canvas = canvas._replace(
+      tokens_BL=tokens_BL, unmasked_at_BL=laid(canvas.unmasked_at_BL, zeros_B),
+      confidence_BL=laid(canvas.confidence_BL, zeros_B + 1),
+      edited_at_BL=None if canvas.edited_at_BL is None else laid(canvas.edited_at_BL, zeros_B),
+    )  # fmt: skip
+    return Filled(canvas, new_first - given_B, 0 if job.given_B is None else new_first)
 
   def _grown(self, canvas: Any, first: int, length: int) -> Any:
     """The canvas with so many positions behind `first`: new ones are [MASK], or EOS of the last pass in ended rows."""
@@ -151,9 +246,11 @@ class Engine:
     def grow(array_BL, new_B):
       return np.concatenate([array_BL, np.tile(new_B[:, None], more)], axis=1, dtype=array_BL.dtype)
 
+    edited_at_BL = canvas.edited_at_BL
     return canvas._replace(
       tokens_BL=grow(canvas.tokens_BL, token_B), unmasked_at_BL=grow(canvas.unmasked_at_BL, at_B),
       confidence_BL=grow(canvas.confidence_BL, np.ones(len(token_B))),
+      edited_at_BL=None if edited_at_BL is None else grow(edited_at_BL, np.zeros(len(token_B), np.int32)),
     )  # fmt: skip
 
   def _continue(self, job: Job) -> Filled:
@@ -274,6 +371,31 @@ _new_cache = jax.jit(MaskPredictorConfig.new_cache, static_argnums=(0, 1, 2))
 _start = jax.jit(sampling.start, static_argnames=("shape", "mask_id", "first"))  # one program, not one a line
 
 
+def compiled_for(model: MaskPredictorConfig, shape: Shape, settings: Settings) -> tuple[Shape, Settings]:
+  """As `sampling.split` split them, for a model: one of blocks has a block length of its own, and a cache."""
+  return (shape._replace(block_length=model.block, of_blocks=True) if model.block else shape), settings
+
+
+def _of_a_block(steps_B: Any, block: int, asked: Any) -> np.ndarray:
+  """The steps of a whole block, where all that is asked for has so many; int32 [B]."""
+  return np.maximum(-(-np.asarray(steps_B, np.int64) * block // asked), 1).astype(np.int32)
+
+
+def _twice(canvas_BL: jax.Array, given_BL: jax.Array, mask_id: int) -> jax.Array:
+  """A batch for guidance: its second half sees what is given masked."""
+  return jnp.concatenate([canvas_BL, jnp.where(given_BL, mask_id, canvas_BL)])
+
+
+@functools.partial(sharding.jit, static_argnames=("model", "known", "guided", "mask_id"), donate_argnames="cache")
+def _prefill(params, cache, canvas, segment_BL, *, model, known, guided, mask_id):
+  """The cache of a model of blocks with the keys and values of the first `known` positions, whole blocks."""
+  given_BL = (canvas.tokens_BL != mask_id) & (canvas.unmasked_at_BL == 0)
+  canvas_BL = _twice(canvas.tokens_BL, given_BL, mask_id) if guided else canvas.tokens_BL
+  segment_BL = jnp.tile(segment_BL, (1 + guided, 1))
+  visible = model.visible(segment_BL.shape[1], segment_BL, W=known)
+  return _laid_out(model.bind(params).hidden(canvas_BL[:, :known], visible, _positions(segment_BL), cache)[1])
+
+
 def _laid_out(x: Any) -> Any:
   """How a program leaves what it returns on a mesh: caches sliced along rows and heads, all else whole everywhere."""
   return jax.tree.map(lambda x: sharding.constrain(x, ".B.G." if x.ndim == 5 else "." * x.ndim), x)
@@ -289,30 +411,34 @@ def _run(
   position_BL = None if segment_BL is None else _positions(segment_BL)
   given_BL = (state.canvas.tokens_BL != mask_id) & (state.canvas.unmasked_at_BL == 0)
 
-  def predict(canvas_BL, start, W, cache):
+  def predict(canvas_BL, start, W, cache, begins=False):
     segment, position = segment_BL, position_BL
     if shape.grows and segment is not None:
       segment = jnp.where(at_L[None] < start + W, segment, 0)
-    if shape.guided:  # the second half of the batch sees what is given masked
-      canvas_BL = jnp.concatenate([canvas_BL, jnp.where(given_BL, mask_id, canvas_BL)])
+    if shape.guided:
+      canvas_BL = _twice(canvas_BL, given_BL, mask_id)
       segment, position = jax.tree.map(lambda x: jnp.tile(x, (2, 1)), (segment, position))
 
     def hidden(size, window_start, reuse_L):  # of the block, from a window that holds it
       tokens_BW = jax.lax.dynamic_slice_in_dim(canvas_BL, window_start, size, axis=1)
       visible = model.visible(L, segment, W=size, start=window_start, reuse_L=reuse_L)
-      hidden_BWD, _ = bound.hidden(tokens_BW, visible, position, cache, layers)
-      return jax.lax.dynamic_slice_in_dim(hidden_BWD, start - window_start, W, axis=1)
+      hidden_BWD, written = bound.hidden(tokens_BW, visible, position, cache, layers)
+      return jax.lax.dynamic_slice_in_dim(hidden_BWD, start - window_start, W, axis=1), written
 
-    if cache is None:
+    if begins:  # and the block before, which is final now
+      hidden_BWD, cache = hidden(2 * W, start - W, None)
+    elif shape.of_blocks:
+      hidden_BWD, _ = hidden(W, start, at_L < start)
+    elif cache is None:
       empty = model.new_cache(canvas_BL.shape[0], L) if shape.cache else None
       visible = model.visible(L, segment, contiguous=True)
       hidden_BLD, cache = bound.hidden(canvas_BL, visible, position, empty, layers)
       hidden_BWD = jax.lax.dynamic_slice_in_dim(hidden_BLD, start, W, axis=1)
     elif shape.cache == "dual" or shape.grows:
-      hidden_BWD = hidden(W, start, (at_L < start) | (at_L >= start + W))
+      hidden_BWD, _ = hidden(W, start, (at_L < start) | (at_L >= start + W))
     else:  # the rest of the canvas, in the smallest of a few windows that holds it
       sizes = [W << i for i in range((L - first).bit_length()) if W << i < L - first] + [L - first]
-      windows = [functools.partial(hidden, size, L - size, at_L < start) for size in sizes]
+      windows = [lambda size=size: hidden(size, L - size, at_L < start)[0] for size in sizes]
       hidden_BWD = jax.lax.switch(jnp.searchsorted(jnp.array(sizes), L - start), windows)
     logits = bound.logits(hidden_BWD)
     if shape.guided:
@@ -327,6 +453,7 @@ def _run(
     predict, state, sampling.keys(settings), settings, shape, mask_id=mask_id,
     allowed_V=_allowed(model.V, mask_id, vocab_size), ends=ends, origin=origin, first=first, alike=alike,
     until_nfe=until_nfe, until_block=until_block, reading=model.reading,
+    begin=functools.partial(predict, begins=True) if shape.of_blocks else None,
   )  # fmt: skip
   return _laid_out(state)
 
@@ -338,7 +465,7 @@ def lower_sampler(
   """The program that `LLaDA.sample` runs on prompts of `first` tokens, lowered from shapes for `plan.py`."""
   tokens = state.canvas.tokens_BL
   segment = jax.ShapeDtypeStruct(tokens.shape, jnp.int32, sharding=tokens.sharding)
-  shape, settings = sampling.split(c, len(tokens))
+  shape, settings = compiled_for(model, *sampling.split(c, len(tokens)))
   if not model.objective.fills:
     return _autoregressive_sample.lower(
       params, tokens, segment, settings, model=model, prompt_length=first, eos_id=ends[0], mask_id=mask_id,
@@ -379,13 +506,15 @@ def _likelihood(
   method,
 ):  # fmt: skip
   """`guidance`: w + 1."""
-  bound, visible = model.bind(params), model.visible(tokens_BL.shape[1], segment_BL, right_padded=True)
+  bound = model.bind(params)
+  visible = model.visible(tokens_BL.shape[1], segment_BL, right_padded=True, aligned=True)
 
-  def nll(input_BL, target_BL):
+  def nll(input_BL, target_BL, clean_BL=None):
     if not guided:
-      return bound.nll(input_BL, target_BL, visible)
-    unconditional_BL = jnp.where(scored_BL | (segment_BL == 0), input_BL, mask_id)
-    cond_BLD, un_BLD = (bound.hidden(x, visible)[0] for x in (input_BL, unconditional_BL))
+      return bound.nll(input_BL, target_BL, visible, clean_BL=clean_BL)
+    unconditional = lambda x: None if x is None else jnp.where(scored_BL | (segment_BL == 0), x, mask_id)  # noqa: E731
+    cond_BLD = bound.seen(input_BL, visible, clean_BL)
+    un_BLD = bound.seen(unconditional(input_BL), visible, unconditional(clean_BL))
 
     def row(x):  # one row's logits at a time
       cond, un = bound.logits(x[0]), bound.logits(x[1])

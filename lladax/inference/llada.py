@@ -43,15 +43,20 @@ class Sampled:
   padding: np.ndarray = dataclasses.field(repr=False)
   piece: Callable[[int], str] = dataclasses.field(repr=False)  # id -> text of one token
   mask_id: int  # what masked positions hold in a canvas that `LLaDA.stream` has not finished
+  edited_at: np.ndarray | None = dataclasses.field(default=None, repr=False)  # [B, L]: the pass of the last edit, or 0
 
   def unmaskings(self) -> list[unmasking.Unmasking]:
     """The rows without their padding, ready to be drawn."""
     unmasked_at = np.where(self.tokens == self.mask_id, self.nfe + 1, self.unmasked_at)  # not yet
-    rows = zip(self.tokens, unmasked_at, self.confidence, self.padding, strict=True)
+    edited_at = [None] * len(self.tokens) if self.edited_at is None else self.edited_at
+    rows = zip(self.tokens, unmasked_at, self.confidence, self.padding, edited_at, strict=True)
     return [
-      unmasking.Unmasking(tuple(self.piece(int(i)) for i in tokens[n:]), at[n:], confidence[n:])
-      for tokens, at, confidence, n in rows
-    ]
+      unmasking.Unmasking(
+        tuple(self.piece(int(i)) for i in tokens[n:]), at[n:], confidence[n:],
+        edited_at=None if edited is None else edited[n:],
+      )
+      for tokens, at, confidence, n, edited in rows
+    ]  # fmt: skip
 
   def html(self, title: str = "") -> unmasking.Html:
     """A self-contained page with a slider over the steps."""
@@ -145,7 +150,8 @@ class LLaDA:
     if not self.model.objective.fills:
       raise Mistake("a causal model cannot fill in the middle of a canvas: use sample()")
     rows = self._canvases(canvases, "unmask")
-    c = fields.parse({"block_length": bucket(max(map(len, rows)))} | options, SamplerConfig, "sample")
+    whole = {} if self.model.block else {"block_length": bucket(max(map(len, rows)))}
+    c = fields.parse(whole | options, SamplerConfig, "sample")
     (filled,) = self._engine.run(self._engine.fill(rows, c))
     return self._sampled(filled, ())
 
@@ -257,6 +263,7 @@ class LLaDA:
     return Sampled(
       text=text, tokens=canvas.tokens_BL, unmasked_at=canvas.unmasked_at_BL, confidence=canvas.confidence_BL,
       nfe=int(canvas.nfe), padding=padding_B, piece=self._piece, mask_id=self.mask_id,
+      edited_at=canvas.edited_at_BL,
     )  # fmt: skip
 
   def _piece(self, i: int) -> str:

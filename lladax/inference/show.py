@@ -33,10 +33,11 @@ def check_room(lengths: Mapping[str, int], c: SamplerConfig, model: MaskPredicto
     raise Mistake(f"{next(iter(lengths))}: a causal model cannot fill a canvas in the middle, it continues a prompt")
   said, more = "", 0
   if not fills:
-    W, more = c.block_length, c.gen_length or c.block_length
+    W = model.block or c.block_length
+    more = c.gen_length or W
     said = f" and sample.{'block_length' if c.gen_length is None else 'gen_length'}={more}"
     model.objective.check_sampler(c)
-    if model.objective.fills:
+    if model.objective.fills and not model.block:
       sampling.check_blocks(more, W)
   for name, n in lengths.items():
     if n + more > model.max_length:

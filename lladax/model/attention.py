@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from lladax.mistake import Mistake
@@ -31,7 +32,7 @@ _DOCUMENTS = 32
 
 @functools.partial(
   jax.tree_util.register_dataclass, data_fields=["segment_BL", "start", "reuse_L", "table_BWK", "begin_BM"],
-  meta_fields=["L", "W", "order", "right_padded", "contiguous"],
+  meta_fields=["L", "W", "order", "block", "right_padded", "contiguous", "aligned"],
 )  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class Visible:
@@ -39,24 +40,49 @@ class Visible:
 
   A row is what a position of the window may look at, `x`; a column is a key.
   ```
-  order         full           causal         full, window       full, window 2 .. 3 over a
+  order         full           causal         full, window       full, window 2 .. 3 over a    blocks of 2
                                               at 2 .. 3          cache: reuse 1 1 . . 1 1
-  segment   1 1 1 2 2 0    1 1 1 2 2 0    1 1 1 2 2 0    1 1 1 2 2 0 1 2
-          1 x x x . . .    x . . . . .
-          1 x x x . . .    x x . . . .
-          1 x x x . . .    x x x . . .    x x x . . .    x x . . . . x .
-          2 . . . x x .    . . . x . .    . . . x x .    . . . . x . . x
-          2 . . . x x .    . . . x x .
-          0 . . . . . .    . . . . . .
+  segment   1 1 1 2 2 0    1 1 1 2 2 0    1 1 1 2 2 0    1 1 1 2 2 0 1 2               1 1 1 2 2 0
+          1 x x x . . .    x . . . . .                                                 x x . . . .
+          1 x x x . . .    x x . . . .                                                 x x . . . .
+          1 x x x . . .    x x x . . .    x x x . . .    x x . . . . x .               x x x . . .
+          2 . . . x x .    . . . x . .    . . . x x .    . . . . x . . x               . . . x x .
+          2 . . . x x .    . . . x x .                                                 . . . x x .
+          0 . . . . . .    . . . . . .                                                 . . . . . .
+  ```
+  To train on blocks a canvas stands there twice, noised and then clean (BD3-LM, arXiv 2503.09573): a noised block
+  looks at itself and at clean blocks before it, a clean one at clean blocks up to itself, and nobody at noised ones.
+  ```
+  order     noised blocks of 2 (`doubled`)
+  segment   1 1 1 1 1 2 2 2 1 1 1 1 1 2 2 2
+          1 x x . . . . . . . . . . . . . .
+          1 x x . . . . . . . . . . . . . .
+          1 . . x x . . . . x x . . . . . .
+          1 . . x x . . . . x x . . . . . .
+          1 . . . . x . . . x x x x . . . .
+          2 . . . . . x x . . . . . . . . .
+          2 . . . . . x x . . . . . . . . .
+          2 . . . . . . . x . . . . . x x .
+          1 . . . . . . . . x x . . . . . .
+          1 . . . . . . . . x x . . . . . .
+          1 . . . . . . . . x x x x . . . .
+          1 . . . . . . . . x x x x . . . .
+          1 . . . . . . . . x x x x x . . .
+          2 . . . . . . . . . . . . . x x .
+          2 . . . . . . . . . . . . . x x .
+          2 . . . . . . . . . . . . . x x x
   ```
   """
 
   L: int  # positions of the canvas
   W: int  # of them in the window, which asks
-  order: str = "full"  # | "causal": later keys are hidden
+  # | "causal": later keys are hidden | "blocks": those of later blocks are | "noised blocks": see above.
+  order: str = "full"
   segment_BL: Any = None  # int32 document of every position, 0 = padding (B may be 1); None: one document, no padding
   right_padded: bool = False  # segments are 1s and then padding, which some kernels know how to use
   contiguous: bool = False  # segments are 1s in one run, padding before it or behind it: keys are turned to the front
+  block: int = 0  # of the orders of blocks: its tokens, counted from each document's own start
+  aligned: bool = False  # documents begin at multiples of the block, which some kernels must rely on
   start: Any = 0  # where the window begins
   # Bool: keys that are taken from a cache, which is then left as it is. The others are the window's own, and stand
   # behind the cache's. None: the window's are put into their places, and all are used.
@@ -76,6 +102,22 @@ class Visible:
       return "none"
     # Later keys are those behind the query's own place: they must stay in theirs.
     return "right" if self.right_padded else "run" if self.contiguous and self.order == "full" else "any"
+
+  def doubled(self) -> "Visible":
+    """Of a canvas in the order of its blocks: the same canvas noised and then clean, 2 L positions."""
+    assert self.order == "blocks" and self.W == self.L
+    segment_BL = None if self.segment_BL is None else jnp.tile(self.segment_BL, (1, 2))
+    return dataclasses.replace(self, L=2 * self.L, W=2 * self.L, order="noised blocks", segment_BL=segment_BL)
+
+  def blocks_BL(self) -> jax.Array:
+    """Int32 number of every position's block in its document (B may be 1)."""
+    L = self.L // 2 if self.order == "noised blocks" else self.L
+    place_BL = jnp.arange(L)[None]
+    if self.segment_BL is not None:
+      segment_BL = jnp.asarray(self.segment_BL)[:, :L]
+      new_BL = jnp.pad(segment_BL[:, 1:] != segment_BL[:, :-1], ((0, 0), (1, 0)))
+      place_BL -= jax.lax.cummax(jnp.where(new_BL, place_BL, 0), axis=1)
+    return jnp.tile(place_BL // self.block, (1, self.L // L))
 
   def window(self, array_BL: jax.Array) -> jax.Array:
     """The window's part of what there is of every position."""
@@ -104,11 +146,21 @@ class Visible:
       table_BWK &= segment_BL[:, None, :] > 0
     if self.order == "causal":
       table_BWK &= self.window(at_1L)[:, :, None] >= at_1L[:, None, :]
+    elif self.order != "full":
+      block_BL, noised_1L = self.blocks_BL(), at_1L < (self.L // 2 if self.order == "noised blocks" else 0)
+      asks_BW1, noised_1W1 = (self.window(x)[:, :, None] for x in (block_BL, noised_1L))
+      table_BWK &= _in_blocks(asks_BW1, block_BL[:, None], noised_1W1, noised_1L[:, None])
     if self.reuse_L is not None:
       reuse_11L = jnp.asarray(self.reuse_L)[None, None]
       fresh_BWW = jax.lax.dynamic_slice_in_dim(table_BWK & ~reuse_11L, self.start, self.W, axis=2)
       table_BWK = jnp.concatenate([table_BWK & reuse_11L, fresh_BWW], axis=2)
     return dataclasses.replace(self, table_BWK=jnp.where(table_BWK, 0, _NEVER_16).astype(dtype) if bias else table_BWK)
+
+
+def _in_blocks(asks: Any, key: Any, asks_noised: Any, key_noised: Any) -> Any:
+  """Whether a position of block number `asks` may look at one of block `key`, where each is noised or clean."""
+  clean = ~key_noised & ((key < asks) | ((key == asks) & ~asks_noised))
+  return clean | (key_noised & asks_noised & (key == asks))
 
 
 def choose(
@@ -133,13 +185,18 @@ def choose(
     Mistake: the kernel asked for cannot do it; the message says why.
   """
   W, keys, segments = visible.W, visible.keys, visible.segments
+  order = "causal" if visible.order == "causal" else "in blocks"
 
   def why_not(name: str) -> str | None:
     home = {"cudnn": "gpu", "splash": "tpu"}[name]
     if platform != home:
       return f"it runs on a {home}, and this is a {platform}"
-    if visible.order == "causal" and context > 1:
-      return f"it cannot be causal with mesh.context={context}"
+    if visible.order != "full" and context > 1:
+      return f"it cannot be {order} with mesh.context={context}"
+    if "blocks" in visible.order and name == "cudnn":
+      return "it knows no blocks"
+    if "blocks" in visible.order and segments == "any" and not visible.aligned:
+      return "documents begin within a block"
     if name == "cudnn" and capability and capability < (8, 0):
       return f"it needs a GPU of capability 8.0, and this one has {'.'.join(map(str, capability))}"
     if name == "cudnn" and dtype not in (jnp.bfloat16, jnp.float16):
@@ -222,7 +279,7 @@ def attend(
   if kernel == "xla":
     return _xla(q_BWHK, ([cached] if cached else []) + [turned(k_BLGK, v_BLGK)], visible.table_BWK)
   if kernel == "splash":
-    return on_each_device(functools.partial(_splash, causal=causal), *qkv, *segments)
+    return on_each_device(functools.partial(_splash, order=visible.order, block=visible.block), *qkv, *segments)
   if kernel == "documents":
     return on_each_device(_cudnn_documents, *qkv, segments[1], (visible.begin_BM, "B."))
   if visible.segments == "any":
@@ -403,20 +460,23 @@ def _kept_forward(fn, qkv, rest):
 _kept.defvjp(_kept_forward, lambda fn, backward, cotangent: (backward(cotangent), None))
 
 
-def _splash(q_BWHK, k_BLGK, v_BLGK, query_segment_BW=None, segment_BL=None, *, causal, interpret=False):
+def _splash(q_BWHK, k_BLGK, v_BLGK, query_segment_BW=None, segment_BL=None, *, order="full", block=0, interpret=False):
   """Splash attention on one device. Padding looks at padding here: what it sees, nobody does."""
   q_BHWK, k_BGLK, v_BGLK = (x.transpose(0, 2, 1, 3) for x in (q_BWHK * q_BWHK.shape[-1] ** -0.5, k_BLGK, v_BLGK))
   segments = {} if segment_BL is None else {"query_segment_BW": query_segment_BW, "segment_BL": segment_BL}
-  fn = functools.partial(_splash_kernel, causal=causal, interpret=interpret)
+  fn = functools.partial(_splash_kernel, order=order, block=block, interpret=interpret)
   out_BHWK: Any = _kept(fn, (q_BHWK, k_BGLK, v_BGLK), segments)  # type checkers do not see an array
   return out_BHWK.transpose(0, 2, 1, 3)
 
 
-def _splash_kernel(q_BHWK, k_BGLK, v_BGLK, query_segment_BW=None, segment_BL=None, *, causal, interpret):
+def _splash_kernel(q_BHWK, k_BGLK, v_BGLK, query_segment_BW=None, segment_BL=None, *, order, block, interpret):
   from jax.experimental.pallas.ops.tpu import splash_attention  # Pallas takes a while to import
 
   (_, H, W, _), L = q_BHWK.shape, k_BGLK.shape[2]
-  mask = splash_attention.CausalMask((W, L)) if causal else splash_attention.FullMask((W, L))
+  if "blocks" in order:
+    mask = _splash_blocks(L, order, block)
+  else:
+    mask = splash_attention.CausalMask((W, L)) if order == "causal" else splash_attention.FullMask((W, L))
   q_tile, k_tile = (next(n for n in (512, 256, 128) if size % n == 0) for size in (W, L))
   kernel = splash_attention.make_splash_mha(
     splash_attention.MultiHeadMask([mask] * H), head_shards=1, q_seq_shards=1, interpret=interpret,
@@ -429,3 +489,33 @@ def _splash_kernel(q_BHWK, k_BGLK, v_BGLK, query_segment_BW=None, segment_BL=Non
     return jax.vmap(kernel)(q_BHWK, k_BGLK, v_BGLK)
   assert query_segment_BW is not None
   return jax.vmap(kernel)(q_BHWK, k_BGLK, v_BGLK, splash_attention.SegmentIds(query_segment_BW, segment_BL))
+
+
+@functools.cache
+def _splash_blocks(L: int, order: str, block: int) -> Any:
+  """The mask of blocks: computed in the kernel, tile by tile, of which the empty ones are left out."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+  half = L // 2 if order == "noised blocks" else 0
+
+  def visible(asks, key):
+    asks_noised, key_noised = asks < half, key < half
+
+    def number(at, noised):
+      if isinstance(at, np.ndarray):
+        return (at - np.where(noised, 0, half)) // block
+      return jax.lax.div(at - jnp.where(noised, 0, half), jnp.full(at.shape, block, at.dtype))
+
+    return _in_blocks(number(asks, asks_noised), number(key, key_noised), asks_noised, key_noised)
+
+  class Blocks(masks._ComputableMask):
+    def __init__(self):
+      super().__init__((L, L), visible)
+
+    def __eq__(self, other):
+      return isinstance(other, Blocks)
+
+    def __hash__(self):
+      return hash((Blocks, L, order, block))
+
+  return Blocks()

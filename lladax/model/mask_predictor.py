@@ -57,6 +57,7 @@ class MaskPredictorConfig:
   V: int = 0  # rows of the embedding; 0: what the tokenizer needs
   tied: bool = False  # one matrix for embedding and head
   causal: bool = False  # only for the autoregressive baseline
+  block: int = 0  # tokens that look at each other, and at all before them; 0: all of the canvas does
   rope_theta: float = 500_000.0  # base of the rotary positions
   norm_eps: float = 1e-5  # added to the mean square in RMSNorm
   max_length: int = 4096  # longest canvas
@@ -96,6 +97,8 @@ class MaskPredictorConfig:
       raise Mistake(f"model.weights={self.weights!r} keeps two values in a byte: model.D={self.D}, model.F={self.F} are"
                     " not both even; use int8")  # fmt: skip
     object.__setattr__(self, "lora_targets", tuple(self.lora_targets))  # JSON knows lists alone
+    if self.block < 0:
+      raise Mistake(f"model.block={self.block}: must be at least 1, or 0 for the whole canvas")
     if self.lora_rank < 0:
       raise Mistake(f"model.lora_rank={self.lora_rank}: must be at least 1, or 0 for no adapters")
     for name in self.lora_targets:
@@ -111,12 +114,14 @@ class MaskPredictorConfig:
 
   def visible(self, L: int, segment_BL: Any = None, *, W: int = 0, **window: Any) -> Visible:
     """`Visible` in the model's own order; W 0: all of the canvas."""
-    return Visible(L, W or L, self.objective.order, segment_BL, **window)
+    return Visible(L, W or L, self.objective.order, segment_BL, block=self.block, **window)
 
   @property
-  def objective(self) -> diffusion.Masked | autoregressive.Causal:
+  def objective(self) -> diffusion.Masked | diffusion.Blocks | autoregressive.Causal:
     """What such a model is trained for; its noise is the config's to say."""
-    return autoregressive.Causal() if self.causal else diffusion.Masked()
+    if self.causal:
+      return autoregressive.Causal()
+    return diffusion.Blocks(diffusion.NoiseConfig(block=self.block)) if self.block else diffusion.Masked()
 
   @property
   def compute_dtype(self) -> jnp.dtype:
@@ -496,19 +501,30 @@ class MaskPredictor(nnx.Module):
     """Float32 logits [B, L, V]; see `hidden` for the arguments."""
     return self.logits(self.hidden(tokens_BL, visible, position_BL)[0])
 
-  def nll(self, input_BL, target_BL, visible: Visible | None = None) -> jax.Array:
+  def seen(self, input_BL, visible: Visible | None = None, clean_BL=None) -> jax.Array:
+    """`hidden` of the input; of its blocks, given the clean ones before each, by one pass over both."""
+    if clean_BL is None:
+      return self.hidden(input_BL, visible)[0]
+    L = input_BL.shape[1]
+    visible = self.c.visible(L) if visible is None else visible
+    both_BL = sharding.constrain(jnp.concatenate([input_BL, clean_BL], axis=1), "BL")
+    position_1L = jnp.tile(jnp.arange(L)[None], (1, 2))
+    return sharding.constrain(self.hidden(both_BL, visible.doubled(), position_1L)[0][:, :L], "BLD")
+
+  def nll(self, input_BL, target_BL, visible: Visible | None = None, *, clean_BL=None) -> jax.Array:
     """Cross-entropy in nats of `target` given `input`, float32 [B, L]; 0 where the target is negative.
 
     Args:
       input_BL: int32 ids that the model sees.
       target_BL: int32 ids to score, negative where nothing is asked.
       visible: as in `hidden`.
+      clean_BL: int32, of a model of blocks: what each block of the input sees of those before it; None: the input.
     """
-    hidden_BLD = self.hidden(input_BL, visible)[0]
+    hidden_BLD = self.seen(input_BL, visible, clean_BL)
     return cross_entropy.nll(self.head_DV(hidden_BLD.dtype), hidden_BLD, target_BL, chunk=self.c.head_chunk)
 
   def weighted_nll(
-    self, input_BL, target_BL, weight_BL, visible: Visible | None = None, *, per_pair: int | None = None
+    self, input_BL, target_BL, weight_BL, visible: Visible | None = None, *, clean_BL=None, per_pair: int | None = None
   ) -> tuple[jax.Array, jax.Array]:
     """(the sum of weight x cross-entropy, the cross-entropies [B, L]), to train on: only the sum has a gradient.
 
@@ -517,10 +533,11 @@ class MaskPredictor(nnx.Module):
       target_BL: int32 ids to score, negative where nothing is asked.
       weight_BL: float32, what each of them counts.
       visible: as in `hidden`.
+      clean_BL: as in `nll`.
       per_pair: at most so many targets are asked of each two neighbouring rows: the head then runs on
         those only. (With exact counts and antithetic times it is L + 1 of 2 L.)
     """
-    hidden_BLD = self.hidden(input_BL, visible)[0]
+    hidden_BLD = self.seen(input_BL, visible, clean_BL)
     loss = functools.partial(cross_entropy.weighted_nll, self.head_DV(hidden_BLD.dtype), chunk=self.c.head_chunk)
     if per_pair is None:
       return loss(hidden_BLD, target_BL, weight_BL)

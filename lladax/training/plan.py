@@ -144,14 +144,14 @@ def _lower_sampler(config: Config, mesh: jax.sharding.Mesh) -> Any:
   """The program of `LLaDA.sample`, lowered from shapes: a prompt of 256 tokens for every part of a batch."""
   c, prompt = dataclasses.replace(config.sample, seed=0), 256
   rows = math.prod(mesh.shape[axis] for axis in sharding.AXES["B"])
-  length = prompt + (c.gen_length or 4 * c.block_length)
+  shape, settings = engine.compiled_for(config.model, *sampling.split(c, rows))
+  length = prompt + (c.gen_length or 4 * shape.block_length)
   at = sharding.shardings(mesh, config.model.letters())
   params = jax.eval_shape(lambda: config.model.freeze(config.model.init(jax.random.key(0))))
   params = jax.tree.map(_abstract, params, at)
   cache = None
-  if c.cache:
+  if shape.cache or shape.of_blocks:
     cache = jax.eval_shape(lambda: config.model.new_cache(rows * (2 if c.guidance_scale else 1), length))
-  shape, settings = sampling.split(c, rows)
   state = jax.eval_shape(
     lambda: sampling.start(jnp.zeros((rows, length), jnp.int32), settings.steps, shape, mask_id=0, first=prompt)
   )

@@ -45,7 +45,7 @@ _WINDOW = 100  # good steps before a spike is called one; the memory of the runn
 
 def train_step(
   state: State, batch: dict[str, jax.Array], *, config: Config, tx: optax.GradientTransformationExtraArgs, mask_id: int,
-  eos_id: int,
+  eos_id: int, vocab_size: int,
 ) -> tuple[State, dict[str, jax.Array]]:  # fmt: skip
   """One update. Noise is drawn here, on the device, from (seed, step, example index).
 
@@ -60,11 +60,12 @@ def train_step(
 
     def loss_fn(params):
       visible = config.model.visible(
-        L, batch["segment"] if config.masks_attention else None, right_padded=not config.data.separates
+        L, batch["segment"] if config.masks_attention else None, right_padded=not config.data.separates, aligned=True
       )
       model = config.model.bind(config.model.join(params, state.frozen))
       weighted_nll = functools.partial(model.weighted_nll, visible=visible, per_pair=config.aim.targets_per_pair(L))
-      return config.aim.loss(weighted_nll, batch, rng, mask_id=mask_id, eos_id=eos_id, batch_size=B)
+      ids = {"mask_id": mask_id, "eos_id": eos_id, "vocab_size": vocab_size}
+      return config.aim.loss(weighted_nll, batch, rng, batch_size=B, **ids)
 
     (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     return jax.tree.map(sharding.constrain, grads, letters), loss, aux
@@ -128,10 +129,10 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
   config.model.check_mesh(mesh, config.data.length)
   c, L = config.model, config.data.length
   segment_BL = jax.ShapeDtypeStruct((part, L), jnp.int32)
+  visible = c.visible(L, segment_BL, right_padded=not config.data.separates, aligned=True)
   attention.choose(
-    c.attention, c.visible(L, segment_BL, right_padded=not config.data.separates), K=c.K, dtype=c.compute_dtype,
-    platform=mesh.devices.flat[0].platform, capability=sharding.capability(mesh.devices.flat[0]),
-    context=mesh.shape["context"],
+    c.attention, visible, K=c.K, dtype=c.compute_dtype, platform=mesh.devices.flat[0].platform,
+    capability=sharding.capability(mesh.devices.flat[0]), context=mesh.shape["context"],
   )  # fmt: skip
 
 
@@ -161,16 +162,28 @@ def program(
   return tx, init, at, sharding.shardings(mesh, columns)
 
 
-def jit_step(config: Config, tx: optax.GradientTransformationExtraArgs, at: State, *, mask_id: int, eos_id: int) -> Any:
-  """`train_step`, jitted: the state is donated, and stays where it lives."""
-  step = functools.partial(train_step, config=config, tx=tx, mask_id=mask_id, eos_id=eos_id)
+def jit_step(
+  config: Config, tx: optax.GradientTransformationExtraArgs, at: State, *, mask_id: int, eos_id: int,
+  vocab_size: int = 0,
+) -> Any:  # fmt: skip
+  """`train_step`, jitted: the state is donated, and stays where it lives; `vocab_size` 0: all rows of the embedding."""
+  ids = {"mask_id": mask_id, "eos_id": eos_id, "vocab_size": vocab_size or config.model.V}
+  step = functools.partial(train_step, config=config, tx=tx, **ids)
   return sharding.jit(step, trains=True, donate_argnums=0, out_shardings=(at, at.step))
 
 
 def flops_per_token(config: Config) -> float:
-  """Model FLOPs of a training step per token, `metrics.flops_per_token` of the config's model."""
-  c = config.model
-  return metrics.flops_per_token(matmuls(config), c.N, c.H * c.K, config.data.length, frozen_matmuls(config))
+  """Model FLOPs of a training step per token, `metrics.flops_per_token` of the config's model.
+
+  A pass over noised and clean blocks runs the layers twice a token and the head once; together the two look at L + n
+  keys: n and (L - n) / 2 of blocks before, and (L + n) / 2. Complements are a second pass.
+  """
+  c, n = config.model, config.model.block
+  all_of_it, frozen, head = matmuls(config), frozen_matmuls(config), c.V * c.D
+  found = metrics.flops_per_token(all_of_it, c.N, c.H * c.K, config.data.length + n, frozen)
+  if n:  # the layers once more
+    found += metrics.flops_per_token(all_of_it - head, 0, 0, 0, max(frozen - head, 0))
+  return found * (1 + config.noise.complements)
 
 
 def matmuls(config: Config) -> int:

@@ -135,7 +135,9 @@ def _work(run: Run, start: int, ahead: int, console: Console) -> loop.Work:
     return f"the examples {first} to {first + c.batch_size - 1} of the data's order"
 
   return loop.Work(
-    step=jit_step(config, run.tx, run.shardings, mask_id=run.text.mask_id, eos_id=run.text.eos_id),
+    step=jit_step(
+      config, run.tx, run.shardings, mask_id=run.text.mask_id, eos_id=run.text.eos_id, vocab_size=run.text.vocab_size
+    ),
     batches=map(functools.partial(_put, run.batch_sharding, rows_R, c.batch_size), read),
     start=start, end=config.steps, tokens=c.batch_size * c.length, flops=flops_per_token(config),
     learning_rate=lambda step: float(np.asarray(rate(step - 1))), describe=functools.partial(describe, run, console),

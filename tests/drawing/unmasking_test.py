@@ -235,3 +235,16 @@ def test_ten_thousand_tokens_are_all_drawn():
   assert unmasking.html([canvas]).count(" token<") == 10_000
   assert unmasking.terminal(canvas, frames=1).plain.count(" token") == 10_000
   unmasking.heat_map([canvas])
+
+
+def test_an_edit_is_drawn_where_its_token_comes_to_stand():
+  edited = unmasking.Unmasking(
+    ("a", "b", "c"), np.array([0, 1, 2]), np.array([1.0, 0.5, 0.25]), edited_at=np.array([0, 3, 0])
+  )
+  assert edited.steps == 3
+  frames = [unmasking.frame(edited, k).plain for k in range(4)]
+  assert frames == ["a░░", "a▒░", "a▒c", "abc"]
+  page = unmasking.html([edited])
+  assert "step 1, edited at step 3 · probability 0.500" in page and "step 2 · probability 0.250" in page
+  with pytest.raises(ValueError, match="edited_at must have shape"):
+    unmasking.Unmasking(("a",), np.array([1]), np.array([1.0]), edited_at=np.array([1, 2]))

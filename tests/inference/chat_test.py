@@ -25,7 +25,7 @@ PROMPT, EOS, EOT, MASK, WIDTH = 5, 256, 257, 258, 24  # the fake's ids are bytes
 
 
 class Model:
-  objective, max_length = diffusion.Masked(), 200
+  objective, max_length, block = diffusion.Masked(), 200, 0
 
 
 class Template:

@@ -61,6 +61,7 @@ def test_who_is_visible_is_the_picture_of_the_docstring():
     Visible(6, 6, "causal", segment_BL),
     Visible(6, 2, segment_BL=segment_BL, start=2),
     Visible(6, 2, segment_BL=segment_BL, start=2, reuse_L=reuse_L),
+    Visible(6, 6, "blocks", segment_BL, block=2),
   ]
   columns = list(re.finditer(r"\d(?: \d)+", header))
   for visible, column in zip(drawn, columns, strict=True):
@@ -68,6 +69,15 @@ def test_who_is_visible_is_the_picture_of_the_docstring():
     expected_WK = np.array([[mark == "x" for mark in row] for row in rows if row])
     np.testing.assert_array_equal(visible.drawn().table_BWK[0], expected_WK)
     assert visible.keys == expected_WK.shape[1]
+
+
+def test_who_is_visible_where_a_canvas_stands_twice():
+  picture = Visible.__doc__.split("```")[3].splitlines()
+  rows = [line.split()[1:] for line in picture if line.startswith("          ")]
+  segment_BL = np.array([[1] * 5 + [2] * 3])
+  doubled = Visible(8, 8, "blocks", segment_BL, block=2).doubled()
+  np.testing.assert_array_equal(doubled.drawn().table_BWK[0], [[mark == "x" for mark in row] for row in rows])
+  assert doubled.keys == 16
 
 
 def test_where_all_may_look_at_all_there_is_no_table():

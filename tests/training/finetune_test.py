@@ -231,11 +231,11 @@ def test_a_packed_batch_has_the_loss_and_gradient_of_its_dialogues_alone():
   params = jax.tree.map(
     lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32), jax.eval_shape(c.init, jax.random.key(0))
   )
-  masked_BL, scale_B = None, None
+  masked_BL, scale_BL = None, None
 
   def remember(noised):
-    nonlocal masked_BL, scale_B
-    _, masked_BL, scale_B = noised
+    nonlocal masked_BL, scale_BL
+    _, masked_BL, scale_BL = noised
 
   index_B = jnp.arange(len(packed))
   noise = diffusion.NoiseConfig()
@@ -256,7 +256,6 @@ def test_a_packed_batch_has_the_loss_and_gradient_of_its_dialogues_alone():
 
   step = batch | {"index": index_B}
   ours, _ = diffusion.Masked(noise).loss(weighted_nll, step, jax.random.key(3), mask_id=7, batch_size=len(packed))
-  scale_BL = np.broadcast_to(np.asarray(scale_B)[:, None], batch["tokens"].shape)
   together = jax.jit(jax.value_and_grad(loss))(
     params, batch["tokens"], batch["segment"], batch["weight"], masked_BL, scale_BL
   )

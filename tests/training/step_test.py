@@ -44,10 +44,11 @@ def test_every_mesh_is_the_same(tiny, tiny_workdir, tmp_path, monkeypatch, devic
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["diffusion", "autoregressive"])
+@pytest.mark.parametrize("objective", ["diffusion", "blocks", "autoregressive"])
 def test_every_mesh_is_the_same_with_segments_chunks_pairs_and_micro_batches(tiny, tmp_path, monkeypatch, objective):
-  changes = {
-    "objective": objective, "data.segments": True, "data.random_lengths": 0.3, "noise.masking": "exact",
+  changes = {"noise.block": 4} if objective == "blocks" else {"objective": objective}
+  changes |= {
+    "data.segments": True, "data.random_lengths": 0.3, "noise.masking": "exact",
     "noise.times": "antithetic", "model.head_chunk": 3, "model.G": 1, "model.remat": "attention", "steps": 5,
   }  # fmt: skip
   parts = {"micro_batches": 2, "mesh.data": 2, "mesh.fsdp": 2, "mesh.context": 2, "model.remat": "none"}
