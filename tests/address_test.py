@@ -218,6 +218,27 @@ def test_models_and_records_at_an_address(store, tiny_flags, tiny_workdir, tmp_p
   run(env, *tiny_flags, f"--config.data.corpus=records:{at}/records", "--config.steps=5", f"--workdir={at}/run")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_two_processes_without_a_shared_folder(store, tiny_flags, tmp_path):
+  """Each with a disk of its own; trained, and continued."""
+  at, port = f"{store.kind}://{stores.BUCKET}/run", stores.free_port()
+  flags = [*tiny_flags, "--config.mesh.fsdp=2", f"--workdir={at}", f"--coordinator=localhost:{port}"]
+  env = stores.clean() | {"JAX_PLATFORMS": "cpu"} | store.environment
+  env |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+  for steps in (10, 20):
+    both, logs = [], [tmp_path / f"{steps}_{number}.log" for number in range(2)]
+    for number, log in enumerate(logs):
+      (own := log.with_suffix("")).mkdir()
+      command = [sys.executable, "-m", "lladax.main", *flags, f"--config.steps={steps}", "--num_processes=2"]
+      with log.open("w") as file:  # no pipe: one that nobody reads yet would fill up
+        both.append(subprocess.Popen(
+          [*command, f"--process_id={number}"], env=env | {"TMPDIR": str(own)}, stdout=file, stderr=file
+        ))  # fmt: skip
+    assert [process.wait() for process in both] == [0, 0], "\n".join(log.read_text() for log in logs)
+  assert f"continuing from step 10 of {at}" in logs[0].read_text()
+
+
 def test_what_is_missing_is_said(monkeypatch):
   monkeypatch.setattr(address.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(Mistake, match=r"gs://bucket/run: gcsfs is not installed: pip install 'lladax\[gs\]'"):
