@@ -121,7 +121,7 @@ def open_folder(path: str | Path) -> Folder:
     Mistake: the preparation was not finished.
   """
   if "://" in str(path) and not address.is_address(path):
-    raise Mistake(f"data.corpus=records:{path}: records are read from a mounted file system; give its path")
+    raise Mistake(f"data.corpus=records:{path}: records are read from a mounted file system, or at gs:// and s3://")
   folder = address.mirror(path)  # all of it: grain reads files
   if not (folder / MANIFEST).is_file():
     if any(folder.glob(f"{NAME}-*")):

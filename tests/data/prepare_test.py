@@ -240,7 +240,7 @@ def test_records_that_do_not_fit_the_run(prepared, config, tmp_path):
   with pytest.raises(FileNotFoundError, match="there are no records; make them with --mode=prepare"):
     records.open_folder(tmp_path)
   with pytest.raises(ValueError, match="records are read from a mounted file system"):
-    records.open_folder("gs://bucket/records")
+    records.open_folder("hdfs://cluster/records")
 
 
 def test_a_source_without_rows_is_named(config, tmp_path):

@@ -119,6 +119,8 @@ ALLOWED = {
   "lladax/configs/__init__.py": ["import runpy", "compile(path.read_bytes()", "runpy.run_path(str(path)"],
   # Generated code, in a process of its own with fences, and only where the user allows it; see there.
   "lladax/evaluation/fences.py": ['program = compile(program, "program", "exec")'],
+  # Plain arrays, and no objects.
+  "lladax/storage/near.py": ["allow_pickle=False"],
   # Ours to ours: Grain and Beam send our own objects from a process to its children. It is never in a file.
   "lladax/data/tokenizer.py": ["def __reduce__(self):", '"""Pickles as what `save` writes'],
   # What the harness keeps answers in is put out of use; what its option says of data sets is the user's word.

@@ -121,7 +121,7 @@ class Knowing:
   def __init__(self, causal, sentences):
     self.text = tokenizer.create(TokenizerConfig(kind="bytes"))
     self.tokenizer, self.mask_id, self.eos_id = self.text, self.text.mask_id, self.text.eos_id
-    self.model = type("model", (), {"objective": autoregressive.Causal() if causal else diffusion.Masked()})
+    self.model = type("model", (), {"objective": autoregressive.Causal() if causal else diffusion.Masked(), "block": 0})
     self.known = [[*self.text.encode(x), self.eos_id] for x in sentences]
 
   def unmask(self, rows, steps):
