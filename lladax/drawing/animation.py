@@ -35,7 +35,7 @@ def gif(
   placed, row, steps = [], 0, max((u.steps for u in unmaskings), default=0)
   for u in unmaskings:
     row, column = row + 1, 1
-    for piece, s in zip(u.pieces, u.unmasked_at.tolist(), strict=True):
+    for piece, s in zip(u.pieces, u.final_at.tolist(), strict=True):
       for character in visible(piece).expandtabs(2):
         cells = max(1, cell_len(character))
         if column + cells > columns + 1:

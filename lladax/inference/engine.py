@@ -76,15 +76,10 @@ class Engine:
       self.model.objective.check_sampler(c)
     if self.model.block:
       return self._extend_blocks(rows, shape, numbers, each[0].gen_length)
-    longest, most, n, W = max(map(len, rows)), self.model.max_length, each[0].gen_length, shape.block_length
+    longest, n, W = max(map(len, rows)), each[0].gen_length, shape.block_length
     self.check_length(longest + (n or 0))
     if n is None:
-      room = (most - longest) // W * W
-      if room < 1:
-        raise Mistake(f"a prompt of {longest} tokens leaves no block of {W} within model.max_length={most}")
-      lengths = [min(4 * W, room)]
-      while lengths[-1] < room:
-        lengths.append(min(2 * lengths[-1], room))
+      lengths = self._growing(longest, longest, W)
     else:
       if self.model.objective.fills:
         sampling.check_blocks(n, W)
@@ -92,19 +87,27 @@ class Engine:
     first = bucket(longest)
     return Job(*self._left_pad(rows, first), first, first, lengths, shape, numbers)
 
+  def _growing(self, prompt: int, behind: int, W: int) -> list[int]:
+    """The lengths of a canvas that grows `behind` so many tokens, by whole blocks, as far as the model goes."""
+    most = self.model.max_length
+    room = (most - behind) // W * W
+    if room < 1:
+      raise Mistake(f"a prompt of {prompt} tokens leaves no block of {W} within model.max_length={most}")
+    lengths = [min(4 * W, room)]
+    while lengths[-1] < room:
+      lengths.append(min(2 * lengths[-1], room))
+    return lengths
+
   def _extend_blocks(self, rows: Sequence[Ids], shape: Shape, settings: Settings, gen_length: int | None) -> Job:
     """`extend` of a model of blocks."""
-    n, most = self.model.block, self.model.max_length
+    n = self.model.block
     length_B = np.array([len(row) for row in rows])
     self.check_length(int(length_B.max()) + (gen_length or 1))
     given_B = length_B % n
     longest = int((length_B - given_B).max())
     first = -(-bucket(max(longest, n)) // n) * n  # a block before the first one that is filled, at least
     if gen_length is None:
-      room = (most - longest) // n * n
-      lengths = [min(4 * n, room)]
-      while lengths[-1] < room:
-        lengths.append(min(2 * lengths[-1], room))
+      lengths = self._growing(int(length_B.max()), longest, n)
       own_B, behind_B = None, np.full(len(rows), n)
     else:
       own_B = length_B + gen_length

@@ -183,7 +183,7 @@ def flops_per_token(config: Config) -> float:
   found = metrics.flops_per_token(all_of_it, c.N, c.H * c.K, config.data.length + n, frozen)
   if n:  # the layers once more
     found += metrics.flops_per_token(all_of_it - head, 0, 0, 0, max(frozen - head, 0))
-  return found * (1 + config.noise.complements)
+  return found * (1 + (config.noise.complements and not c.causal))
 
 
 def matmuls(config: Config) -> int:

@@ -1,5 +1,7 @@
 """Sampling from models of blocks: what the engine does with a cache and batches, a loop of plain passes does alone."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -127,6 +129,10 @@ def test_what_a_model_of_blocks_has_decided(models):
     models(4).sample([[1]], cache="dual")
   with pytest.raises(Mistake, match="sample.block_length=8: this model's blocks have 4 tokens: set it to that"):
     models(4).unmask([[1, MASK]], block_length=8)
+  llada = models(4)
+  short = dataclasses.replace(llada, model=dataclasses.replace(llada.model, max_length=130))
+  with pytest.raises(Mistake, match="a prompt of 129 tokens leaves no block of 4 within model.max_length=130"):
+    short.sample([[1] * 129], gen_length=None)
   with pytest.raises(Mistake, match="sample.edit_threshold=0.5 changes what the dual cache keeps"):
     SamplerConfig(edit_threshold=0.5, cache="dual")
 

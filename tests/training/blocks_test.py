@@ -46,3 +46,6 @@ def test_what_a_step_of_blocks_costs(tiny):
   layers = step.matmuls(tiny({"model.V": 32})) - c.V * c.D
   assert blocks - full == 6 * layers + 12 * c.N * c.H * c.K * 4
   assert pairs == 2 * blocks
+  causal = {"model.V": 32, "objective": "autoregressive"}  # which knows no noise
+  pair = {"noise.weights": "flat", "noise.complements": True}
+  assert step.flops_per_token(tiny(causal | pair)) == step.flops_per_token(tiny(causal))
