@@ -59,7 +59,7 @@ class Causal:
 
     Args:
       weighted_nll: a causal model.
-      batch: columns tokens, weight, segment [B, L], as for the diffusion loss.
+      batch: columns tokens, weight, segment [B, L], as for the diffusion loss; `clean`, where there is one, is read.
       rng: not read: there is no noise.
       eos_id: what stands before the first token of a document.
       **_: what other objectives need.
@@ -68,7 +68,7 @@ class Causal:
       (loss in nats per token, metrics as those of `Masked.loss`: none).
     """
     weight_BL = batch["weight"]
-    input_BL = shift(batch["tokens"], batch["segment"], eos_id)
+    input_BL = shift(batch.get("clean", batch["tokens"]), batch["segment"], eos_id)
     return weighted_nll(input_BL, jnp.where(weight_BL > 0, batch["tokens"], -1), weight_BL)[0], {}
 
   def log_likelihood(

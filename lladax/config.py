@@ -157,6 +157,19 @@ class Config:
         " each row"
       )
     object.__setattr__(self, "data", dataclasses.replace(self.data, align=align))
+    if not causal and not all(phase.block for phase in self.phases):
+      for name, value, instead in (("replies", "all", "one"), ("eos_padding", "block", "row")):
+        if getattr(self.data, name) == value:
+          raise Mistake(
+            f"data.{name}={value!r} is for models of blocks, and a canvas that is one block sees what follows a reply:"
+            f" set noise.block, or data.{name}={instead}"
+          )
+    for name in ("complements", "replace"):
+      if causal and getattr(self.noise, name):
+        raise Mistake(
+          f"noise.{name}={getattr(self.noise, name)}: a causal model knows no noise: leave it out, or set"
+          " objective=diffusion"
+        )
     fields.check_seed(self.seed, "seed")
     if isinstance(self.sample.seed, tuple):
       raise Mistake(f"sample.seed={self.sample.seed}: a config has one seed, of which every row makes its own")

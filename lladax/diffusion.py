@@ -337,8 +337,8 @@ class Blocks:
     self, weighted_nll: WeightedNll, batch: dict[str, jax.Array], rng: jax.Array, *, mask_id: int, batch_size: int,
     vocab_size: int = 0, **_: Any,
   ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:  # fmt: skip
-    """As that of `Masked`, by one pass over [x_t, x_0]."""
-    weighted_nll = functools.partial(weighted_nll, clean_BL=batch["tokens"])
+    """As that of `Masked`, by one pass over [x_t, x_0]; x_0 is the batch's column `clean` where it has one."""
+    weighted_nll = functools.partial(weighted_nll, clean_BL=batch.get("clean", batch["tokens"]))
     return _loss(self.noise, weighted_nll, batch, rng, mask_id, batch_size, vocab_size)
 
   def log_likelihood(

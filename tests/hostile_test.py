@@ -225,7 +225,9 @@ INJECTIONS = [
 def in_dialogues(text, said):
   """How many special tokens a conversation has as a row of fine-tuning."""
   talk = [{"role": "user", "content": said}, {"role": "assistant", "content": said}]
-  ids = dialogues.Dialogues([talk], text, windows.DataConfig(format="chat", length=400), seed=0).ids_T
+  c = windows.DataConfig(format="chat", length=400, eos_padding="none")
+  tokens_L, segment_L, _ = dialogues.Dialogues([talk], text, c, seed=0).row(0, 0, 0)
+  ids = tokens_L[segment_L > 0]
   assert text.mask_id not in ids
   return int((ids[:, None] == [x for x in specials(text) if x is not None]).any(-1).sum())
 

@@ -9,6 +9,9 @@ Every batch has the same columns, whatever the objective:
   weight  float32 [B, L]  loss weight, 0 = given or padding; every response sums to the same, and all to 1
   segment int32   [B, L]  document within the row, 0 = padding; 1 everywhere if documents may see each other
   index   int32   [B]     global example index, from which the noise is drawn
+and, with data.replies="all",
+  clean   int32   [B, L]  what later blocks, or tokens, see in the place of `tokens`: the dialogue, which goes on where
+                          a reply is filled up with EOS
 """
 
 import functools
@@ -109,9 +112,9 @@ def of_steps(
     first, responses, end = step * B, B, L
     if c.format == "chat":  # all processes must know how many responses the batch has, and its longest row
       responses, ends = np.array([x.shape(row, epoch) for x, row, epoch in map(place, range(first, first + B))]).T
-      responses, end = int(responses.sum()), int(ends.max())
+      responses, end = float(responses.sum()), int(ends.max())
     picked = [source.row(row, epoch, end) for source, row, epoch in map(place, (first + local_R).tolist())]
-    tokens, segment, weight = (np.stack(column) for column in zip(*picked, strict=True))
+    tokens, segment, weight, *clean = (np.stack(column) for column in zip(*picked, strict=True))
     index = first + local_R
     if c.random_lengths:
       cut = [np.random.default_rng((seed, 1, int(i))) for i in index]
@@ -119,12 +122,13 @@ def of_steps(
       kept = (np.arange(L)[None, :] < length[:, None]) & (segment > 0)
       tokens, segment = np.where(kept, tokens, eos_id), np.where(kept, segment, 0)
       weight = kept / kept.sum(axis=1, keepdims=True)
-    return {
+    found = {
       "tokens": tokens.astype(np.int32),
       "weight": (weight / responses).astype(np.float32),
       "segment": segment.astype(np.int32),
       "index": index.astype(np.int32),
     }
+    return found | ({"clean": clean[0].astype(np.int32)} if clean else {})
 
   numbers = grain.MapDataset.range(start, stop).map(batch)
   return iter(numbers.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

@@ -165,7 +165,7 @@ class Records:
   def __len__(self) -> int:
     return len(self._source)
 
-  def shape(self, row: int, epoch: int) -> tuple[int, int]:
+  def shape(self, row: int, epoch: int) -> tuple[float, int]:
     """As `Source.shape`."""
     return 1, self._c.length
 

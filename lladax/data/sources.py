@@ -147,7 +147,8 @@ def _held_out(name: str, c: DataConfig, text: Tokenizer) -> HeldOut:
     columns = [tokens_RL, segment_RL, segment_RL > 0]
     return HeldOut(len(tokens_RL), len(stream_T), len(raw), raw, lambda keep: [x[keep] for x in columns])
   else:
-    alone = dataclasses.replace(c, packing=False, eos_padding="none")
+    padding = "block" if c.eos_padding == "block" else "none"  # a model of blocks fills them
+    alone = dataclasses.replace(c, packing=False, eos_padding=padding, replies="one")
     source = Dialogues(items(name, c).held_out, text, alone, seed=0, every_turn=True)
 
   def take(keep: np.ndarray) -> list[np.ndarray]:

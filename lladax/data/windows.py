@@ -16,7 +16,8 @@ import numpy as np
 from lladax.data.tokenizer import Tokenizer
 from lladax.mistake import Mistake
 
-Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens [L], segment [L], weight [L]: 1 / its length in a response
+# tokens [L], segment [L], weight [L]: 1 / its length in a response; where all replies are learnt, also clean [L].
+Row = tuple[np.ndarray, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +44,13 @@ class DataConfig:
   batch_size: int = 64  # rows of an update, over all devices and micro-batches
   segments: bool = False  # True: documents of a row do not see each other; False: concatenated, as published
   random_lengths: float = 0.0  # fraction of rows cut to a random length; LLaDA: 0.01
+  # Of a dialogue "one" reply is learnt in a row, as published | "all" are, each given the dialogue before it: for
+  # models of blocks and causal ones, which do not see what follows; with eos_padding="block".
+  replies: str = "one"
   # In chat a reply is filled up with EOS, which count: to the batch's longest row, as published ("batch"), to the row's
-  # end ("row"); or it ends with one EOS ("none", as iLLaDA).
+  # end ("row"), to the end of its block of noise.block ("block"); or it ends with one EOS ("none", as iLLaDA).
   eos_padding: str = "batch"
-  packing: bool = False  # several conversations in a row, which do not see each other; with eos_padding="none"
+  packing: bool = False  # several conversations in a row, which do not see each other; with eos_padding none or block
   align: int = 1  # documents that do not see each other begin at multiples of so many tokens: the objective's blocks
 
   def __post_init__(self):
@@ -54,7 +58,7 @@ class DataConfig:
       if getattr(self, name) < 1:
         raise Mistake(f"data.{name}={getattr(self, name)}: must be at least 1")
     for name, known in (("format", ("text", "chat")), ("bad_lines", ("stop", "skip")),
-                        ("eos_padding", ("batch", "row", "none"))):  # fmt: skip
+                        ("replies", ("one", "all")), ("eos_padding", ("batch", "row", "block", "none"))):  # fmt: skip
       if getattr(self, name) not in known:
         raise Mistake(f"data.{name}={getattr(self, name)!r}: use {', '.join(known)}")
     if not 0.0 <= self.random_lengths <= 1.0:
@@ -67,8 +71,15 @@ class DataConfig:
       for name in ("segments", "random_lengths"):
         if getattr(self, name):
           raise Mistake(f"data.{name}={getattr(self, name)} is for data.format=text")
-      if self.packing and self.eos_padding != "none":
-        raise Mistake(f"data.packing=True leaves no room for EOS: data.eos_padding={self.eos_padding!r} must be none")
+      if self.packing and self.eos_padding not in ("none", "block"):
+        raise Mistake(
+          f"data.packing=True leaves no room for EOS: data.eos_padding={self.eos_padding!r} must be none, or block"
+        )
+      if self.replies == "all" and self.eos_padding != "block":
+        raise Mistake(
+          f"data.replies='all': behind a reply its dialogue goes on: data.eos_padding={self.eos_padding!r} must be"
+          " block"
+        )
       for name in filter(is_records, self.corpora):
         raise Mistake(f"data.corpus={name!r} holds text: data.format=chat reads conversations from files")
     elif self.align > 1 and self.segments and any(map(is_records, self.corpora)):
@@ -78,6 +89,8 @@ class DataConfig:
       )
     elif self.packing:
       raise Mistake("data.packing=True is for data.format=chat: text fills its rows")
+    elif self.replies == "all":
+      raise Mistake("data.replies='all' is for data.format=chat: of text every token is learnt")
     self._check_weights()
 
   def _check_weights(self):
@@ -124,8 +137,8 @@ class Source(Protocol):
 
   def __len__(self) -> int: ...
 
-  def shape(self, row: int, epoch: int) -> tuple[int, int]:
-    """(responses, tokens) of a row, without reading it."""
+  def shape(self, row: int, epoch: int) -> tuple[float, int]:
+    """(responses, tokens) of a row, without reading it; one of a dialogue's replies, all learnt, is a part."""
     ...
 
   def row(self, row: int, epoch: int, end: int) -> Row:

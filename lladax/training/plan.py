@@ -143,8 +143,8 @@ def _lower_step(config: Config, mesh: jax.sharding.Mesh) -> Any:
   state = jax.tree.map(_abstract, jax.eval_shape(init), at)
   B, L = config.data.batch_size, config.data.length
   columns = {"tokens": ((B, L), jnp.int32), "weight": ((B, L), jnp.float32), "segment": ((B, L), jnp.int32),
-             "index": ((B,), jnp.int32)}  # fmt: skip
-  batch = {name: jax.ShapeDtypeStruct(*of, sharding=batch_at[name]) for name, of in columns.items()}
+             "index": ((B,), jnp.int32), "clean": ((B, L), jnp.int32)}  # fmt: skip
+  batch = {name: jax.ShapeDtypeStruct(*columns[name], sharding=place) for name, place in batch_at.items()}
   return step.jit_step(config, tx, at, mask_id=0, eos_id=1).lower(state, batch)
 
 

@@ -158,6 +158,7 @@ def program(
   opt_at = jax.tree.map(lambda _: everywhere, shapes.opt_state)
   opt_at = optax.tree_utils.tree_set(opt_at, mu=params_at, nu=params_at)
   columns = {"tokens": "BL", "weight": "BL", "segment": "BL", "index": "B"}
+  columns |= {"clean": "BL"} if config.data.replies == "all" else {}
   guard_at = jax.tree.map(lambda _: everywhere, shapes.guard)
   at = State(everywhere, params_at, opt_at, guard_at, sharding.shardings(mesh, frozen_letters))
   return tx, init, at, sharding.shardings(mesh, columns)
@@ -184,7 +185,7 @@ def flops_per_token(config: Config) -> float:
   found = metrics.flops_per_token(all_of_it, c.N, c.H * c.K, config.data.length + n, frozen)
   if n:  # the layers once more
     found += metrics.flops_per_token(all_of_it - head, 0, 0, 0, max(frozen - head, 0))
-  return found * (1 + (config.noise.complements and not c.causal))
+  return found * (1 + config.noise.complements)
 
 
 def matmuls(config: Config) -> int:

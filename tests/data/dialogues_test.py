@@ -31,9 +31,11 @@ class Foreign(Letters):
 
 def test_a_foreign_template_renders_each_prompt_whole():
   for length, wanted, cut in ((16, ["4ab15|cd10", "4ab14e15|f10"], ""), (6, ["15|cd10", "e15|f10"], "; 2 prompts cut")):
-    c = dataclasses.replace(CHAT, length=length)
+    c = dataclasses.replace(CHAT, length=length, eos_padding="none")
     source = dialogues.Dialogues([talk("ab", "cd", "e", "f")], Foreign(), c, seed=0, every_turn=True)
-    assert ["|".join(map(spelled, source.ids(turn))) for (turn,) in source._turns] == wanted
+    rows = [source.row(i, 0, 0) for i in range(len(source))]
+    parts = [(tokens[(segment > 0) & (weight == 0)], tokens[weight > 0]) for tokens, segment, weight in rows]
+    assert ["|".join(map(spelled, part)) for part in parts] == wanted
     assert source.num_tokens == 7 and cut in source.about
 
 
@@ -117,6 +119,106 @@ def test_a_long_prompt_loses_its_left_and_a_long_reply_is_left_out():
   assert "2 prompts cut at the left to data.length=16; 1 replies left out" in source.about
   with pytest.raises(ValueError, match="data.length=16: no reply of 1 conversations fits"):
     rows_of([talk("a", "b" * 14)])
+
+
+ALL = dataclasses.replace(CHAT, length=32, eos_padding="block", replies="all", align=4)
+
+
+def test_all_replies_are_learnt_at_once_and_none_sees_its_answer():
+  """The dialogue goes on without a gap; what is noised of a block behind a reply is EOS."""
+  source = rows_of([talk("a", "b", "cde", "fg", "h", "ij")], ALL)
+  assert source.shape(0, 0) == (1.0, len("24a15b14cde15fg14h15ij10"))
+  tokens_L, segment_L, weight_L, clean_L = source.row(0, 0, 0)
+  assert spelled(clean_L) == "24a15b14cde15fg14h15ij10" + "0" * 8
+  assert spelled(tokens_L) == "24a15b10cde15fg10000ij10" + "0" * 8  # its end fills a block of its own
+  learnt = [".xxx" if i == 1 else ".xxx" if i == 3 else "xxxx" if i in (4, 5) else "...." for i in range(8)]
+  np.testing.assert_array_equal(weight_L > 0, [x == "x" for x in "".join(learnt)])
+  np.testing.assert_array_equal(segment_L, np.arange(32) < 24)
+  for part in (slice(4, 8), slice(13, 20), slice(20, 24)):
+    np.testing.assert_allclose(weight_L[part].sum(), 1 / 3)
+
+
+@pytest.mark.parametrize(("length", "align"), [(32, 1), (32, 4), (32, 8), (16, 1), (16, 4), (12, 2), (64, 64)])
+def test_all_replies_are_what_one_reply_at_a_time_is(length, align):
+  """Each reply once, given what it is given alone; and each counts as it does when one of its dialogue is drawn."""
+  rng = np.random.default_rng(length + align)
+  talks = [
+    talk(*("".join(rng.choice(list("abcdefgh"), int(rng.integers(1, 6)))) for _ in range(2 * int(rng.integers(1, 5)))))
+    for _ in range(30)
+  ]
+  c = dataclasses.replace(ALL, length=length, align=align)
+  for packing in (False, True):
+    together = rows_of(talks, dataclasses.replace(c, packing=packing))
+    one = dataclasses.replace(c, replies="one", packing=False)
+    apart = rows_of(talks, one, every_turn=True)
+    found = [x for row in range(len(together)) for x in learnt_in(*together.row(row, 0, 0), align)]
+    wanted = []
+    of_its = np.bincount(apart._of_R)
+    for turn in range(len(apart)):
+      tokens_L, segment_L, weight_L = apart.row(turn, 0, 0)
+      ((given, reply, share),) = learnt_in(tokens_L, segment_L, weight_L, tokens_L, align)
+      wanted.append((given, reply, share / of_its[apart._of_R[turn]]))
+    key = lambda x: x[:2]  # noqa: E731
+    assert sorted(map(key, found)) == sorted(map(key, wanted))
+    for (*_, a), (*_, b) in zip(sorted(found), sorted(wanted), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-12)
+    assert len(together) < len(apart) or length == 12 or align == length
+    total = sum(together.shape(row, 0)[0] for row in range(len(together)))
+    np.testing.assert_allclose(total, len(rows_of(talks, one)))  # each dialogue counts once
+    assert all(together.shape(row, 0)[1] <= length for row in range(len(together)))
+
+
+def learnt_in(tokens_L, segment_L, weight_L, clean_L, align):
+  """(what a reply is given, the reply with what fills its last block, what it counts) of all replies of a row."""
+  for number in range(1, segment_L.max() + 1):
+    (at_N,) = np.nonzero(segment_L == number)
+    assert at_N[0] % align == 0 and (np.diff(at_N) == 1).all()
+    place, stop = at_N[0], at_N[-1] + 1
+    while place < stop:
+      if not weight_L[place]:
+        place += 1
+        continue
+      end = place
+      while end < stop and weight_L[end] and not (end > place and tokens_L[end] and not tokens_L[end - 1]):
+        end += 1
+      block = place // align * align  # what the blocks before hold is clean, what its own holds is given
+      assert (tokens_L[block:place] == clean_L[block:place]).all()
+      for later in range(block + align, end, align):  # of itself, later blocks see what it is
+        assert (tokens_L[place:later] == clean_L[place:later]).all()
+      yield spelled(clean_L[at_N[0] : place]), spelled(tokens_L[place:end]), weight_L[place:end].sum()
+      place = end
+
+
+def test_what_a_template_leaves_out_of_earlier_replies_has_a_copy_of_its_own():
+  c = dataclasses.replace(ALL, length=64)
+  source = dialogues.Dialogues([talk("ab", "cd", "e", "f")], Foreign(), c, seed=0)
+  assert [spelled(source.row(i, 0, 0)[3]).rstrip("0") for i in range(2)] == ["4ab15cd1", "4ab14e15f1"]
+  assert [source.shape(i, 0)[0] for i in range(2)] == [0.5, 0.5]
+
+
+def test_a_batch_of_dialogues_holds_what_is_seen_and_what_is_learnt():
+  c = dataclasses.replace(ALL, length=64, batch_size=3, packing=True)
+  rng = np.random.default_rng(1)
+  source = rows_of([talk(*("x" * int(n) for n in rng.integers(1, 9, 6))) for _ in range(40)], c)
+  for batch in draw([source], c):
+    assert batch["clean"].dtype == np.int32 and batch["clean"].shape == (3, 64)
+    assert (batch["clean"] != batch["tokens"]).any() and (batch["tokens"][batch["clean"] != batch["tokens"]] == 0).all()
+    np.testing.assert_allclose(batch["weight"].sum(), 1.0, rtol=1e-5)
+  whole, parts = draw([source], c), [draw([source], c, rows=np.array(rows)) for rows in ([0, 2], [1])]
+  for a, b, d in zip(whole, *parts, strict=True):
+    assert_same({name: x[[0, 2]] for name, x in a.items()}, b)
+    assert_same({name: x[[1]] for name, x in a.items()}, d)
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+  ({"format": "text"}, "data.replies='all' is for data.format=chat"),
+  ({"eos_padding": "none"}, "data.replies='all': behind a reply its dialogue goes on: data.eos_padding='none'"),
+  ({"replies": "some"}, "data.replies='some': use one, all"),
+  ({"replies": "one", "eos_padding": "row", "packing": True}, "data.packing=True leaves no room for EOS"),
+])  # fmt: skip
+def test_what_does_not_go_with_all_replies(changes, said):
+  with pytest.raises(ValueError, match=f"^{said}"):
+    dataclasses.replace(ALL, **changes)
 
 
 def test_packing_is_a_partition_into_few_rows():

@@ -1,18 +1,25 @@
 """A run whose objective is block diffusion: trained, cut off and continued, judged, sampled from."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from rows import Letters, talk
 from runs import Crash, assert_bitwise_equal, at_batch, crash, curve
 
 import lladax
+from lladax import autoregressive
 from lladax.config import Phase
+from lladax.data import dialogues
+from lladax.data.windows import DataConfig
 from lladax.evaluation import held_out
 from lladax.mistake import Mistake
+from lladax.model.mask_predictor import MaskPredictorConfig
 from lladax.storage import checkpoint, metrics
 from lladax.training import setup, step, trainer
 
@@ -54,9 +61,6 @@ def test_what_a_step_of_blocks_costs(tiny):
   layers = step.matmuls(tiny({"model.V": 32})) - c.V * c.D
   assert blocks - full == 6 * layers + 12 * c.N * c.H * c.K * 4
   assert pairs == 2 * blocks
-  causal = {"model.V": 32, "objective": "autoregressive"}  # which knows no noise
-  pair = {"noise.weights": "flat", "noise.complements": True}
-  assert step.flops_per_token(tiny(causal | pair)) == step.flops_per_token(tiny(causal))
 
 
 PHASES = BLOCKS | {"noise.block": 0, "noise.blocks": ((3, 1), (2, 4), (0.25, 0), (-1, 2)), "evaluate.every": 4}
@@ -149,6 +153,7 @@ def test_every_phase_is_what_a_run_of_its_block_would_be(tiny, phases, tmp_path)
     ({"noise.blocks": ((8, 2), (5, 4), (-1, 8))}, "noise.blocks: its pieces take 13 steps"),
     ({"noise.blocks": ((12, 2), (5, 4))}, r"noise.blocks: of steps=12 \(5.0, 4\) gets none"),
     ({"noise.blocks": (4,)}, "noise.blocks.0.=4: expected tuple"),
+    ({"data.format": "chat", "data.segments": False, "data.replies": "all"}, "a canvas that is one block sees what"),
     ({"sample.cache": "dual"}, "a model of blocks keeps the finished ones by itself"),
   ],
 )
@@ -170,3 +175,95 @@ def test_a_schedule_of_blocks_may_be_changed_deliberately(tiny, phases, tmp_path
   assert lladax.load(workdir).model.block == 4 and len(curve(workdir)) == 14
   *_, last = metrics.read(workdir / "runs.jsonl")
   assert set(last["changed"]) >= {"steps", "noise.blocks"}
+
+
+@pytest.mark.parametrize(("name", "value"), [("complements", True), ("replace", 0.1)])
+def test_a_causal_model_knows_no_noise(tiny, name, value):
+  with pytest.raises(Mistake, match=f"^noise.{name}={value}: a causal model knows no noise: leave it out"):
+    tiny({"objective": "autoregressive", "noise.weights": "flat", f"noise.{name}": value})
+
+
+TALKS = [
+  talk("ab", "c", "d", "efghi", "j", "kl"),
+  talk("a", "b" * 5, "cdefgh", "ij"),
+  talk("xy", "z"),
+  talk("a", "b", "c" * 40, "d"),
+]
+
+
+@pytest.mark.parametrize("block", [0, 1, 4])
+def test_of_a_dialogue_whose_replies_are_all_learnt_each_is_judged_as_if_alone(block):
+  """0: the causal baseline. With the same masks the loss and its gradient are those of the replies one by one."""
+  c = DataConfig(format="chat", length=48, eos_padding="block", replies="all", packing=True, align=block or 1)
+  apart_c = dataclasses.replace(c, replies="one", packing=False)
+  together = dialogues.Dialogues(TALKS, Letters(), c, seed=0)
+  apart = dialogues.Dialogues(TALKS, Letters(), apart_c, seed=0, every_turn=True)
+  dialogue, single = (
+    dict(zip(("tokens", "segment", "weight", "clean"), map(np.stack, zip(*rows, strict=False)), strict=False))
+    for rows in ([source.row(i, 0, 0) for i in range(len(source))] for source in (together, apart))
+  )
+  single["clean"] = single["tokens"]
+  single["weight"] /= np.bincount(apart._of_R)[apart._of_R][:, None]
+  assert len(together) < len(apart) and (dialogue["clean"] != dialogue["tokens"]).any()
+  rng = np.random.default_rng(0)
+  masks = {name: np.zeros(x["tokens"].shape, bool) for name, x in (("dialogue", dialogue), ("single", single))}
+  for row in range(len(together)):
+    for number, i in enumerate(together._items(row), start=1):
+      first = np.flatnonzero(dialogue["segment"][row] == number)[0]
+      for turn in together._learnt(i, 0):
+        (at_N,) = np.nonzero(single["weight"][turn])
+        drawn_N = rng.random(len(at_N)) < 0.6
+        masks["single"][turn, at_N] = drawn_N
+        masks["dialogue"][row, first + at_N] = drawn_N
+        np.testing.assert_array_equal(dialogue["tokens"][row, first + at_N], single["tokens"][turn, at_N])
+  model = MaskPredictorConfig(D=16, N=2, H=2, G=1, K=8, F=16, V=128, dtype="float32", causal=not block, block=block)
+  params = jax.tree.map(
+    lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32),
+    jax.eval_shape(model.init, jax.random.key(0)),
+  )
+
+  def loss(params, batch, masked_BL):
+    weighted_nll = functools.partial(model.bind(params).weighted_nll, visible=model.visible(48, batch["segment"]))
+    if not block:
+      return autoregressive.Causal().loss(weighted_nll, batch, eos_id=0)[0]
+    tokens_BL = batch["tokens"]
+    input_BL, target_BL = jnp.where(masked_BL, 7, tokens_BL), jnp.where(masked_BL, tokens_BL, -1)
+    return weighted_nll(input_BL, target_BL, batch["weight"], clean_BL=batch["clean"])[0]
+
+  step = jax.jit(jax.value_and_grad(loss))
+  a, b = step(params, dialogue, masks["dialogue"]), step(params, single, masks["single"])
+  np.testing.assert_allclose(a[0], b[0], rtol=1e-5)
+  for x, y in zip(jax.tree.leaves(a[1]), jax.tree.leaves(b[1]), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-6)
+
+
+CHAT = {"data.format": "chat", "data.length": 64, "data.replies": "all", "data.eos_padding": "block", "steps": 6}
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+  """The option that names 40 dialogues of two replies."""
+  path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+  said = [talk(f"{i}?", "red", "and?", "blue") for i in range(40)]
+  path.write_text("".join(json.dumps({"messages": x}) + "\n" for x in said))
+  return {"data.corpus": f"files:{path}"}
+
+
+@pytest.mark.parametrize("more", [
+  pytest.param({"noise.block": 4, "data.packing": True}, marks=pytest.mark.slow), {"objective": "autoregressive"},
+])  # fmt: skip
+def test_a_run_that_learns_all_replies(tiny, chats, tmp_path, more):
+  config = tiny(CHAT | chats | more | {"data.length": 192, "data.batch_size": 8})
+  result = trainer.train(config, tmp_path)
+  assert 0 < result["bits_per_byte"] < 20
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+  ({}, "data.replies='all' is for models of blocks, and a canvas that is one block sees what follows a reply: set"
+       " noise.block, or data.replies=one"),
+  ({"data.replies": "one"}, "data.eos_padding='block' is for models of blocks"),
+])  # fmt: skip
+def test_a_canvas_that_sees_what_follows_learns_one_reply(tiny, chats, changes, said):
+  with pytest.raises(Mistake) as error:
+    tiny(CHAT | chats | changes)
+  assert str(error.value).startswith(said) and "\n" not in str(error.value)
