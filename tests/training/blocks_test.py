@@ -63,6 +63,7 @@ def test_what_a_step_of_blocks_costs(tiny):
   assert pairs == 2 * blocks
 
 
+CHAT = {"data.format": "chat", "data.length": 64, "data.replies": "all", "data.eos_padding": "block", "steps": 6}
 PHASES = BLOCKS | {"noise.block": 0, "noise.blocks": ((3, 1), (2, 4), (0.25, 0), (-1, 2)), "evaluate.every": 4}
 
 
@@ -153,7 +154,7 @@ def test_every_phase_is_what_a_run_of_its_block_would_be(tiny, phases, tmp_path)
     ({"noise.blocks": ((8, 2), (5, 4), (-1, 8))}, "noise.blocks: its pieces take 13 steps"),
     ({"noise.blocks": ((12, 2), (5, 4))}, r"noise.blocks: of steps=12 \(5.0, 4\) gets none"),
     ({"noise.blocks": (4,)}, "noise.blocks.0.=4: expected tuple"),
-    ({"data.format": "chat", "data.segments": False, "data.replies": "all"}, "a canvas that is one block sees what"),
+    (CHAT | {"data.segments": False}, "a canvas that is one block sees what"),
     ({"sample.cache": "dual"}, "a model of blocks keeps the finished ones by itself"),
   ],
 )
@@ -235,9 +236,6 @@ def test_of_a_dialogue_whose_replies_are_all_learnt_each_is_judged_as_if_alone(b
   np.testing.assert_allclose(a[0], b[0], rtol=1e-5)
   for x, y in zip(jax.tree.leaves(a[1]), jax.tree.leaves(b[1]), strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-6)
-
-
-CHAT = {"data.format": "chat", "data.length": 64, "data.replies": "all", "data.eos_padding": "block", "steps": 6}
 
 
 @pytest.fixture(scope="module")
