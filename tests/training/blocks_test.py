@@ -154,7 +154,7 @@ def test_every_phase_is_what_a_run_of_its_block_would_be(tiny, phases, tmp_path)
     ({"noise.blocks": ((8, 2), (5, 4), (-1, 8))}, "noise.blocks: its pieces take 13 steps"),
     ({"noise.blocks": ((12, 2), (5, 4))}, r"noise.blocks: of steps=12 \(5.0, 4\) gets none"),
     ({"noise.blocks": (4,)}, "noise.blocks.0.=4: expected tuple"),
-    (CHAT | {"data.segments": False}, "a canvas that is one block sees what"),
+    (CHAT | {"data.segments": False, "steps": 12}, "a canvas that is one block sees what"),
     ({"sample.cache": "dual"}, "a model of blocks keeps the finished ones by itself"),
   ],
 )
