@@ -1,6 +1,6 @@
 """The family of blocks, measured: bound, speed and samples of blocks of 1, 4, 16, the whole canvas, and the baseline.
 
-  python benchmarks/blocks.py [--config=blocks] [--workdir=runs/blocks] [--config.steps=...]
+  python benchmarks/blocks.py [--config=blocks] [--workdir=runs/family] [--config.steps=...]
 
 Trains what is not trained yet, one model after another, which all see the same rows. Then each continues the beginnings
 of held-out rows, one at a time for the speed and all at once for the quality:
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     raise Mistake(f"unexpected argument {argv[1]!r}: options are written --name=value")
   if not importlib.util.find_spec("matplotlib"):  # not after training
     raise Mistake("the figure needs matplotlib: pip install matplotlib")
-  workdir, values = Path(flags.FLAGS.workdir or "runs/blocks"), flags.FLAGS.config.to_dict()
+  workdir, values = Path(flags.FLAGS.workdir or "runs/family"), flags.FLAGS.config.to_dict()
   found = {}
   for name in FAMILY:
     own = configs.load(f"blocks:{name}").to_dict()

@@ -1,6 +1,6 @@
 """The family of blocks, and the causal baseline: the same text, model and steps, with blocks of 1, 4, 16, and whole.
 
-  python -m lladax.main --config=configs/blocks.py:16 --workdir=runs/blocks/16
+  python -m lladax.main --config=configs/blocks.py:16 --workdir=runs/family/16
 
 The variants are 1, 4, 16, whole and causal. `python benchmarks/blocks.py` trains all of them, and draws held-out bound
 and speed of sampling against the block; docs/results.md has its table, the hardware and the time.

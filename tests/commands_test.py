@@ -109,6 +109,11 @@ RULES = [
   Rule(r"--workdir=runs/poems ", TINY, makes="runs/poems/samples.html"),
   Rule(r"--workdir=runs/base ", TINY, makes="runs/base/checkpoints/3"),
   Rule(r"--workdir=runs/chat .*alpaca", TINY, makes="runs/chat/checkpoints/3"),
+  Rule(
+    r"--workdir=runs/chat_blocks .*alpaca",
+    [*(x for x in TINY if "length" not in x), "--config.data.length=256"], makes="runs/chat_blocks/checkpoints/3",
+  ),
+  Rule(r"--workdir=runs/chat_blocks --mode=chat", ["--config.sample.gen_length=16", "< questions.txt"]),
   Rule(r"^lladax --workdir=runs/chat --mode=chat --system", ["< questions.txt"]),
   Rule(r"--mode=chat < questions.txt > replies.txt", makes="replies.txt"),
   Rule(r"--mode=import --source=downloads", makes="runs/imported/config.json"),
@@ -166,6 +171,11 @@ RULES = [
   Rule(  # reversal_test.py asks the facts
     r"benchmarks/reversal.py$", [*TINY, "--config.evaluate.tasks=poems:couplets.json"],
     makes="runs/reversal/reversal.md",
+  ),
+  Rule(
+    r"benchmarks/blocks.py$",
+    [*(x for x in TINY if "sample" not in x), "--config.data.corpus=files:data/a.jsonl.zst"],
+    makes="runs/family/blocks.svg",
   ),
   Rule(
     r"poems.sh OUT TANG_POEMS COUPLETS$", [*TINY, "--config.data.held_out=0.0"],
