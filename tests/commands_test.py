@@ -174,7 +174,7 @@ RULES = [
   ),
   Rule(
     r"benchmarks/blocks.py$",
-    [*(x for x in TINY if "sample" not in x), "--config.data.corpus=files:data/a.jsonl.zst"],
+    [*(x for x in TINY if "sample" not in x), "--config.data.corpus=files:data/a.jsonl.zst", "--config.data.length=32"],
     makes="runs/family/blocks.svg",
   ),
   Rule(
