@@ -47,5 +47,5 @@ def get_config(stage: str = "chat"):
     config.tokenizer.vocab_size = 2048
     config.noise.block = 8
     config.data.update(length=256, batch_size=8, replies="all", eos_padding="block", packing=True)
-    config.sample.update(gen_length=None, block_length=8, steps=8, threshold=0.9)
+    config.sample.update(block_length=8, threshold=0.9)
   return config

@@ -110,10 +110,10 @@ RULES = [
   Rule(r"--workdir=runs/base ", TINY, makes="runs/base/checkpoints/3"),
   Rule(r"--workdir=runs/chat .*alpaca", TINY, makes="runs/chat/checkpoints/3"),
   Rule(
-    r"--workdir=runs/chat_blocks .*alpaca",
-    [*(x for x in TINY if "length" not in x), "--config.data.length=256"], makes="runs/chat_blocks/checkpoints/3",
+    r"--workdir=runs/chat_blocks .*alpaca", [*TINY, "--config.data.length=256"],
+    makes="runs/chat_blocks/checkpoints/3",
   ),
-  Rule(r"--workdir=runs/chat_blocks --mode=chat", ["--config.sample.gen_length=16", "< questions.txt"]),
+  Rule(r"--workdir=runs/chat_blocks --mode=chat", ["< questions.txt"]),
   Rule(r"^lladax --workdir=runs/chat --mode=chat --system", ["< questions.txt"]),
   Rule(r"--mode=chat < questions.txt > replies.txt", makes="replies.txt"),
   Rule(r"--mode=import --source=downloads", makes="runs/imported/config.json"),
