@@ -86,7 +86,7 @@ CRASH = 70  # EX_SOFTWARE: a launcher may start it again
 
 def leave(code: int) -> None:
   """Ends this process of several at once: on its way out it would wait minutes for the others, which wait for it."""
-  if jax.distributed.is_initialized() and jax.process_count() > 1:
+  if interrupts.many():
     sys.stderr.flush()
     for number in interrupts.SIGNALS:  # all is done; who ends at once here aborts the others
       signal.signal(number, signal.SIG_IGN)
@@ -111,7 +111,11 @@ def guard(command: Callable[[list[str]], int | None], argv: list[str], name: str
     code = 1
   except KeyboardInterrupt:
     interrupts.say(signal.SIGINT)
+    interrupts.abandon(signal.SIGINT)
     code = 128 + signal.SIGINT
+  except SystemExit as error:  # a signal, of which has been said what there is to say
+    code = int(error.code or 0)
+    interrupts.abandon(code - 128)
   except Exception as error:
     if line := refusal(error):
       print(visible(f"{name}: {line}"), file=sys.stderr)
@@ -175,7 +179,7 @@ class Watchdog:
       self._beat.clear()
       if self._closed:
         return
-    where = f"process {jax.process_index()} of {jax.process_count()}"
+    where = "process {} of {}".format(*interrupts.place())  # JAX may be what hangs
     print(f"lladax: {where}: {self._doing} took more than {self._seconds:g} seconds (log.hang_seconds); the stacks:",
           file=sys.stderr, flush=True)  # fmt: skip
     faulthandler.dump_traceback(all_threads=True)
