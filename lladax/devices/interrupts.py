@@ -244,7 +244,7 @@ def many() -> bool:
 
 
 def abandon(number: int) -> None:
-  """Of a signal that ends this process before `Interrupt` listens: the others, which wait for it in theirs, are told."""
+  """Of a signal that ends this process before `Interrupt` listens: the others, which wait for it, are told."""
   if many():
     client, key = _client(), f"lladax/stop/{next(_runs)}"
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # they have ended, or another was faster
