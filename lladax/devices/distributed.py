@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from lladax import address
 from lladax.devices import interrupts
 from lladax.mistake import Mistake, refusal
-from lladax.terminal import Console, Formatter, visible
+from lladax.terminal import Console, Formatter, Lossy, visible
 
 HUNG = 75  # the exit code of a job that the watchdog ended ("temporary failure": a launcher may start it again)
 
@@ -96,6 +96,8 @@ def leave(code: int) -> None:
 
 def guard(command: Callable[[list[str]], int | None], argv: list[str], name: str = "lladax") -> int:
   """Runs a command: one line for a `Mistake`, what a disk refuses (1), Ctrl-C (130); else a traceback and 70."""
+  if not isinstance(sys.stderr, Lossy):
+    sys.stderr = Lossy(sys.stderr)
   handler = logging.StreamHandler()
   handler.setFormatter(Formatter(f"{name}: %(message)s"))
   logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
@@ -113,9 +115,11 @@ def guard(command: Callable[[list[str]], int | None], argv: list[str], name: str
     interrupts.say(signal.SIGINT)
     interrupts.abandon(signal.SIGINT)
     code = 128 + signal.SIGINT
-  except SystemExit as error:  # a signal, of which has been said what there is to say
-    code = int(error.code or 0)
-    interrupts.abandon(code - 128)
+  except SystemExit as error:
+    if error.code in [128 + number for number in interrupts.SIGNALS]:  # of which has been said what there is to say
+      interrupts.abandon(int(error.code) - 128)
+      leave(int(error.code))
+    raise
   except Exception as error:
     if line := refusal(error):
       print(visible(f"{name}: {line}"), file=sys.stderr)
