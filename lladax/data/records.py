@@ -4,7 +4,7 @@ FOLDER/
   manifest.json            what was prepared from what, and the counts; written last
   tokenizer/               the tokenizer of the ids
   records-SPLIT.array_record-00000-of-00016, ...      SPLIT: train, validation
-  turns-SPLIT-00000-of-00016.npy, ...                 of conversations: where the replies of a shard lie, in one table
+  turns-SPLIT.int32-00000-of-00016, ...               of conversations: where the replies of a shard lie, in one table
   dataset_info.json, features.json                    make the folder a data set of TFDS (`tfds.data_source`)
 
 A record is a tf.train.Example of int32 arrays, in bytes. Of text it is a window: `tokens` and `segment` [length], the
@@ -16,7 +16,6 @@ is needed to read it.
 import dataclasses
 import functools
 import hashlib
-import io
 import json
 import zlib
 from pathlib import Path
@@ -45,7 +44,7 @@ def file_name(split: str, shard: int, shards: int) -> str:
 
 def turns_name(split: str, shard: int, shards: int) -> str:
   """Of the table of a shard of conversations."""
-  return f"turns-{split}-{shard:05d}-of-{shards:05d}.npy"
+  return f"turns-{split}.int32-{shard:05d}-of-{shards:05d}"
 
 
 def encode(tokens_L: np.ndarray, segment_L: np.ndarray) -> bytes:
@@ -73,9 +72,12 @@ def encode_talk(place: tuple[int, int], ids: Any, turns: Any) -> tuple[bytes, np
 
 def encode_table(rows: list[np.ndarray]) -> tuple[bytes, str]:
   """(the file of the rows of a shard, its digest)."""
-  file = io.BytesIO()
-  np.save(file, np.concatenate([np.zeros((0, len(_COLUMNS)), "<i4"), *rows]).astype("<i4"), allow_pickle=False)
-  return file.getvalue(), hashlib.blake2b(file.getvalue(), digest_size=16).hexdigest()
+  content = b"".join(x.astype("<i4").tobytes() for x in rows)
+  return content, _digest(content)
+
+
+def _digest(content: bytes) -> str:
+  return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _checksum(ids_T: np.ndarray) -> int:
@@ -162,9 +164,9 @@ class Folder:
       if not path.is_file():
         raise Mistake(f"{path} is missing: prepare these records again")
       content = path.read_bytes()
-      if hashlib.blake2b(content, digest_size=16).hexdigest() != self.manifest["turns"][split][shard]:
+      if _digest(content) != self.manifest["turns"][split][shard] or len(content) % (4 * len(_COLUMNS)):
         raise Mistake(f"{path} is damaged: prepare these records again")
-      found.append(np.load(io.BytesIO(content), allow_pickle=False))
+      found.append(np.frombuffer(content, "<i4").reshape(-1, len(_COLUMNS)))
     return np.concatenate(found)
 
   @property
@@ -259,19 +261,21 @@ class Conversations:
     if not counts["records"]:
       raise Mistake(f"data.corpus={name!r} holds no {split} records: prepare it with another data.held_out")
     self._source, table_RC = self._folder.source(split), self._folder.turns(split)
-    part_R, number_R, checksum_R, *_ = table_RC.T
+    part_R, number_R, checksum_R, begin_R, reply_R, end_R, _ = table_RC.T
     begins_R = np.ones(len(table_RC), bool)
     begins_R[1:] = (np.diff(part_R) != 0) | (np.diff(number_R) != 0)
     (first_N,) = np.nonzero(begins_R)
-    if len(first_N) != len(self._source):
+    in_order = (begin_R >= 0) & (begin_R <= reply_R) & (reply_R <= end_R)
+    if len(first_N) != len(self._source) or not in_order.all():
       raise Mistake(f"{self._folder.path}: the turns of {split} are not those of its records: prepare these again")
-    self._record_C = np.lexsort((number_R[first_N], part_R[first_N]))
+    place_N = (part_R[first_N].astype(np.int64) << 32) + number_R[first_N]
+    self._record_C = np.argsort(place_N, kind="stable")
     self._checksum_C = checksum_R[first_N][self._record_C]
-    place_N = np.empty_like(self._record_C)
-    place_N[self._record_C] = np.arange(len(place_N))
-    of_R = place_N[np.cumsum(begins_R) - 1]
-    order_R = np.argsort(of_R, kind="stable")
-    self.turns_RC = np.concatenate([of_R[order_R, None], table_RC[order_R, 3:]], axis=1, dtype=np.int64)
+    turns_C = np.diff(first_N, append=len(table_RC))[self._record_C]
+    behind_C = np.cumsum(turns_C) - turns_C  # how many turns come before a conversation's
+    order_R = np.repeat(first_N[self._record_C] - behind_C, turns_C) + np.arange(len(table_RC))
+    of_R = np.repeat(np.arange(len(turns_C)), turns_C)
+    self.turns_RC = np.concatenate([of_R[:, None], table_RC[order_R, 3:]], axis=1, dtype=np.int64)
 
   @property
   def digest(self) -> str:

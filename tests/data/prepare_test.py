@@ -398,10 +398,10 @@ def test_damage_to_prepared_conversations_is_found(prepared_talks, tmp_path):
   content = bytearray(table.read_bytes())
   content[-1] ^= 1
   table.write_bytes(content)
-  with pytest.raises(ValueError, match=r"turns-train-00001-of-00003.npy is damaged: prepare these records again"):
+  with pytest.raises(ValueError, match=r"turns-train.int32-00001-of-00003 is damaged: prepare these records again"):
     records.Conversations(f"records:{folder}")
   table.unlink()
-  with pytest.raises(ValueError, match=r"turns-train-00001-of-00003.npy is missing: prepare these records again"):
+  with pytest.raises(ValueError, match=r"turns-train.int32-00001-of-00003 is missing: prepare these records again"):
     records.Conversations(f"records:{folder}")
   shutil.copytree(prepared_talks[0], folder, dirs_exist_ok=True)
   shard.write_bytes(shard.read_bytes()[:-9])
