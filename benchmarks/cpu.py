@@ -123,12 +123,10 @@ def lladax_matmuls(a: dict, exact: bool) -> Callable[[], object]:
 
 def _lladax_step(a: dict, exact: bool) -> tuple:
   """(train_step, jitted; its state; its batch)."""
-  import functools
-
   import jax
   import jax.numpy as jnp
 
-  from lladax import config, optimizer
+  from lladax import config
   from lladax.configs import base
   from lladax.devices import sharding
   from lladax.training import step
@@ -139,9 +137,10 @@ def _lladax_step(a: dict, exact: bool) -> tuple:
   if exact:
     values.noise.update(masking="exact", times="antithetic")
   c = config.parse(values.to_dict())
-  tx = optimizer.create(c.optimizer, c.steps, c.model.letters())
-  params = jax.jit(c.model.init)(jax.random.key(0))
-  state = step.State(jnp.int32(0), params, tx.init(params), step.guard())
+  mesh = sharding.make_mesh(c.mesh, jax.devices()[:1])
+  tx, init, at, batch_at = step.program(c, mesh)
+  with jax.set_mesh(mesh):
+    state = jax.jit(init, out_shardings=at)()
   tokens_BL = jax.random.randint(jax.random.key(1), (a["B"], a["L"]), 0, a["V"] - 1)
   batch = {
     "tokens": tokens_BL,
@@ -149,8 +148,7 @@ def _lladax_step(a: dict, exact: bool) -> tuple:
     "segment": jnp.ones_like(tokens_BL),
     "index": jnp.arange(a["B"]),
   }
-  step = functools.partial(step.train_step, config=c, tx=tx, mask_id=a["V"] - 1, eos_id=0)
-  return sharding.jit(step, donate_argnums=0), state, batch
+  return step.jit_step(c, tx, at, mask_id=a["V"] - 1, eos_id=0), state, jax.device_put(batch, batch_at)
 
 
 def lladax_sample(a: dict, options: dict) -> Callable[[], object]:

@@ -32,7 +32,7 @@ from typing import Any
 
 STEPS, EVERY, EVALUATE = 16, 4, 8
 PATIENCE = 120  # seconds for what should end by itself
-HUNG = 75
+HUNG, CRASHED = 75, 70  # exit codes
 FIELDS = {
   "steps": STEPS, "model.D": 32, "model.N": 2, "model.H": 2, "model.G": 2, "model.K": 16, "model.F": 64,
   "tokenizer.kind": "bytes", "data.length": 16, "data.batch_size": 16, "data.held_out": 0.1,
@@ -367,6 +367,8 @@ class Campaign:
         row.told["done before it heard"] += 1
       elif all(code in early for code in codes) and not made:
         row.told["ended before the first step"] += 1
+      elif -number in codes and all(code in (*early, CRASHED) for code in codes) and not made:
+        row.told["left before they met, and the other ended as of a crash"] += 1
       else:
         row.told[f"codes {codes}"] += 1
         self.problem(f"{name}: exit codes {codes}", job)
@@ -620,19 +622,21 @@ def main() -> int:
     for processes in map(int, given.processes.split(",")):
       campaign.undisturbed(processes)
     signal.signal(signal.SIGINT, lambda *_: setattr(campaign, "enough", True))  # the table of what was done
-    if "corruptions" in only:
-      campaign.corruptions(given.corruptions)
-    if "kills" in only:
-      campaign.kills(given.kills)
-    if "stalls" in only:
-      campaign.stalls()
-    if "numbers" in only:
-      campaign.numbers_that_are_none()
-    if "disks" in only:
-      campaign.disks()
-    campaign.compare()
-    print(campaign.table())
-    campaign.say(f"{len(campaign.problems)} problems" + "".join(f"\n  {x}" for x in campaign.problems))
+    try:
+      if "corruptions" in only:
+        campaign.corruptions(given.corruptions)
+      if "kills" in only:
+        campaign.kills(given.kills)
+      if "stalls" in only:
+        campaign.stalls()
+      if "numbers" in only:
+        campaign.numbers_that_are_none()
+      if "disks" in only:
+        campaign.disks()
+    finally:  # a fault of this file is no reason not to say what was found
+      campaign.compare()
+      print(campaign.table())
+      campaign.say(f"{len(campaign.problems)} problems" + "".join(f"\n  {x}" for x in campaign.problems))
   return int(bool(campaign.problems))
 
 

@@ -100,6 +100,11 @@ RULES = [
   Rule(r"--workdir=runs/mine --config.data", TINY, makes="runs/mine/samples.html"),
   Rule(r"--workdir=runs/mine --mode=sample|--mode=verify"),
   Rule(r"--workdir=runs/blocks --config.noise", TINY, makes="runs/blocks/samples.html"),
+  Rule(
+    r"--workdir=runs/phases --config.noise",
+    [*TINY, "--config.steps=12", "--config.sample.block_length=32", "--config.sample.gen_length=32"],
+    {"(0.1, 4), ": ""}, "runs/phases/samples.html",
+  ),
   Rule(r"--mode=sample --workdir=runs/blocks"),
   Rule(r"--workdir=runs/poems ", TINY, makes="runs/poems/samples.html"),
   Rule(r"--workdir=runs/base ", TINY, makes="runs/base/checkpoints/3"),

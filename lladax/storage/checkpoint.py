@@ -420,6 +420,7 @@ def _manager(workdir: Path, options: ocp.CheckpointManagerOptions) -> ocp.Checkp
     address.system(str(root))
   else:
     root = _Literal(root.absolute())
+  options.lightweight_initialize = True  # else one damaged checkpoint is in the way of all others
   return ocp.CheckpointManager(root, options=options, item_handlers=handler)
 
 

@@ -65,7 +65,15 @@ def empty(folder):
   folder.mkdir()
 
 
-DAMAGES = [truncate, without_metadata, empty]
+def another_letter(folder):
+  """What one flipped bit makes of a key that Orbax knows."""
+  path = folder / "_CHECKPOINT_METADATA"
+  text = path.read_bytes()
+  assert b'"metrics"' in text
+  path.write_bytes(text.replace(b'"metrics"', b'"letrics"'))
+
+
+DAMAGES = [truncate, without_metadata, empty, another_letter]
 
 
 @pytest.fixture
@@ -197,6 +205,16 @@ def test_an_unreadable_checkpoint_falls_back_and_stays(tmp_path, caplog, damage)
   damage(folder / "6")
   assert checkpoint.restore_latest(tmp_path, abstract(tree(3)))[0] == 3
   assert len(list(folder.glob("6.unreadable*"))) == 2
+
+
+@pytest.mark.usefixtures("collected")
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_unreadable_one_is_in_nobodys_way(tmp_path, damage):
+  save(tmp_path, 3, 6)
+  damage(checkpoint.folder(tmp_path) / "3")
+  assert_same(checkpoint.restore_latest(tmp_path, abstract(tree(6)))[1], tree(6))
+  save(tmp_path, 9, keep=2)
+  assert checkpoint.steps(tmp_path) == [6, 9]
 
 
 @pytest.mark.usefixtures("collected")
