@@ -45,10 +45,8 @@ def prepare(config: list[str], target: Path, workers: int) -> None:
   seconds = time.monotonic() - began
   splits = json.loads((target / "manifest.json").read_text())["splits"].values()
   documents, tokens = (sum(x[name] for x in splits) for name in ("documents", "tokens"))
-  print(
-    f"{workers} workers: {documents:,} conversations ({tokens:,} tokens) in {seconds:.0f} s with the start:", end=""
-  )
-  print(f" {documents / seconds:,.0f} conversations/s, {tokens / seconds:,.0f} tokens/s")
+  print(f"{workers} workers: {documents:,} conversations, {tokens:,} tokens in {seconds:.0f} s with the start,")
+  print(f"  {documents / seconds:,.0f} conversations/s, {tokens / seconds:,.0f} tokens/s")
 
 
 def start(name: str, text: tokenizer.Tokenizer) -> None:

@@ -276,6 +276,7 @@ class Conversations:
     order_R = np.repeat(first_N[self._record_C] - behind_C, turns_C) + np.arange(len(table_RC))
     of_R = np.repeat(np.arange(len(turns_C)), turns_C)
     self.turns_RC = np.concatenate([of_R[:, None], table_RC[order_R, 3:]], axis=1, dtype=np.int64)
+    self._size_C = self.turns_RC[np.cumsum(turns_C) - 1, 3]  # the last reply is the end of a conversation
 
   @property
   def digest(self) -> str:
@@ -292,6 +293,7 @@ class Conversations:
       (ids_T,) = _decode(self._source[record], "tokens")
     except (RuntimeError, ValueError, IndexError, protobuf.DecodeError) as error:  # of the file's own checksums, too
       raise Mistake(f"{self._folder.path}: record {record} is damaged ({error}): prepare these records again") from None
-    if _checksum(ids_T) != self._checksum_C[number]:
+    whole = len(ids_T) == self._size_C[number] and _checksum(ids_T) == self._checksum_C[number]
+    if not whole or ids_T.min() < 0 or ids_T.max() >= self._folder.tokenizer.vocab_size:
       raise Mistake(f"{self._folder.path}: record {record} is none of these records: prepare them again")
     return ids_T
