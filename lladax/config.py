@@ -4,13 +4,14 @@ ConfigDicts and JSON stop here. Inside, a config is hashable, so it can be a sta
 field or a wrong type is an error.
 """
 
+import copy
 import dataclasses
 import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 from rich.table import Column, Table
@@ -105,6 +106,19 @@ class EvaluateConfig:
         raise Mistake(f"evaluate.{name}={getattr(self, name)}: must be at least {least}")
 
 
+def block_words(block: int) -> str:
+  """What is noised together."""
+  return f"blocks of {block}" if block else "the whole canvas"
+
+
+class Phase(NamedTuple):
+  """Steps of a run with blocks of one size."""
+
+  begin: int  # so many steps come before it
+  end: int  # so many are done after it
+  block: int  # tokens; 0: the whole canvas
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
   """A whole run."""
@@ -134,15 +148,16 @@ class Config:
       raise Mistake(f"objective={self.objective!r}: use diffusion or autoregressive")
     # The objective decides; configs do not say it twice.
     causal = self.objective == "autoregressive"
-    block = 0 if causal else self.noise.block
-    object.__setattr__(self, "model", dataclasses.replace(self.model, causal=causal, block=block))
-    if block and self.data.length % block:
+    block = self.noise.blocks[-1][1] if self.noise.blocks else self.noise.block
+    object.__setattr__(self, "model", dataclasses.replace(self.model, causal=causal, block=0 if causal else block))
+    align, field = 1 if causal else self.noise.align, "noise.blocks" if self.noise.blocks else "noise.block"
+    if self.data.length % align:
       raise Mistake(
-        f"data.length={self.data.length} is not a multiple of noise.block={block}: rows hold whole blocks; 0 makes one"
-        " of each row"
+        f"data.length={self.data.length} is not a multiple of {field}={align}: rows hold whole blocks; 0 makes one of"
+        " each row"
       )
-    object.__setattr__(self, "data", dataclasses.replace(self.data, align=block or 1))
-    if not causal and not block:
+    object.__setattr__(self, "data", dataclasses.replace(self.data, align=align))
+    if not causal and not all(phase.block for phase in self.phases):
       for name, value, instead in (("replies", "all", "one"), ("eos_padding", "block", "row")):
         if getattr(self.data, name) == value:
           raise Mistake(
@@ -176,6 +191,9 @@ class Config:
     if self.model.lora_rank and not self.init_from:
       raise Mistake(f"model.lora_rank={self.model.lora_rank}: adapters need a model to adapt; name it as init_from")
     optimizer.schedule(self.optimizer, self.steps)
+    for phase, given in zip(self.phases, self.noise.blocks, strict=False):  # a phase, too, of no schedule
+      if not phase.begin < phase.end:
+        raise Mistake(f"noise.blocks: of steps={self.steps} {given} gets none: leave it out, or give it another length")
     from lladax.data import batches  # Grain is slow to import, and --help and mistyped fields do without
 
     batches.Mixture(self.data, seed=self.seed, steps=self.steps)
@@ -185,7 +203,30 @@ class Config:
     """The objective as a value: how losses and likelihoods are made, and what they ask of model and sampler."""
     if self.objective == "autoregressive":
       return autoregressive.Causal()
-    return diffusion.Blocks(self.noise) if self.noise.block else diffusion.Masked(self.noise)
+    noise = dataclasses.replace(self.noise, block=self.model.block, blocks=())
+    return diffusion.Blocks(noise) if noise.block else diffusion.Masked(noise)
+
+  @property
+  def phases(self) -> list[Phase]:
+    """Of the whole run: one, or those of `noise.blocks`; the last one takes the steps that are left."""
+    if self.model.causal or not self.noise.blocks:
+      return [Phase(0, self.steps, self.model.block)]
+    lengths = optimizer.lengths([n for n, _ in self.noise.blocks], self.steps, "noise.blocks")
+    begins = [min(sum(lengths[:i]), self.steps) for i in range(len(lengths))]
+    blocks = [block for _, block in self.noise.blocks]
+    return [Phase(*x) for x in zip(begins, [*begins[1:], self.steps], blocks, strict=True)]
+
+  def of_block(self, block: int) -> "Config":
+    """As it is in a phase with such blocks: model and objective are that phase's, all else is the whole run's."""
+    if block == self.model.block:
+      return self
+    config = copy.copy(self)  # nothing is decided anew: the rows are the same, and who samples does so after the run
+    object.__setattr__(config, "model", dataclasses.replace(self.model, block=block))
+    return config
+
+  def at(self, steps: int) -> "Config":
+    """As it is in the phase that ends with, or holds, step number `steps`."""
+    return self.of_block(next(x.block for x in self.phases if max(steps, 1) <= x.end))
 
   @property
   def masks_attention(self) -> bool:
@@ -272,11 +313,13 @@ def check_saved(
     if name not in new or not name.startswith(_DELIBERATE + _SAFE):
       groups = ", ".join(x.rstrip(".") for x in _DELIBERATE)
       raise Mistake(f"--allow={name}: name fields of {groups}, as in --allow=optimizer.schedule; no other may change")
-  differ = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
+  # The block that a model samples with follows from the noise, and no parameter from it.
+  differ = [name for name in sorted(old | new) if old.get(name) != new.get(name) and name != "model.block"]
   unsafe = [name for name in differ if not name.startswith(_SAFE) and name not in allow]
   if unsafe:
     listed = "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} here" for name in unsafe)
     so = f", or say --allow={','.join(unsafe)}" if all(name.startswith(_DELIBERATE) for name in unsafe) else ""
+    so += "; where documents begin follows from the largest block" * ("data.align" in unsafe)
     raise Mistake(f"{workdir} holds a run with another config ({listed}): use another workdir, or the same values{so}")
   for name in differ:
     logging.warning("%s was %r, and is %r from now on", name, old.get(name), new.get(name))

@@ -12,6 +12,7 @@ micro-batches, and after any restart. The equations are those of LLaDA (arXiv 25
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -42,6 +43,10 @@ class NoiseConfig:
   # Tokens of a block, counted from each document's own start; it is noised and predicted given the clean blocks before
   # it. 0: the whole canvas is one. 1, with exact masking: the chain rule, without noise.
   block: int = 0
+  # ((length, block), ...): another block in each phase of the run, in place of `block`; lengths as in
+  # optimizer.schedule. Each divides the largest, at whose multiples documents begin in every phase. LLaDA2.0: 1, 4, 32
+  # ... while it warms up, 0 for most of it, and 32.
+  blocks: tuple[tuple[float, int], ...] = ()
   times_per: str = "block"  # of blocks: each has a time of its own | "row": all of a row have one (LLaDA2.0)
   band: tuple[float, float] = (0.0, 1.0)  # times, and so the shares that are masked, lie in it; LLaDA2.0: (0.3, 0.8)
   weights: str = "elbo"  # a masked token counts 1/p: the bound | "flat": each the same, in the mean 1 a token
@@ -57,6 +62,7 @@ class NoiseConfig:
       raise Mistake(f"noise.eps={self.eps}: must lie between 0 and 1")
     if self.block < 0:
       raise Mistake(f"noise.block={self.block}: must be at least 1, or 0 for the whole canvas")
+    self._check_blocks()
     for name, known in (("times_per", ("block", "row")), ("weights", ("elbo", "flat"))):
       if getattr(self, name) not in known:
         raise Mistake(f"noise.{name}={getattr(self, name)!r}: use {' or '.join(known)}")
@@ -67,6 +73,22 @@ class NoiseConfig:
       raise Mistake(f"noise.replace={self.replace}: must be at least 0, and less than 1")
     if self.complements and self.weights != "flat":
       raise Mistake("noise.complements=True: what the other row masks is not weighted 1/p: set noise.weights=flat")
+
+  def _check_blocks(self):
+    if self.blocks and self.block:
+      raise Mistake(f"noise.block={self.block}, noise.blocks={self.blocks}: one block or a schedule of them, not both")
+    for phase in self.blocks:
+      if len(phase) != 2 or not (0 < phase[0] < math.inf or phase[0] == -1) or phase[1] < 0:
+        raise Mistake(f"noise.blocks: {phase} is not (steps, block)")
+      if phase[1] and self.align % phase[1]:
+        raise Mistake(
+          f"noise.blocks: {phase[1]} does not divide {self.align}, the largest: documents begin at multiples of both"
+        )
+
+  @property
+  def align(self) -> int:
+    """Documents begin at multiples of so many tokens: of the largest block of the run, and so of all."""
+    return max([self.block, *(block for _, block in self.blocks), 1])
 
   @property
   def pairs_share(self) -> bool:

@@ -90,8 +90,12 @@ def test_a_file_that_is_changed_is_read_again(here):
 @pytest.mark.parametrize(
   ("spec", "text", "message"),
   [
-    ("quikstart", None, "there is no such recipe or file; did you mean quickstart? The recipes are base, chat_tiny, "),
-    ("xyz.py", None, "there is no such recipe or file. The recipes are base, chat_tiny, "),
+    (
+      "quikstart",
+      None,
+      "there is no such recipe or file; did you mean quickstart? The recipes are base, blocks, chat_tiny, ",
+    ),
+    ("xyz.py", None, "there is no such recipe or file. The recipes are base, blocks, chat_tiny, "),
     ("configs/quickstart.py", None, "there is no file configs/quickstart.py; the recipe of that name is --config=qui"),
     ("quickstart:fast", None, "its get_config cannot be called with 'fast' behind a colon: too many positional"),
     ("llada_8b:v5p_1x1", None, "there are settings for v5p_4x4x4, v6e_16x16, v5p_4x4x4_x2"),

@@ -14,7 +14,7 @@ from lladax.storage import checkpoint
 def curve(workdir):
   """What must be the same in two runs that are the same, of every step."""
   lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  return [(line["step"], line["loss"], line["grad_norm"], line["learning_rate"]) for line in lines]
+  return [(line["step"], line["loss"], line["grad_norm"], line["learning_rate"]) for line in lines if "loss" in line]
 
 
 def losses(workdir):

@@ -2,9 +2,9 @@
 
 It knows neither what the step does nor where its batches come from: what it needs is handed to it as `Work`.
 
-The life of a step: the batch is on the devices -> the step (compiled once, the state donated) -> while it runs, the
-next batch is put there and the metrics of the step before are written -> every so often a checkpoint in the background,
-and an evaluation.
+The life of a step: the batch is on the devices -> the step (compiled beforehand, the state donated) -> while it runs,
+the next batch is put there and the metrics of the step before are written -> every so often a checkpoint in the
+background, and an evaluation.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import ctypes
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,24 +24,36 @@ from lladax.devices.interrupts import Interrupt, Stopped
 from lladax.storage import checkpoint, metrics, near
 
 
-class Work(NamedTuple):
-  """What is repeated. A state and a batch are trees of arrays; of what, is the step's own affair."""
+class Part(NamedTuple):
+  """Steps that one program does."""
 
+  begin: int  # so many steps come before it
+  end: int  # so many are done after it
   # Jitted: (state, batch) -> (state, scalars). These are a `loss`, a `grad_norm` and, where a step may change nothing,
   # how many did so (`skipped`), and how many in a `row`.
   step: Any
+  flops: float  # of a token
+
+
+class Work(NamedTuple):
+  """What is repeated. A state and a batch are trees of arrays; of what, is the step's own affair."""
+
+  parts: Sequence[Part]  # of the steps start + 1 .. end at least, in order; the same `step` is compiled once
   batches: Iterator[Any]  # on the devices, of the steps start + 1 .. end
   start: int  # so many steps are done
   end: int  # the number of the last one
   tokens: int  # of a batch
-  flops: float  # of a token
   learning_rate: Callable[[int], float]  # of a step
-  describe: Callable[[Any, Any], None]  # is shown (state, compiled step) before the first one
+  describe: Callable[[Any, dict[Any, Any]], None]  # is shown (state, compiled by step) before the first one
   to_tree: Callable[[Any], Any]  # what is saved of a state
-  evaluate: Callable[[Any, Callable[[str], None]], dict[str, float]]  # (state, beat) -> metrics
+  evaluate: Callable[[int, Any, Callable[[str], None]], dict[str, float]]  # (steps done, state, beat) -> metrics
   evaluate_every: int  # steps; 0: never
   patience: int = 0  # steps in a row that may be skipped; 0: all
   examples: Callable[[int], str] = "batch {}".format  # of a step, for who looks for what is wrong with them
+
+  def part(self, step: int) -> Part:
+    """The one that a step belongs to."""
+    return next(x for x in self.parts if step <= x.end)
 
 
 class Stuck(Exception):
@@ -91,14 +103,16 @@ def run(work: Work, state: Any, workdir: Path, checkpoints: CheckpointConfig, lo
       with stop.waiting():
         watchdog.beat("reading the first batch")
         batch = next(work.batches)
-        watchdog.beat("compiling the step")
-        program = compiled(work.step, state, batch)
-        work.describe(state, program)
+        programs = {}
+        for step in dict.fromkeys(x.step for x in work.parts if x.end > work.start):  # all now: no phase fails later
+          watchdog.beat("compiling the step")
+          programs[step] = compiled(step, state, batch)
+        work.describe(state, programs)
       for step in range(work.start + 1, work.end + 1):
         beat(f"step {step}")
         profiler.at(step)
         with jax.transfer_guard("disallow"):
-          state, scalars = program(state, batch)
+          state, scalars = programs[work.part(step).step](state, batch)
         done = step
         try:
           if step < work.end:
@@ -116,7 +130,7 @@ def run(work: Work, state: Any, workdir: Path, checkpoints: CheckpointConfig, lo
           nearer.save(step, work.to_tree(state))
         if step < work.end and work.evaluate_every and step % work.evaluate_every == 0:
           journal.flush()
-          journal.add_held_out(step, work.evaluate(state, beat))
+          journal.add_held_out(step, work.evaluate(step, state, beat))
     except Stopped:  # between two steps, or within an evaluation, which is left out then
       save()
   if nearer and done == work.end:
@@ -158,9 +172,10 @@ class _Journal:
       return
     (step, scalars), self._waiting = self._waiting, None
     work, log, ticks = self._work, self._log, self._ticks
+    part = work.part(step)
     values = {name: x.item() for name, x in jax.device_get(scalars).items()}
     ticks.append(time.monotonic())
-    del ticks[:-20]
+    del ticks[: -min(20, step - part.begin + 1)]  # of the same program
     skipped, row = values.pop("skipped", 0), values.pop("row", 0)
     if row:
       found = ", ".join(f"{name}={values[name]:.4g}" for name in ("loss", "grad_norm"))
@@ -169,7 +184,7 @@ class _Journal:
     speed = work.tokens * (len(ticks) - 1) / (ticks[-1] - ticks[0])
     values |= {"learning_rate": work.learning_rate(step), "tokens_per_second": speed}
     if self._peak:
-      values["mfu"] = speed * work.flops / (self._peak * jax.device_count())
+      values["mfu"] = speed * part.flops / (self._peak * jax.device_count())
     if step % log.every == 0 or step == work.end or row:
       shown = step % log.console_every == 0 or step in (work.start + 1, work.end)
       self._writer.write(step, values, console=shown)

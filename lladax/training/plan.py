@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from rich.table import Table
 
 from lladax import sampling
-from lladax.config import Config
+from lladax.config import Config, block_words
 from lladax.devices import ahead, gpus, sharding
 from lladax.devices.ahead import Program, chips, compiled, devices
 from lladax.inference import engine
@@ -43,8 +43,9 @@ class Plan:
   because: str  # how it comes about, where it is no word of the compiler
   config: Config
   train: Program | None  # None: the model is one to sample from, in bits without adapters
+  block: int  # of the train step: of those of `noise.blocks` the one that needs most
   sample: Program | None
-  flops_per_step: float
+  flops_per_step: float  # in the mean over the run
   tokens_per_step: int
   seconds_per_step: float  # at the utilisation
   utilisation: float
@@ -57,7 +58,8 @@ class Plan:
   @property
   def programs(self) -> list[tuple[str, Program]]:
     """Those that were compiled, by name."""
-    return [(name, x) for name, x in (("train step", self.train), ("sampler", self.sample)) if x]
+    said = f", {block_words(self.block)}" if len(self.config.phases) > 1 else ""
+    return [(name, x) for name, x in ((f"train step{said}", self.train), ("sampler", self.sample)) if x]
 
   def to_dict(self) -> dict[str, Any]:
     """Plain values, for JSON; times in seconds, sizes in bytes."""
@@ -70,7 +72,7 @@ class Plan:
     own = ("topology", "slices", "chips", "devices", "limit", "because", "fits")
     return {name: getattr(self, name) for name in own} | {
       "parameters": c.model.num_params(), "settings": settings,
-      **{name: _plain(getattr(self, name)) for name in ("train", "sample")},
+      **{name: _plain(getattr(self, name)) for name in ("train", "sample")}, "block": self.block,
       "flops_per_step": self.flops_per_step, "tokens_per_step": self.tokens_per_step, "steps": c.steps,
       "utilisation": self.utilisation, "seconds_per_step": self.seconds_per_step, "hours": hours,
       "chip_hours": hours * self.chips,
@@ -109,24 +111,30 @@ def make(config: Config, topology: str, slices: int = 1, *, utilisation: float =
   trains = _trains(config)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # constants of the traced programs are made here
     step.check_mesh(config, mesh)
-    stepping = sampling_ = None
+    stepping, block, sampling_ = None, config.model.block, None
     if trains:
       step.check_trains(config.model)
-      stepping = compiled(functools.partial(_lower_step, config, mesh), found[0])
+      steps = [(_compiled_step(config.of_block(n), mesh, found[0]), n) for n in {x.block for x in config.phases}]
+      stepping, block = max(steps, key=lambda x: (bool(x[0].refusal), x[0].total, x[1]))
     if sampler or not trains:
       sampling_ = compiled(functools.partial(_lower_sampler, config, mesh), found[0])
-  flops = step.flops_per_token(config) * config.data.batch_size * config.data.length
+  tokens = config.data.batch_size * config.data.length
+  flops = sum((x.end - x.begin) * step.flops_per_token(config.of_block(x.block)) for x in config.phases)
+  flops = flops / config.steps * tokens
   peak = metrics.peak_flops(found[0])
   assert peak is not None
   return Plan(
     topology, slices, chips(topology) * slices, len(found), *ahead.limit(found[0], len(found)), config, stepping,
-    sampling_, flops, config.data.batch_size * config.data.length, flops / (peak * len(found) * utilisation),
-    utilisation,
+    block, sampling_, flops, tokens, flops / (peak * len(found) * utilisation), utilisation,
   )  # fmt: skip
 
 
 def _trains(config: Config) -> bool:
   return config.model.weights == "full" or config.model.lora_rank > 0
+
+
+def _compiled_step(config: Config, mesh: jax.sharding.Mesh, device: Any) -> Program:
+  return compiled(functools.partial(_lower_step, config, mesh), device)
 
 
 def _lower_step(config: Config, mesh: jax.sharding.Mesh) -> Any:
@@ -231,7 +239,8 @@ def run(
   report, estimate = plan.to_dict(), None
   if explain and plan.train and plan.train.hlo:
     device = roofline.device(found[0], len(found) // slices)
-    estimate = roofline.analyse(plan.train.hlo, device, plan.flops_per_step / len(found))
+    flops = step.flops_per_token(plan.config.of_block(plan.block)) * plan.tokens_per_step
+    estimate = roofline.analyse(plan.train.hlo, device, flops / len(found))
     report["roofline"] = estimate.to_dict()
     if page:
       title = f"{config.model.num_params():,} parameters on {slices} x {topology}"

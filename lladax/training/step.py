@@ -126,14 +126,15 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
   part, field = config.data.batch_size // config.micro_batches, "data.batch_size / micro_batches"
   # The two rows of an antithetic pair live on one device.
   sharding.check_batch(mesh, part, field, multiple=2 if config.noise.times == "antithetic" else 1)
-  config.model.check_mesh(mesh, config.data.length)
-  c, L = config.model, config.data.length
+  L = config.data.length
   segment_BL = jax.ShapeDtypeStruct((part, L), jnp.int32)
-  visible = c.visible(L, segment_BL, right_padded=not config.data.separates, aligned=True)
-  attention.choose(
-    c.attention, visible, K=c.K, dtype=c.compute_dtype, platform=mesh.devices.flat[0].platform,
-    capability=sharding.capability(mesh.devices.flat[0]), context=mesh.shape["context"],
-  )  # fmt: skip
+  for c in (config.of_block(block).model for block in {x.block for x in config.phases}):
+    c.check_mesh(mesh, L)
+    visible = c.visible(L, segment_BL, right_padded=not config.data.separates, aligned=True)
+    attention.choose(
+      c.attention, visible, K=c.K, dtype=c.compute_dtype, platform=mesh.devices.flat[0].platform,
+      capability=sharding.capability(mesh.devices.flat[0]), context=mesh.shape["context"],
+    )  # fmt: skip
 
 
 _PARAMETERS = 0x1217  # folded into the seed that they are drawn from: the noise of a step has the step folded in

@@ -12,7 +12,7 @@ import numpy as np
 from rich.table import Table
 
 from lladax import address, optimizer
-from lladax.config import Config
+from lladax.config import Config, block_words
 from lladax.data import batches
 from lladax.devices import distributed, sharding
 from lladax.devices.interrupts import Interrupt
@@ -44,7 +44,7 @@ def train(config: Config, workdir: str | os.PathLike, allow: Sequence[str] = ())
     run = prepare(config, address.mirror(workdir), allow)
     config = run.config
     with jax.set_mesh(run.mesh):
-      llada = _llada(run, _last_state(run, stop, console))
+      llada = _llada(run, _last_state(run, stop, console), config.steps)
       bounds = held_out.bound(llada, config) if config.data.held_out else {}
       try:
         results = evaluate.report(llada, config, bounds, run.workdir, console)
@@ -127,27 +127,35 @@ def _work(run: Run, start: int, ahead: int, console: Console) -> loop.Work:
     stop=config.steps + ahead, rows_R=rows_R,
   )  # fmt: skip
 
-  def bound(state, beat):
-    return held_out.bound(_llada(run, state), config, rows=config.evaluate.rows, beat=beat)
+  def bound(step, state, beat):
+    return held_out.bound(_llada(run, state, step), config, rows=config.evaluate.rows, beat=beat)
 
   def examples(step):
     first = (step - 1 + ahead) * c.batch_size
     return f"the examples {first} to {first + c.batch_size - 1} of the data's order"
 
+  ids = {"mask_id": run.text.mask_id, "eos_id": run.text.eos_id, "vocab_size": run.text.vocab_size}
+  of_block = {block: config.of_block(block) for block in dict.fromkeys(x.block for x in config.phases if x.end > start)}
+  steps = {block: jit_step(c, run.tx, run.shardings, **ids) for block, c in of_block.items()}
+
+  def show(state, programs):
+    describe(run, console, state, {block: programs[step] for block, step in steps.items()})
+
   return loop.Work(
-    step=jit_step(
-      config, run.tx, run.shardings, mask_id=run.text.mask_id, eos_id=run.text.eos_id, vocab_size=run.text.vocab_size
-    ),
+    parts=[
+      loop.Part(x.begin, x.end, steps[x.block], flops_per_token(of_block[x.block]))
+      for x in config.phases if x.end > start
+    ],
     batches=map(functools.partial(_put, run.batch_sharding, rows_R, c.batch_size), read),
-    start=start, end=config.steps, tokens=c.batch_size * c.length, flops=flops_per_token(config),
-    learning_rate=lambda step: float(np.asarray(rate(step - 1))), describe=functools.partial(describe, run, console),
+    start=start, end=config.steps, tokens=c.batch_size * c.length,
+    learning_rate=lambda step: float(np.asarray(rate(step - 1))), describe=show,
     to_tree=to_tree, evaluate=bound, evaluate_every=config.evaluate.every, patience=config.guard.patience,
     examples=examples,
   )  # fmt: skip
 
 
-def describe(run: Run, console: Console, state: State, compiled: Any) -> None:
-  """Prints what is sliced how, the compiled step's memory and the FLOPs formula."""
+def describe(run: Run, console: Console, state: State, programs: dict[int, Any]) -> None:
+  """Prints what is sliced how, and of the compiled steps, by their block, the memory and the FLOPs formula."""
   config, c = run.config, run.config.model
   axes = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items() if size > 1)
   title = f"{c.num_params():,} parameters" + (f" on a mesh of {axes}" if axes else "")
@@ -167,23 +175,38 @@ def describe(run: Run, console: Console, state: State, compiled: Any) -> None:
       "every device holds %d large arrays in full, %.1f GiB in all, the largest %s: mesh.fsdp slices them",
       len(whole), sum(size for _, size in whole) / 2**30, largest[0],
     )  # fmt: skip
-  memory = compiled.memory_analysis()
-  if memory:
-    parts = {"state and batch": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}
-    console.print("memory per device: " + ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in parts.items()))
-  flops = flops_per_token(config)
-  peak = metrics.peak_flops(jax.devices()[0])
-  kind = jax.devices()[0].device_kind
-  formula = "6 N + 12 L d T" + (f" - 2 x {n:,} frozen" if (n := frozen_matmuls(config)) else "")
+  if config.noise.blocks and not c.causal:
+    begins = ", ".join(f"{block_words(x.block)} from step {x.begin + 1} on" for x in config.phases)
+    console.print(f"{begins}: {len(programs)} programs of the steps that are left, all compiled")
+  for block, compiled in programs.items():
+    said = f" with {block_words(block)}" * (len(config.phases) > 1)
+    memory = compiled.memory_analysis()
+    if memory:
+      parts = {"state and batch": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}
+      sizes = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in parts.items())
+      console.print(f"memory per device{said}: {sizes}")
+    flops = flops_per_token(config.of_block(block))
+    console.print(f"{flops / 1e6:,.2f} MFLOP per token{said} = {_formula(config, block)}")
+  peak, kind = metrics.peak_flops(jax.devices()[0]), jax.devices()[0].device_kind
+  head = f", h={c.V * c.D:,}" * any(programs)
   console.print(
-    f"{flops / 1e6:,.2f} MFLOP per token = {formula} with N={matmuls(config):,}, L={c.N}, d={c.H * c.K},"
-    f" T={config.data.length}; {jax.device_count()} x {kind}, "
+    f"N={matmuls(config):,}{head}, L={c.N}, d={c.H * c.K}, T={config.data.length}; {jax.device_count()} x {kind}, "
     + (f"peak {peak / 1e12:,.0f} TFLOP/s each" if peak else "unknown peak")
   )
 
 
-def _llada(run: Run, state: State) -> LLaDA:
-  c, text = run.config.model, run.text
+def _formula(config: Config, block: int) -> str:
+  """`flops_per_token` in words; h are the head's parameters."""
+  n, twice = frozen_matmuls(config), config.noise.complements and not config.model.causal
+  formula = f"6 (2 N - h) + 12 L d (T + {block})" if block else "6 N + 12 L d T"
+  if n:
+    formula += f" - 2 x {2 * n - config.model.V * config.model.D if block else n:,} frozen"
+  return f"2 ({formula})" if twice else formula
+
+
+def _llada(run: Run, state: State, step: int) -> LLaDA:
+  """The model of a state, with the block of its phase."""
+  c, text = run.config.at(step).model, run.text
   params = c.join(state.params, state.frozen)
   return LLaDA(c, params, text, text.mask_id, text.eos_id, text.vocab_size, text.eot_id, text.ends)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +36,9 @@ def test_any_step_over_any_batches(tmp_path):
   seen, here = [], jax.local_devices()[0]
   batches = (jax.device_put(np.eye(2, dtype=np.float32), here) for _ in range(10))
   work = loop.Work(
-    step=step, batches=batches, start=0, end=10, tokens=2, flops=1.0, learning_rate=lambda n: 0.1,
-    describe=lambda w, compiled: seen.append(compiled.memory_analysis()), to_tree=lambda w: {"w": w},
-    evaluate=lambda w, beat: {"error": float(jnp.abs(w - 3.0).max())}, evaluate_every=4,
+    parts=[loop.Part(0, 10, step, flops=1.0)], batches=batches, start=0, end=10, tokens=2,
+    learning_rate=lambda n: 0.1, describe=lambda w, programs: seen.append(programs[step].memory_analysis()),
+    to_tree=lambda w: {"w": w}, evaluate=lambda n, w, beat: {"error": float(jnp.abs(w - 3.0).max())}, evaluate_every=4,
   )  # fmt: skip
   log, often = config.LogConfig(tensorboard=False), config.CheckpointConfig(every=5)
   with Interrupt() as stop:
@@ -50,6 +51,30 @@ def test_any_step_over_any_batches(tmp_path):
   assert checkpoint.steps(tmp_path) == [5, 10] and len(seen) == 1
   saved = checkpoint.restore(tmp_path, 10, {"w": jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding)})
   assert saved["w"].tobytes() == np.asarray(w).tobytes()
+
+
+def test_parts_of_a_run_have_programs_and_a_speed_of_their_own(tmp_path, monkeypatch):
+  """Each is compiled once, beforehand; neither tokens a second nor the utilisation are of another one's steps."""
+  one, other = (jax.jit(lambda w, batch, by=by: (w + by, {"loss": w, "grad_norm": w})) for by in (1.0, 10.0))
+  parts = [loop.Part(0, 3, one, flops=2.0), loop.Part(3, 5, other, flops=8.0), loop.Part(5, 9, one, flops=2.0)]
+  clock = iter(np.cumsum([0, *[1] * 3, *[10] * 2, *[1] * 4]).tolist())
+  monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+  monkeypatch.setattr(metrics, "peak_flops", lambda device: 10.0)
+  monkeypatch.setattr(loop, "compiled", lambda step, *args: compiled.append(step) or step.lower(*args).compile())
+  compiled, here = [], jax.local_devices()[0]
+  work = loop.Work(
+    parts=parts, batches=(jax.device_put(np.float32(0), here) for _ in range(9)), start=0, end=9, tokens=20,
+    learning_rate=lambda n: 0.1, describe=lambda w, programs: compiled.append(len(programs)),
+    to_tree=lambda w: {"w": w}, evaluate=lambda n, w, beat: {}, evaluate_every=0,
+  )  # fmt: skip
+  log = config.LogConfig(tensorboard=False)
+  with Interrupt() as stop:
+    w = loop.run(work, jax.device_put(np.float32(0), here), tmp_path, config.CheckpointConfig(), log, stop)
+  assert w == 3 + 20 + 4 and compiled == [one, other, 2]
+  rows = metrics.read(tmp_path / "metrics.jsonl")
+  assert [row["tokens_per_second"] for row in rows] == [20.0] * 3 + [2.0] * 2 + [20.0] * 4
+  utilisation = np.array([row["mfu"] for row in rows]) * jax.device_count()
+  np.testing.assert_allclose(utilisation, [4.0] * 3 + [1.6] * 2 + [4.0] * 4)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from lladax import configs
+from lladax import configs, diffusion
 from lladax.config import parse
 from lladax.devices import ahead
 from lladax.training import plan, roofline, step
@@ -55,6 +55,20 @@ def test_a_plan_of_adapters(small):
   state = 2 * small.model.num_params() + 4 * 3 * adapters
   assert state / 4 <= found.train.arguments <= state / 4 + 2**20
   assert found.flops_per_step < 16 * 256 * step.flops_per_token(small)
+
+
+@pytest.mark.usefixtures("quick_plans")
+@pytest.mark.slow
+def test_a_plan_of_phases_is_that_of_the_largest_program(small):
+  """[x_t, x_0] is twice as long as a row; time and FLOPs are of the whole run."""
+  phases = diffusion.NoiseConfig(blocks=((0.25, 32), (-1, 0)))
+  found = plan.make(dataclasses.replace(small, noise=phases), "v5e:2x2", sampler=False)
+  blocks, whole = (step.flops_per_token(found.config.of_block(block)) for block in (32, 0))
+  assert found.block == 32 and found.flops_per_step == (blocks + 3 * whole) / 4 * found.tokens_per_step
+  assert [name for name, _ in found.programs] == ["train step, blocks of 32"]
+  alone = plan.make(small, "v5e:2x2", sampler=False)
+  assert alone.block == 0 and [name for name, _ in alone.programs] == ["train step"]
+  assert found.train.temporaries > alone.train.temporaries
 
 
 @pytest.mark.usefixtures("libtpu")
