@@ -377,6 +377,8 @@ class Campaign:
 
   def corruptions(self, count: int) -> None:
     """Of every file of a checkpoint; read as a run that goes on does."""
+    if 1 not in self.right:
+      return
     here = Path(self.right[1]["workdir"])
     seed = self.draw.randrange(2**32)
     found = ask(lambda: corrupt(here, self.folder / "corrupt", count, seed, self.began), self.folder)
@@ -421,6 +423,8 @@ class Campaign:
 
   def numbers_that_are_none(self) -> None:
     """A batch with NaNs, and one that makes the gradient overflow; what is saved is finite."""
+    if 1 not in self.right:
+      return
     for what, weight in (("NaN", float("nan")), ("1e30", 1e30)):
       name, workdir = f"batch with weights of {what}", self.new()
       job = self.start(workdir, before=lambda weight=weight: _poison(weight))
@@ -440,7 +444,9 @@ class Campaign:
       self.one(f"no file beyond {size} bytes (RLIMIT_FSIZE)", lambda size=size: _limit(size), None)
 
   def one(self, name: str, before: Callable[[], Any], code: int | None, says: str = "", **fields) -> None:
-    """A run with a fault, and the same command without."""
+    """A run with a fault, and the same command without; of one process, if such are asked for."""
+    if 1 not in self.right:
+      return
     workdir = self.new()
     job = self.start(workdir, before=before, **fields)
     (found,), row = job.finish(), self.rows[name]
