@@ -1,3 +1,4 @@
+import json
 import re
 import subprocess
 import sys
@@ -216,6 +217,26 @@ def test_models_and_records_at_an_address(store, tiny_flags, tiny_workdir, tmp_p
   run(env, "--mode=sample", f"--workdir={at}/imported", "--prompt=red")
   run(env, "--mode=prepare", *tiny_flags, f"--target={at}/records", "--shards=2")
   run(env, *tiny_flags, f"--config.data.corpus=records:{at}/records", "--config.steps=5", f"--workdir={at}/run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_conversations_at_an_address(store, tiny_flags, tmp_path):
+  """The same bytes as here, and a run on them."""
+  pytest.importorskip("apache_beam")
+  at, env, path = f"{store.kind}://{stores.BUCKET}", store.environment, tmp_path / "talks.jsonl"
+  path.write_text("".join(json.dumps({"prompt": f"{i}?", "response": "red"}) + "\n" for i in range(80)))
+  flags = [*tiny_flags, "--config.data.format=chat", "--config.data.length=64"]
+  prepare = ["--mode=prepare", *flags, f"--config.data.corpus=files:{path}", "--shards=2"]
+  run({}, *prepare, f"--target={tmp_path / 'here'}")
+  run(env, *prepare, f"--target={at}/talks")
+  fetch(store, f"{at}/talks", tmp_path / "there")
+  here, there = (
+    {str(x.relative_to(tmp_path / name)): x.read_bytes() for x in (tmp_path / name).rglob("*") if x.is_file()}
+    for name in ("here", "there")
+  )
+  assert here == there and "turns-train.int32-00001-of-00002" in here
+  run(env, *flags, f"--config.data.corpus=records:{at}/talks", "--config.steps=5", f"--workdir={at}/run")
 
 
 @pytest.mark.slow

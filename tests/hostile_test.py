@@ -126,6 +126,20 @@ def test_a_damaged_manifest_is_named(tmp_path, changes):
   assert str(tmp_path) in refused(lambda: records.open_folder(tmp_path).source("train"))  # a million shards: the first
 
 
+@pytest.mark.parametrize("changes", [{"turns": None}, {"turns": {}}, {"turns": {"train": ["x"], "validation": 1}},
+                                     {"turns": {"train": [], "validation": []}}, {"shards": 2}])  # fmt: skip
+def test_a_damaged_manifest_of_conversations_is_named(tmp_path, changes):
+  counts = dict.fromkeys(("documents", "bytes", "tokens", "records"), 1)
+  manifest = {"holds": "chat", "shards": 1, "tokenizer_fingerprint": "x", "turns": dict.fromkeys(records.SPLITS, ["x"]),
+              "splits": dict.fromkeys(records.SPLITS, counts)}  # fmt: skip
+  (tmp_path / records.MANIFEST).write_text(json.dumps(manifest))
+  assert records.open_folder(tmp_path).manifest == manifest
+  (tmp_path / records.turns_name("train", 0, 1)).write_bytes(b"")
+  assert "is damaged" in refused(lambda: records.open_folder(tmp_path).turns("train"))
+  (tmp_path / records.MANIFEST).write_text(json.dumps(manifest | changes))
+  assert str(tmp_path) in refused(lambda: records.open_folder(tmp_path))
+
+
 @pytest.mark.parametrize("changes", [{"n_layers": 2_000_000}, {"d_model": 2**40}, {"embedding_size": 10**18},
                                      {"mlp_hidden_size": 2**62}, {"n_heads": 2**31}, {"eos_token_id": {"a": 1}},
                                      {"eos_token_id": [0, {}]}, {"mask_token_id": 2**64}])  # fmt: skip

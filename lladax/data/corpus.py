@@ -76,8 +76,7 @@ def conversations(
     Missing, Mistake: as `documents`; a role that the chat template does not know.
   """
   tally = tally or Tally()
-  make = functools.partial(_conversation, prompt_field=prompt_field, response_field=response_field)
-  found = [messages for part in parts(corpus) for messages in _read(part, tally, make)]
+  found = [x for part in parts(corpus) for x in read_conversations(part, prompt_field, response_field, tally)]
   if not found:
     raise Mistake(f"data.corpus={corpus!r} holds no conversation with a reply: {_why(tally, 'record')}")
   return found
@@ -114,6 +113,17 @@ def read_texts(part: str, text_field: str, tally: Tally) -> Iterator[str]:
   return _read(part, tally, functools.partial(_text, field=text_field), tuple(text_field.split(",")))
 
 
+def read_conversations(part: str, prompt_field: str, response_field: str, tally: Tally) -> Iterator[Messages]:
+  """The conversations of one of `parts(corpus)`."""
+  make = functools.partial(_conversation, prompt_field=prompt_field, response_field=response_field)
+  return _read(part, tally, make)
+
+
+def spelled(item: str | Messages) -> str:
+  """A document, or a conversation, as the text that says whether it is held out."""
+  return item if isinstance(item, str) else json.dumps(item)
+
+
 def parts(corpus: str) -> list[str]:
   """What a corpus is made of, in a fixed order; each can be read by itself, on another machine too.
 
@@ -144,7 +154,7 @@ def split(items: Sequence[Any], held_out: float) -> tuple[list[Any], list[Any]]:
     raise Mistake(f"data.held_out={held_out}: must be at least 0 and less than 1")
   kept: tuple[list[Any], list[Any]] = ([], [])
   for item in items:
-    kept[is_held_out(item if isinstance(item, str) else json.dumps(item), held_out)].append(item)
+    kept[is_held_out(spelled(item), held_out)].append(item)
   if held_out and not all(kept):
     empty = "held-out" if kept[0] else "training"
     raise Mistake(

@@ -160,23 +160,24 @@ class Dialogues:
     Greedily: a reply joins the first copy whose dialogue it continues, and whose last reply ends a block before.
     """
     n, L, conversation = self._c.align, self._c.length, -1
-    found: list[list[int]] = []
-    copies: list[tuple[list[int], int, int]] = []  # of a conversation: turns, begin, the block where the last ends
-    columns = (x.tolist() for x in (self._of_R, self._begin_R, self._reply_R, self._end_R))
-    for turn, (of, begin, reply, end) in enumerate(zip(*columns, strict=True)):
+    first_R = np.arange(len(self._of_R))  # the first turn of the copy in which a turn is learnt
+    copies: list[tuple[int, int, int]] = []  # of a conversation: first turn, begin, the block where the last turn ends
+    (several_S,) = np.nonzero(np.bincount(self._of_R)[self._of_R] > 1)
+    columns = (self._of_R, self._begin_R, self._reply_R, self._end_R)
+    for turn, of, begin, reply, end in zip(several_S.tolist(), *(x[several_S].tolist() for x in columns), strict=True):
       if of != conversation:
         conversation, copies = of, []
       if end + 1 - begin > L:  # its prompt is cut
-        found.append([turn])
         continue
-      first, last = (reply - begin) // n, (end - begin) // n
-      i = next((i for i, (_, start, full) in enumerate(copies) if start == begin and full < first), len(copies))
-      if i == len(copies):
-        copies.append(([], begin, last))
-        found.append(copies[i][0])
-      copies[i][0].append(turn)
-      copies[i] = (copies[i][0], begin, last)
-    return np.concatenate(found), np.cumsum([0, *map(len, found)])
+      block, last = (reply - begin) // n, (end - begin) // n
+      i = next((i for i, (_, start, full) in enumerate(copies) if start == begin and full < block), None)
+      if i is None:
+        copies.append((turn, begin, last))
+      else:
+        first_R[turn] = copies[i][0]
+        copies[i] = (copies[i][0], begin, last)
+    turn_R = np.argsort(first_R, kind="stable")
+    return turn_R, np.append(np.flatnonzero(np.diff(first_R[turn_R], prepend=-1)), len(turn_R))
 
   @property
   def digest(self) -> str:

@@ -7,6 +7,9 @@ The life of a document:
   they are tokenised, each followed by EOS, laid end to end, and cut into records; a shard's last record is padded;
   the shard is written under another name, renamed when it is whole, and its counts are written beside it.
 
+A conversation is a record of its own, rendered in the chat template, and none is dropped: a table of each shard says
+where in the corpus it stood, and where its replies lie, so that a run on records is the run on the files.
+
 Nothing of this depends on the number of workers, and neither do the bytes of the files. A preparation that was cut off
 goes on with the same command: shards that are whole are kept. Memory: a worker holds one shard's text.
 """
@@ -32,7 +35,7 @@ import numpy as np
 from rich.table import Table
 
 from lladax import address
-from lladax.data import contamination, corpus, reading, records
+from lladax.data import contamination, corpus, dialogues, reading, records
 from lladax.data import tokenizer as tokenizers
 from lladax.data.sources import texts
 from lladax.data.tokenizer import Tokenizer, TokenizerConfig
@@ -41,8 +44,12 @@ from lladax.mistake import Mistake
 from lladax.terminal import Console
 
 _BATCH_BYTES = 4_000_000  # of documents that travel together
-_COUNTS = ("documents", "bytes", "tokens", "records", "padding", "duplicates")
+_COUNTS = {
+  "text": ("documents", "bytes", "tokens", "records", "padding", "duplicates"),
+  "chat": ("documents", "replies", "bytes", "tokens", "records"),
+}
 Key = tuple[str, int]  # (split, shard)
+Item = tuple[Any, str]  # (what it is sorted by, a document or the JSON of a conversation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +63,16 @@ class Recipe:
   length: int
   shards: int
   tokenizer_fingerprint: str
+  holds: str = "text"  # or "chat"
+  prompt_field: str = ""
+  response_field: str = ""
+
+  @property
+  def stated(self) -> dict[str, Any]:
+    """As it is written down: what plays a part."""
+    only = {"text": ("text_field", "length"), "chat": ("holds", "prompt_field", "response_field")}
+    others = {name for kind, names in only.items() if kind != self.holds for name in names}
+    return {name: x for name, x in dataclasses.asdict(self).items() if name not in others}
 
   def key(self, text: str) -> tuple[Key, bytes]:
     """((split, shard), hash) of a document."""
@@ -65,13 +82,14 @@ class Recipe:
 
 
 def run(
-  data: DataConfig, tokenizer: TokenizerConfig, target: str, shards: int, beam_options: list[str]
+  data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, target: str, shards: int, beam_options: list[str]
 ) -> dict[str, Any]:
   """Prepares the corpus of a config; returns the manifest.
 
   Args:
-    data: corpus, text_field, bad_lines, exclude, held_out and length.
-    tokenizer: as for training; SentencePiece without a path is trained on the whole corpus, on this machine.
+    data: corpus, format, the fields of a record, bad_lines, exclude, held_out and, of text, length.
+    tokenizer: as for training; SentencePiece without a path is trained on the whole corpus, on this machine. Or one
+      that is at hand, of the model that a run begins with.
     target: folder, or an address that fsspec can write to.
     shards: files of each split; each is made by one worker, in memory.
     beam_options: as for any Beam pipeline, such as --runner=DataflowRunner, or --direct_num_workers=2
@@ -81,8 +99,8 @@ def run(
     Mistake, Missing: bad input, one line.
   """
   console = Console(stderr=True, soft_wrap=True)
-  if data.format != "text" or data.mixture:
-    raise Mistake("--mode=prepare makes records of one corpus of text: data.format=text, no data.mixture")
+  if data.mixture:
+    raise Mistake("--mode=prepare makes records of one corpus: data.corpus, no data.mixture")
   if shards < 1:
     raise Mistake(f"--shards={shards}: must be at least 1")
   logging.disable(logging.WARNING)  # Beam complains of clouds that are not installed
@@ -101,7 +119,13 @@ def run(
   system, root = fsspec.url_to_fs(os.path.expanduser(target))
   folder = _Folder(target, root)
   text = _tokenizer(folder, tokenizer, data, console)
-  recipe = Recipe(data.corpus, data.text_field, data.exclude, data.held_out, data.length, shards, text.fingerprint)
+  if data.format == "chat":
+    text.check_chat()
+  recipe = Recipe(
+    data.corpus, data.text_field, data.exclude, data.held_out, data.length, shards, text.fingerprint, data.format,
+    data.prompt_field, data.response_field,
+  )  # fmt: skip
+  _save(folder, text)
   done = folder.begin(recipe)
   if manifest := folder.read(records.MANIFEST):
     console.print(f"{target} is finished already")
@@ -119,7 +143,7 @@ def run(
     ):
       read = (
         pipeline
-        | "parts" >> beam.Create(parts)
+        | "parts" >> beam.Create(list(enumerate(parts)))
         | "spread" >> beam.Reshuffle()
         | "read" >> beam.ParDo(_reader(recipe, data, done)).with_outputs("tally", main="documents")
       )
@@ -132,7 +156,7 @@ def run(
       threading.excepthook = lambda _: None  # Beam's threads would tell of the end of their workers
       code = error.code if isinstance(error, SystemExit) else int(signalled[1]) if signalled else 130
       raise SystemExit(code) from None
-    if line := _own_error(str(error)):
+    if line := _own_error(error):
       raise Mistake(line) from None
     raise
   for key in ((split, shard) for split in records.SPLITS for shard in range(shards)):
@@ -190,12 +214,13 @@ class _Folder:
 
   def begin(self, recipe: Recipe) -> set[Key]:
     """The shards that are whole; refuses a folder that was begun otherwise."""
-    given = dataclasses.asdict(recipe)
+    given = recipe.stated
     found = self.json("recipe.json")
     if found is None:
       self.write("recipe.json", json.dumps(given, indent=2).encode())
       return set()
-    differ = [f"{name}: {found.get(name)!r} there, {x!r} here" for name, x in given.items() if found.get(name) != x]
+    now = dict.fromkeys(found) | given
+    differ = [f"{name}: {found.get(name)!r} there, {x!r} here" for name, x in now.items() if found.get(name) != x]
     if differ:
       raise Mistake(f"--target={self.target} was begun otherwise ({'; '.join(differ)}): choose another folder")
     keys = [(split, shard) for split in records.SPLITS for shard in range(recipe.shards)]
@@ -211,41 +236,51 @@ def _counts_name(key: Key) -> str:
   return f"counts-{key[0]}-{key[1]:05d}.json"
 
 
-def _tokenizer(folder: _Folder, config: TokenizerConfig, data: DataConfig, console: Console) -> Tokenizer:
-  """The tokenizer of the target where it was begun before, else a new one, which is written there."""
-  with tempfile.TemporaryDirectory() as here:
-    remote = f"{folder.root}/tokenizer"
-    if folder.system.exists(f"{remote}/{tokenizers.SETTINGS}"):
+def _tokenizer(folder: _Folder, config: TokenizerConfig | Tokenizer, data: DataConfig, console: Console) -> Tokenizer:
+  """What was given; else the tokenizer of the target where it was begun before, else a new one."""
+  if isinstance(config, Tokenizer):
+    return config
+  remote = f"{folder.root}/tokenizer"
+  if folder.system.exists(f"{remote}/{tokenizers.SETTINGS}"):
+    with tempfile.TemporaryDirectory() as here:
       folder.system.get(f"{remote}/", here + "/", recursive=True)
       return tokenizers.load(here)
-    if config.kind == "sentencepiece" and not config.path:
-      console.print("training the tokenizer on the corpus")
-    trains = config.kind == "sentencepiece" and not config.path
-    text = tokenizers.create(config, texts(data)[0] if trains else None)
+  trains = config.kind == "sentencepiece" and not config.path
+  if trains:
+    console.print("training the tokenizer on the corpus")
+  return tokenizers.create(config, texts(data)[0] if trains else None)
+
+
+def _save(folder: _Folder, text: Tokenizer) -> None:
+  """The tokenizer goes to the target, unless it is there."""
+  remote = f"{folder.root}/tokenizer"
+  if folder.system.exists(f"{remote}/{tokenizers.SETTINGS}"):
+    return
+  with tempfile.TemporaryDirectory() as here:
     text.save(here)
     names = sorted(os.listdir(here), key=lambda name: name == tokenizers.SETTINGS)  # the settings last
     for name in names:
       folder.system.makedirs(remote, exist_ok=True)
       folder.system.put_file(f"{here}/{name}", f"{remote}/{name}")
-  return text
 
 
 def _reader(recipe: Recipe, data: DataConfig, done: set[Key]) -> Any:
-  """The DoFn from parts of the corpus to (key, [(hash, text), ...]), and a tally of each part."""
+  """The DoFn from numbered parts of the corpus to (key, [item, ...]), and a tally of each part."""
   import apache_beam as beam
   from apache_beam.pvalue import TaggedOutput
 
   bad_lines, longest = data.bad_lines, data.longest_line
 
   class Read(beam.DoFn):
-    def process(self, part: str) -> Iterator[Any]:
+    def process(self, part: tuple[int, str]) -> Iterator[Any]:
       tally = reading.Tally(bad_lines, recipe.exclude, longest)
       waiting, size = collections.defaultdict(list), 0
-      for text in corpus.read_texts(part, recipe.text_field, tally):
+      for number, item in enumerate(_read(recipe, part[1], tally)):
+        text = corpus.spelled(item)
         key, digest = recipe.key(text)
         if key in done:
           continue
-        waiting[key].append((digest, text))
+        waiting[key].append((digest if recipe.holds == "text" else (part[0], number), text))
         size += len(text)
         if size > _BATCH_BYTES:
           yield from waiting.items()
@@ -256,30 +291,59 @@ def _reader(recipe: Recipe, data: DataConfig, done: set[Key]) -> Any:
   return Read()
 
 
-def _write(
-  gathered: tuple[Key, Iterable[list[tuple[bytes, str]]]], recipe: Recipe, folder: _Folder, text: Tokenizer
-) -> None:
+def _read(recipe: Recipe, part: str, tally: reading.Tally) -> Iterator[Any]:
+  if recipe.holds == "text":
+    return corpus.read_texts(part, recipe.text_field, tally)
+  return corpus.read_conversations(part, recipe.prompt_field, recipe.response_field, tally)
+
+
+def _write(gathered: tuple[Key, Iterable[list[Item]]], recipe: Recipe, folder: _Folder, text: Tokenizer) -> None:
   """Writes a shard and its counts."""
   from array_record.python.array_record_module import ArrayRecordWriter
 
   (split, shard), batches = gathered
   found = sorted(item for batch in batches for item in batch)
-  unique = [item for i, item in enumerate(found) if not i or item != found[i - 1]]
-  count = dict.fromkeys(_COUNTS, 0) | {"documents": len(unique), "duplicates": len(found) - len(unique)}
-  L, name = recipe.length, records.file_name(split, shard, recipe.shards)
+  count: dict[str, Any] = dict.fromkeys(_COUNTS[recipe.holds], 0)
+  name = records.file_name(split, shard, recipe.shards)
   with tempfile.TemporaryDirectory() as here:
     local = f"{here}/{name}"
     writer = ArrayRecordWriter(local, "group_size:1")
-    for tokens_L, segment_L in _cut(_encoded(unique, text, count), L, text.eos_id):
-      writer.write(records.encode(tokens_L, segment_L))
-      count["records"] += 1
-      count["padding"] += int((segment_L == 0).sum())
+    if recipe.holds == "chat":
+      table, count["turns"] = records.encode_table(list(_write_talks(writer, found, text, count)))
+      folder.write(records.turns_name(split, shard, recipe.shards), table)
+    else:
+      _write_windows(writer, found, recipe.length, text, count)
     writer.close()
     folder.put(local, name)
   folder.write(_counts_name((split, shard)), json.dumps(count).encode())
 
 
-def _encoded(documents: list[tuple[bytes, str]], text: Tokenizer, count: dict[str, int]) -> Iterator[np.ndarray]:
+def _write_talks(writer: Any, found: list[Item], text: Tokenizer, count: dict[str, Any]) -> Iterator[np.ndarray]:
+  """Writes conversations; what is said of each in the table of the shard."""
+  render = dialogues.Renderer(text)
+  for place, item in found:
+    messages = json.loads(item)
+    talk = render(messages)
+    record, rows = records.encode_talk(place, talk.ids, talk.turns)
+    writer.write(record)
+    said = corpus.said(messages)
+    sizes = {"documents": 1, "records": 1, "replies": len(rows), "bytes": len(said.encode()), "tokens": len(talk.ids)}
+    for name, size in sizes.items():
+      count[name] += size
+    yield rows
+
+
+def _write_windows(writer: Any, found: list[Item], L: int, text: Tokenizer, count: dict[str, Any]) -> None:
+  """Writes documents, each once, end to end."""
+  unique = [item for i, item in enumerate(found) if not i or item != found[i - 1]]
+  count |= {"documents": len(unique), "duplicates": len(found) - len(unique)}
+  for tokens_L, segment_L in _cut(_encoded(unique, text, count), L, text.eos_id):
+    writer.write(records.encode(tokens_L, segment_L))
+    count["records"] += 1
+    count["padding"] += int((segment_L == 0).sum())
+
+
+def _encoded(documents: list[Item], text: Tokenizer, count: dict[str, int]) -> Iterator[np.ndarray]:
   for _, document in documents:
     ids = np.array([*text.encode(document), text.eos_id], np.int32)
     count["tokens"] += len(ids)
@@ -318,18 +382,22 @@ def _write_tally(tallies: list[reading.Tally], folder: _Folder) -> None:
 def _finish(folder: _Folder, recipe: Recipe, text: Tokenizer) -> dict[str, Any]:
   """The manifest, from the counts of the shards, and what TFDS wants to know."""
   shards = {split: [folder.counts((split, i)) or {} for i in range(recipe.shards)] for split in records.SPLITS}
-  splits = {split: {name: sum(x[name] for x in counts) for name in _COUNTS} for split, counts in shards.items()}
+  names = _COUNTS[recipe.holds]
+  splits = {split: {name: sum(x[name] for x in counts) for name in names} for split, counts in shards.items()}
   read = folder.json("read.json") or {}
-  documents = sum(x["documents"] + x["duplicates"] for x in splits.values())
+  documents = sum(x["documents"] + x.get("duplicates", 0) for x in splits.values())
   if documents != read["documents"]:
     raise Mistake(
       f"--target={folder.target}: {read['documents']} documents were read, and {documents} are in its shards: the"
       " corpus has changed since it was begun; delete it, and prepare it again"
     )
   if not documents:
-    raise Mistake(f"data.corpus={recipe.corpus!r} holds no text: every document is empty")
+    nothing = "text: every document" if recipe.holds == "text" else "conversation with a reply: every record"
+    raise Mistake(f"data.corpus={recipe.corpus!r} holds no {nothing} is empty")
   about = {"vocab_size": text.vocab_size, "eos_id": text.eos_id, "read": read, "splits": splits}
-  manifest = {"format": 1} | dataclasses.asdict(recipe) | about
+  if recipe.holds == "chat":
+    about["turns"] = {split: [x["turns"] for x in counts] for split, counts in shards.items()}
+  manifest = {"format": 1} | recipe.stated | about
   _describe_to_tfds(folder, recipe, {split: [x["records"] for x in counts] for split, counts in shards.items()})
   folder.write(records.MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
   return manifest
@@ -340,7 +408,11 @@ def _describe_to_tfds(folder: _Folder, recipe: Recipe, lengths: dict[str, list[i
   from etils import epath
 
   kept = ("dataset_info.json", "features.json")
-  array = tfds.features.Tensor(shape=(recipe.length,), dtype=np.int32, encoding="bytes")
+  shapes: dict[str, tuple[int | None, ...]] = {"tokens": (recipe.length,), "segment": (recipe.length,)}
+  about = f"records of {recipe.length} token ids"
+  if recipe.holds == "chat":
+    shapes, about = {"tokens": (None,), "turns": (None, 4)}, "token ids of conversations"
+  features = {name: tfds.features.Tensor(shape=x, dtype=np.int32, encoding="bytes") for name, x in shapes.items()}
   with tempfile.TemporaryDirectory() as here:
     template = tfds.core.ShardedFileTemplate(
       data_dir=epath.Path(here), dataset_name=records.NAME, filetype_suffix="array_record",
@@ -354,8 +426,8 @@ def _describe_to_tfds(folder: _Folder, recipe: Recipe, lengths: dict[str, list[i
       for shard in range(len(counts)):
         Path(here, records.file_name(split, shard, len(counts))).touch()  # their names are looked for
     tfds.folder_dataset.write_metadata(
-      data_dir=here, features={"tokens": array, "segment": array}, split_infos=splits, filename_template=template,
-      check_data=False, description=f"{recipe.corpus} as records of {recipe.length} token ids, by lladax",
+      data_dir=here, features=features, split_infos=splits, filename_template=template, check_data=False,
+      description=f"{recipe.corpus} as {about}, by lladax",
     )  # fmt: skip
     for name in kept:
       folder.write(name, Path(here, name).read_bytes())
@@ -394,16 +466,17 @@ def _progress(folder: _Folder, total: int, terminal: TextIO) -> Iterator[None]:
     thread.join()
 
 
-def _own_error(message: str) -> str:
+def _own_error(error: Exception) -> str:
   """The line that lladax raised on a worker, out of what Beam made of it."""
-  found = re.findall(r"(?:^|Mistake: |Missing: )(data\.[^\n]*?)(?: \[while running|\\n|\n|$)", message)
+  told = f"Mistake: {error}" if isinstance(error, Mistake) else str(error)
+  found = re.findall(r"(?:Mistake|Missing): ([^\n]*?)(?: \[while running|\\n|\n|$)", told)
   return found[-1] if found else ""
 
 
 def _report(manifest: dict[str, Any], seconds: float, target: str, console: Console) -> None:
   splits, read = manifest["splits"], manifest["read"]
   table = Table("", *splits, title=target, title_justify="left")
-  for name in _COUNTS:
+  for name in next(iter(splits.values())):
     table.add_row(name, *(f"{splits[split][name]:,}" for split in splits))
   console.print(table)
   line = f"read {read['documents']:,} documents in {read['parts']:,} parts; left out {read['empty']:,} empty ones"

@@ -49,10 +49,12 @@ def training(c: DataConfig, text: Tokenizer, seed: int) -> list[Source]:
 
 def _training(name: str, c: DataConfig, text: Tokenizer, seed: int) -> Source:
   if is_records(name):
-    found = Records(name, c)
-    if found.tokenizer.fingerprint != text.fingerprint:
-      raise Mistake(f"data.corpus={name!r} was prepared with another tokenizer than this run's: prepare it again")
-    return found
+    folder = records.open_folder(name.removeprefix("records:"))
+    folder.check_holds(name, c.format)
+    if folder.tokenizer.fingerprint != text.fingerprint:
+      also = ", or chat template," if c.format == "chat" else ""
+      raise Mistake(f"data.corpus={name!r} was prepared with another tokenizer{also} than this run's: prepare it again")
+    return Records(name, c) if c.format == "text" else Dialogues(records.Conversations(name), text, c, seed=seed)
   learnt, judged, tally = items(name, c)
   if c.format == "chat":
     found = Dialogues(learnt, text, c, seed=seed)
@@ -139,7 +141,7 @@ def held_out(c: DataConfig, text: Tokenizer) -> HeldOut | None:
 
 
 def _held_out(name: str, c: DataConfig, text: Tokenizer) -> HeldOut:
-  if is_records(name):
+  if is_records(name) and c.format == "text":
     source = Records(name, c, "validation")
   elif c.format == "text":
     raw = "".join(x + "\n" for x in items(name, c).held_out).encode()
@@ -149,7 +151,8 @@ def _held_out(name: str, c: DataConfig, text: Tokenizer) -> HeldOut:
   else:
     padding = "block" if c.eos_padding == "block" else "none"  # a model of blocks fills them
     alone = dataclasses.replace(c, packing=False, eos_padding=padding, replies="one")
-    source = Dialogues(items(name, c).held_out, text, alone, seed=0, every_turn=True)
+    talks = records.Conversations(name, "validation") if is_records(name) else items(name, c).held_out
+    source = Dialogues(talks, text, alone, seed=0, every_turn=True)
 
   def take(keep: np.ndarray) -> list[np.ndarray]:
     columns = zip(*(source.row(int(row), 0, 0) for row in keep), strict=True)

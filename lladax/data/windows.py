@@ -80,8 +80,6 @@ class DataConfig:
           f"data.replies='all': behind a reply its dialogue goes on: data.eos_padding={self.eos_padding!r} must be"
           " block"
         )
-      for name in filter(is_records, self.corpora):
-        raise Mistake(f"data.corpus={name!r} holds text: data.format=chat reads conversations from files")
     elif self.align > 1 and self.segments and any(map(is_records, self.corpora)):
       raise Mistake(
         "data.segments=True: documents must begin with a block of noise.block, and those of records follow each other:"

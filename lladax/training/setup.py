@@ -166,6 +166,11 @@ def find_base(init_from: str) -> str:
   return str(checkpoint.folder(workdir) / (step or str(steps[-1])))
 
 
+def base_tokenizer(init_from: str) -> Path:
+  """The folder of the tokenizer of the checkpoint that a run begins from."""
+  return _workdir_of(find_base(init_from)) / "tokenizer"
+
+
 def _base(config: Config, saved: dict[str, Any] | None, workdir: Path) -> str:
   """The checkpoint that a run begins from; of a run that goes on where it was, or is now by what `init_from` says.
 

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,14 @@ import threading
 
 import numpy as np
 import pytest
+from rows import assert_same
+from runs import assert_bitwise_equal
 
-from lladax.data import batches, corpus, prepare, records, sources, tokenizer
+from lladax.data import batches, corpus, dialogues, prepare, records, sources, tokenizer
 from lladax.data.tokenizer import TokenizerConfig
 from lladax.data.windows import DataConfig
+from lladax.mistake import Mistake
+from lladax.training import trainer
 
 if importlib.util.find_spec("apache_beam") is None:  # whose import warns, and takes seconds
   pytest.skip("could not import 'apache_beam', of the extra test-all", allow_module_level=True)
@@ -198,8 +203,8 @@ def test_what_cannot_be_prepared(tmp_path, config):
     prepare.run(empty, BYTES, str(tmp_path / "a"), 1, [])
   with pytest.raises(ValueError, match="--shards=0: must be at least 1"):
     prepare.run(config, BYTES, str(tmp_path / "a"), 0, [])
-  with pytest.raises(ValueError, match="one corpus of text: data.format=text, no data.mixture"):
-    prepare.run(dataclasses.replace(config, format="chat"), BYTES, str(tmp_path / "a"), 1, [])
+  with pytest.raises(ValueError, match="records of one corpus: data.corpus, no data.mixture"):
+    prepare.run(dataclasses.replace(config, mixture=((config.corpus, 1.0),)), BYTES, str(tmp_path / "a"), 1, [])
   with pytest.raises(FileNotFoundError, match="no file matches"):
     prepare.run(dataclasses.replace(config, corpus="files:nowhere*"), BYTES, str(tmp_path / "a"), 1, [])
 
@@ -252,12 +257,181 @@ def test_a_source_without_rows_is_named(config, tmp_path):
     sources.held_out(c, tokenizer.create(BYTES))
 
 
+# Conversations.
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory):
+  """Some of which occur twice, in two files; one whose reply is not learnt, and one that is too long for most rows."""
+  rng = random.Random(1)
+
+  def said():
+    return "".join(rng.choices("abcdefgh ", k=rng.randrange(1, 12))).strip() or "a"
+
+  made = []
+  for _ in range(70):
+    made.append([{"role": ("user", "assistant")[i % 2], "content": said()} for i in range(2 * rng.randrange(1, 5))])
+  made[3][1]["weight"] = 0
+  made[5][-1]["content"] = "long " * 60
+  made.insert(0, [{"role": "system", "content": "be brief"}, *made[0]])
+  made += made[:9]
+  folder = tmp_path_factory.mktemp("talks")
+  for name, part in (("a", made[:30]), ("b", made[30:])):
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps({"messages": x}) + "\n" for x in part))
+  return DataConfig(corpus=f"files:{folder}/*.jsonl", format="chat", length=256, held_out=0.2, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def prepared_talks(talks, tmp_path_factory):
+  target = tmp_path_factory.mktemp("records") / "talks"
+  return target, prepare.run(talks, BYTES, str(target), SHARDS, [])
+
+
+@pytest.mark.parametrize("changes", [
+  {}, {"length": 400}, {"eos_padding": "none", "packing": True},
+  {"replies": "all", "eos_padding": "block", "align": 8}, {"replies": "all", "eos_padding": "block", "packing": True},
+  {"replies": "all", "eos_padding": "block", "packing": True, "align": 16, "length": 320},
+], ids=str)  # fmt: skip
+def test_rows_of_prepared_conversations_are_those_of_the_files(prepared_talks, talks, changes):
+  """Bit for bit, step by step over three epochs, and what is held out; in rows of any kind from the same records."""
+  files = dataclasses.replace(talks, **changes)
+  prepared = dataclasses.replace(files, corpus=f"records:{prepared_talks[0]}")
+  text = tokenizer.create(BYTES)
+  assert sources.prepared_tokenizer(prepared).fingerprint == text.fingerprint
+  (a,), (b,) = (sources.training(c, text, 7) for c in (files, prepared))
+  assert len(a) == len(b) and a.about.startswith(b.about)
+  steps = 3 * len(a) // 4
+  options = {"eos_id": text.eos_id, "seed": 7, "steps": steps, "start": 0, "stop": steps}
+  for x, y in zip(*(batches.of_steps([source], files, **options) for source in (a, b)), strict=True):
+    assert_same(x, y)
+  a, b = (sources.held_out(c, text) for c in (files, prepared))
+  assert a[:3] == b[:3]
+  rows = np.arange(a.num_rows)
+  for x, y in zip(a.take(rows), b.take(rows), strict=True):
+    np.testing.assert_array_equal(x, y, strict=True)
+  assert a.take(rows)[2].sum() == a.num_tokens
+
+
+def test_what_is_written_of_conversations(prepared_talks, talks):
+  _, manifest = prepared_talks
+  train, held_out, tally = sources.items(talks.corpus, talks)
+  for split, kept in (("train", train), ("validation", held_out)):
+    counts = manifest["splits"][split]
+    assert counts["documents"] == counts["records"] == len(kept)
+    assert counts["replies"] == sum(len(corpus.replies(x)) for x in kept)
+    assert counts["bytes"] == sum(len(corpus.said(x).encode()) for x in kept)
+  assert manifest["read"]["documents"] == tally.items == len(train) + len(held_out)
+  assert manifest["holds"] == "chat" and "length" not in manifest
+
+
+def test_conversations_are_a_data_set_of_tfds(prepared_talks):
+  tfds = pytest.importorskip("tensorflow_datasets")
+  target, manifest = prepared_talks
+  source = tfds.builder_from_directory(target).as_data_source()["train"]
+  assert len(source) == manifest["splits"]["train"]["records"]
+  ours, text = records.Conversations(f"records:{target}"), tokenizer.create(BYTES)
+  assert sorted(x["tokens"].tolist() for x in source) == sorted(ours.ids(i).tolist() for i in range(len(ours)))
+  begin, reply, end, size = source[0]["turns"][0]
+  assert begin == 0 and len(text.decode(source[0]["tokens"][reply:end]).encode()) + 1 == size
+  assert source[0]["tokens"][end - 1] == text.eot_id
+
+
+def test_a_preparation_of_conversations_goes_on_where_it_was_cut_off(prepared_talks, talks, tmp_path, monkeypatch):
+  real, written = prepare._write, []
+
+  def fail_at_the_third(gathered, *args):
+    if len(written) == 2:
+      raise KeyboardInterrupt
+    written.append(gathered[0])
+    real(gathered, *args)
+
+  monkeypatch.setattr(prepare, "_write", fail_at_the_third)
+  with pytest.raises(BaseException):  # noqa: B017  (Beam makes of it what it likes)
+    prepare.run(talks, BYTES, str(tmp_path), SHARDS, [])
+  monkeypatch.setattr(prepare, "_write", real)
+  prepare.run(dataclasses.replace(talks, length=8), BYTES, str(tmp_path), SHARDS, [])  # which plays no part
+  assert contents(tmp_path) == contents(prepared_talks[0])
+  with pytest.raises(ValueError, match="was begun otherwise .*holds: 'chat' there, None here"):
+    prepare.run(dataclasses.replace(talks, format="text"), BYTES, str(tmp_path), SHARDS, [])
+
+
+def test_conversations_of_a_model_at_hand(prepared_talks, talks, tmp_path):
+  """A run that begins with a model speaks as that does: with the same tokenizer, or not at all."""
+  other = tokenizer.create(dataclasses.replace(BYTES, eos="<end>"))
+  assert prepare.run(talks, other, str(tmp_path), 1, [])["tokenizer_fingerprint"] == other.fingerprint
+  with pytest.raises(ValueError, match="was begun otherwise .*tokenizer_fingerprint"):
+    prepare.run(talks, other, str(prepared_talks[0]), SHARDS, [])
+  c = dataclasses.replace(talks, corpus=f"records:{tmp_path}")
+  with pytest.raises(ValueError, match="was prepared with another tokenizer, or chat template, than this run's"):
+    sources.training(c, tokenizer.create(BYTES), 0)
+
+
+def test_what_a_worker_refuses_is_told_in_one_line(talks, tmp_path, monkeypatch):
+  def fail(*_):
+    raise Mistake("the model's chat template fails on these 2 messages: no")
+
+  monkeypatch.setattr(dialogues.Renderer, "__call__", fail)
+  with pytest.raises(Mistake) as error:
+    prepare.run(talks, BYTES, str(tmp_path), 1, [])
+  assert str(error.value) == "the model's chat template fails on these 2 messages: no"
+
+
+def test_conversations_that_do_not_fit_the_run(prepared, prepared_talks, talks, config, tmp_path):
+  text = tokenizer.create(BYTES)
+  as_text = dataclasses.replace(config, corpus=f"records:{prepared_talks[0]}")
+  with pytest.raises(ValueError, match="data.format='text': data.corpus='records:.*' was prepared with .*='chat'"):
+    sources.training(as_text, text, 0)
+  with pytest.raises(ValueError, match="data.format='chat': data.corpus='records:.*' was prepared with .*='text'"):
+    sources.training(dataclasses.replace(talks, corpus=f"records:{prepared[0]}"), text, 0)
+  with pytest.raises(ValueError, match="data.length=4: no reply of [0-9]+ conversations fits a row"):
+    sources.training(dataclasses.replace(talks, corpus=f"records:{prepared_talks[0]}", length=4), text, 0)
+
+
+def test_damage_to_prepared_conversations_is_found(prepared_talks, tmp_path):
+  folder = tmp_path / "copy"
+  shutil.copytree(prepared_talks[0], folder)
+  table, shard = (folder / f("train", 1, SHARDS) for f in (records.turns_name, records.file_name))
+  found = records.Conversations(f"records:{folder}")
+  found._record_C[[0, 1]] = found._record_C[[1, 0]]
+  with pytest.raises(ValueError, match="record [0-9]+ is none of these records: prepare them again"):
+    found.ids(0)
+  content = bytearray(table.read_bytes())
+  content[-1] ^= 1
+  table.write_bytes(content)
+  with pytest.raises(ValueError, match=r"turns-train.int32-00001-of-00003 is damaged: prepare these records again"):
+    records.Conversations(f"records:{folder}")
+  table.unlink()
+  with pytest.raises(ValueError, match=r"turns-train.int32-00001-of-00003 is missing: prepare these records again"):
+    records.Conversations(f"records:{folder}")
+  shutil.copytree(prepared_talks[0], folder, dirs_exist_ok=True)
+  shard.write_bytes(shard.read_bytes()[:-9])
+  with pytest.raises(ValueError, match="a shard of train is damaged"):
+    records.Conversations(f"records:{folder}")
+
+
 @pytest.mark.slow
-def test_the_command_gives_the_same_bytes_with_one_worker_and_with_two(prepared, config, tmp_path):
+@pytest.mark.usefixtures("quick_compiles")
+def test_a_run_on_prepared_conversations_is_the_run_on_the_files(prepared_talks, talks, tiny, tmp_path):
+  more = {"data.format": "chat", "data.length": 256, "data.batch_size": 8, "data.replies": "all", "data.packing": True,
+          "data.eos_padding": "block", "data.held_out": 0.2, "objective": "autoregressive", "steps": 6}  # fmt: skip
+  results = [
+    trainer.train(tiny(more | {"data.corpus": name}), tmp_path / str(i))
+    for i, name in enumerate((talks.corpus, f"records:{prepared_talks[0]}"))
+  ]
+  assert_bitwise_equal(tmp_path / "0", tmp_path / "1")
+  assert results[0]["bits_per_byte"] == results[1]["bits_per_byte"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["text", "chat"])
+def test_the_command_gives_the_same_bytes_with_one_worker_and_with_two(request, tmp_path, tiny_workdir, format):
+  names = {"text": ("config", "prepared"), "chat": ("talks", "prepared_talks")}[format]
+  config, prepared = map(request.getfixturevalue, names)
   command = [
     sys.executable, "-m", "lladax.main", "--mode=prepare", "--config=configs/base.py", f"--shards={SHARDS}",
     f"--config.data.corpus={config.corpus}", f"--config.data.length={LENGTH}", "--config.data.held_out=0.2",
-    "--config.tokenizer.kind=bytes",
+    f"--config.data.format={format}", "--config.tokenizer.kind=bytes",
+    *[f"--config.init_from={tiny_workdir}"] * (format == "chat"),  # whose tokenizer is the same
   ]  # fmt: skip
   for workers in (1, 2):
     beam = ["--", f"--direct_num_workers={workers}", "--direct_running_mode=multi_processing"]
