@@ -180,6 +180,11 @@ RULES = [
     r"benchmarks/reversal.py$", [*TINY, "--config.evaluate.tasks=poems:couplets.json"],
     makes="runs/reversal/reversal.md",
   ),
+  Rule(  # which the next one goes on with
+    r"--workdir=runs/family/1$",
+    [*(x for x in TINY if "sample" not in x), "--config.data.corpus=files:data/a.jsonl.zst", "--config.data.length=32"],
+    makes="runs/family/1/checkpoints/3",
+  ),
   Rule(
     r"benchmarks/blocks.py$",
     [*(x for x in TINY if "sample" not in x), "--config.data.corpus=files:data/a.jsonl.zst", "--config.data.length=32"],
