@@ -20,6 +20,8 @@ from pathlib import Path
 from lladax.data import batches, corpus, sources, tokenizer
 from lladax.data.windows import DataConfig
 
+BATCHES = 30
+
 
 def talks(count: int) -> list[list[dict[str, str]]]:
   rng = random.Random(0)
@@ -53,8 +55,13 @@ def start(name: str, text: tokenizer.Tokenizer) -> None:
   c = DataConfig(name, format="chat", length=1024, replies="all", eos_padding="block", packing=True, align=32)
   began = time.monotonic()
   found = sources.training(c, text, seed=0)
-  next(batches.of_steps(found, c, eos_id=text.eos_id, seed=0, steps=1000, start=0, stop=1000))
-  print(f"{name}: first batch after {time.monotonic() - began:.1f} s; {found[0].about}")
+  read = batches.of_steps(found, c, eos_id=text.eos_id, seed=0, steps=1000, start=0, stop=1000)
+  next(read)
+  print(f"{name}: first batch after {time.monotonic() - began:.1f} s;", end=" ")
+  began = time.monotonic()
+  for _ in range(BATCHES):
+    next(read)
+  print(f"then {BATCHES * c.batch_size * c.length / (time.monotonic() - began):,.0f} tokens/s; {found[0].about}")
 
 
 def main():
