@@ -5,10 +5,11 @@ user's name, and marks that turn the order of the text around. `visible` writes 
 the log, every drawing and every `Console` of the package put text through.
 """
 
+import contextlib
 import logging
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TextIO
 
 from rich import console
 from rich.segment import Segment
@@ -42,6 +43,27 @@ class Console(console.Console):
     """As Rich asks; its own control sequences are segments of their own."""
     for segment in super().render(renderable, options):
       yield segment if segment.control else segment._replace(text=visible(segment.text))
+
+
+class Lossy:
+  """A stream that loses what a full disk or a closed terminal does not take: no run ends for its log."""
+
+  def __init__(self, stream: TextIO):
+    self._stream = stream
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._stream, name)
+
+  def write(self, text: str) -> int:
+    """As of a stream."""
+    with contextlib.suppress(OSError):
+      self._stream.write(text)
+    return len(text)
+
+  def flush(self) -> None:
+    """As of a stream."""
+    with contextlib.suppress(OSError):
+      self._stream.flush()
 
 
 class Formatter(logging.Formatter):

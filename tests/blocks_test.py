@@ -1,14 +1,17 @@
 """Block diffusion: the mathematics on a table of arbitrary predictions, and the pass over [x_t, x_0] of the model."""
 
+import contextlib
 import functools
 import itertools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from diffusion_test import MASK, TABLE, TOKENS, WEIGHT, B, L, assert_mean, every_combination
+from jax._src.cudnn import fused_attention_stablehlo
 
 from lladax import diffusion
 from lladax.devices import sharding
@@ -114,7 +117,8 @@ def test_pairs_of_rows_share_out_the_masks_of_each_block():
 
 
 def model(n, **fields):
-  c = MaskPredictorConfig(D=16, N=2, H=2, G=1, K=8, F=24, V=12, block=n, dtype="float32", **fields)
+  sizes: dict = {"D": 16, "N": 2, "H": 2, "G": 1, "K": 8, "F": 24, "V": 12, "dtype": "float32"}
+  c = MaskPredictorConfig(block=n, **sizes | fields)
   params = jax.tree.map(
     lambda x: np.float32(0.5 * np.random.default_rng(x.size).standard_normal(x.shape)),
     jax.eval_shape(c.init, jax.random.key(0)),
@@ -318,11 +322,133 @@ def test_both_halves_with_splash_are_those_with_xla(monkeypatch, n, packed):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
 
 
-def test_kernels_that_know_no_blocks_are_not_taken():
+@jax.custom_vjp
+def flash(q_BLHK, k_BLGK, v_BLGK, bias_BHLL):
+  """Causal attention as cuDNN's: its backward pass is told the log-sum-exp and the result, and believes them."""
+  return flash_forward(q_BLHK, k_BLGK, v_BLGK, bias_BHLL)[0]
+
+
+def flash_scores(q_BLHK, k_BLHK, bias_BHLL):
+  scores_BHLL = jnp.einsum("BIHK,BJHK->BHIJ", q_BLHK, k_BLHK) * q_BLHK.shape[-1] ** -0.5 + bias_BHLL
+  return jnp.where(np.tril(np.ones(scores_BHLL.shape[2:], bool))[None, None], scores_BHLL, -1e30)
+
+
+def flash_forward(q_BLHK, k_BLHK, v_BLHK, bias_BHLL):
+  scores_BHLL = flash_scores(q_BLHK, k_BLHK, bias_BHLL)
+  out_BLHK = jnp.einsum("BHIJ,BJHK->BIHK", jax.nn.softmax(scores_BHLL), v_BLHK)
+  return out_BLHK, (q_BLHK, k_BLHK, v_BLHK, bias_BHLL, jax.nn.logsumexp(scores_BHLL, axis=-1), out_BLHK)
+
+
+def flash_backward(kept, cotangent_BLHK):
+  q_BLHK, k_BLHK, v_BLHK, bias_BHLL, lse_BHL, out_BLHK = kept
+  p_BHLL = jnp.exp(flash_scores(q_BLHK, k_BLHK, bias_BHLL) - lse_BHL[..., None])
+  of_p_BHLL = jnp.einsum("BIHK,BJHK->BHIJ", cotangent_BLHK, v_BLHK)
+  of_p_BHLL -= (cotangent_BLHK * out_BLHK).sum(-1).transpose(0, 2, 1)[..., None]
+  of_scores_BHLL = p_BHLL * of_p_BHLL * q_BLHK.shape[-1] ** -0.5
+  return (
+    jnp.einsum("BHIJ,BJHK->BIHK", of_scores_BHLL, k_BLHK), jnp.einsum("BHIJ,BIHK->BJHK", of_scores_BHLL, q_BLHK),
+    jnp.einsum("BHIJ,BIHK->BJHK", p_BHLL, cotangent_BLHK), None,
+  )  # fmt: skip
+
+
+flash.defvjp(flash_forward, flash_backward)
+
+
+@pytest.mark.parametrize(
+  ("n", "segments", "G", "mesh", "noised"),
+  [
+    (1, "none", 2, None, True),
+    (8, "any", 4, {"data": 1, "fsdp": 2, "tensor": 2}, True),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in (
+        (24, "right", 2, {"data": 2, "tensor": 2}, True),
+        (32, "any", 2, None, True),
+        (1, "none", 2, None, False),
+        (24, "right", 2, {"data": 2, "tensor": 2}, False),
+        (32, "any", 2, None, False),
+      )
+    ),
+  ],
+)
+def test_blocks_with_cudnn_are_those_with_xla(monkeypatch, n, segments, G, mesh, noised):
+  """Forward and gradients, with a stand-in that answers as cuDNN does: a causal part and one within the blocks."""
+  L, H, handed = 96, 4, []
+  segment_BL = {
+    "none": None, "right": np.arange(L)[None] < np.asarray([[L], [50]]),
+    "any": np.repeat([[1, 0, 2, 0], [3, 3, 1, 1]], [30, 2, 58, 6], axis=1),
+  }[segments]  # fmt: skip
+  segment_BL = None if segment_BL is None else segment_BL.astype(np.int32)
+  weight = np.random.default_rng(2).random((2, L, 32)).astype(np.float32)
+  weight *= 1 if segment_BL is None else (segment_BL > 0)[..., None]
+  clean_BL, noised_BL = canvases(rows=2, length=L)
+
+  def stand_in(q, k, v, *, implementation, is_causal, bias=None):
+    handed.append((implementation, is_causal, q.shape[1], bias is not None))
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    return flash(q, k, v, jnp.zeros((1, 1, 1, 1)) if bias is None else bias)
+
+  def answers(kernel):
+    monkeypatch.setattr(attention, "choose", lambda *_, **__: kernel)  # in float32, to be compared
+    c, params = model(n, H=H, G=G, attention="auto", remat="attention")
+    visible = c.visible(L, segment_BL, right_padded=segments == "right", aligned=True)
+
+    def loss(params):
+      bound = c.bind(params)
+      if noised:
+        return bound.weighted_nll(noised_BL, clean_BL, weight[..., 0], visible, clean_BL=clean_BL)[0]
+      hidden_BLD = bound.hidden(clean_BL, visible)[0]
+      return jnp.sum(weight[..., : hidden_BLD.shape[-1]] * hidden_BLD)
+
+    on_four = sharding.make_mesh(sharding.MeshConfig(**mesh), jax.devices()[:4]) if mesh else None
+    with jax.set_mesh(on_four) if on_four else contextlib.nullcontext():
+      return jax.jit(jax.value_and_grad(loss))(params)
+
+  expected = answers("xla")
+  monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+  found = answers("cudnn")
+  assert set(handed) == {("cudnn", True, length, segments == "any") for length in ([L, L - n] if noised else [L])}
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("segments", ["none", "right", "any"])
+@pytest.mark.parametrize("remat", ["attention", "full"])
+def test_blocks_are_lowered_for_a_gpu(monkeypatch, segments, remat):
+  """The fused kernel, causal, and nothing of 2 L x 2 L; JAX keeps for it what the parts are merged by."""
+  monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91400)
+  monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+  L, n = 256, 32
+  c, params = model(n, H=4, G=2, K=64, attention="cudnn", dtype="bfloat16", remat=remat)
+  clean_BL, noised_BL = canvases(rows=2, length=L)
+  segment_BL = None if segments == "none" else jnp.ones((2, L), jnp.int32)
+  visible = c.visible(L, segment_BL, right_padded=segments == "right", aligned=True)
+
+  def loss(params):
+    return c.bind(params).weighted_nll(noised_BL, clean_BL, jnp.ones((2, L)), visible, clean_BL=clean_BL)[0]
+
+  text = jax.jit(jax.grad(loss)).trace(params).lower(lowering_platforms=("cuda",)).as_text()
+  told = set(re.findall(r"custom_call @__cudnn\$fmha(\w*?)Softmax(Backward)?\(.*?mask_type\\22: \\22(\w+)", text))
+  assert told == {("ScaleBias" if segments == "any" else "", behind, "CAUSAL") for behind in ("", "Backward")}
+  assert "512x512" not in text
+  assert ("256x256" in text) == (segments == "any")  # documents, by a bias
+
+
+def test_kernels_that_cannot_do_these_blocks_are_not_taken():
   options = {"K": 64, "dtype": jnp.bfloat16, "platform": "gpu", "capability": (9, 0)}
-  assert attention.choose("auto", Visible(256, 256, "blocks", block=32), **options) == "xla"
-  with pytest.raises(Mistake, match="model.attention='cudnn': it knows no blocks"):
-    attention.choose("cudnn", Visible(256, 256, "blocks", block=32), **options)
+  assert attention.choose("auto", Visible(256, 256, "blocks", block=32), **options) == "cudnn"
+  assert attention.choose("auto", Visible(512, 512, "noised blocks", block=32), **options) == "cudnn"
+  row_1L = np.ones((1, 2048), np.int32)
+  for visible, why in (
+    (Visible(256, 256, "blocks", block=3), "the length 256 is not several blocks of 3"),
+    (Visible(512, 512, "noised blocks", block=256), "the length 256 is not several blocks of 256"),
+    (Visible(2048, 2048, "blocks", block=512), "it takes blocks of up to 256, and these are of 512"),
+    (Visible(2048, 2048, "blocks", row_1L, block=1, aligned=True), "there are segments, and blocks of 1 are not even"),
+    (Visible(2048, 2048, "blocks", row_1L, block=32), "documents begin within a block"),
+  ):
+    assert attention.choose("auto", visible, **options) == "xla"
+    with pytest.raises(Mistake, match=f"model.attention='cudnn': {why}"):
+      attention.choose("cudnn", visible, **options)
   tpu = options | {"platform": "tpu", "capability": None}
   segment_BL = np.ones((2, 256), np.int32)
   for aligned, kernel in ((True, "splash"), (False, "xla")):

@@ -491,3 +491,12 @@ def test_help_is_of_our_own_options(flag, capsys):
   assert stop.value.code == 0 and "--config=quickstart" in told and "--workdir" in told and "--[no]json" in told
   assert told.endswith("lladax --config=quickstart --mode=show\n")
   assert "logtostderr" not in told  # absl's
+
+
+@pytest.mark.slow
+def test_a_log_that_nothing_takes_ends_no_run(tiny_flags, tmp_path):
+  """Standard error on a full disk: of its lines nothing is left, of the run everything."""
+  with open("/dev/full", "w") as full:
+    run = subprocess.run([sys.executable, "-m", "lladax.main", *tiny_flags, f"--workdir={tmp_path}"], stderr=full)
+  assert run.returncode == 0
+  assert (tmp_path / "metrics.jsonl").read_text().count("\n") >= 10

@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from lladax import address
 from lladax.devices import interrupts
 from lladax.mistake import Mistake, refusal
-from lladax.terminal import Console, Formatter, visible
+from lladax.terminal import Console, Formatter, Lossy, visible
 
 HUNG = 75  # the exit code of a job that the watchdog ended ("temporary failure": a launcher may start it again)
 
@@ -86,7 +86,7 @@ CRASH = 70  # EX_SOFTWARE: a launcher may start it again
 
 def leave(code: int) -> None:
   """Ends this process of several at once: on its way out it would wait minutes for the others, which wait for it."""
-  if jax.distributed.is_initialized() and jax.process_count() > 1:
+  if interrupts.many():
     sys.stderr.flush()
     for number in interrupts.SIGNALS:  # all is done; who ends at once here aborts the others
       signal.signal(number, signal.SIG_IGN)
@@ -96,6 +96,8 @@ def leave(code: int) -> None:
 
 def guard(command: Callable[[list[str]], int | None], argv: list[str], name: str = "lladax") -> int:
   """Runs a command: one line for a `Mistake`, what a disk refuses (1), Ctrl-C (130); else a traceback and 70."""
+  if not isinstance(sys.stderr, Lossy):
+    sys.stderr = Lossy(sys.stderr)
   handler = logging.StreamHandler()
   handler.setFormatter(Formatter(f"{name}: %(message)s"))
   logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
@@ -111,7 +113,13 @@ def guard(command: Callable[[list[str]], int | None], argv: list[str], name: str
     code = 1
   except KeyboardInterrupt:
     interrupts.say(signal.SIGINT)
+    interrupts.abandon(signal.SIGINT)
     code = 128 + signal.SIGINT
+  except SystemExit as error:
+    if error.code in [128 + number for number in interrupts.SIGNALS]:  # of which has been said what there is to say
+      interrupts.abandon(int(error.code) - 128)
+      leave(int(error.code))
+    raise
   except Exception as error:
     if line := refusal(error):
       print(visible(f"{name}: {line}"), file=sys.stderr)
@@ -175,7 +183,7 @@ class Watchdog:
       self._beat.clear()
       if self._closed:
         return
-    where = f"process {jax.process_index()} of {jax.process_count()}"
+    where = "process {} of {}".format(*interrupts.place())  # JAX may be what hangs
     print(f"lladax: {where}: {self._doing} took more than {self._seconds:g} seconds (log.hang_seconds); the stacks:",
           file=sys.stderr, flush=True)  # fmt: skip
     faulthandler.dump_traceback(all_threads=True)

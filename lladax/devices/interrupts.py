@@ -61,7 +61,7 @@ class Interrupt:
     self._lock = threading.RLock()  # of the following five: where this process is, and where all shall end
     self._stepping = self._idle = self._began = False
     self._position, self._end = 0, -1
-    self._many = jax.distributed.is_initialized() and (global_state.num_processes or 1) > 1
+    self._many = many()
     self._ours = self._many or signal.getsignal(signal.SIGTERM) is _terminate
     self._old: dict[int, Any] = {}
     self._pipe: tuple[int, int] | None = None
@@ -233,6 +233,25 @@ class Interrupt:
       self._end = ahead + (not idle)
 
 
+def place() -> tuple[int, int]:
+  """(number of this process, of how many), which JAX itself would tell only when all have shown it their devices."""
+  return global_state.process_id, global_state.num_processes or 1
+
+
+def many() -> bool:
+  """Whether this is one process of several that have found each other."""
+  return jax.distributed.is_initialized() and place()[1] > 1
+
+
+def abandon(number: int) -> None:
+  """Of a signal that ends this process before `Interrupt` listens: the others, which wait for it, are told."""
+  if many():
+    client, key = _client(), f"lladax/stop/{next(_runs)}"
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # they have ended, or another was faster
+      client.key_value_set(f"{key}/at/{global_state.process_id}", json.dumps([False, False, 0, False]))
+      client.key_value_set(key, str(number))
+
+
 def _client() -> Any:
   return global_state.client
 
@@ -259,9 +278,9 @@ def depart(patience: float = PATIENCE) -> None:
 
   It waits for them, so many seconds at most: one may have been lost.
   """
-  client, others = _client(), (global_state.num_processes or 1) - 1
-  if client is None or others < 1:
+  if not many():
     return
+  client, others = _client(), place()[1] - 1
   with contextlib.suppress(jax.errors.JaxRuntimeError):
     if global_state.process_id:
       client.key_value_set(f"{_GONE}/{global_state.process_id}", "", allow_overwrite=True)

@@ -2,7 +2,8 @@
 
   xla     plain einsums: every case, every device; the scores of all heads exist at once
   cudnn   NVIDIA's fused kernel: 16 bits, head widths up to 128. Padding goes by lengths, at the left as well; packed
-          documents by where they begin, from Hopper on and with a new JAX, and else as a bias for all heads and layers
+          documents by where they begin, from Hopper on and with a new JAX, and else as a bias for all heads and layers;
+          blocks by a causal part and one within the block, merged
   splash  the Pallas kernel for TPUs: lengths that are multiples of 128, any head width; segments are native
 
 Letters are those of `mask_predictor.py`. Softmax runs in float32 whatever the compute dtype.
@@ -28,6 +29,7 @@ _NEVER = -1e30
 _NEVER_16 = -(2.0**15)  # of the 16 bits of a bias
 # Documents of a row that cuDNN has room for: its workspace, 70 MB each at 4096 x 32 x 64, is there for all of them.
 _DOCUMENTS = 32
+_WITHIN = 256  # tokens of a block whose scores exist at once, twice as many a token and head, beside cuDNN's
 
 
 @functools.partial(
@@ -96,6 +98,11 @@ class Visible:
     return self.L if self.reuse_L is None else self.L + self.W
 
   @property
+  def once(self) -> int:
+    """Positions of the canvas, where it stands here twice."""
+    return self.L // 2 if self.order == "noised blocks" else self.L
+
+  @property
   def segments(self) -> str:
     """What kernels must know of the segments: "none"; "right", 1s and then padding; "run", 1s in one run; "any"."""
     if self.segment_BL is None:
@@ -111,7 +118,7 @@ class Visible:
 
   def blocks_BL(self) -> jax.Array:
     """Int32 number of every position's block in its document (B may be 1)."""
-    L = self.L // 2 if self.order == "noised blocks" else self.L
+    L = self.once
     place_BL = jnp.arange(L)[None]
     if self.segment_BL is not None:
       segment_BL = jnp.asarray(self.segment_BL)[:, :L]
@@ -129,7 +136,8 @@ class Visible:
     """With `table_BWK`, what the kernel reads of [B or 1, W, keys]; None where it needs none.
 
     For XLA it is bool, True where a query may look. For cuDNN it is what is added to the scores, in `dtype`; there
-    padding looks at padding, so that no query is without a key (whose log-sum-exp would be far below 0).
+    padding looks at padding, so that no query is without a key (whose log-sum-exp would be far below 0). Of blocks it
+    knows the documents alone, of the canvas once.
     """
     if kernel == "documents":
       return dataclasses.replace(self, begin_BM=_beginnings(self.segment_BL))
@@ -141,13 +149,17 @@ class Visible:
     at_1L = jnp.arange(self.L)[None]
     # Made up for the table alone: a kernel that was chosen for no segments must not be handed any.
     segment_BL = jnp.ones_like(at_1L) if self.segment_BL is None else self.segment_BL
-    table_BWK = self.window(segment_BL)[:, :, None] == segment_BL[:, None, :]
+    if bias and "blocks" in self.order:
+      segment_BL = segment_BL[:, : self.once]
+      table_BWK = segment_BL[:, :, None] == segment_BL[:, None, :]
+    else:
+      table_BWK = self.window(segment_BL)[:, :, None] == segment_BL[:, None, :]
     if not bias:
       table_BWK &= segment_BL[:, None, :] > 0
     if self.order == "causal":
       table_BWK &= self.window(at_1L)[:, :, None] >= at_1L[:, None, :]
-    elif self.order != "full":
-      block_BL, noised_1L = self.blocks_BL(), at_1L < (self.L // 2 if self.order == "noised blocks" else 0)
+    elif self.order != "full" and not bias:
+      block_BL, noised_1L = self.blocks_BL(), at_1L < self.L - self.once
       asks_BW1, noised_1W1 = (self.window(x)[:, :, None] for x in (block_BL, noised_1L))
       table_BWK &= _in_blocks(asks_BW1, block_BL[:, None], noised_1W1, noised_1L[:, None])
     if self.reuse_L is not None:
@@ -193,10 +205,15 @@ def choose(
       return f"it runs on a {home}, and this is a {platform}"
     if visible.order != "full" and context > 1:
       return f"it cannot be {order} with mesh.context={context}"
-    if "blocks" in visible.order and name == "cudnn":
-      return "it knows no blocks"
     if "blocks" in visible.order and segments == "any" and not visible.aligned:
       return "documents begin within a block"
+    if "blocks" in visible.order and name == "cudnn":
+      if visible.once % visible.block or visible.once == visible.block:
+        return f"the length {visible.once} is not several blocks of {visible.block}"
+      if visible.block > _WITHIN:
+        return f"it takes blocks of up to {_WITHIN}, and these are of {visible.block}"
+      if segments == "any" and visible.block % 2:
+        return f"there are segments, and blocks of {visible.block} are not even"
     if name == "cudnn" and capability and capability < (8, 0):
       return f"it needs a GPU of capability 8.0, and this one has {'.'.join(map(str, capability))}"
     if name == "cudnn" and dtype not in (jnp.bfloat16, jnp.float16):
@@ -228,8 +245,8 @@ def choose(
 
 def _no_beginnings(visible: Visible, capability: tuple[int, ...] | None, context: int) -> str | None:
   """Why cuDNN cannot be told where documents begin, if it cannot."""
-  if visible.order == "causal" or context > 1:
-    return "they are causal, or sliced"
+  if visible.order != "full" or context > 1:
+    return f"they are {'causal' if visible.order == 'causal' else 'in blocks'}, or sliced"
   if not capability or capability < (9, 0):
     return "no GPU of capability 9.0"
   # Before, keys were those of other tokens where heads share them (github.com/jax-ml/jax/pull/39521).
@@ -282,6 +299,10 @@ def attend(
     return on_each_device(functools.partial(_splash, order=visible.order, block=visible.block), *qkv, *segments)
   if kernel == "documents":
     return on_each_device(_cudnn_documents, *qkv, segments[1], (visible.begin_BM, "B."))
+  if "blocks" in visible.order:
+    bias: Any = ((visible.table_BWK, "B..") for _ in range(visible.table_BWK is not None))
+    fn = functools.partial(_cudnn_blocks, order=visible.order, block=visible.block)
+    return on_each_device(fn, *qkv, *segments[1:], *bias)
   if visible.segments == "any":
     return on_each_device(_cudnn_bias, *qkv, (visible.table_BWK, "BL."))
   if visible.segments == "run":
@@ -370,6 +391,128 @@ def _cudnn_run(q_BWHK, k_BLGK, v_BLGK, segment_BL):
 def _cudnn_bias(q_BWHK, k_BLGK, v_BLGK, bias_BWL):
   fn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
   return _kept(fn, (q_BWHK, k_BLGK, v_BLGK), {"bias": bias_BWL[:, None]})
+
+
+def _cudnn_blocks(q_BLHK, k_BLGK, v_BLGK, segment_BL=None, bias_BLL=None, *, order, block):
+  """Causal attention knows no blocks; what it lacks of them lies within one, and is added by the log-sum-exps of both.
+
+  A clean token at place p of its block lacks its later places. A noised one looks n tokens back, and from there on:
+  it lacks the later places of the block before, and all of its own, which is noised.
+  """
+  if order == "blocks":
+    return _blocks(block, q_BLHK, k_BLGK, v_BLGK, (), segment_BL, bias_BLL)
+  L = q_BLHK.shape[1] // 2
+  segment_BL = None if segment_BL is None else segment_BL[:, :L]
+  (k_noised, k_clean), (v_noised, v_clean) = ((x[:, :L], x[:, L:]) for x in (k_BLGK, v_BLGK))
+  noised: Any = _blocks(block, q_BLHK[:, :L], k_clean, v_clean, (k_noised, v_noised), segment_BL, bias_BLL)
+  clean: Any = _blocks(block, q_BLHK[:, L:], k_clean, v_clean, (), segment_BL, bias_BLL)
+  return jnp.concatenate([noised, clean], axis=1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blocks(n, q_BLHK, k_BLGK, v_BLGK, own, segment_BL, bias_BLL):
+  """Clean queries; or with `own` (keys, values) noised ones, which look at these in their own block alone."""
+  return _blocks_forward(n, q_BLHK, k_BLGK, v_BLGK, own, segment_BL, bias_BLL)[0]
+
+
+def _blocks_forward(n, *arrays):
+  q_BLHK, k_BLGK, v_BLGK, own, segment_BL, bias_BLL = arrays
+  ago = n if own else 0
+  near = (q_BLHK, _near(n, k_BLGK, *own[:1]), _near(n, v_BLGK, *own[1:]))
+  (far_BLHK, far_lse_BHL), _ = _far(ago, q_BLHK, k_BLGK, v_BLGK, bias_BLL)
+  behind = ((0, 0), (0, 0), (ago, 0))
+  far_lse_BHL = jnp.pad(far_lse_BHL, behind, constant_values=_NEVER)
+  lse_BHL = jnp.logaddexp(far_lse_BHL, _near_lse(n, *near[:2], segment_BL, noised=bool(own)))
+  share_BLH1 = jnp.exp(far_lse_BHL - lse_BHL).transpose(0, 2, 1)[..., None]
+  out_BLHK = _within(n, *near, lse_BHL, None, segment_BL, noised=bool(own))
+  out_BLHK += share_BLH1 * jnp.pad(far_BLHK, ((0, 0), (ago, 0), (0, 0), (0, 0)))
+  out_BLHK = checkpoint_name(out_BLHK.astype(q_BLHK.dtype), "attention")
+  return out_BLHK, (*arrays, out_BLHK, checkpoint_name(lse_BHL, "attention"))
+
+
+def _blocks_backward(n, kept, cotangent_BLHK):
+  """Of each part alone, from the result and the log-sum-exp of both (Dao, arXiv 2307.08691, algorithm 2)."""
+  q_BLHK, k_BLGK, v_BLGK, own, segment_BL, bias_BLL, out_BLHK, lse_BHL = kept
+  ago = n if own else 0
+
+  def near(q, k, v, own):
+    keys, values = _near(n, k, *own[:1]), _near(n, v, *own[1:])
+    return _within(n, q, keys, values, lse_BHL, out_BLHK, segment_BL, noised=bool(own))
+
+  q, k, v, own = jax.vjp(near, q_BLHK, k_BLGK, v_BLGK, own)[1](cotangent_BLHK.astype(jnp.float32))
+  of_both = (out_BLHK[:, ago:], lse_BHL[:, :, ago:])
+  far = _far(ago, q_BLHK, k_BLGK, v_BLGK, bias_BLL, of_both)[1](cotangent_BLHK[:, ago:])
+  before, behind = ((0, 0), (ago, 0), (0, 0), (0, 0)), ((0, 0), (0, ago), (0, 0), (0, 0))
+  far = [jnp.pad(x, pad) for x, pad in zip(far, (before, behind, behind), strict=True)]
+  return *(x + y for x, y in zip((q, k, v), far, strict=True)), own, None, None
+
+
+_blocks.defvjp(_blocks_forward, _blocks_backward)
+
+
+def _far(ago, q_BLHK, k_BLGK, v_BLGK, bias_BLL, of_both=None):
+  """((out, log-sum-exp [B, H, L - ago]), pull-back) of queries that look at keys from so many tokens ago on.
+
+  JAX has no public function that takes a log-sum-exp: it stands among the leaves of what `jax.vjp` returns, with `out`;
+  `of_both` takes their places.
+  """
+  L = q_BLHK.shape[1]
+  bias = {} if bias_BLL is None else {"bias": bias_BLL[:, None, ago:, : L - ago]}
+  fn = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn", **bias)
+  out, pull = jax.vjp(fn, q_BLHK[:, ago:], k_BLGK[:, : L - ago], v_BLGK[:, : L - ago])
+  shape = (out.shape[0], out.shape[2], out.shape[1])
+  leaves = jax.tree.leaves(pull)
+  (lse,) = (x for x in leaves if x.shape == shape and x.dtype == jnp.float32)
+  assert sum(x is out for x in leaves) == 1, "JAX keeps other things for cuDNN's backward pass than it did"
+  if of_both:
+    pull = jax.tree.map(lambda x: of_both[0] if x is out else of_both[1] if x is lse else x, pull)
+  return (out, lse), pull
+
+
+def _near(n, x_BLGK, own_BLGK=None):
+  """[B, L / n, n or 2 n, G, K]: of each block what it lacks, and with `own` that, behind the block before."""
+  B, L, G, K = x_BLGK.shape
+  if own_BLGK is None:
+    return x_BLGK.reshape(B, L // n, n, G, K)
+  before_BLGK = jnp.pad(x_BLGK[:, : L - n], ((0, 0), (n, 0), (0, 0), (0, 0)))
+  return jnp.concatenate([x.reshape(B, L // n, n, G, K) for x in (before_BLGK, own_BLGK)], axis=2)
+
+
+def _near_scores(n, q_BLHK, k_BMJGK, segment_BL, noised):
+  """[B, G, H / G, L / n, n, n or 2 n]; `_NEVER` where a query may not look."""
+  B, L, H, K = q_BLHK.shape
+  _, M, J, G, _ = k_BMJGK.shape
+  q_BMIGRK = (q_BLHK * K**-0.5).reshape(B, M, n, G, H // G, K)
+  scores_BGRMIJ = einsum32("BMIGRK,BMJGK->BGRMIJ", q_BMIGRK, k_BMJGK)
+  # Later places, and with `own` all that is behind them; nothing is before the first block.
+  allowed_BMIJ: Any = np.arange(J) > np.arange(n)[:, None] + np.zeros((1, M, 1, 1))
+  if noised:
+    allowed_BMIJ &= (np.arange(J) >= n) | (np.arange(M) > 0)[:, None, None]
+  if segment_BL is not None:
+    asks_BMI = segment_BL.reshape(-1, M, n)
+    before_BMI = jnp.pad(asks_BMI[:, :-1], ((0, 0), (1, 0), (0, 0)))
+    key_BMJ = jnp.concatenate([before_BMI, asks_BMI], axis=2) if noised else asks_BMI
+    allowed_BMIJ = allowed_BMIJ & (asks_BMI[..., None] == key_BMJ[:, :, None]) & (key_BMJ > 0)[:, :, None]
+  return jnp.where(allowed_BMIJ[:, None, None], scores_BGRMIJ, _NEVER)
+
+
+def _near_lse(n, q_BLHK, k_BMJGK, segment_BL, noised):
+  B, L, H, _ = q_BLHK.shape
+  return jax.nn.logsumexp(_near_scores(n, q_BLHK, k_BMJGK, segment_BL, noised), axis=-1).reshape(B, H, L)
+
+
+def _within(n, q_BLHK, k_BMJGK, v_BMJGK, lse_BHL, out_BLHK, segment_BL, noised):
+  """Float32 part of the result, where `lse_BHL` is that of all there is to see.
+
+  With `out_BLHK`, the whole result, its gradient is that of this part: the softmax's sum is not taken here.
+  """
+  B, L, H, K = q_BLHK.shape
+  scores_BGRMIJ = _near_scores(n, q_BLHK, k_BMJGK, segment_BL, noised)
+  p_BGRMIJ = jnp.exp(scores_BGRMIJ - lse_BHL.reshape(*scores_BGRMIJ.shape[:-1])[..., None])
+  found = einsum32("BGRMIJ,BMJGK->BMIGRK", p_BGRMIJ.astype(q_BLHK.dtype), v_BMJGK).reshape(B, L, H, K)
+  if out_BLHK is None:
+    return found
+  return found - p_BGRMIJ.sum(axis=-1).reshape(B, H, L).transpose(0, 2, 1)[..., None] * out_BLHK
 
 
 def _beginnings(segment_BL):

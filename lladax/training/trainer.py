@@ -39,8 +39,9 @@ def train(config: Config, workdir: str | os.PathLike, allow: Sequence[str] = ())
     Diverged: the loss is not a number, again and again; the last checkpoint is from before.
     Unsaved: the last step could not be saved.
   """
-  began, console = time.monotonic(), distributed.console()
+  began = time.monotonic()
   with Interrupt() as stop:
+    console = distributed.console()  # the first to ask JAX, which waits for the other processes
     run = prepare(config, address.mirror(workdir), allow)
     config = run.config
     with jax.set_mesh(run.mesh):

@@ -107,6 +107,50 @@ def test_a_signal_to_one_before_the_first_step_ends_both(tiny_flags, tmp_path):
   assert ends[0][1].endswith("lladax: stopped by SIGTERM; the same command goes on from what is saved\n")
 
 
+EARLY = """
+import os, signal, sys, time
+from lladax.devices import distributed, interrupts
+from jax.experimental import multihost_utils
+import numpy as np
+
+process, port, target, number, late = map(int, sys.argv[1:])
+interrupts.own()
+
+def command(argv):
+  distributed.initialize(f"localhost:{port}", 2, process)
+  if process == target:
+    time.sleep(0 if late else 2)
+    os.kill(os.getpid(), number)
+  time.sleep(2 * late)
+  with interrupts.Interrupt():
+    multihost_utils.process_allgather(np.zeros(1))
+    time.sleep(60)
+
+sys.exit(distributed.guard(command, []))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_signal_before_anybody_listens_ends_both(target, number, late):
+  """A process has found the other one, and is not ready for signals yet; the other is, or comes late."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  arguments = [str(int(x)) for x in (port, target, number, late)]
+  processes = [
+    subprocess.Popen([sys.executable, "-c", EARLY, str(i), *arguments], stderr=subprocess.PIPE, text=True)
+    for i in range(2)
+  ]
+  began = time.monotonic()
+  ends = finish(processes)
+  assert [code for code, _ in ends] == [128 + number] * 2, ends
+  assert all("Traceback" not in error for _, error in ends), ends
+  assert time.monotonic() - began < 45  # in less than it takes to give up
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_lost_process_ends_the_other(tiny_flags, tmp_path, lost):
