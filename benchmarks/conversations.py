@@ -11,6 +11,7 @@ import argparse
 import filecmp
 import json
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from pathlib import Path
 
 from lladax.data import batches, corpus, sources, tokenizer
 from lladax.data.windows import DataConfig
+
+BATCHES = 30
 
 
 def talks(count: int) -> list[list[dict[str, str]]]:
@@ -40,21 +43,27 @@ def prepare(config: list[str], target: Path, workers: int) -> None:
   command = [sys.executable, "-m", "lladax.main", "--mode=prepare", f"--target={target}", "--shards=8", *config]
   beam = ["--", f"--direct_num_workers={workers}", "--direct_running_mode=multi_processing"]
   shutil.rmtree(target, ignore_errors=True)
-  began = time.monotonic()
+  began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
   subprocess.run([*command, *beam], check=True, stderr=subprocess.DEVNULL)
-  seconds = time.monotonic() - began
+  seconds, cpu = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
   splits = json.loads((target / "manifest.json").read_text())["splits"].values()
   documents, tokens = (sum(x[name] for x in splits) for name in ("documents", "tokens"))
-  print(f"{workers} workers: {documents:,} conversations, {tokens:,} tokens in {seconds:.0f} s with the start,")
-  print(f"  {documents / seconds:,.0f} conversations/s, {tokens / seconds:,.0f} tokens/s")
+  print(f"{workers} workers: {documents:,} conversations, {tokens:,} tokens in {seconds:.0f} s with the start")
+  print(f"  {documents / seconds:,.0f} conversations/s, {tokens / seconds:,.0f} tokens/s; {cpu:.0f} s of a core")
 
 
 def start(name: str, text: tokenizer.Tokenizer) -> None:
   c = DataConfig(name, format="chat", length=1024, replies="all", eos_padding="block", packing=True, align=32)
-  began = time.monotonic()
+  began, before = time.monotonic(), time.process_time()
   found = sources.training(c, text, seed=0)
-  next(batches.of_steps(found, c, eos_id=text.eos_id, seed=0, steps=1000, start=0, stop=1000))
-  print(f"{name}: first batch after {time.monotonic() - began:.1f} s; {found[0].about}")
+  read = batches.of_steps(found, c, eos_id=text.eos_id, seed=0, steps=1000, start=0, stop=1000)
+  next(read)
+  print(f"{name}: first batch after {time.monotonic() - began:.1f} s", end=" ")
+  print(f"({time.process_time() - before:.1f} s of a core),", end=" ")
+  began = time.monotonic()
+  for _ in range(BATCHES):
+    next(read)
+  print(f"then {BATCHES * c.batch_size * c.length / (time.monotonic() - began):,.0f} tokens/s; {found[0].about}")
 
 
 def main():

@@ -402,10 +402,10 @@ class Campaign:
     if 2 not in self.right:
       return
     name, workdir = "stall: one of two is stopped (SIGSTOP)", self.new()
-    job, row = self.start(workdir, 2, log__hang_seconds=20.0), self.rows["stall: one of two is stopped (SIGSTOP)"]
+    job, row = self.start(workdir, 2, log__hang_seconds=60.0), self.rows["stall: one of two is stopped (SIGSTOP)"]
     while len(lines(workdir)) < 5 and not job.ended():
       time.sleep(0.002)
-    with contextlib.suppress(ProcessLookupError):  # a machine so busy that a step took 20 s
+    with contextlib.suppress(ProcessLookupError):  # a machine so busy that compiling took 60 s
       os.kill(job.pids[1], signal.SIGSTOP)
     began = time.monotonic()
     while job.pids[0] not in job.codes and time.monotonic() < began + PATIENCE:

@@ -157,6 +157,30 @@ def records(folder: Path) -> None:
   (folder / records.MANIFEST).write_text(json.dumps(manifest))
 
 
+def prepared_talks(folder: Path) -> None:
+  from array_record.python.array_record_module import ArrayRecordWriter
+
+  from lladax.data import dialogues, records, tokenizer
+
+  text = tokenizer.create(tokenizer.TokenizerConfig(kind="bytes"))
+  text.save(folder / "tokenizer")
+  said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+  talk, manifest = dialogues.Renderer(text)(said), {"turns": {}}
+  for split in records.SPLITS:
+    made = [records.encode_talk((0, i), talk.ids, talk.turns) for i in range(4)]
+    writer = ArrayRecordWriter(str(folder / records.file_name(split, 0, 1)), "group_size:1")
+    for record, _ in made:
+      writer.write(record)
+    writer.close()
+    table, digest = records.encode_table([rows for _, rows in made])
+    (folder / records.turns_name(split, 0, 1)).write_bytes(table)
+    manifest["turns"][split] = [digest]
+  counts = {"documents": 4, "replies": 8, "bytes": 16, "tokens": 4 * len(talk.ids), "records": 4}
+  manifest |= {"format": 1, "holds": "chat", "corpus": "files:x", "shards": 1, "vocab_size": text.vocab_size,
+               "tokenizer_fingerprint": text.fingerprint, "splits": dict.fromkeys(records.SPLITS, counts)}  # fmt: skip
+  (folder / records.MANIFEST).write_text(json.dumps(manifest))
+
+
 ROWS = [{"text": f"The text of document {i}, und Grüße.", "n": i, "more": [{"a": i, "b": None}]} for i in range(6)]
 TALKS = [{"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"It is {i}."}]}
          for i in range(4)] + [{"instruction": "Add", "input": "1", "output": "2"}, {"prompt": "a", "response": "b"},
@@ -241,6 +265,18 @@ def read_records(folder: Path) -> None:
       assert tokens_L.shape == (8,), "a row of another length"
 
 
+def read_prepared_talks(folder: Path) -> None:
+  from lladax.data import dialogues, records, windows
+
+  name = f"records:{folder}"
+  for split in records.SPLITS:
+    talks = records.Conversations(name, split)
+    c = windows.DataConfig(name, format="chat", length=128, eos_padding="none", packing=True)
+    source = dialogues.Dialogues(talks, records.open_folder(folder).tokenizer, c, seed=0)
+    for row in range(len(source)):
+      source.row(row, 0, 0)
+
+
 def read_corpus(folder: Path) -> None:
   from lladax.data import corpus, reading
 
@@ -315,6 +351,7 @@ READERS = {
   "a saved tokenizer, SentencePiece": Reader(saved_tokenizer("sentencepiece"), read_tokenizer),
   "records: the manifest": Reader(records, read_records, ("manifest.json",)),
   "records: the shards": Reader(records, read_records, ("-of-00002",)),
+  "records of conversations": Reader(prepared_talks, read_prepared_talks, ("manifest.json", "-of-00001")),
   "a corpus of JSON lines": Reader(lines(ROWS), read_corpus),
   "a corpus of one JSON list": Reader(whole(ROWS, "rows.json"), read_corpus),
   "a packed corpus (.gz, .bz2, .xz, .zst)": Reader(packed, read_corpus),

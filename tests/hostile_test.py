@@ -24,7 +24,8 @@ from lladax.mistake import Mistake
 from lladax.storage import metrics, published
 
 # Those that need what is no part of the tests' least extra skip themselves.
-NEEDS = {"rows of a task": "lm_eval", "records: the manifest": "array_record", "records: the shards": "array_record"}
+NEEDS = {"rows of a task": "lm_eval", "records: the manifest": "array_record", "records: the shards": "array_record",
+         "records of conversations": "array_record"}  # fmt: skip
 fuzz = pytest.fixture(scope="module")(lambda load_benchmark: load_benchmark("fuzz"))
 
 
@@ -46,10 +47,10 @@ def valid(fuzz):
 
 
 def test_the_list_of_readers_is_whole(fuzz):
-  assert len(fuzz.READERS) == 22
+  assert len(fuzz.READERS) == 23
 
 
-@pytest.mark.parametrize("number", range(22))
+@pytest.mark.parametrize("number", range(23))
 @pytest.mark.filterwarnings("ignore")
 def test_a_reader_reads_or_says_what_is_wrong(fuzz, valid, number):
   name = list(fuzz.READERS)[number]
