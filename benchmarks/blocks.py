@@ -2,7 +2,7 @@
 
   python benchmarks/blocks.py [--config=blocks] [--workdir=runs/family] [--config.steps=...]
 
-Trains what is not trained yet, one model after another, which all see the same rows. Then each continues the beginnings
+Trains what is not trained yet, one model after another, on the same text. Then each continues the beginnings
 of held-out rows, one at a time for the speed and all at once for the quality:
 
 - one token a pass, in random order within a block at temperature 1, which draws from the model; and every candidate
