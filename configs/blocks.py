@@ -1,6 +1,6 @@
 """The family of blocks, and the causal baseline: the same text, model and steps, with blocks of 1, 4, 16, and whole.
 
-  python -m lladax.main --config=configs/blocks.py:16 --workdir=runs/blocks/16
+  python -m lladax.main --config=configs/blocks.py:16 --workdir=runs/family/16
 
 The variants are 1, 4, 16, whole and causal. `python benchmarks/blocks.py` trains all of them, and draws held-out bound
 and speed of sampling against the block; docs/results.md has its table, the hardware and the time.
@@ -20,9 +20,10 @@ def get_config(variant: str = "16"):
   config.noise.block = VARIANTS[variant]
   config.steps = 600
   config.model.update(D=96, N=3, H=3, G=3, K=32, F=256, tied=True)
-  config.data.update(corpus="unicode", length=64, batch_size=32)
+  config.data.update(corpus="stdlib", length=128, batch_size=16, held_out=0.01)
   config.tokenizer.vocab_size = 1024
   config.noise.update(masking="exact", times="antithetic")  # at block 1 nothing of it is left to chance
   config.optimizer.update(schedule=((0.05, 4e-3), (-1, 0.0)))
   config.checkpoint.every = 200
+  config.evaluate.num_samples = 4
   return config

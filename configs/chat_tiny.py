@@ -5,6 +5,12 @@
     --config.data.corpus='files:alpaca_data.json'
   python -m lladax.main --workdir=runs/chat --mode=chat
 
+Or a model of blocks of 8, which learns all replies of a dialogue at once, and answers block by block:
+
+  python -m lladax.main --config=configs/chat_tiny.py:blocks --workdir=runs/chat_blocks \
+    --config.data.corpus='files:alpaca_data.json'
+  python -m lladax.main --workdir=runs/chat_blocks --mode=chat
+
 Conversations are JSON (lines, or one list; packed too) with `messages`; with `instruction`, `input` and `output`; or
 with `prompt` and `response`. Without --config.init_from the model begins from random parameters.
 """
@@ -14,8 +20,8 @@ from lladax.mistake import Mistake
 
 
 def get_config(stage: str = "chat"):
-  if stage not in ("base", "chat"):
-    raise Mistake(f"--config=chat_tiny:{stage}: the stages are base and chat")
+  if stage not in ("base", "chat", "blocks"):
+    raise Mistake(f"--config=chat_tiny:{stage}: the stages are base and chat, or blocks")
   config = base.get_config()
   config.model.update(D=192, N=6, H=6, G=6, K=32, F=512, tied=True)
   config.tokenizer.vocab_size = 4096
@@ -35,4 +41,11 @@ def get_config(stage: str = "chat"):
       "What is the capital of France?",
       "Write a short poem about rain.",
     )
+  if stage == "blocks":
+    config.steps = 400
+    config.model.update(D=128, N=4, H=4, G=4, K=32, F=384)
+    config.tokenizer.vocab_size = 2048
+    config.noise.block = 8
+    config.data.update(length=256, batch_size=8, replies="all", eos_padding="block", packing=True)
+    config.sample.update(block_length=8, threshold=0.9)
   return config

@@ -109,6 +109,11 @@ RULES = [
   Rule(r"--workdir=runs/poems ", TINY, makes="runs/poems/samples.html"),
   Rule(r"--workdir=runs/base ", TINY, makes="runs/base/checkpoints/3"),
   Rule(r"--workdir=runs/chat .*alpaca", TINY, makes="runs/chat/checkpoints/3"),
+  Rule(
+    r"--workdir=runs/chat_blocks .*alpaca", [*TINY, "--config.data.length=256"],
+    makes="runs/chat_blocks/checkpoints/3",
+  ),
+  Rule(r"--workdir=runs/chat_blocks --mode=chat", ["< questions.txt"]),
   Rule(r"^lladax --workdir=runs/chat --mode=chat --system", ["< questions.txt"]),
   Rule(r"--mode=chat < questions.txt > replies.txt", makes="replies.txt"),
   Rule(r"--mode=import --source=downloads", makes="runs/imported/config.json"),
@@ -175,6 +180,16 @@ RULES = [
   Rule(  # reversal_test.py asks the facts
     r"benchmarks/reversal.py$", [*TINY, "--config.evaluate.tasks=poems:couplets.json"],
     makes="runs/reversal/reversal.md",
+  ),
+  Rule(  # which the next one goes on with
+    r"--workdir=runs/family/1$",
+    [*(x for x in TINY if "sample" not in x), "--config.data.corpus=files:data/a.jsonl.zst", "--config.data.length=32"],
+    makes="runs/family/1/checkpoints/3",
+  ),
+  Rule(
+    r"benchmarks/blocks.py$",
+    [*(x for x in TINY if "sample" not in x), "--config.data.corpus=files:data/a.jsonl.zst", "--config.data.length=32"],
+    makes="runs/family/blocks.svg",
   ),
   Rule(
     r"poems.sh OUT TANG_POEMS COUPLETS$", [*TINY, "--config.data.held_out=0.0"],

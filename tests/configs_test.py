@@ -99,7 +99,7 @@ def test_a_file_that_is_changed_is_read_again(here):
     ("configs/quickstart.py", None, "there is no file configs/quickstart.py; the recipe of that name is --config=qui"),
     ("quickstart:fast", None, "its get_config cannot be called with 'fast' behind a colon: too many positional"),
     ("llada_8b:v5p_1x1", None, "there are settings for v5p_4x4x4, v6e_16x16, v5p_4x4x4_x2"),
-    ("chat_tiny:both", None, "the stages are base and chat"),
+    ("chat_tiny:both", None, "the stages are base and chat, or blocks"),
     ("configs", None, "configs cannot be read: Is a directory"),
     ("a.py", "x = 1\n\ndef get_config(:\n", "a.py, line 3: "),
     ("a.py", "\tx = 1\n  y = 2\n", "a.py, line "),

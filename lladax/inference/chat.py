@@ -149,15 +149,25 @@ def _answer(llada: LLaDA, messages: Messages, options: dict[str, Any], console: 
     reply = llada.chat(messages, **options).text[0].strip()
     print(visible(reply) if console.is_terminal else reply, flush=True)
     return reply
-  began, text, out = time.monotonic(), Text(), None
+  began, text, out, first = time.monotonic(), Text(), None, ""
   with Live(console=console, auto_refresh=False, transient=True) as live:
     for out in llada.stream(messages, every="step", **options):
+      if not first and llada.model.block and _has_begun(llada, out):
+        first = f" (the first block after {time.monotonic() - began:.2f} s)"
       text = unmasking.frame(_reply(llada, out), out.nfe, options.get("steps"))
       live.update(_window(text, console), refresh=True)
   assert out is not None
   console.print(text)
-  console.print(f"{out.nfe} forward passes, {time.monotonic() - began:.1f} s", style="dim")
+  tokens = len(_reply(llada, out).pieces)
+  console.print(f"{out.nfe} forward passes for {tokens} tokens, {time.monotonic() - began:.1f} s{first}", style="dim")
   return out.text[0].strip()
+
+
+def _has_begun(llada: LLaDA, out: Sampled) -> bool:
+  """Whether the block that the reply begins in, of a model of blocks, is all there."""
+  tokens, there = out.tokens[0, out.padding[0] :], out.unmasked_at[0, out.padding[0] :] > 0
+  first = int(np.argmax(there | (tokens == llada.mask_id)))  # a prompt has no [MASK]
+  return bool(there[first : (first // llada.model.block + 1) * llada.model.block].all())
 
 
 def _reply(llada: LLaDA, out: Sampled) -> unmasking.Unmasking:

@@ -7,6 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -194,7 +195,17 @@ def test_a_terminal_shows_the_order_of_unmasking_in_colour(talk):
   assert {len(f) for f in frames if "d" in f} == {4}  # nothing is shown behind the end of the reply
   colours = dict(re.findall(r"\x1b\[([\d;]+)m(a|bc|d)\x1b", out[out.rindex("░") :]))
   assert sorted(colours.values()) == ["a", "bc", "d"]  # in the finished text a colour for each step
-  assert "13 forward passes" in plain
+  assert re.search(r"13 forward passes for 4 tokens, \d+\.\d s\n", plain)
+
+
+def test_of_a_model_of_blocks_a_terminal_says_when_the_first_was_there(talk, monkeypatch):
+  """The prompt's five tokens are in it: three are left."""
+  monkeypatch.setattr(Model, "block", 8)
+  clock = iter(range(100))
+  monkeypatch.setattr(chat, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+  _, out, _ = talk(Fake("abcd"), "x", terminal=True)
+  plain = " ".join(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out).split())
+  assert "13 forward passes for 4 tokens, 2.0 s (the first block after 1.00 s)" in plain
 
 
 def test_a_character_of_several_tokens_appears_whole(talk):
