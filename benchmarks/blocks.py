@@ -89,7 +89,12 @@ def beginnings(c: config.Config, llada: lladax.LLaDA) -> tuple[list[list[int]], 
 
 
 def sampled(
-  llada: lladax.LLaDA, baseline: lladax.LLaDA, given: list[list[int]], length: int, at_once: int, options: dict[str, Any]
+  llada: lladax.LLaDA,
+  baseline: lladax.LLaDA,
+  given: list[list[int]],
+  length: int,
+  at_once: int,
+  options: dict[str, Any],
 ) -> dict[str, float]:
   """Speed of one row at a time (the median), and what becomes of all of them."""
   block = llada.model.block or length
@@ -128,8 +133,8 @@ def judged(baseline: lladax.LLaDA, given: list[list[int]], said: list[list[int]]
 def table(found: dict[str, Any], text: dict[str, float]) -> list[str]:
   """Markdown: a line for each model, and one for the text itself."""
   rows = [
-    "| blocks of | held-out bits per byte | tokens/s, one a pass | bits per byte of it | distinct | passes a token, up to"
-    " four a pass | tokens/s | bits per byte of it | distinct |",
+    "| blocks of | held-out bits per byte | tokens/s, one a pass | bits per byte of it | distinct | passes a token,"
+    " up to four a pass | tokens/s | bits per byte of it | distinct |",
     "|---|---|---|---|---|---|---|---|---|",
   ]
   for name, x in found.items():
