@@ -89,7 +89,10 @@ def kernels(text):
 
 
 def meant(platform, segments, *, causal=False):
-  """Of blocks as of a causal model: what is not is no kernel's. The fused kernel for these segments, and what of them it is told; on a CPU there is none."""
+  """The fused kernel for these segments, and what of them it is told; on a CPU there is none.
+
+  Blocks are causal to it: what is not is no kernel's.
+  """
   if platform == "tpu":
     return {"splash" if segments == "none" else "splash_segmented"}
   padding = ("PADDING", "PADDING_CAUSAL")
