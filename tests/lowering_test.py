@@ -89,7 +89,10 @@ def kernels(text):
 
 
 def meant(platform, segments, *, causal=False):
-  """The fused kernel for these segments, and what of them it is told; on a CPU there is none."""
+  """The fused kernel for these segments, and what of them it is told; on a CPU there is none.
+
+  Blocks are causal to it: what is not is no kernel's.
+  """
   if platform == "tpu":
     return {"splash" if segments == "none" else "splash_segmented"}
   padding = ("PADDING", "PADDING_CAUSAL")
@@ -103,6 +106,7 @@ def meant(platform, segments, *, causal=False):
 # 128 are not on a TPU, nor on a GPU the few scores of short packed rows.
 STEPS = {
   "base": ("none", "cuda"),
+  "blocks": ("none", "cuda tpu"),
   "chat_tiny": ("right", "cuda tpu"),
   "chat_tiny:base": ("none", "cuda tpu"),
   "illada_8b": ("right", "cuda tpu"),
@@ -148,9 +152,11 @@ def test_the_step_of_every_config(name, objective, platform):
   if name.endswith(":qlora"):
     pytest.importorskip("qwix")
   segments, fused = STEPS[name]
+  config = config_of(name, objective)
   with on(platform):
-    text = lower_step(config_of(name, objective), platform)
-  expected = meant(platform, segments, causal=objective == "autoregressive") if platform in fused.split() else set()
+    text = lower_step(config, platform)
+  causal = config.model.causal or config.model.block > 0
+  expected = meant(platform, segments, causal=causal) if platform in fused.split() else set()
   assert kernels(text) == [expected, expected]
 
 
@@ -222,7 +228,7 @@ def test_the_sampler_of_every_config(name, platform):
   length = config.sample.gen_length or config.sample.block_length
   text = lower_sampler(config.model, config.sample, platform, segments="none", first=length, L=2 * length)
   fused = platform == "cuda" or 2 * length % 128 == 0
-  assert kernels(text) == [meant(platform, "none") if fused else set(), set()]
+  assert kernels(text) == [meant(platform, "none", causal=config.model.block > 0) if fused else set(), set()]
 
 
 # Programs, what attention is told of segments, and what else is asked.

@@ -55,7 +55,6 @@ def test_bad_fields_are_named(field):
     ({"format": "chat", "segments": True}, "data.segments=True is for data.format=text"),
     ({"format": "chat", "random_lengths": 0.1}, "data.random_lengths=0.1 is for data.format=text"),
     ({"format": "chat", "packing": True}, "data.eos_padding='batch' must be none"),
-    ({"format": "chat", "corpus": "records:x"}, "data.corpus='records:x' holds text"),
     ({"packing": True}, "data.packing=True is for data.format=chat"),
     ({"prompt_field": "question"}, "data.prompt_field='question', response_field='': name both"),
     ({"stages": ((-1, (1.0,)),)}, "data.stages is for a mixture"),

@@ -105,11 +105,12 @@ def test_fine_tuning_speaks_the_bases_template(with_a_template, tiny, tmp_path):
   assert text.fingerprint == run.text.fingerprint == json.loads((tmp_path / "run" / "config.json").read_text())[
     "tokenizer_fingerprint"
   ]  # fmt: skip
-  prompt, reply = rows.ids(rows._turns[0][0])
-  assert prompt.tolist() == text.chat(TALK) and reply.tolist()[-2:] == [text.eot_id, text.eos_id]
+  ids, (begin, place, end) = rows._talks.ids(0), (x[0] for x in (rows._begin_R, rows._reply_R, rows._end_R))
+  prompt, reply = ids[begin:place], ids[place:end]
+  assert prompt.tolist() == text.chat(TALK) and reply[-1] == text.eot_id
   assert text.decode(reply, behind=prompt).startswith("Paris ")
   with jax.set_mesh(run.mesh):
-    found = trainer._llada(run, setup.begin(run))
+    found = trainer._llada(run, setup.begin(run), 0)
   assert found.ends == lladax.load(source).ends and found.eot_id == text.eot_id
 
 

@@ -61,7 +61,7 @@ def test_a_run_begins_from_the_base(tiny, tiny_workdir, sft, lora, tmp_path):
   with jax.set_mesh(run.mesh):
     state = setup.begin(run)
   base = flat(lladax.load(tiny_workdir).params)
-  found = flat(trainer._llada(run, state).params)
+  found = flat(trainer._llada(run, state, 0).params)
   assert {name: found[name].tobytes() for name in base} == {name: x.tobytes() for name, x in base.items()}
   saved = json.loads((tmp_path / "config.json").read_text())
   assert saved["model"]["D"] == 16 and saved["base"] == str(tiny_workdir / "checkpoints/20")
