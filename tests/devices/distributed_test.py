@@ -115,6 +115,7 @@ import numpy as np
 
 process, port, target, number, late = map(int, sys.argv[1:])
 interrupts.own()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background of a script ignores
 
 def command(argv):
   distributed.initialize(f"localhost:{port}", 2, process)
