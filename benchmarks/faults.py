@@ -377,8 +377,6 @@ class Campaign:
 
   def corruptions(self, count: int) -> None:
     """Of every file of a checkpoint; read as a run that goes on does."""
-    if 1 not in self.right:
-      return
     here = Path(self.right[1]["workdir"])
     seed = self.draw.randrange(2**32)
     found = ask(lambda: corrupt(here, self.folder / "corrupt", count, seed, self.began), self.folder)
@@ -395,9 +393,10 @@ class Campaign:
 
   def stalls(self) -> None:
     """What hangs is ended by the watchdog, which says what it was."""
-    for what, before in (
-      ("reading the batch of step 7", _stall_data), ("saving step 8", _stall_save), ("reading the first", _stall_first)
-    ):  # fmt: skip
+    moments = {
+      "reading the batch of step 7": _stall_data, "saving step 8": _stall_save, "reading the first": _stall_first
+    }  # fmt: skip
+    for what, before in moments.items() if 1 in self.right else ():
       self.one(f"stall: {what}", before, HUNG, says=what, log__hang_seconds=3.0)
     if 2 not in self.right:
       return
@@ -423,8 +422,6 @@ class Campaign:
 
   def numbers_that_are_none(self) -> None:
     """A batch with NaNs, and one that makes the gradient overflow; what is saved is finite."""
-    if 1 not in self.right:
-      return
     for what, weight in (("NaN", float("nan")), ("1e30", 1e30)):
       name, workdir = f"batch with weights of {what}", self.new()
       job = self.start(workdir, before=lambda weight=weight: _poison(weight))
@@ -444,9 +441,7 @@ class Campaign:
       self.one(f"no file beyond {size} bytes (RLIMIT_FSIZE)", lambda size=size: _limit(size), None)
 
   def one(self, name: str, before: Callable[[], Any], code: int | None, says: str = "", **fields) -> None:
-    """A run with a fault, and the same command without; of one process, if such are asked for."""
-    if 1 not in self.right:
-      return
+    """A run of one process with a fault, and the same command without."""
     workdir = self.new()
     job = self.start(workdir, before=before, **fields)
     (found,), row = job.finish(), self.rows[name]
@@ -625,6 +620,8 @@ def main() -> int:
     campaign = Campaign(Path(folder), given.seed)
     for processes in map(int, given.processes.split(",")):
       campaign.undisturbed(processes)
+    if 1 not in campaign.right:
+      only = [x for x in only if x in ("kills", "stalls")]  # the others are of one process
     signal.signal(signal.SIGINT, lambda *_: setattr(campaign, "enough", True))  # the table of what was done
     try:
       if "corruptions" in only:

@@ -418,13 +418,13 @@ def _blocks(n, q_BLHK, k_BLGK, v_BLGK, own, segment_BL, bias_BLL):
 def _blocks_forward(n, *arrays):
   q_BLHK, k_BLGK, v_BLGK, own, segment_BL, bias_BLL = arrays
   ago = n if own else 0
-  near = (q_BLHK, _near(n, k_BLGK, *own[:1]), _near(n, v_BLGK, *own[1:]))
+  scores_BGRMIJ = _near_scores(n, q_BLHK, _near(n, k_BLGK, *own[:1]), segment_BL)
   (far_BLHK, far_lse_BHL), _ = _far(ago, q_BLHK, k_BLGK, v_BLGK, bias_BLL)
   behind = ((0, 0), (0, 0), (ago, 0))
   far_lse_BHL = jnp.pad(far_lse_BHL, behind, constant_values=_NEVER)
-  lse_BHL = jnp.logaddexp(far_lse_BHL, _near_lse(n, *near[:2], segment_BL, noised=bool(own)))
+  lse_BHL = jnp.logaddexp(far_lse_BHL, jax.nn.logsumexp(scores_BGRMIJ, axis=-1).reshape(far_lse_BHL.shape))
   share_BLH1 = jnp.exp(far_lse_BHL - lse_BHL).transpose(0, 2, 1)[..., None]
-  out_BLHK = _within(n, *near, lse_BHL, None, segment_BL, noised=bool(own))
+  out_BLHK = _within(scores_BGRMIJ, _near(n, v_BLGK, *own[1:]), lse_BHL)
   out_BLHK += share_BLH1 * jnp.pad(far_BLHK, ((0, 0), (ago, 0), (0, 0), (0, 0)))
   out_BLHK = checkpoint_name(out_BLHK.astype(q_BLHK.dtype), "attention")
   return out_BLHK, (*arrays, out_BLHK, checkpoint_name(lse_BHL, "attention"))
@@ -436,8 +436,8 @@ def _blocks_backward(n, kept, cotangent_BLHK):
   ago = n if own else 0
 
   def near(q, k, v, own):
-    keys, values = _near(n, k, *own[:1]), _near(n, v, *own[1:])
-    return _within(n, q, keys, values, lse_BHL, out_BLHK, segment_BL, noised=bool(own))
+    scores_BGRMIJ = _near_scores(n, q, _near(n, k, *own[:1]), segment_BL)
+    return _within(scores_BGRMIJ, _near(n, v, *own[1:]), lse_BHL, out_BLHK)
 
   q, k, v, own = jax.vjp(near, q_BLHK, k_BLGK, v_BLGK, own)[1](cotangent_BLHK.astype(jnp.float32))
   of_both = (out_BLHK[:, ago:], lse_BHL[:, :, ago:])
@@ -478,10 +478,11 @@ def _near(n, x_BLGK, own_BLGK=None):
   return jnp.concatenate([x.reshape(B, L // n, n, G, K) for x in (before_BLGK, own_BLGK)], axis=2)
 
 
-def _near_scores(n, q_BLHK, k_BMJGK, segment_BL, noised):
+def _near_scores(n, q_BLHK, k_BMJGK, segment_BL):
   """[B, G, H / G, L / n, n, n or 2 n]; `_NEVER` where a query may not look."""
   B, L, H, K = q_BLHK.shape
   _, M, J, G, _ = k_BMJGK.shape
+  noised = J > n
   q_BMIGRK = (q_BLHK * K**-0.5).reshape(B, M, n, G, H // G, K)
   scores_BGRMIJ = einsum32("BMIGRK,BMJGK->BGRMIJ", q_BMIGRK, k_BMJGK)
   # Later places, and with `own` all that is behind them; nothing is before the first block.
@@ -496,23 +497,17 @@ def _near_scores(n, q_BLHK, k_BMJGK, segment_BL, noised):
   return jnp.where(allowed_BMIJ[:, None, None], scores_BGRMIJ, _NEVER)
 
 
-def _near_lse(n, q_BLHK, k_BMJGK, segment_BL, noised):
-  B, L, H, _ = q_BLHK.shape
-  return jax.nn.logsumexp(_near_scores(n, q_BLHK, k_BMJGK, segment_BL, noised), axis=-1).reshape(B, H, L)
-
-
-def _within(n, q_BLHK, k_BMJGK, v_BMJGK, lse_BHL, out_BLHK, segment_BL, noised):
+def _within(scores_BGRMIJ, v_BMJGK, lse_BHL, out_BLHK=None):
   """Float32 part of the result, where `lse_BHL` is that of all there is to see.
 
   With `out_BLHK`, the whole result, its gradient is that of this part: the softmax's sum is not taken here.
   """
-  B, L, H, K = q_BLHK.shape
-  scores_BGRMIJ = _near_scores(n, q_BLHK, k_BMJGK, segment_BL, noised)
+  (B, H, L), K = lse_BHL.shape, v_BMJGK.shape[-1]
   p_BGRMIJ = jnp.exp(scores_BGRMIJ - lse_BHL.reshape(*scores_BGRMIJ.shape[:-1])[..., None])
-  found = einsum32("BGRMIJ,BMJGK->BMIGRK", p_BGRMIJ.astype(q_BLHK.dtype), v_BMJGK).reshape(B, L, H, K)
+  found_BLHK = einsum32("BGRMIJ,BMJGK->BMIGRK", p_BGRMIJ.astype(v_BMJGK.dtype), v_BMJGK).reshape(B, L, H, K)
   if out_BLHK is None:
-    return found
-  return found - p_BGRMIJ.sum(axis=-1).reshape(B, H, L).transpose(0, 2, 1)[..., None] * out_BLHK
+    return found_BLHK
+  return found_BLHK - p_BGRMIJ.sum(axis=-1).reshape(B, H, L).transpose(0, 2, 1)[..., None] * out_BLHK
 
 
 def _beginnings(segment_BL):

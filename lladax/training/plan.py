@@ -114,7 +114,8 @@ def make(config: Config, topology: str, slices: int = 1, *, utilisation: float =
     stepping, block, sampling_ = None, config.model.block, None
     if trains:
       step.check_trains(config.model)
-      steps = [(_compiled_step(config.of_block(n), mesh, found[0]), n) for n in {x.block for x in config.phases}]
+      sizes = map(config.of_block, {x.block for x in config.phases})
+      steps = [(compiled(functools.partial(_lower_step, c, mesh), found[0]), c.model.block) for c in sizes]
       stepping, block = max(steps, key=lambda x: (bool(x[0].refusal), x[0].total, x[1]))
     if sampler or not trains:
       sampling_ = compiled(functools.partial(_lower_sampler, config, mesh), found[0])
@@ -131,10 +132,6 @@ def make(config: Config, topology: str, slices: int = 1, *, utilisation: float =
 
 def _trains(config: Config) -> bool:
   return config.model.weights == "full" or config.model.lora_rank > 0
-
-
-def _compiled_step(config: Config, mesh: jax.sharding.Mesh, device: Any) -> Program:
-  return compiled(functools.partial(_lower_step, config, mesh), device)
 
 
 def _lower_step(config: Config, mesh: jax.sharding.Mesh) -> Any:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -114,8 +115,8 @@ def test_it_is_a_data_set_of_tfds(prepared):
   assert "tensorflow" not in sys.modules
 
 
-def test_a_preparation_goes_on_where_it_was_cut_off(prepared, config, tmp_path, monkeypatch):
-  target, _ = prepared
+def cut_off(config, target):
+  """A preparation that ends at the third shard; the keys of those that it wrote."""
   real, written = prepare._write, []
 
   def fail_at_the_third(gathered, *args):
@@ -124,13 +125,18 @@ def test_a_preparation_goes_on_where_it_was_cut_off(prepared, config, tmp_path, 
     written.append(gathered[0])
     real(gathered, *args)
 
-  monkeypatch.setattr(prepare, "_write", fail_at_the_third)
-  with pytest.raises(BaseException):  # noqa: B017  (Beam makes of it what it likes)
-    prepare.run(config, BYTES, str(tmp_path / "again"), SHARDS, [])
+  with mock.patch.object(prepare, "_write", fail_at_the_third):
+    with pytest.raises(BaseException):  # noqa: B017  (Beam makes of it what it likes)
+      prepare.run(config, BYTES, str(target), SHARDS, [])
+  return written
+
+
+def test_a_preparation_goes_on_where_it_was_cut_off(prepared, config, tmp_path):
+  target, _ = prepared
+  written = cut_off(config, tmp_path / "again")
   with pytest.raises(ValueError, match="is not finished: run --mode=prepare"):
     records.open_folder(tmp_path / "again")
   before = {name: (tmp_path / "again" / name).stat().st_mtime_ns for name in contents(tmp_path / "again")}
-  monkeypatch.setattr(prepare, "_write", real)
   prepare.run(config, BYTES, str(tmp_path / "again"), SHARDS, [])
   assert contents(tmp_path / "again") == contents(target)
   for split, shard in written:
@@ -336,19 +342,8 @@ def test_conversations_are_a_data_set_of_tfds(prepared_talks):
   assert source[0]["tokens"][end - 1] == text.eot_id
 
 
-def test_a_preparation_of_conversations_goes_on_where_it_was_cut_off(prepared_talks, talks, tmp_path, monkeypatch):
-  real, written = prepare._write, []
-
-  def fail_at_the_third(gathered, *args):
-    if len(written) == 2:
-      raise KeyboardInterrupt
-    written.append(gathered[0])
-    real(gathered, *args)
-
-  monkeypatch.setattr(prepare, "_write", fail_at_the_third)
-  with pytest.raises(BaseException):  # noqa: B017  (Beam makes of it what it likes)
-    prepare.run(talks, BYTES, str(tmp_path), SHARDS, [])
-  monkeypatch.setattr(prepare, "_write", real)
+def test_a_preparation_of_conversations_goes_on_where_it_was_cut_off(prepared_talks, talks, tmp_path):
+  cut_off(talks, tmp_path)
   prepare.run(dataclasses.replace(talks, length=8), BYTES, str(tmp_path), SHARDS, [])  # which plays no part
   assert contents(tmp_path) == contents(prepared_talks[0])
   with pytest.raises(ValueError, match="was begun otherwise .*holds: 'chat' there, None here"):
