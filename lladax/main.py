@@ -39,6 +39,10 @@ _PROMPT = flags.DEFINE_multi_string(
 _SOURCE = flags.DEFINE_string(
   "source", None, "mode=import: folder in the published layout, or hf://OWNER/NAME[@REVISION]."
 )
+_SAID = [
+  flags.DEFINE_integer(name, None, f"mode=import: {what}, where the source does not say.")
+  for name, what in (("mask_id", "id of [MASK]"), ("eos_id", "id of EOS"), ("block", "tokens of a block"))
+]
 _TARGET = flags.DEFINE_string(
   "target", None, "mode=export: new folder for the published layout. mode=prepare: folder for the records."
 )
@@ -79,7 +83,11 @@ def main(argv: list[str]) -> int:
   if mode == "show":
     return _show(given)
   target = address.mirror(_TARGET.value or "")
-  for name, flag, modes in (("source", _SOURCE, ("import",)), ("target", _TARGET, ("export", "prepare"))):
+  of_import = ("import",)
+  for flag in _SAID:
+    if flag.value is not None and mode != "import":
+      raise Mistake(f"--{flag.name}={flag.value}: only --mode=import is told so; leave it out")
+  for name, flag, modes in (("source", _SOURCE, of_import), ("target", _TARGET, ("export", "prepare"))):
     if mode in modes and not flag.value:
       raise Mistake(f"--{name} is missing: --mode={mode} needs it")
   if mode in ("export", "prepare") and "://" not in str(_TARGET.value):
@@ -106,6 +114,7 @@ def _act(mode: str, given: ConfigDict | None, workdir: Path, target: Path, page:
   from lladax.devices.sharding import MeshConfig
   from lladax.evaluation import evaluate
   from lladax.inference import chat, convert, show, verify
+  from lladax.storage import published
   from lladax.training import trainer
 
   if mode == "verify":
@@ -116,7 +125,7 @@ def _act(mode: str, given: ConfigDict | None, workdir: Path, target: Path, page:
   if mode == "import":
     values = (given or configs.load("base")).to_dict()
     config.parse(values)
-    convert.from_published(_SOURCE.value or "", workdir, values)
+    convert.from_published(_SOURCE.value or "", workdir, values, published.Said(*(flag.value for flag in _SAID)))
     return print(visible(f"lladax: {_SOURCE.value} is read into {address.of(workdir)}"), file=sys.stderr)
   if given is not None:
     c = config.parse(given.to_dict())

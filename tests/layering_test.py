@@ -16,7 +16,7 @@ ORDER = [
     ("devices", "gpus sharding interrupts distributed hlo ahead"),
     ("data", "template vocabularies tokenizer facts reading contamination corpus"),
     ("data", "windows records dialogues sources batches prepare"),
-    ("model", "attention cross_entropy quantized mask_predictor"),
+    ("model", "attention cross_entropy quantized rope experts mask_predictor"),
     ("storage", "writing metrics digest together checkpoint near safetensors layout published transfer"),
     ("", "config recipes"),
     ("inference", "engine llada load convert verify show chat"),

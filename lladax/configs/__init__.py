@@ -25,7 +25,7 @@ __path__ = [str(FOLDER)]
 
 
 # What WORKDIR/config.json holds besides the fields: of init_from, the checkpoint that the run began from.
-NOT_FIELDS = ("tokenizer_fingerprint", "base", "base_fingerprint", "data_digests", "draws")
+NOT_FIELDS = ("tokenizer_fingerprint", "base", "base_fingerprint", "data_digests", "draws", "said", "merged")
 
 
 def names() -> list[str]:

@@ -64,7 +64,7 @@ class Tokenizer:
   """A vocabulary and its special tokens; made by `create`, `published` or `load`.
 
   Attributes: `vocab_size`, ids in use; `rows`, embedding rows: `vocab_size` rounded up to a multiple of 128;
-  `mask_id`, `eos_id`, `pad_id`; `bos_id`, `eot_id`, which ends a turn, `start_header_id`, `end_header_id`, None without
+  `mask_id` (-1: the vocabulary of a causal model has none), `eos_id`, `pad_id`; `bos_id`, `eot_id`, which ends a turn, `start_header_id`, `end_header_id`, None without
   one; `ends`, ids that end a text, EOS first; `template`, the chat template of others, None with LLaDA's or without
   any; `fingerprint`, a hash of the vocabulary, its special tokens and that template.
   """
@@ -78,8 +78,8 @@ class Tokenizer:
     Args:
       vocabulary: text to ids, without special tokens.
       names: eos, mask, pad ("": the EOS), bos ("": none).
-      others: of a vocabulary whose model others have trained: its `template` ("": none), the `variables` of that, and
-        `ends`, more ids that end a text.
+      others: of a vocabulary whose model others have trained: its `template` ("": none), the `variables` of that,
+        `ends`, more ids that end a text, and `added`, names that were appended to it all the same.
     """
     self._vocabulary, self._names, self._others = vocabulary, dict(names), others
     self.vocab_size: int = vocabulary.size
@@ -87,12 +87,12 @@ class Tokenizer:
     for name in (*names.values(), EOT, START_HEADER, END_HEADER):
       if name and name not in ids:
         found = vocabulary.find(name)
-        if found is None and others is not None:
+        if found is None and others is not None and name not in others.get("added", ()):
           continue
         ids[name] = self.vocab_size if found is None else found
         self.vocab_size += found is None
     self.rows: int = -(-self.vocab_size // 128) * 128
-    self.eos_id, self.mask_id = ids[names["eos"]], ids[names["mask"]]
+    self.eos_id, self.mask_id = ids[names["eos"]], ids.get(names["mask"], -1)
     self.pad_id, self.bos_id = ids[names["pad"] or names["eos"]], ids.get(names["bos"])
     self.eot_id = ids.get(EOT)
     self.start_header_id, self.end_header_id = ids.get(START_HEADER), ids.get(END_HEADER)
@@ -270,6 +270,11 @@ class Tokenizer:
     """Pickles as what `save` writes, so that other processes can have it."""
     return _rebuild, (self._vocabulary.kind, self._vocabulary.content, self._names, self._others)
 
+  def with_mask(self, name: str) -> Tokenizer:
+    """The same with a [MASK] of that name, which is appended where the vocabulary lacks it."""
+    others = None if self._others is None else self._others | {"added": [name]}
+    return Tokenizer(self._vocabulary, self._names | {"mask": name}, others)
+
   def bare(self) -> Tokenizer:
     """The same vocabulary with nothing appended to it."""
     return Tokenizer(self._vocabulary, self._names, self._others or {})
@@ -302,8 +307,10 @@ def load(folder: str | pathlib.Path) -> Tokenizer:
     vocabulary = vocabularies.make(settings["kind"], content)
   except vocabularies.Broken as error:
     raise Mistake(f"{path.with_name(file)} {error}: put back a copy of it") from error
-  for name in ("eos", "mask", "pad"):  # to the vocabulary of others nothing is appended
-    if settings.get("others") and (token := settings["names"][name]) and vocabulary.find(token) is None:
+  others = settings.get("others") or {}
+  for name in ("eos", "mask", "pad"):  # to the vocabulary of others nothing is appended but a mask, where it had none
+    token = settings["names"][name]
+    if others and token and token not in others.get("added", ()) and vocabulary.find(token) is None:
       raise Mistake(f"{path} is damaged ({name}={token!r:.80} is no token): put back a copy of it")
   return Tokenizer(vocabulary, settings["names"], settings.get("others"))
 
@@ -318,7 +325,7 @@ def _damage(settings: Any) -> str:
     not isinstance(names, dict)
     or not _are_names(names)
     or names.keys() != {"eos", "mask", "pad", "bos"}
-    or not (names["eos"] and names["mask"])
+    or not (names["eos"] and (names["mask"] or others))
   ):
     return f"names={names!r:.80}"
   if others is None:
@@ -365,17 +372,19 @@ def create(config: TokenizerConfig, texts: Sequence[str] | None = None) -> Token
   return Tokenizer(*_read(config))
 
 
-def published(config: TokenizerConfig, ends: Sequence[int] = ()) -> Tokenizer:
+def published(config: TokenizerConfig, ends: Sequence[int] = (), masks: bool = True) -> Tokenizer:
   """The tokenizer of a published folder, with the chat template beside it; nothing is appended to the vocabulary.
 
   Args:
     config: names a tokenizer.json, and special tokens that are in it.
     ends: ids that end a text beside the EOS.
+    masks: False: there is no [MASK], as of a causal model.
 
   Raises:
     Missing, Mistake: as `create`; the template's file cannot be read.
   """
   vocabulary, names = _read(config)
+  names["mask"] = names["mask"] if masks else ""
   if vocabulary.find(names["bos"]) is None:
     names["bos"] = ""
   others = {"template": "", "variables": {}, "ends": list(ends)}

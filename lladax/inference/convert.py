@@ -18,11 +18,14 @@ from lladax.data import tokenizer as tokenizers
 from lladax.devices import sharding
 from lladax.inference import load
 from lladax.mistake import Mistake
+from lladax.model import mask_predictor
 from lladax.model.mask_predictor import MaskPredictorConfig
 from lladax.storage import checkpoint, layout, published, safetensors, transfer
 
 
-def from_published(source: str | Path, workdir: Path, values: dict[str, Any]) -> None:
+def from_published(
+  source: str | Path, workdir: Path, values: dict[str, Any], said: published.Said = published.Said()
+) -> None:
   """Makes a published folder, or one of the hub, into a workdir with the checkpoint of step 0, in the files' dtypes.
 
   Args:
@@ -30,6 +33,7 @@ def from_published(source: str | Path, workdir: Path, values: dict[str, Any]) ->
     workdir: new, or empty.
     values: a run's config as plain values; its model, and its tokenizer if there is one, become the source's. A mesh
       that slices parameters is used.
+    said: what the source does not say of its ids and blocks.
 
   Raises:
     Missing, Mistake: as `huggingface.find` and `read`; the workdir is in use.
@@ -37,7 +41,7 @@ def from_published(source: str | Path, workdir: Path, values: dict[str, Any]) ->
   if workdir.is_dir() and any(workdir.iterdir()):
     raise Mistake(f"--workdir={workdir} is not empty: an import needs a new workdir")
   checkpoint.check_workdir(workdir, ["config.json"], ["checkpoints", "tokenizer", "published"])
-  theirs = published.read(published.find(source))
+  theirs = published.read(published.find(source), said.check())
   dataclasses.replace(theirs.model, weights=values["model"].get("weights", "full"))  # must go together
   text = theirs.identity["tokenizer"]
   for path in theirs.folder.iterdir():
@@ -60,9 +64,11 @@ def from_published(source: str | Path, workdir: Path, values: dict[str, Any]) ->
   params = transfer.load_params(theirs, at)
   saver.save(0, {"step": jax.device_put(np.int32(0), step_at), "params": params})
   saver.close()
-  shape = {name: getattr(theirs.model, name) for name, *_ in (*layout.FIELDS, "K")}
-  values = values | {"objective": "diffusion", "model": values["model"] | shape}
+  shape = {name: getattr(theirs.model, name) for name in mask_predictor.SHAPE}
+  values = values | {"objective": theirs.model.objective.name, "model": values["model"] | shape}
+  values["noise"] = values.get("noise", {}) | {"block": theirs.model.block, "blocks": ()}
   values |= {"tokenizer_fingerprint": text.fingerprint if text else ""}
+  values |= {"merged": theirs.merged, "said": {name: x for name, x in said._asdict().items() if x is not None and name != "block"}}
   (workdir / "config.json").write_text(json.dumps(values, indent=2) + "\n")  # the last: now it is a workdir
   address.push(workdir)
 
@@ -76,21 +82,25 @@ def to_published(workdir: Path, target: Path, dtype: str | None = None) -> None:
   """
   if target.is_dir() and any(target.iterdir()):
     raise Mistake(f"--target={target} is not empty: an export needs a new folder")
-  model = MaskPredictorConfig(**checkpoint.config(workdir)["model"])
-  layout.check_exportable(model)
+  saved = checkpoint.config(workdir)
+  model = MaskPredictorConfig(**saved["model"])
+  theirs = workdir / "published" / "config.json"
+  config = json.loads(theirs.read_text("utf-8")) if theirs.is_file() else None
+  imported = config is not None and layout.says(config, model)
+  if not imported:
+    layout.of_model(model)  # before anything is read
   # Adapters are merged, with what they were trained over. What float16 cannot say of a file is not lost here.
   dtype_here = "bfloat16" if model.compute_dtype == jnp.float16 else None
   found = load.load(workdir, weights="full", dtype=dtype_here)
   model, params = found.model, found.params
   target.mkdir(parents=True, exist_ok=True)
-  if (workdir / "published").is_dir():
+  if config is not None:
     shutil.copytree(workdir / "published", target, dirs_exist_ok=True)
-    config = json.loads((target / "config.json").read_text("utf-8"))
-  else:
+  if not imported:
     text = tokenizers.load(workdir / "tokenizer")
     text.save(target)
     config = layout.new_config(model, text) | {"dtype": str(params["embedding"].dtype)}
   if dtype:
     config[next((name for name in ("torch_dtype", "dtype") if name in config), "dtype")] = dtype
-  transfer.export(params, model, target, config, dtype=dtype)
+  transfer.export(params, model, target, config, dtype=dtype, merged=saved.get("merged", False))
   address.push(target)

@@ -331,7 +331,7 @@ class Engine:
   def logits(self, tokens_BL: np.ndarray, segment_BL: np.ndarray | None) -> np.ndarray:
     """Float32 logits [B, L, V]; `segment_BL` 0 = padding, None: there is none."""
     with sharding.on_mesh_of(self.params):
-      return np.asarray(_logits(self.params, tokens_BL, segment_BL, model=self.model))
+      return np.asarray(_logits(self.params, tokens_BL, segment_BL, model=self.model, eos_id=self.ends[0]))
 
   def check_ids(self, ids: Ids, where: str, masks: bool = False) -> None:
     """Raises Mistake for what is not in the vocabulary, and for [MASK] unless there may be `masks`."""
@@ -410,7 +410,7 @@ def _run(
 ) -> State:
   """`segment_BL` None: no row is padded, attention needs no mask. If canvases grow nothing behind a block is seen."""
   bound, (B, L) = model.bind(params), state.canvas.tokens_BL.shape
-  layers, at_L = model.apart(bound.blocks), jnp.arange(L)
+  layers, at_L = bound.layers(), jnp.arange(L)
   position_BL = None if segment_BL is None else _positions(segment_BL)
   given_BL = (state.canvas.tokens_BL != mask_id) & (state.canvas.unmasked_at_BL == 0)
 
@@ -423,6 +423,8 @@ def _run(
       segment, position = jax.tree.map(lambda x: jnp.tile(x, (2, 1)), (segment, position))
 
     def hidden(size, window_start, reuse_L):  # of the block, from a window that holds it
+      if model.shift:  # and what is before it, where its first token is predicted
+        size, window_start = min(size + 1, L), jnp.maximum(window_start - 1, 0)
       tokens_BW = jax.lax.dynamic_slice_in_dim(canvas_BL, window_start, size, axis=1)
       visible = model.visible(L, segment, W=size, start=window_start, reuse_L=reuse_L)
       hidden_BWD, written = bound.hidden(tokens_BW, visible, position, cache, layers)
@@ -551,6 +553,8 @@ def _next(params, tokens_BL, segment_BL, at_B, guidance, *, model, mask_id, guid
   return _laid_out(jax.nn.log_softmax(found_BV))
 
 
-@functools.partial(sharding.jit, static_argnames="model")
-def _logits(params, tokens_BL, segment_BL, *, model):
+@functools.partial(sharding.jit, static_argnames=("model", "eos_id"))
+def _logits(params, tokens_BL, segment_BL, *, model, eos_id):
+  if model.causal:
+    tokens_BL = autoregressive.shift(tokens_BL, jnp.ones_like(tokens_BL) if segment_BL is None else segment_BL, eos_id)
   return _laid_out(model.bind(params)(tokens_BL, model.visible(tokens_BL.shape[1], segment_BL)))

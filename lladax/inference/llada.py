@@ -89,6 +89,9 @@ class LLaDA:
   vocab_size: int  # ids in use; rows of the embedding behind it are never sampled
   eot_id: int | None = None  # ends a turn of a conversation
   ends: tuple[int, ...] = ()  # ids that end a text, EOS first; (): EOS, and EoT where there is one
+  # Options that `sample`, `stream`, `chat`, `unmask` and `infill` take where a call does not say: those of the authors
+  # of a published model. What does not go with what a call says is left out.
+  defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     if not self.ends:
@@ -207,7 +210,10 @@ class LLaDA:
     return found if many else found[0]
 
   def logits(self, tokens_BL, segment_BL=None) -> np.ndarray:
-    """Float32 logits [B, L, V] of canvases of ids of one length; `segment_BL` 0 = padding."""
+    """Float32 logits [B, L, V] of canvases of ids of one length; `segment_BL` 0 = padding.
+
+    At i stands what is predicted for token i, also where a model shifts; of a causal one given the tokens before it.
+    """
     rows = self._canvases(tokens_BL, "logits")
     if len({*map(len, rows)}) > 1:
       raise Mistake("logits: the canvases differ in length; pad them, and say where with segment_BL")

@@ -22,7 +22,7 @@ from lladax.storage import checkpoint, published, transfer
 
 def load(
   path: str | Path, step: int | None = None, mesh: Mesh | None = None, *, dtype: str | None = None,
-  weights: str | None = None,
+  weights: str | None = None, mask_id: int | None = None, eos_id: int | None = None, block: int | None = None,
 ) -> LLaDA:  # fmt: skip
   """Loads a run's last checkpoint (or that of `step`) with its tokenizer, or a published checkpoint.
 
@@ -37,6 +37,8 @@ def load(
       a file or a parameter of a checkpoint at a time; "full", as they are; None: as the model says. Where they are
       quantised, and where float16 is computed in, the other parameters take the dtype of the computation. Adapters are
       merged into full weights, and stay beside quantised ones.
+    mask_id, eos_id, block: of a published folder that does not say them: the ids of [MASK] and EOS, and the tokens of a
+      block. A block of another length than the folder's may be named, too.
 
   Raises:
     Missing: there is no such folder, no run, or no checkpoint.
@@ -44,6 +46,8 @@ def load(
       is not installed, and `weights` needs it.
   """
   step = fields.typed(step, int | None, "step")
+  ids = {"mask_id": mask_id, "eos_id": eos_id, "block": block}
+  theirs_said = published.Said(**{name: fields.typed(x, int | None, name) for name, x in ids.items()}).check()
   both = {"dtype": fields.typed(dtype, str | None, "dtype"), "weights": fields.typed(weights, str | None, "weights")}
   said: dict[str, Any] = {name: value for name, value in both.items() if value is not None}
   if not isinstance(path, str | os.PathLike):
@@ -57,12 +61,14 @@ def load(
     path, step = folder.parent, step if named is None else named
   workdir = published.find(path)
   if published.is_published(workdir):
-    theirs = published.read(workdir)
+    theirs = published.read(workdir, theirs_said)
     model = _model(theirs.model, said, mesh)
     theirs = dataclasses.replace(theirs, model=model)
     at = None if mesh is None else sharding.shardings(mesh, model.letters())
     kept = model.compute_dtype if _narrows(model) else None
     return LLaDA(model, transfer.load_params(theirs, at, kept), **theirs.identity)
+  if told := [f"{name}={x}" for name, x in ids.items() if x is not None]:
+    raise Mistake(f"{', '.join(told)}: {path} is a workdir, which knows its own: leave it out")
   saved = checkpoint.config(workdir)
   trained = MaskPredictorConfig(**saved["model"])
   model = _model(trained, said, mesh)
@@ -71,7 +77,7 @@ def load(
   if saved["tokenizer_fingerprint"] or not imported:
     text = tokenizers.load(workdir / "tokenizer")
   if imported:
-    identity = published.identity(workdir / "published", model, text)
+    identity = published.identity(workdir / "published", model, text, published.Said(**saved.get("said", {})))
   else:
     assert text is not None
     check_vocabulary(model, text)

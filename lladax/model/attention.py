@@ -126,6 +126,20 @@ class Visible:
       place_BL -= jax.lax.cummax(jnp.where(new_BL, place_BL, 0), axis=1)
     return jnp.tile(place_BL // self.block, (1, self.L // L))
 
+  def begins_BL(self) -> jax.Array:
+    """Bool: where a document begins, or padding (B may be 1)."""
+    first_1L = jnp.arange(self.L)[None] == 0
+    if self.segment_BL is None:
+      return first_1L
+    segment_BL = jnp.asarray(self.segment_BL)
+    return first_1L | jnp.pad(segment_BL[:, 1:] != segment_BL[:, :-1], ((0, 0), (1, 0)))
+
+  def begun_apart(self) -> "Visible":
+    """The same, but the first position of a document sees itself alone, and is seen by nobody else."""
+    segment_BL = jnp.ones((1, self.L), jnp.int32) if self.segment_BL is None else jnp.asarray(self.segment_BL)
+    apart_BL = jnp.where(segment_BL > 0, 2 * segment_BL - self.begins_BL(), 0)
+    return dataclasses.replace(self, segment_BL=apart_BL, right_padded=False, contiguous=False)
+
   def window(self, array_BL: jax.Array) -> jax.Array:
     """The window's part of what there is of every position."""
     if self.W == self.L:

@@ -4,28 +4,30 @@ Letters, everywhere in lladax:
   B batch               L canvas length       W window run through the model in this call (W == L without a cache)
   D model width         H query heads         G key/value heads          K head width
   F feed-forward width  V vocabulary (rows of the embedding)             N layers (the stacked axis)
-  A answer length       T tokens of a batch, flattened (B * L)
+  E experts             J of them that a token is given to               X width of an expert, S of the shared one
+  A answer length       T tokens of a batch, flattened (B * L)           R rank of adapters
 
 The module is Flax NNX, used functionally: parameters are a plain nested dict whose names do not depend on
-Flax, `MaskPredictorConfig.init` makes them and `MaskPredictorConfig.bind` lends them to a MaskPredictor.
+Flax, `MaskPredictorConfig.init` makes them and `MaskPredictorConfig.bind` lends them to a MaskPredictor. Layers of one
+kind are a stack: "blocks", and before it "first", where the first layers of a model with experts are dense.
 """
 
 import dataclasses
 import functools
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from lladax import autoregressive, diffusion
 from lladax.devices import sharding
 from lladax.mistake import Mistake
-from lladax.model import attention, cross_entropy, quantized
+from lladax.model import attention, cross_entropy, experts, quantized, rope
 from lladax.model.attention import Visible
 
 Params = dict[str, Any]
@@ -58,9 +60,38 @@ class MaskPredictorConfig:
   tied: bool = False  # one matrix for embedding and head
   causal: bool = False  # only for the autoregressive baseline
   block: int = 0  # tokens that look at each other, and at all before them; 0: all of the canvas does
+  # What is read and predicted: False, the state at i predicts token i | True, token i + 1, as in models that were
+  # autoregressive (Dream); of a causal one, that the token it is begun with is seen by nobody (Llama, Qwen).
+  shift: bool = False
+  qk_norm: bool = False  # queries and keys are normed, each head by itself
+  qkv_bias: bool = False  # queries, keys and values have biases
   rope_theta: float = 500_000.0  # base of the rotary positions
+  rotary: int = 0  # of a head's K so many, the first ones, are rotated; 0: all
+  # How positions behind rope_length are made to look like earlier ones: "none" | "linear" | "yarn" (arXiv 2309.00071) |
+  # "llama3".
+  rope_scaling: str = "none"
+  rope_factor: float = 1.0  # by so much
+  rope_length: int = 0  # longest canvas before it was stretched; of "yarn" and "llama3"
+  # Pairs that turn less often than the first number within rope_length are stretched, those that turn more often than
+  # the second are not.
+  rope_turns: tuple[float, float] = (1.0, 32.0)
+  rope_attention: float = 0.0  # of "yarn", what cosines and sines are multiplied by; 0: 0.1 ln(rope_factor) + 1
   norm_eps: float = 1e-5  # added to the mean square in RMSNorm
   max_length: int = 4096  # longest canvas
+  E: int = 0  # experts, in place of the feed-forward of F; 0: none
+  J: int = 0  # so many of them a token is given to
+  X: int = 0  # width of an expert
+  S: int = 0  # width of the shared expert, which all tokens go through; 0: none
+  dense: int = 0  # of a model with experts: so many layers, the first ones, have none
+  router: str = "softmax"  # how the experts' scores become weights: "softmax" over all (LLaDA-MoE) | "sigmoid" (LLaDA2)
+  router_bias: bool = False  # a bias for each expert that chooses, and does not weigh
+  router_groups: int = 0  # neighbouring experts are a group; the best groups alone are chosen from; 0: no groups
+  router_topk_groups: int = 0  # so many groups; a group scores as its two best
+  router_renormalise: bool = False  # the weights of the chosen sum to 1
+  router_scale: float = 1.0  # and are multiplied by this
+  balance: float = 0.0  # weight of the auxiliary loss that balances the experts' loads (LLaDA-MoE: 0.01)
+  balance_rate: float = 0.0  # a step of the choosing bias towards balance, after each update (Ling: 1e-3)
+  z_loss: float = 0.0  # weight of the router's squared log-sum-exp (LLaDA-MoE: 0.001)
   # Of the computation: "auto", float32 on a CPU, bfloat16 on accelerators, float16 on GPUs without it | "float32" |
   # "bfloat16" | "float16" (not to train in).
   dtype: str = "auto"
@@ -81,8 +112,14 @@ class MaskPredictorConfig:
         raise Mistake(f"model.{name}={getattr(self, name)}: must be at least 1")
     if self.H % self.G:
       raise Mistake(f"model.H={self.H} is not a multiple of model.G={self.G}: heads share keys in groups")
-    if self.K % 2:
-      raise Mistake(f"model.K={self.K}: RoPE rotates pairs, the head width must be even")
+    self._check_experts()
+    object.__setattr__(self, "rope_turns", tuple(self.rope_turns))  # JSON knows lists alone
+    rope.check(self)
+    if self.shift and self.block:
+      raise Mistake(
+        f"model.shift=True, model.block={self.block}: what is predicted for the first token of a block would stand in"
+        " the block before it: a model of blocks has no shift"
+      )
     if self.remat not in REMAT:
       raise Mistake(f"model.remat={self.remat!r}: use one of {', '.join(REMAT)}")
     if self.attention not in attention.KERNELS:
@@ -96,7 +133,7 @@ class MaskPredictorConfig:
     if self.weights in quantized.PAIRED and (self.D % 2 or self.F % 2):
       raise Mistake(f"model.weights={self.weights!r} keeps two values in a byte: model.D={self.D}, model.F={self.F} are"
                     " not both even; use int8")  # fmt: skip
-    object.__setattr__(self, "lora_targets", tuple(self.lora_targets))  # JSON knows lists alone
+    object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
     if self.block < 0:
       raise Mistake(f"model.block={self.block}: must be at least 1, or 0 for the whole canvas")
     if self.lora_rank < 0:
@@ -106,6 +143,48 @@ class MaskPredictorConfig:
         raise Mistake(f"model.lora_targets: {name!r} is not one of {', '.join(Block.MATRICES)}")
     if self.lora_rank and not self.lora_targets:
       raise Mistake("model.lora_targets=(): name the matrices that get adapters")
+
+  def _check_experts(self):
+    for name in ("E", "J", "X", "S", "dense", "router_groups", "router_topk_groups", "balance", "balance_rate", "z_loss"):
+      if not getattr(self, name) >= 0:
+        raise Mistake(f"model.{name}={getattr(self, name)}: must be at least 0")
+    if not self.E:
+      needs = ("J", "X", "S", "dense", "router_bias", "router_groups", "balance", "balance_rate", "z_loss")
+      if name := next((name for name in needs if getattr(self, name)), None):
+        raise Mistake(f"model.{name}={getattr(self, name)}: there are no experts: set model.E, or leave it out")
+      return
+    if self.router not in ("softmax", "sigmoid"):
+      raise Mistake(f"model.router={self.router!r}: use softmax or sigmoid")
+    if not 1 <= self.J <= self.E:
+      raise Mistake(f"model.J={self.J}: a token is given to at least 1 of model.E={self.E} experts, and at most to all")
+    if self.X < 1:
+      raise Mistake(f"model.X={self.X}: an expert has a width of at least 1")
+    if self.dense >= self.N:
+      raise Mistake(f"model.dense={self.dense}: of model.N={self.N} layers at least one has experts")
+    groups, kept = self.router_groups, self.router_topk_groups
+    if groups and (self.E % groups or self.E // groups < 2):
+      raise Mistake(f"model.router_groups={groups} does not divide model.E={self.E} into groups of at least two experts")
+    if groups and not (1 <= kept <= groups and self.J <= self.E // groups * kept):
+      raise Mistake(
+        f"model.router_topk_groups={kept}: of model.router_groups={groups} so many are kept that"
+        f" model.J={self.J} experts are in them"
+      )
+    if kept and not groups:
+      raise Mistake(f"model.router_topk_groups={kept}: there are no groups: set model.router_groups too")
+    if self.balance_rate and not self.router_bias:
+      raise Mistake(f"model.balance_rate={self.balance_rate} moves the choosing bias: set model.router_bias=True")
+    if self.weights != "full":
+      raise Mistake(f"model.weights={self.weights!r}: experts are not kept in bits; use full")
+
+  @property
+  def stacks(self) -> dict[str, "MaskPredictorConfig"]:
+    """Layers of one kind, from the first to the last: the name of their parameters, and what they are."""
+    if not self.dense:
+      return {"blocks": self}
+    none = {"E": 0, "J": 0, "X": 0, "S": 0, "dense": 0, "router_bias": False, "router_groups": 0}
+    none |= {"router_topk_groups": 0, "balance": 0.0, "balance_rate": 0.0, "z_loss": 0.0}
+    first = dataclasses.replace(self, N=self.dense, **none)
+    return {"first": first, "blocks": dataclasses.replace(self, N=self.N - self.dense, dense=0)}
 
   @property
   def R(self) -> int:
@@ -139,7 +218,8 @@ class MaskPredictorConfig:
 
   def check_mesh(self, mesh: jax.sharding.Mesh, length: int = 0) -> None:
     """Raises Mistake if the parameters, or a canvas of that length, cannot be shared out over the mesh."""
-    sizes = {letter: size for letter in "DHGFV" if (size := getattr(self, letter))}
+    letters = "DHGV" + "ES" * (self.E > 0) + "F" * (not self.E or self.dense > 0)
+    sizes = {letter: size for letter in letters if (size := getattr(self, letter))}
     sharding.check_divides(mesh, sizes, length, pairs="DF" if self.weights in quantized.PAIRED else "")
 
   def init(self, rng: jax.Array) -> Params:
@@ -157,10 +237,12 @@ class MaskPredictorConfig:
 
   def letters(self) -> dict[str, Any]:
     """The dimension letters of every parameter, in the tree of the parameters: {"embedding": "VD", ...}."""
-    blocks: Params = {name: "N" + letters for name, letters in Block.letters(self).items()}
-    if self.weights != "full":
-      blocks |= {name: quantized.letters(blocks[name], inputs) for name, inputs in Block.MATRICES.items()}
-    return {"embedding": "VD", "blocks": blocks, "final_norm": "D"} | ({} if self.tied else {"head": "DV"})
+    stacks: Params = {}
+    for stack, c in self.stacks.items():
+      stacks[stack] = {name: "N" + letters for name, letters in Block.letters(c).items()}
+      if c.weights != "full":
+        stacks[stack] |= {name: quantized.letters("N" + Block.LETTERS[name], x) for name, x in Block.MATRICES.items()}
+    return {"embedding": "VD", **stacks, "final_norm": "D"} | ({} if self.tied else {"head": "DV"})
 
   def new_cache(self, batch_size: int, length: int) -> Cache:
     """An empty cache of keys and values for canvases [batch_size, length]."""
@@ -187,10 +269,12 @@ class MaskPredictorConfig:
     """(what is trained, what is frozen): the adapters and the rest, or all and nothing."""
     if not self.lora_rank:
       return params, {}
-    own = {name for name in Block.letters(self) if name not in Block.LETTERS}
-    blocks = params["blocks"]
-    rest = {name: x for name, x in blocks.items() if name not in own}
-    return {"blocks": {name: blocks[name] for name in sorted(own)}}, params | {"blocks": rest}
+    trained, rest = {}, {}
+    for stack, c in self.stacks.items():
+      given, own = params[stack], Block.letters(c).keys() - Block.own(c).keys()
+      trained[stack] = {name: given[name] for name in sorted(own)}
+      rest[stack] = {name: x for name, x in given.items() if name not in own}
+    return trained, params | rest
 
   def keep(self, name: str, x: jax.Array, dtype: Any, group: int = quantized.GROUP) -> Any:
     """A stacked parameter of the layers where it is not trained: a matrix in the bits of `weights`, else in `dtype`."""
@@ -204,31 +288,53 @@ class MaskPredictorConfig:
   def freeze(self, params: Params, group: int = quantized.GROUP) -> Params:
     """Parameters that are not trained: in the compute dtype, matrices in the bits of `weights`; pure: jit it."""
     dtype = self.compute_dtype
-    blocks = {name: self.keep(name, x, dtype, group) for name, x in params["blocks"].items()}
-    return {name: x.astype(dtype) for name, x in params.items() if name != "blocks"} | {"blocks": blocks}
+    stacks = {
+      stack: {name: self.keep(name, x, dtype, group) for name, x in params[stack].items()} for stack in self.stacks
+    }
+    return {name: x.astype(dtype) for name, x in params.items() if name not in stacks} | stacks
 
   def join(self, trained: Params, frozen: Params) -> Params:
     """The whole again."""
-    return frozen | {"blocks": frozen["blocks"] | trained["blocks"]} if self.lora_rank else trained
+    if not self.lora_rank:
+      return trained
+    return frozen | {stack: frozen[stack] | trained[stack] for stack in self.stacks}
 
   def merge(self, trained: Params, frozen: Params) -> tuple["MaskPredictorConfig", Params]:
     """The model without adapters, W + alpha / rank A B in the dtype of W, which is multiplied out; pure: jit it."""
-    blocks = dict(frozen["blocks"])
-    for name in Block.MATRICES if self.weights != "full" else ():
-      blocks[name] = quantized.dequantize(quantized.Matrix(**blocks[name]), self.weights, self.compute_dtype)
-    for name in self.lora_targets:
-      a, b = (trained["blocks"][f"{name}_{x}"].astype(jnp.float32) for x in "ab")
-      w32 = blocks[name].astype(jnp.float32)
-      update = jnp.einsum("NIR,NRO->NIO", a.reshape(self.N, -1, self.R), b.reshape(self.N, self.R, -1))
-      blocks[name] = (w32 + self.lora_alpha / self.R * update.reshape(w32.shape)).astype(blocks[name].dtype)
-    return dataclasses.replace(self, lora_rank=0, weights="full"), frozen | {"blocks": blocks}
+    stacks = {stack: dict(frozen[stack]) for stack in self.stacks}
+    for stack, c in self.stacks.items():
+      merged = stacks[stack]
+      for name in Block.MATRICES if self.weights != "full" else ():
+        merged[name] = quantized.dequantize(quantized.Matrix(**merged[name]), self.weights, self.compute_dtype)
+      for name in Block.adapted(c):
+        a, b = (trained[stack][f"{name}_{x}"].astype(jnp.float32) for x in "ab")
+        each = a.shape[: 1 + name.startswith("experts")]  # layers, and experts
+        update = a.reshape(*each, -1, self.R) @ b.reshape(*each, self.R, -1)
+        w32 = merged[name].astype(jnp.float32)
+        merged[name] = (w32 + self.lora_alpha / self.R * update.reshape(w32.shape)).astype(merged[name].dtype)
+    return dataclasses.replace(self, lora_rank=0, weights="full"), frozen | stacks
 
   @functools.cache  # noqa: B019  (configs are few, and small)
-  def num_params(self, embedding: bool = True) -> int:
-    """Parameter count; without `embedding`, neither the embedding nor the head."""
+  def num_params(self, embedding: bool = True, *, active: bool = False) -> int:
+    """Parameter count; without `embedding`, neither the embedding nor the head; `active`: of those a token meets.
+
+    The bias that only chooses experts is none, as in the published counts.
+    """
     shapes = jax.eval_shape(self.init, jax.random.key(0))
-    total = sum(x.size for x in jax.tree.leaves(shapes))
+    total = 0
+    for path, x in jax.tree_util.tree_leaves_with_path(shapes):
+      name = str(getattr(path[-1], "key", ""))
+      met = x.size // self.E * self.J if active and name.startswith("experts") else x.size
+      total += 0 if name == "choice" else met
     return total if embedding else total - (1 if self.tied else 2) * self.V * self.D
+
+
+# The fields that parameters come with: a run that begins with those of another takes them over.
+SHAPE = (
+  "D", "N", "H", "G", "K", "F", "V", "tied", "shift", "qk_norm", "qkv_bias", "rope_theta", "rotary", "rope_scaling",
+  "rope_factor", "rope_length", "rope_turns", "rope_attention", "norm_eps", "max_length", "E", "J", "X", "S", "dense",
+  "router", "router_bias", "router_groups", "router_topk_groups", "router_renormalise", "router_scale",
+)  # fmt: skip
 
 
 @functools.cache
@@ -250,26 +356,6 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   x32 = x.astype(jnp.float32)
   x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
   return x32.astype(x.dtype) * jnp.expand_dims(scale.astype(x.dtype), range(x.ndim - 1))
-
-
-def rotary(position_BW: Any, c: MaskPredictorConfig, length: int) -> tuple[jax.Array, jax.Array]:
-  """Cosine and sine [B, W, 1, K/2] of RoPE in float32, of positions 0 .. `length` - 1; half-split layout."""
-  if sharding.platform() == "cpu":
-    # A table: where XLA's CPU backend can compute cosines it does so within every loop that turns a query or a key,
-    # for each head of each row again, and one by one.
-    frequency = np.float32(c.rope_theta) ** (-np.arange(0, c.K, 2, dtype=np.float32) / np.float32(c.K))
-    angle = np.arange(length, dtype=np.float32)[:, None] * frequency
-    cos, sin = (jnp.asarray(f(angle)).at[position_BW].get(mode="fill", fill_value=jnp.nan) for f in (np.cos, np.sin))
-    return cos[:, :, None], sin[:, :, None]
-  frequency = c.rope_theta ** (-jnp.arange(0, c.K, 2, dtype=jnp.float32) / c.K)
-  angle = position_BW.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
-  return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x_BWHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Rotates the pairs (k, k + K/2) in float32, and casts back."""
-  a, b = jnp.split(x_BWHK.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BWHK.dtype)
 
 
 def _aligned(x: jax.Array, letters: str) -> jax.Array:
@@ -313,7 +399,7 @@ _look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 class Block(nnx.Module):
-  """x += out(attention(norm(x))); x += down(silu(gate(norm(x))) * up(norm(x)))."""
+  """x += out(attention(norm(x))); x += down(silu(gate(norm(x))) * up(norm(x))), or experts that do the like."""
 
   LETTERS = {
     "attention_norm": "D", "q": "DHK", "k": "DGK", "v": "DGK", "out": "HKD",
@@ -328,14 +414,36 @@ class Block(nnx.Module):
     "up": "D",
     "down": "F",
   }  # and their input's letters
+  # What some models have besides, or in the place of gate, up and down; matrices with their input's letters.
+  HEAD_NORMS = {"q_norm": "K", "k_norm": "K"}
+  BIASES = {"q_bias": "HK", "k_bias": "GK", "v_bias": "GK"}
+  SHARED = {"shared_gate": "DS", "shared_up": "DS", "shared_down": "SD"}
+  INPUTS = MATRICES | experts.MATRICES | {name: letters[0] for name, letters in SHARED.items()}
+
+  @classmethod
+  def own(cls, c: MaskPredictorConfig) -> dict[str, str]:
+    """The dimension letters of a layer's parameters, without adapters."""
+    found = cls.LETTERS | (cls.HEAD_NORMS if c.qk_norm else {}) | (cls.BIASES if c.qkv_bias else {})
+    if not c.E:
+      return found
+    found = {name: letters for name, letters in found.items() if "F" not in letters}
+    of_experts = {name: x for name, x in experts.LETTERS.items() if name != "choice" or c.router_bias}
+    return found | of_experts | (cls.SHARED if c.S else {})
+
+  @classmethod
+  def adapted(cls, c: MaskPredictorConfig) -> list[str]:
+    """The matrices that have adapters: "gate", "up" and "down" name those of experts, too."""
+    found = [name for name in cls.own(c) if name in cls.INPUTS] if c.lora_rank else []
+    return [name for name in found if name.rpartition("_")[2] in c.lora_targets]
 
   @classmethod
   def letters(cls, c: MaskPredictorConfig) -> dict[str, str]:
-    """The dimension letters of a layer's parameters; of a matrix's adapters, NAME_a and NAME_b, too."""
-    found = dict(cls.LETTERS)
-    for name in c.lora_targets if c.lora_rank else ():
-      inputs = cls.MATRICES[name]
-      found |= {name + "_a": inputs + "R", name + "_b": "R" + cls.LETTERS[name].removeprefix(inputs)}
+    """`own`, and of a matrix's adapters, NAME_a and NAME_b, too."""
+    found = cls.own(c)
+    for name in cls.adapted(c):
+      each, inputs = "E" * name.startswith("experts"), cls.INPUTS[name]
+      outputs = found[name].removeprefix(each + inputs)
+      found = found | {name + "_a": each + inputs + "R", name + "_b": each + "R" + outputs}
     return found
 
   def __init__(self, c: MaskPredictorConfig, depth: jax.Array, *, rngs: nnx.Rngs):
@@ -347,14 +455,18 @@ class Block(nnx.Module):
     self.v = _weight(rngs, c, "DGK", c.D)
     self.out = _weight(rngs, c, "HKD", c.H * c.K, residual)
     self.ff_norm = nnx.Param(jnp.ones(c.D))
-    self.gate = _weight(rngs, c, "DF", c.D)
-    self.up = _weight(rngs, c, "DF", c.D)
-    self.down = _weight(rngs, c, "FD", c.F, residual)
     for name, letters in Block.letters(c).items():
-      if name.endswith("_a"):
-        setattr(self, name, _weight(rngs, c, letters, math.prod(getattr(c, letter) for letter in letters[:-1])))
-      elif name.endswith("_b"):
-        setattr(self, name, nnx.Param(jnp.zeros([getattr(c, letter) for letter in letters])))
+      shape = [getattr(c, letter) for letter in letters]
+      kind = name.rpartition("_")[2]
+      if name.endswith("_a"):  # of each expert alone
+        setattr(self, name, _weight(rngs, c, letters, math.prod(getattr(c, x) for x in letters[:-1].lstrip("E"))))
+      elif name == "choice" or kind in ("b", "bias"):
+        setattr(self, name, nnx.Param(jnp.zeros(shape)))
+      elif name in Block.HEAD_NORMS:
+        setattr(self, name, nnx.Param(jnp.ones(shape)))
+      elif not hasattr(self, name):  # router, gate, up, down
+        inputs = Block.INPUTS.get(name, "D")
+        setattr(self, name, _weight(rngs, c, letters, getattr(c, inputs), residual if kind == "down" else 1.0))
 
   def weight(self, name: str, dtype: jnp.dtype) -> jax.Array:
     """A parameter in the compute dtype, gathered along its width: cast first, so that half the bytes travel."""
@@ -363,12 +475,12 @@ class Block(nnx.Module):
     # Beside matrices in bits, which are not padded, adapters are not either.
     return checkpoint_name(_aligned(gathered, letters) if self.c.weights == "full" else gathered, "gathered")
 
-  def __call__(self, x_BWD, cache: Any, *, cos, sin, start, attend):
-    """Returns the new stream, and the layer's keys and values over the canvas if there is a cache to write.
+  def __call__(self, x_BWD, cache: Any, *, cos, sin, start, attend, counted_BW):
+    """The new stream, the layer's keys and values over the canvas if there is a cache to write, and its statistics.
 
     `start` None: the cache is read only, it comes `attention.turned`, and the window's own keys stand behind it.
     """
-    c, dtype, stream_dtype = self.c, self.c.compute_dtype, x_BWD.dtype
+    c, dtype, stream_dtype, adapted = self.c, self.c.compute_dtype, x_BWD.dtype, Block.adapted(self.c)
 
     def project(x, name, letters, out_dtype=dtype):  # the axes behind B and W times the weight, to these letters
       x_BWI = x.reshape(*x.shape[:2], -1)
@@ -379,7 +491,9 @@ class Block(nnx.Module):
         out = jnp.matmul(x_I, weight, preferred_element_type=out_dtype)
       else:
         out = quantized.matmul(x_I, getattr(self, name).get_value(), c.weights, Block.LETTERS[name], out_dtype)
-      if c.lora_rank and name in c.lora_targets:
+      if name + "_bias" in Block.BIASES and c.qkv_bias:
+        out += jnp.expand_dims(self.weight(name + "_bias", out_dtype).reshape(-1), range(out.ndim - 1))
+      if name in adapted:
         low = x_I @ self.weight(name + "_a", dtype).reshape(-1, c.R)
         out += (c.lora_alpha / c.R) * (low @ self.weight(name + "_b", dtype).reshape(c.R, -1))
       widths = (-1,) if letters == "F" else (getattr(c, letter) for letter in letters)  # F may be padded
@@ -387,8 +501,11 @@ class Block(nnx.Module):
       return sharding.constrain(out, "BL" + letters)
 
     n_BWD = rms_norm(x_BWD, self.weight("attention_norm", dtype), c.norm_eps).astype(dtype)
-    q_BWHK = rotate(project(n_BWD, "q", "HK"), cos, sin)
-    k_BLGK = rotate(project(n_BWD, "k", "GK"), cos, sin)
+    q_BWHK, k_BLGK = project(n_BWD, "q", "HK"), project(n_BWD, "k", "GK")
+    if c.qk_norm:
+      q_BWHK = rms_norm(q_BWHK, self.weight("q_norm", dtype), c.norm_eps)
+      k_BLGK = rms_norm(k_BLGK, self.weight("k_norm", dtype), c.norm_eps)
+    q_BWHK, k_BLGK = rope.turn(q_BWHK, cos, sin), rope.turn(k_BLGK, cos, sin)
     v_BLGK = project(n_BWD, "v", "GK")
     cached = None
     if cache is not None and start is None:
@@ -402,12 +519,22 @@ class Block(nnx.Module):
     mixed_BWHK = attend(q_BWHK, k_BLGK, v_BLGK, cached=cached)
     x_BWD = x_BWD + project(mixed_BWHK, "out", "D", stream_dtype)
 
+    def feed_forward(n_BWD, of="", width="F"):
+      gate, up = (project(n_BWD, of + name, width, stream_dtype) for name in ("gate", "up"))
+      inner = jax.nn.silu(gate) * up
+      if dtype != stream_dtype:  # a product that float16 cannot say is its largest number, not infinity
+        most = jnp.finfo(dtype).max
+        inner = jnp.clip(inner, -most, most).astype(dtype)
+      return project(inner, of + "down", "D", stream_dtype)
+
     n_BWD = rms_norm(x_BWD, self.weight("ff_norm", dtype), c.norm_eps).astype(dtype)
-    inner_BWF = jax.nn.silu(project(n_BWD, "gate", "F", stream_dtype)) * project(n_BWD, "up", "F", stream_dtype)
-    if dtype != stream_dtype:  # a product that float16 cannot say is its largest number, not infinity
-      most = jnp.finfo(dtype).max
-      inner_BWF = jnp.clip(inner_BWF, -most, most).astype(dtype)
-    return x_BWD + project(inner_BWF, "down", "D", stream_dtype), cache
+    if not c.E:
+      return x_BWD + feed_forward(n_BWD), cache, None
+    names = [name for name in Block.letters(c) if name.startswith("experts") or name in experts.LETTERS]
+    weights = {name: getattr(self, name)[...] for name in names}
+    out_BWD, statistics = experts.feed_forward(n_BWD, weights, c, counted_BW)
+    out_BWD = out_BWD + feed_forward(n_BWD, "shared_", "S") if c.S else out_BWD
+    return x_BWD + out_BWD, cache, statistics
 
 
 class MaskPredictor(nnx.Module):
@@ -416,16 +543,29 @@ class MaskPredictor(nnx.Module):
   def __init__(self, c: MaskPredictorConfig, *, rngs: nnx.Rngs):
     self.c = c
 
-    @nnx.split_rngs(splits=c.N)
-    @nnx.vmap(in_axes=(0, 0), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "N"})
-    def create(rngs, depth):
-      return Block(c, depth, rngs=rngs)
+    def create(stack, depth):
+      @nnx.split_rngs(splits=stack.N)
+      @nnx.vmap(in_axes=(0, 0), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "N"})
+      def each(rngs, depth):
+        return Block(stack, depth, rngs=rngs)
+
+      return each(rngs, depth)
 
     self.embedding = _weight(rngs, c, "VD", c.D)
-    self.blocks = create(rngs, jnp.arange(c.N))
+    for name, stack in c.stacks.items():
+      setattr(self, name, create(stack, jnp.arange(stack.N) + (c.dense if name == "blocks" else 0)))
     self.final_norm = nnx.Param(jnp.ones(c.D))
     if not c.tied:
       self.head = _weight(rngs, c, "DV", c.D)
+
+  def layers(self) -> Any:
+    """The layers as a loop over passes reads them best: see `MaskPredictorConfig.apart`. None: as they are."""
+    if not self.c.unrolled:
+      return None
+    found = []
+    for name, stack in self.c.stacks.items():
+      found += [jax.tree.map(operator.itemgetter(i), getattr(self, name)) for i in range(stack.N)]
+    return found
 
   def hidden(
     self, tokens_BW: jax.Array, visible: Visible | None = None, position_BL: jax.Array | None = None,
@@ -439,18 +579,29 @@ class MaskPredictor(nnx.Module):
       position_BL: int32 positions for RoPE, less than L (B may be 1); None: 0 .. L - 1.
       cache: keys and values of the canvas, L positions; the window's are replaced, or, with `visible.reuse_L`, none
         are: those that are not reused must be the window's then. None: the window is the canvas.
-      layers: `self.blocks`, as `MaskPredictorConfig.apart` left them before a loop over calls; the cache may have been
-        through `reading`.
+      layers: what `layers` gave before a loop over calls; the cache may have been through `reading`.
 
     Returns:
-      (hidden_BWD after the final norm, the cache or None).
+      (hidden_BWD after the final norm, the cache or None). Where the model shifts, what is predicted for a place stands
+      in that place, but for the first one of a window that begins within the canvas.
     """
+    return self._hidden(tokens_BW, visible, position_BL, cache, layers)[:2]
+
+  def _hidden(
+    self, tokens_BW, visible=None, position_BL=None, cache=None, layers=None
+  ) -> tuple[jax.Array, Any, list[Any]]:
+    """`hidden`, and the statistics of the stacks of layers that have experts, each [N, ...]."""
     c = self.c
     B, W = tokens_BW.shape
     visible = c.visible(W) if visible is None else visible
     assert visible.W == W and (cache is not None or visible.L == W)
     position_BW = visible.window(jnp.arange(visible.L)[None] if position_BL is None else position_BL)
-    cos, sin = rotary(position_BW, c, visible.L)
+    cos, sin = rope.turns(position_BW, c, visible.L)
+    counted_BW = None if visible.segment_BL is None else visible.window(visible.segment_BL) > 0
+    shifted = c.shift and not c.causal
+    visible_of_rows = visible
+    if c.shift and c.causal:
+      visible = visible.begun_apart()
     if visible.segment_BL is not None:  # kernels read a row each
       visible = dataclasses.replace(visible, segment_BL=jnp.broadcast_to(visible.segment_BL, (B, visible.L)))
     kernel = attention.choose(
@@ -468,24 +619,38 @@ class MaskPredictor(nnx.Module):
       block, layer_cache = layer
       if reads and isinstance(layer_cache, dict):
         layer_cache = attention.turned(layer_cache["k"], layer_cache["v"])
-      x_BWD, layer_cache = block(x_BWD, layer_cache, cos=cos, sin=sin, start=write_at, attend=attend)
-      return sharding.constrain(x_BWD, "BLD"), layer_cache
+      x_BWD, layer_cache, told = block(
+        x_BWD, layer_cache, cos=cos, sin=sin, start=write_at, attend=attend, counted_BW=counted_BW
+      )
+      return sharding.constrain(x_BWD, "BLD"), (layer_cache, told)
 
     if c.remat != "none" or sharding.axis_size("fsdp") > 1:
       body = jax.checkpoint(body, policy=REMAT[c.remat], prevent_cse=False)
     x_BWD = sharding.constrain(_look_up(self.embedding[...].astype(c.compute_dtype), tokens_BW, c.V), "BLD")
     x_BWD = x_BWD.astype(c.stream_dtype)
-    if isinstance(layers, list):
-      caches, written = cache if isinstance(cache, list) else c.apart(cache), []
-      for layer in zip(layers, caches, strict=True):
-        x_BWD, layer_cache = body(x_BWD, layer)
+    written, statistics, at = [], [], 0
+    if layers is not None:
+      for layer in zip(layers, cache if isinstance(cache, list) else c.apart(cache), strict=True):
+        x_BWD, (layer_cache, _) = body(x_BWD, layer)
         written.append(layer_cache)
       written = jax.tree.map(lambda *x: jnp.stack(x), *written)
     else:
-      # XLA's CPU backend copies the residuals of a loop into stacked arrays: unrolled, a step takes 0.75 of the time.
-      x_BWD, written = jax.lax.scan(body, x_BWD, (self.blocks, cache), unroll=c.N if c.unrolled else 1)
+      for name, stack in c.stacks.items():
+        of_stack = jax.tree.map(lambda x: x[at : at + stack.N], cache) if c.dense else cache  # noqa: B023
+        # XLA's CPU backend copies the residuals of a loop into stacked arrays: unrolled, a step takes 0.75 of the time.
+        unroll = stack.N if c.unrolled else 1
+        x_BWD, (of_stack, told) = jax.lax.scan(body, x_BWD, (getattr(self, name), of_stack), unroll=unroll)
+        written.append(of_stack)
+        statistics += [told] if told is not None else []
+        at += stack.N
+      written = jax.tree.map(lambda *x: jnp.concatenate(x) if x[1:] else x[0], *written)
     final_norm_D = sharding.gather(self.final_norm[...], "D")
-    return rms_norm(x_BWD, final_norm_D, c.norm_eps).astype(c.compute_dtype), cache if reads else written
+    hidden_BWD = rms_norm(x_BWD, final_norm_D, c.norm_eps).astype(c.compute_dtype)
+    if shifted:
+      before_BWD = jnp.concatenate([hidden_BWD[:, :1], hidden_BWD[:, :-1]], axis=1)
+      begins_BW = visible_of_rows.window(visible_of_rows.begins_BL())
+      hidden_BWD = sharding.constrain(jnp.where(begins_BW[..., None], hidden_BWD, before_BWD), "BLD")
+    return hidden_BWD, cache if reads else written, statistics
 
   def head_DV(self, dtype: jnp.dtype) -> jax.Array:
     """The matrix from hidden states to logits, gathered along its width."""
@@ -503,13 +668,19 @@ class MaskPredictor(nnx.Module):
 
   def seen(self, input_BL, visible: Visible | None = None, clean_BL=None) -> jax.Array:
     """`hidden` of the input; of its blocks, given the clean ones before each, by one pass over both."""
+    return self._seen(input_BL, visible, clean_BL)[0]
+
+  def _seen(self, input_BL, visible=None, clean_BL=None) -> tuple[jax.Array, list[Any]]:
+    """`seen`, and the statistics of `_hidden`."""
     if clean_BL is None:
-      return self.hidden(input_BL, visible)[0]
+      hidden_BLD, _, statistics = self._hidden(input_BL, visible)
+      return hidden_BLD, statistics
     L = input_BL.shape[1]
     visible = self.c.visible(L) if visible is None else visible
     both_BL = sharding.constrain(jnp.concatenate([input_BL, clean_BL], axis=1), "BL")
     position_1L = jnp.tile(jnp.arange(L)[None], (1, 2))
-    return sharding.constrain(self.hidden(both_BL, visible.doubled(), position_1L)[0][:, :L], "BLD")
+    hidden_BLD, _, statistics = self._hidden(both_BL, visible.doubled(), position_1L)
+    return sharding.constrain(hidden_BLD[:, :L], "BLD"), statistics
 
   def nll(self, input_BL, target_BL, visible: Visible | None = None, *, clean_BL=None) -> jax.Array:
     """Cross-entropy in nats of `target` given `input`, float32 [B, L]; 0 where the target is negative.
@@ -524,9 +695,12 @@ class MaskPredictor(nnx.Module):
     return cross_entropy.nll(self.head_DV(hidden_BLD.dtype), hidden_BLD, target_BL, chunk=self.c.head_chunk)
 
   def weighted_nll(
-    self, input_BL, target_BL, weight_BL, visible: Visible | None = None, *, clean_BL=None, per_pair: int | None = None
-  ) -> tuple[jax.Array, jax.Array]:
+    self, input_BL, target_BL, weight_BL, visible: Visible | None = None, *, clean_BL=None, per_pair: int | None = None,
+    share_B: jax.Array | None = None, tell: Callable[[Any], None] | None = None,
+  ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """(the sum of weight x cross-entropy, the cross-entropies [B, L]), to train on: only the sum has a gradient.
+
+    Of a model with experts the sum holds its auxiliary losses, too, where `share_B` is given.
 
     Args:
       input_BL: int32 ids that the model sees.
@@ -536,11 +710,20 @@ class MaskPredictor(nnx.Module):
       clean_BL: as in `nll`.
       per_pair: at most so many targets are asked of each two neighbouring rows: the head then runs on
         those only. (With exact counts and antithetic times it is L + 1 of 2 L.)
+      share_B: what of the batch's auxiliary losses is each row's; they add up to 1 over the batch.
+      tell: is given the statistics of the experts.
     """
-    hidden_BLD = self.seen(input_BL, visible, clean_BL)
+    hidden_BLD, statistics = self._seen(input_BL, visible, clean_BL)
+    auxiliary = 0.0
+    if self.c.E and share_B is not None:
+      choice_NE = self.blocks.choice[...] if self.c.router_bias else None
+      auxiliary = experts.auxiliary(statistics[0], share_B, choice_NE, self.c)
+    if tell and statistics:
+      tell(experts.summed(statistics[0]))
     loss = functools.partial(cross_entropy.weighted_nll, self.head_DV(hidden_BLD.dtype), chunk=self.c.head_chunk)
     if per_pair is None:
-      return loss(hidden_BLD, target_BL, weight_BL)
+      total, nll_BL = loss(hidden_BLD, target_BL, weight_BL)
+      return total + auxiliary, nll_BL
     B, L = input_BL.shape
     hidden_BLD = sharding.constrain(hidden_BLD, "B.D")
     asked_PA = jnp.argsort(target_BL.reshape(B // 2, 2 * L) < 0, axis=1, stable=True)[:, :per_pair]
@@ -550,4 +733,4 @@ class MaskPredictor(nnx.Module):
     pairs = (x.reshape(B // 2, 2 * L, *x.shape[2:]) for x in (hidden_BLD, target_BL, weight_BL))
     total, nll_PA = loss(*(pick(x_PS, asked_PA) for x_PS in pairs))
     put = jax.vmap(lambda nll_A, at_A: jnp.zeros(2 * L).at[at_A].set(nll_A, **unique))
-    return total, put(nll_PA, asked_PA).reshape(B, L)
+    return total + auxiliary, put(nll_PA, asked_PA).reshape(B, L)

@@ -559,5 +559,14 @@ def flat(tree: Tree) -> list[tuple[str, Any]]:
   return [("/".join(k.key for k in path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
+def nested(flat: dict[str, Any]) -> Tree:
+  """The inverse of `flat`, of at most two storeys."""
+  found: Tree = {}
+  for path, x in flat.items():
+    *above, name = path.split("/")
+    (found.setdefault(above[0], {}) if above else found)[name] = x
+  return found
+
+
 def _by_name(fn: Callable[[str, Any], Any], tree: Tree) -> Tree:
   return jax.tree_util.tree_map_with_path(lambda path, leaf: fn("/".join(k.key for k in path), leaf), tree)

@@ -1,6 +1,7 @@
-"""The two published layouts, LLaDA's and iLLaDA's, as tables: the names of parameters and fields, and their values.
+"""The published layouts as tables: families, the names of their parameters and fields, and their values.
 
-A column of the tables is a *family*: 0 LLaDA's names, 1 iLLaDA's.
+A *family* is what a config.json says it is (`Family`); a *column* is how its tensors are called: 0 as LLaDA's, 1 as
+Llama's (iLLaDA, LLaDA-MoE, Dream, SDAR, Qwen), 2 as LLaDA2's.
 """
 
 import dataclasses
@@ -10,27 +11,49 @@ from typing import Any, NamedTuple
 
 from lladax.data import tokenizer as tokenizers
 from lladax.mistake import Mistake
-from lladax.model.mask_predictor import MaskPredictorConfig
-from lladax.storage import checkpoint
+from lladax.model.mask_predictor import SHAPE, Block, MaskPredictorConfig
 from lladax.storage.safetensors import named, shown
 
 ROWS = 8192  # of the vocabulary that are moved at once
-# Our parameter, its letters on disk (a space between the axes; matrices are [out, in]), and its names: LLaDA, iLLaDA.
+_LLADA, _LLAMA, _LLADA2 = "model.transformer.blocks.{}.", "model.layers.{}.", "model.layers.{}."
+
+
+def _layer(name: str, disk: str, *names: str) -> tuple[str, str, str, str, str]:
+  """A row of `NAMES` for a parameter of the layers; of two names the second is LLaDA2's, too."""
+  llada, llama, llada2 = (*names, names[1])[:3]
+  return name, disk, _LLADA + llada if llada else "", _LLAMA + llama, _LLADA2 + llada2
+
+
+_QKV = "attention.query_key_value"  # of LLaDA2: q, k and v, one behind the other
+# Our parameter, its letters on disk (a space between the axes; matrices are [out, in]), and its names in each column.
 NAMES = (
-  ("embedding", "V D", "model.transformer.wte", "model.embed_tokens"),
-  ("blocks/attention_norm", "D", "model.transformer.blocks.{}.attn_norm", "model.layers.{}.input_layernorm"),
-  ("blocks/q", "HK D", "model.transformer.blocks.{}.q_proj", "model.layers.{}.self_attn.q_proj"),
-  ("blocks/k", "GK D", "model.transformer.blocks.{}.k_proj", "model.layers.{}.self_attn.k_proj"),
-  ("blocks/v", "GK D", "model.transformer.blocks.{}.v_proj", "model.layers.{}.self_attn.v_proj"),
-  ("blocks/out", "D HK", "model.transformer.blocks.{}.attn_out", "model.layers.{}.self_attn.o_proj"),
-  ("blocks/ff_norm", "D", "model.transformer.blocks.{}.ff_norm", "model.layers.{}.post_attention_layernorm"),
-  ("blocks/gate", "F D", "model.transformer.blocks.{}.ff_proj", "model.layers.{}.mlp.gate_proj"),
-  ("blocks/up", "F D", "model.transformer.blocks.{}.up_proj", "model.layers.{}.mlp.up_proj"),
-  ("blocks/down", "D F", "model.transformer.blocks.{}.ff_out", "model.layers.{}.mlp.down_proj"),
-  ("final_norm", "D", "model.transformer.ln_f", "model.norm"),
-  ("head", "V D", "model.transformer.ff_out", "lm_head"),
+  ("embedding", "V D", "model.transformer.wte", "model.embed_tokens", "model.word_embeddings"),
+  _layer("attention_norm", "D", "attn_norm", "input_layernorm"),
+  _layer("q", "HK D", "q_proj", "self_attn.q_proj", _QKV),
+  _layer("k", "GK D", "k_proj", "self_attn.k_proj", _QKV),
+  _layer("v", "GK D", "v_proj", "self_attn.v_proj", _QKV),
+  _layer("q_bias", "HK", "", "self_attn.q_proj.bias", _QKV + ".bias"),
+  _layer("k_bias", "GK", "", "self_attn.k_proj.bias", _QKV + ".bias"),
+  _layer("v_bias", "GK", "", "self_attn.v_proj.bias", _QKV + ".bias"),
+  _layer("q_norm", "K", "", "self_attn.q_norm", "attention.query_layernorm"),
+  _layer("k_norm", "K", "", "self_attn.k_norm", "attention.key_layernorm"),
+  _layer("out", "D HK", "attn_out", "self_attn.o_proj", "attention.dense"),
+  _layer("ff_norm", "D", "ff_norm", "post_attention_layernorm"),
+  _layer("gate", "F D", "ff_proj", "mlp.gate_proj"),
+  _layer("up", "F D", "up_proj", "mlp.up_proj"),
+  _layer("down", "D F", "ff_out", "mlp.down_proj"),
+  _layer("router", "E D", "", "mlp.gate"),
+  _layer("choice", "E", "", "mlp.expert_bias", "mlp.gate.expert_bias"),
+  _layer("experts_gate", "X D", "", "mlp.experts.{}.gate_proj"),
+  _layer("experts_up", "X D", "", "mlp.experts.{}.up_proj"),
+  _layer("experts_down", "D X", "", "mlp.experts.{}.down_proj"),
+  _layer("shared_gate", "S D", "", "mlp.shared_expert.gate_proj", "mlp.shared_experts.gate_proj"),
+  _layer("shared_up", "S D", "", "mlp.shared_expert.up_proj", "mlp.shared_experts.up_proj"),
+  _layer("shared_down", "D S", "", "mlp.shared_expert.down_proj", "mlp.shared_experts.down_proj"),
+  ("final_norm", "D", "model.transformer.ln_f", "model.norm", "model.norm"),
+  ("head", "V D", "model.transformer.ff_out", "lm_head", "lm_head"),
 )
-# Our field, and its names in config.json: LLaDA, iLLaDA.
+# Our field, and its names in config.json: LLaDA's, and everybody else's.
 FIELDS = (
   ("D", "d_model", "hidden_size"),
   ("N", "n_layers", "num_hidden_layers"),
@@ -43,7 +66,70 @@ FIELDS = (
   ("norm_eps", "rms_norm_eps", "rms_norm_eps"),
   ("max_length", "max_sequence_length", "max_position_embeddings"),
 )
-# What the mask predictor computes; a config.json that says otherwise is refused. LLaDA's first, then iLLaDA's.
+
+
+class Family(NamedTuple):
+  """A layout that is read and written."""
+
+  name: str
+  kind: str  # model_type
+  architecture: str
+  column: int  # of NAMES
+  model: dict[str, Any] = {}  # fields of the model that it decides
+  fields: dict[str, str] = {}  # ours, and their names in config.json, besides FIELDS
+  options: dict[str, tuple] = {}  # what config.json may say beside them: the values that change nothing
+  block: int | None = None  # tokens of a block where config.json does not say; 0: it must be told; None: there are none
+
+
+_CAUSAL = {"causal": True, "shift": True}
+_EXPERTS = {"E": "num_experts", "J": "num_experts_per_tok", "X": "moe_intermediate_size"}
+_ROUTED = {  # of experts that all layers have
+  "decoder_sparse_step": (1,), "mlp_only_layers": ([],), "output_router_logits": (False,),
+  "router_aux_loss_coef": None,
+}  # fmt: skip
+_QWEN3_MOE = _EXPERTS | {"router_renormalise": "norm_topk_prob"}
+_LLADA_MOE = {
+  "moe_router_score_function": ("softmax",), "output_router_logits": (False,), "router_aux_loss_coef": None,
+  # Named, and not read by its class.
+  "norm_topk_prob": None, "router_num_group": None, "router_topk_group": None, "routed_scaling_factor": None,
+}  # fmt: skip
+_LLADA2_OPTIONS = {
+  "score_function": ("sigmoid",), "router_dtype": ("fp32",), "norm_head": (False,), "use_rmsnorm": (True,),
+  "norm_softmax": (False,), "output_dropout": (0.0,), "using_split_qkv_in_self_attention": (False,),
+  "output_router_logits": (False,), "moe_router_topk_scaling_factor": None, "num_nextn_predict_layers": (0,),
+}  # fmt: skip
+FAMILIES = (
+  Family("LLaDA", "llada", "LLaDAModelLM", 0),
+  Family(
+    "LLaDA-MoE", "llada", "LLaDAMoEModelLM", 1, {"router": "softmax"},
+    {
+      "E": "num_experts", "J": "num_experts_per_tok", "X": "expert_intermediate_size",
+      "S": "shared_expert_intermediate_size", "F": "dense_intermediate_size", "qk_norm": "qk_layernorm",
+      "router_bias": "moe_router_enable_expert_bias",
+    },
+    _LLADA_MOE,
+  ),
+  Family("iLLaDA", "illada", "ILLaDAForCausalLM", 1),
+  Family(
+    "LLaDA2", "llada2_moe", "LLaDA2MoeModelLM", 2, {"router": "sigmoid", "qk_norm": True},
+    _EXPERTS | {
+      "dense": "first_k_dense_replace", "router_renormalise": "norm_topk_prob", "router_groups": "n_group",
+      "router_topk_groups": "topk_group", "router_scale": "routed_scaling_factor", "qkv_bias": "use_qkv_bias",
+      "router_bias": "moe_router_enable_expert_bias",
+    },
+    _LLADA2_OPTIONS, block=32,
+  ),
+  Family("Dream", "Dream", "DreamModel", 1, {"shift": True, "qkv_bias": True}),
+  Family("SDAR", "sdar", "SDARForCausalLM", 1, {"qk_norm": True}, block=0),
+  Family("SDAR-MoE", "sdar_moe", "SDARMoeForCausalLM", 1, {"qk_norm": True}, _QWEN3_MOE, _ROUTED, block=0),
+  Family("Llama", "llama", "LlamaForCausalLM", 1, _CAUSAL),
+  Family("Qwen2", "qwen2", "Qwen2ForCausalLM", 1, _CAUSAL | {"qkv_bias": True}),
+  Family("Qwen3", "qwen3", "Qwen3ForCausalLM", 1, _CAUSAL | {"qk_norm": True}),
+  Family("Qwen3-MoE", "qwen3_moe", "Qwen3MoeForCausalLM", 1, _CAUSAL | {"qk_norm": True}, _QWEN3_MOE, _ROUTED),
+)  # fmt: skip
+NAMED = {family.name: family for family in FAMILIES}
+
+# What the mask predictor computes; a config.json that says otherwise is refused. LLaDA's first, then all others'.
 _LLADA_OPTIONS: dict[str, tuple] = {
   "block_type": ("llama",), "activation_type": ("silu",), "layer_norm_type": ("rms",), "rope": (True,),
   "layer_norm_with_affine": (True,), "bias_for_layer_norm": (False, None), "include_bias": (False,),
@@ -53,18 +139,18 @@ _LLADA_OPTIONS: dict[str, tuple] = {
 }  # fmt: skip
 _OPTIONS = _LLADA_OPTIONS | {
   "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "layer_norm_eps": (None,),
-  "resid_pdrop": (0.0,), "embd_pdrop": (0.0,), "quantization_config": (None,), "partial_rotary_factor": (1.0, None),
+  "resid_pdrop": (0.0,), "embd_pdrop": (0.0,), "quantization_config": (None,),
   "use_sliding_window": (False,), "sliding_window": (None,), "layer_types": ("full_attention", None),
   "use_mrope": (False,), "use_bias": (False,), "use_qkv_bias": (False,), "qk_layernorm": (False,), "num_experts": (0,),
   "is_causal": (False,), "is_encoder_decoder": (False,), "add_cross_attention": (False,), "pruned_heads": ({},),
 }  # fmt: skip
-# Read beside FIELDS: by `_rope_theta` and `model_of`, and in published.py.
-_USED = """model_type architectures rope_scaling rope_parameters head_dim mlp_ratio vocab_size
-eos_token_id mask_token_id pad_token_id""".split()
+# Read beside FIELDS: by `_rope`, `_others` and `model_of`, and in published.py.
+_USED = """model_type architectures rope_scaling rope_parameters head_dim mlp_ratio vocab_size rotary_dim block_size
+partial_rotary_factor eos_token_id mask_token_id pad_token_id""".split()
 # What no answer depends on, whatever it says: records, how it began, how it is to be run, defaults of generation.
 _HARMLESS = """auto_map transformers_version torch_dtype dtype tokenizer_class bos_token_id cls_token_id sep_token_id
 unk_token_id decoder_start_token_id finetuning_task task_specific_params problem_type id2label label2id num_labels
-prefix unsloth_version unsloth_fixed
+prefix unsloth_version unsloth_fixed debug ep_size fuse_cross_entropy micro_forward skip_checkpoint use_deepep
 init_device init_fn init_std init_cutoff_factor initializer_range initializer_cutoff_factor
 alibi_bias_max attention_layer_norm_with_affine max_window_layers
 precision rope_full_precision flash_attention use_flash_attention attn_implementation pretraining_tp use_cache
@@ -76,17 +162,38 @@ bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_
 remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens""".split()
 
 
-def family_of(config: dict[str, Any]) -> int:
-  """Which column of the tables a config.json is written in."""
-  return 0 if "d_model" in config else 1
+def family_of(config: dict[str, Any], masks: bool = False) -> Family:
+  """The family of a config.json, where it is one that is known; see `published`, which refuses the others.
+
+  LLaDA-MoE calls itself `llada`, as LLaDA does: its experts tell. What calls itself otherwise is LLaDA by its fields'
+  names, or else iLLaDA; so is a Llama that knows a [MASK], by its config.json or, where it `masks`, by its vocabulary.
+  """
+  kind, classes = config.get("model_type"), config.get("architectures")
+  names = [kind, *(classes if isinstance(classes, list) else [classes])]
+  if "d_model" in config:
+    return NAMED["LLaDA"]
+  if kind == "llada":
+    return NAMED["LLaDA-MoE" if config.get("num_experts") else "iLLaDA"]
+  known = (family for family in FAMILIES if family.kind == kind or family.architecture in names)
+  family = next(known, NAMED["iLLaDA"])
+  masks |= config.get("mask_token_id") is not None
+  return NAMED["iLLaDA"] if family.name == "Llama" and masks else family
 
 
-def _rope_theta(config: dict[str, Any], problems: list[str]) -> Any:
-  """The base of the rotary embeddings, wherever it stands; None: nowhere. All but their plain kind is a problem.
+_ROPE_KINDS = {
+  "linear": ("factor",),
+  "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"),
+  "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}
+
+
+def _rope(config: dict[str, Any], plain: bool, problems: list[str]) -> dict[str, Any]:
+  """The fields of the rotary embeddings, wherever they stand; of `rope_theta` None: nowhere. `plain`: no others.
 
   Transformers 5 writes `rope_parameters`: theta, the kind, and its settings; or one such object per type of layer.
   """
-  found = {"rope_theta": config.get("rope_theta")}
+  found: dict[str, dict[str, Any]] = {"rope_theta": {"rope_theta": config.get("rope_theta")}}
+  stretched: dict[str, dict[str, Any]] = {}
   for name in ("rope_scaling", "rope_parameters"):
     value = config.get(name) or {}
     layers = isinstance(value, dict) and value and all(isinstance(x, dict) for x in value.values())
@@ -95,21 +202,99 @@ def _rope_theta(config: dict[str, Any], problems: list[str]) -> Any:
         problems.append(f"{part}={shown(settings)}: expected an object")
         continue
       kind = settings.get("rope_type") or settings.get("type") or "default"
+      known = _ROPE_KINDS.get(kind, ()) if isinstance(kind, str) and not plain else ()
+      found["rope_theta"][f"{part}.rope_theta"] = settings.get("rope_theta")
       for key, x in settings.items():
-        if key == "rope_theta":
-          found[f"{part}.{key}"] = x
-        elif kind != "default" and key not in ("rope_type", "type"):
-          continue  # the kind is what is refused
-        elif x not in (None, "default" if key in ("rope_type", "type") else 1.0):
-          problems.append(f"{named(part)}.{named(key)}={shown(x)} is not supported, only the plain RoPE")
-  given = {name: x for name, x in found.items() if x is not None}
+        harmless = (None, "default") if key in ("rope_type", "type") else (None, 1.0)
+        if key in ("rope_type", "type") and known or key == "rope_theta" or key == "partial_rotary_factor" and not plain:
+          continue
+        if key in known and (isinstance(x, bool) or not isinstance(x, int | float) or not 0 < x < math.inf):
+          problems.append(f"{named(part)}.{named(key)}={shown(x)}: must be a number above 0")
+        elif key not in known and x not in harmless and (kind == "default" or known or key in ("rope_type", "type")):
+          kinds = ("default", *(() if plain else _ROPE_KINDS)) if key in ("rope_type", "type") else ()
+          kinds = f", only {', '.join(kinds)}" if kinds else ""
+          problems.append(f"{named(part)}.{named(key)}={shown(x)} is not supported{kinds}")
+      if known:
+        stretched[part] = {key: settings.get(key) for key in known} | {"kind": kind}
+  given = {name: x for name, x in found["rope_theta"].items() if x is not None}
   theta = next(iter(given.values()), None)
   if any(x != theta for x in given.values()):
     problems.append(" and ".join(f"{name}={shown(x)}" for name, x in given.items()) + " disagree")
-  return theta
+  fields: dict[str, Any] = {"rope_theta": theta}
+  first = next(iter(stretched.values()), None)
+  if first is None:
+    return fields
+  if any(x != first for x in stretched.values()):
+    problems.append(f"{' and '.join(stretched)} stretch positions differently, which is not supported")
+  most, before = config.get("max_position_embeddings"), first.get("original_max_position_embeddings")
+  number = lambda x: isinstance(x, int | float) and not isinstance(x, bool)  # noqa: E731
+  factor = first["factor"] or (most / before if number(most) and number(before) and before else None)
+  if not number(factor):
+    problems.append(f"{next(iter(stretched))}.factor is missing")
+    return fields
+  fields |= {"rope_scaling": first["kind"], "rope_factor": float(factor)}
+  if first["kind"] != "linear":
+    fields["rope_length"] = int(before) if number(before) else most
+    low, high = ("beta_slow", "beta_fast") if first["kind"] == "yarn" else ("low_freq_factor", "high_freq_factor")
+    ends = (1.0, 32.0) if first["kind"] == "yarn" else (1.0, 4.0)
+    turns = [first[key] or end for key, end in zip((low, high), ends, strict=True)]
+    fields["rope_turns"] = tuple(float(x) if number(x) else x for x in turns)
+    fields["rope_attention"] = float(first.get("attention_factor") or 0.0)
+  return fields
 
 
-def model_of(config: dict[str, Any], family: int, problems: list[str]) -> MaskPredictorConfig | None:
+def _typed(name: str, value: Any, kind: type, problems: list[str]) -> Any:
+  """A value of config.json as our field's kind; None where it is none, which is said."""
+  if isinstance(value, bool) != (kind is bool) or not isinstance(value, int | kind):
+    problems.append(f"{name}={shown(value)}: expected {kind.__name__}")
+  elif kind is float and not 0 < value < math.inf:
+    problems.append(f"{name}={shown(value)}: must be a number above 0")
+  else:
+    return kind(value)
+  return None
+
+
+def _others(config: dict[str, Any], family: Family, K: int, fields: dict[str, Any], problems: list[str]) -> dict:
+  """The fields of a family that are not in FIELDS."""
+  found = dict(family.model)
+  for field, name in family.fields.items():
+    if config.get(name) is not None:
+      value = _typed(name, config[name], MaskPredictorConfig.__annotations__[field], problems)
+      if value is not None:
+        found[field] = value
+    elif field in ("E", "J", "X"):
+      problems.append(f"{name} is missing")
+  if not family.column:
+    return found
+  shares = {"partial_rotary_factor": config.get("partial_rotary_factor")}
+  parameters = config.get("rope_parameters")
+  if isinstance(parameters, dict):
+    shares["rope_parameters.partial_rotary_factor"] = parameters.get("partial_rotary_factor")
+  widths = {"rotary_dim": config.get("rotary_dim")}
+  for name, share in shares.items():
+    if share is not None and (value := _typed(name, share, float, problems)) is not None:
+      widths[name] = int(K * value)
+  widths = {name: width for name, width in widths.items() if width is not None}
+  if len(set(widths.values())) > 1:
+    problems.append(" and ".join(f"{name}={shown(config.get(name))}" for name in widths) + " disagree")
+  elif widths:
+    width = next(iter(widths.values()))
+    found["rotary"] = 0 if width == K else width
+  if family.name == "LLaDA2" and (shared := config.get("num_shared_experts")):
+    found["S"] = (_typed("num_shared_experts", shared, int, problems) or 0) * found.get("X", 0)
+  layers = config.get("moe_layer_freq")
+  if isinstance(layers, list) and layers and layers == sorted(layers) and set(layers) <= {0, 1} and layers[-1] == 1:
+    found["dense"] = layers.count(0)
+    if len(layers) != fields["N"]:
+      problems.append(f"moe_layer_freq names {len(layers)} layers, and num_hidden_layers={fields['N']}")
+  elif layers not in (None, 1):
+    problems.append(f"moe_layer_freq={shown(layers)} is not supported, only 1 for all layers behind the dense ones")
+  if family.name == "LLaDA-MoE" and found.get("router_bias"):
+    problems.append("moe_router_enable_expert_bias=true is not supported, only false")
+  return found
+
+
+def model_of(config: dict[str, Any], family: Family, problems: list[str]) -> MaskPredictorConfig | None:
   """The model of a config.json; what is wrong with it is added to `problems`, and so is each key that is not known."""
   config = {name: x for name, x in config.items() if not name.startswith("_")}  # _name_or_path and its kin
   layer_types = config.get("layer_types")
@@ -117,100 +302,218 @@ def model_of(config: dict[str, Any], family: int, problems: list[str]) -> MaskPr
     config["layer_types"] = "full_attention"
   if config.get("use_sliding_window") is False:
     config.pop("sliding_window", None)
-  fields_named = {name for _, *names in FIELDS for name in names}
+  known = {name for _, *names in FIELDS for name in names} | {*family.fields.values(), *_USED, *_HARMLESS}
+  known |= {name for name, allowed in family.options.items() if allowed is None}
+  known |= {"LLaDA2": {"num_shared_experts"}, "LLaDA-MoE": {"moe_layer_freq"}}.get(family.name, set())
+  if family.name == "Llama":  # it is what its class does
+    known |= {"is_causal"} if config.get("is_causal") else set()
+  options = _OPTIONS | family.options | ({} if family.column else {"partial_rotary_factor": (1.0, None)})
   for name, value in config.items():
-    allowed = _OPTIONS.get(name)
+    allowed = None if name in family.fields.values() else options.get(name)
     if allowed and value not in allowed and (value is not None or any(allowed)):  # null is not true
       problems.append(f"{name}={shown(value)} is not supported, only {shown(allowed[0])}")
-    elif not (allowed or value is None or name in fields_named or name in _USED or name in _HARMLESS):
+    elif not (allowed or value is None or name in known):
       problems.append(f"{named(name)}={shown(value)} is not known: it may change what the model computes")
-  for name in ("vocab_size", "mask_token_id", "eos_token_id", "pad_token_id"):
+  for name in ("vocab_size", "mask_token_id", "eos_token_id", "pad_token_id", "block_size"):
     value = config.get(name)
     ids = value if name == "eos_token_id" and isinstance(value, list) and value else [value]
     if not all(x is None or type(x) is int for x in ids):
       problems.append(f"{name}={shown(value)}: expected int")
-  config["rope_theta"] = _rope_theta(config, problems)
+  of_rope = _rope(config, family.column == 0, problems)
+  config["rope_theta"] = of_rope.pop("rope_theta")
   fields: dict[str, Any] = {}
+  column = min(family.column, 1)
   stand_in = {"G": config.get("n_heads", config.get("num_attention_heads")), "V": config.get("vocab_size")}
-  if family == 0 and isinstance(config.get("mlp_ratio"), int) and isinstance(config["d_model"], int):
+  if column == 0 and isinstance(config.get("mlp_ratio"), int) and isinstance(config["d_model"], int):
     stand_in["F"] = config["mlp_ratio"] * config["d_model"]
+  if family.fields.get("F") and config.get("intermediate_size") is None:
+    config["intermediate_size"] = config.get(family.fields["F"]) or config.get("hidden_size")  # of no layer
   for field, *names in FIELDS:
-    name, value = names[family], config.get(names[family])
+    name, value = names[column], config.get(names[column])
     value = stand_in.get(field) if value is None else value
-    other = config.get(names[1 - family])
-    kind = MaskPredictorConfig.__annotations__[field]
+    other = config.get(names[1 - column])
     if value is None:
       problems.append(f"{name} is missing")
-    elif isinstance(value, bool) != (kind is bool) or not isinstance(value, int | kind):
-      problems.append(f"{name}={shown(value)}: expected {kind.__name__}")
-    elif kind is float and not 0 < value < math.inf:
-      problems.append(f"{name}={shown(value)}: must be a number above 0")
-    elif other not in (None, value) and (family, field) not in ((0, "V"), (0, "tied")):  # LLaDA's class reads its own
-      problems.append(f"{name}={shown(value)} and {names[1 - family]}={shown(other)} disagree")
+    elif (typed := _typed(name, value, MaskPredictorConfig.__annotations__[field], problems)) is None:
+      pass
+    elif other not in (None, value) and (column, field) not in ((0, "V"), (0, "tied")):  # LLaDA's class reads its own
+      problems.append(f"{name}={shown(value)} and {names[1 - column]}={shown(other)} disagree")
     else:
-      fields[field] = kind(value)
+      fields[field] = typed
   if len(fields) < len(FIELDS):
     return None
-  head_width = config.get("head_dim") or fields["D"] // max(fields["H"], 1)
-  if not isinstance(head_width, int) or head_width * fields["H"] != fields["D"]:
-    names = [names[family] for field, *names in FIELDS if field in ("D", "H")]
+  K = config.get("head_dim") or fields["D"] // max(fields["H"], 1)
+  free = bool(config.get("head_dim")) and column
+  if type(K) is not int or (K * fields["H"] != fields["D"] and not free):
+    names = [names[column] for field, *names in FIELDS if field in ("D", "H")]
     width = f"of head_dim={shown(config['head_dim'])}" if config.get("head_dim") else "of one width"
     problems.append(f"{names[0]}={fields['D']} is not {names[1]}={fields['H']} heads {width}")
     return None
+  fields |= {"K": K} | of_rope | _others(config, family, K, fields, problems)
   try:
-    return MaskPredictorConfig(**fields, K=head_width)
+    return MaskPredictorConfig(**fields)
   except Mistake as error:
     problems.append(f"config.json: {error}")
     return None
 
 
 class Piece(NamedTuple):
-  """A published tensor, and its place in a parameter."""
+  """A published tensor, or some of its first axis, and its place in a parameter."""
 
   name: str
   path: str
   disk: str  # its letters on disk
   letters: str  # the parameter's letters
-  layer: int
-
-  @property
-  def axis(self) -> int:
-    """Of the parameter, along which the tensor is moved: by layers, or by rows of the vocabulary."""
-    return max(self.letters.find("V"), 0)
+  at: tuple[int, ...]  # its place along the parameter's first axes: its layer, and its expert
+  row: int = 0  # where it begins in the tensor
+  rows: int = 0  # how long it is there
 
   def moves(self, c: MaskPredictorConfig, rows: int) -> list[tuple[int, int]]:
-    """(start, size) along the axis."""
+    """(start, size) along the first axis on disk of what is moved at once."""
     if "V" not in self.letters:
-      return [(self.layer, 1 if self.letters[0] == "N" else c.D)]
+      return [(0, self.rows)]
     return [(start, min(rows, c.V - start)) for start in range(0, c.V, rows)]
 
-
-def pieces(c: MaskPredictorConfig, family: int) -> Iterator[Piece]:
-  """All tensors of a model, those of a parameter in a row."""
-  letters = dict(checkpoint.flat(dataclasses.replace(c, weights="full").letters()))
-  for path, disk, *names in NAMES:
-    for layer in range(c.N) if path.startswith("blocks/") else (0,):
-      if path in letters:  # a tied model has no head
-        yield Piece(f"{names[family].format(layer)}.weight", path, disk, letters[path], layer)
+  def place(self, ndim: int, start: int) -> tuple[int, ...]:
+    """Where in the parameter, of so many axes, what is moved begins."""
+    if "V" in self.letters:
+      return tuple(start if letter == "V" else 0 for letter in self.letters)
+    return (*self.at, *[0] * (ndim - len(self.at)))
 
 
-def disk_shape(c: MaskPredictorConfig, disk: str) -> tuple[int, ...]:
-  """The shape of a tensor of these letters."""
-  return tuple(math.prod(getattr(c, letter) for letter in axis) for axis in disk.split())
+def parameters(c: MaskPredictorConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+  """The letters and the shape of every parameter, by its path, as they are in full."""
+  outer = {"embedding": "VD", "final_norm": "D"} | ({} if c.tied else {"head": "DV"})
+  found = {path: (letters, tuple(getattr(c, x) for x in letters)) for path, letters in outer.items()}
+  for stack, of_stack in c.stacks.items():
+    for name, letters in Block.own(of_stack).items():
+      shape = tuple(getattr(of_stack, x) for x in "N" + letters)
+      found[f"{stack}/{name}"] = "N" + letters, shape
+  return found
 
 
-def check_exportable(model: MaskPredictorConfig) -> None:
-  """Raises Mistake for a model that the published layout cannot say."""
-  if not model.objective.fills:
-    raise Mistake("model.causal=True: the published layout is that of mask predictors")
-  if model.H * model.K != model.D:
-    raise Mistake(f"model.H={model.H} times model.K={model.K} is not model.D={model.D}, as the published layout wants")
+def pieces(c: MaskPredictorConfig, column: int, merged: bool = False) -> Iterator[Piece]:
+  """All tensors of a model, those of a parameter in a row; `merged`: a layer's experts are one tensor."""
+  found = parameters(c)
+  for row in NAMES:
+    for stack, first, of_stack in (("", 0, c), *_stacks(c)):
+      path = f"{stack}/{row[0]}" if stack else row[0]
+      if path not in found or not row[2 + column]:
+        continue
+      letters, _ = found[path]
+      disk, name = row[1], row[2 + column]
+      size = _size(c, disk.split()[0])
+      start = {"k": c.H * c.K, "v": (c.H + c.G) * c.K}.get(row[0][0], 0) if _QKV in name else 0
+      experts = c.E if row[0].startswith("experts") and not merged else 0
+      if row[0].startswith("experts") and merged:
+        disk, name, size = "E " + disk, name.replace("experts.{}", "experts"), c.E
+      for layer in range(of_stack.N) if stack else (None,):
+        if layer is None:
+          yield Piece(_spelled(name), path, disk, letters, (), 0, size)
+        elif not experts:
+          yield Piece(_spelled(name.format(first + layer), merged), path, disk, letters, (layer,), start, size)
+        for expert in range(experts):
+          yield Piece(_spelled(name.format(first + layer, expert)), path, disk, letters, (layer, expert), 0, size)
+
+
+def _stacks(c: MaskPredictorConfig) -> Iterator[tuple[str, int, MaskPredictorConfig]]:
+  """(its name, its first layer, what its layers are) of every stack."""
+  first = 0
+  for stack, of_stack in c.stacks.items():
+    yield stack, first, of_stack
+    first += of_stack.N
+
+
+def _spelled(name: str, merged: bool = False) -> str:
+  """With its suffix; biases have theirs, and experts in one tensor have none."""
+  bare = name.endswith("bias") or (merged and ".experts." in name)
+  return name if bare else name + ".weight"
+
+
+def _size(c: MaskPredictorConfig, letters: str) -> int:
+  return math.prod(getattr(c, letter) for letter in letters)
+
+
+def disk_shapes(parts: Iterator[Piece] | list[Piece], c: MaskPredictorConfig) -> dict[str, tuple[int, ...]]:
+  """Name -> shape of the tensors that pieces lie in."""
+  found: dict[str, tuple[int, ...]] = {}
+  for piece in parts:
+    rows = found.get(piece.name, (0,))[0] + piece.rows
+    found[piece.name] = (rows, *(_size(c, axis) for axis in piece.disk.split()[1:]))
+  return found
+
+
+def says(config: dict[str, Any], model: MaskPredictorConfig) -> bool:
+  """Whether a config.json that a model was imported with says it still: it may be trained for something else since."""
+  family = family_of(config, model.objective.fills)
+  theirs = model_of(config, family, [])
+  if theirs is None or bool(model.block) != (family.block is not None):
+    return False
+  return all(getattr(theirs, name) == getattr(model, name) for name in ("causal", *SHAPE)) and (
+    family.block != 0 or config.get("block_size") in (None, model.block)
+  )
+
+
+def of_model(model: MaskPredictorConfig) -> Family:
+  """The family that says a model which was not imported; Mistake where none does."""
+  if model.causal and not model.shift:
+    raise Mistake(
+      "model.causal=True: a causal model of ours reads an EOS before each text, which no published layout says"
+    )
+  for family in FAMILIES:
+    says = {"causal": False, "shift": False, "qk_norm": False, "qkv_bias": False} | family.model
+    says = {name: x for name, x in says.items() if name not in family.fields.values() and name not in family.fields}
+    same = all(getattr(model, name) == x for name, x in says.items() if name != "router" or model.E)
+    blocks = (family.block is not None) == bool(model.block)
+    narrow = family.column or (model.H * model.K == model.D and model.rope_scaling == "none" and not model.rotary)
+    experts = "E" in family.fields or not model.E
+    fits = all(
+      field in family.fields or getattr(model, field) == getattr(MaskPredictorConfig, field)
+      for field in ("E", "S", "dense", "router_bias", "router_groups", "router_renormalise", "router_scale")
+      if (field, family.name) != ("dense", "LLaDA-MoE")  # which the frequency of its layers says
+      and ((field, family.name) != ("S", "LLaDA2") or model.S % max(model.X, 1))  # shared experts of X each
+    )
+    if same and blocks and narrow and experts and fits and ("E" not in family.fields or model.E):
+      return family
+  raise Mistake(
+    "no published layout that is known says such a model:"
+    f" {', '.join(f'model.{x}={getattr(model, x)}' for x in ('E', 'block', 'shift', 'qk_norm', 'qkv_bias', 'causal'))}"
+  )
 
 
 def new_config(model: MaskPredictorConfig, text: tokenizers.Tokenizer) -> dict[str, Any]:
-  """The config.json, in LLaDA's words, of a model that was not imported."""
-  config: dict[str, Any] = {"model_type": "llada", "architectures": ["LLaDAModelLM"]}
-  config |= {name: allowed[0] for name, allowed in _LLADA_OPTIONS.items()}
-  config |= {name: getattr(model, field) for field, name, _ in FIELDS}
+  """The config.json, in its family's words, of a model that was not imported."""
+  family = of_model(model)
+  config: dict[str, Any] = {"model_type": family.kind, "architectures": [family.architecture]}
+  column = min(family.column, 1)
+  if column == 0:
+    config |= {name: allowed[0] for name, allowed in _LLADA_OPTIONS.items()}
+  else:
+    config |= {"head_dim": model.K, "hidden_act": "silu", "attention_bias": False}
+    config |= {name: getattr(model, field) for field, name in family.fields.items()}
+    config |= {"partial_rotary_factor": model.rotary / model.K} if model.rotary else {}
+    config |= _scaling(model)
+    config |= {"block_size": model.block} if family.block == 0 else {}
+  if family.name == "LLaDA2":
+    config["num_shared_experts"] = model.S // model.X
+  if family.name == "LLaDA-MoE":
+    config["moe_layer_freq"] = [0] * model.dense + [1] * (model.N - model.dense)
+  config |= {names[column]: getattr(model, field) for field, *names in FIELDS}
   config |= {f"{name}_token_id": getattr(text, f"{name}_id") for name in ("mask", "eos", "pad")}
-  return config | {"vocab_size": text.vocab_size}
+  if model.causal:
+    del config["mask_token_id"]
+  return config | ({"vocab_size": text.vocab_size} if column == 0 else {})
+
+
+def _scaling(model: MaskPredictorConfig) -> dict[str, Any]:
+  """`rope_scaling`, as transformers writes it."""
+  if model.rope_scaling == "none":
+    return {"rope_scaling": None}
+  said: dict[str, Any] = {"rope_type": model.rope_scaling, "factor": model.rope_factor}
+  if model.rope_scaling != "linear":
+    said["original_max_position_embeddings"] = model.rope_length
+    names = ("beta_slow", "beta_fast") if model.rope_scaling == "yarn" else ("low_freq_factor", "high_freq_factor")
+    said |= zip(names, model.rope_turns, strict=True)
+  if model.rope_attention:
+    said["attention_factor"] = model.rope_attention
+  return {"rope_scaling": said}

@@ -1,4 +1,7 @@
-"""A published checkpoint: a folder of config.json and *.safetensors, as LLaDA and iLLaDA come, found and checked."""
+"""A published checkpoint: a folder of config.json and *.safetensors, of a family that `layout` knows, found and checked.
+
+What the folder does not say of its special ids and its blocks the caller may (`Said`).
+"""
 
 import dataclasses
 import difflib
@@ -6,7 +9,7 @@ import importlib
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers as hf_tokenizers
 
@@ -20,14 +23,23 @@ from lladax.storage.safetensors import named, read_json, shown
 
 KEPT = (".json", ".jinja", ".model", ".py", ".txt")  # of a published folder, beside its tensors
 
-# A part of the name of a model that is not read, and why it is not.
-_OTHERS = (
-  ("llada2", "it generates by blocks, and is a mixture of experts"),
-  ("moe", "it is a mixture of experts"),
-  ("dream", "its logits are shifted by one position, and its q, k and v have biases"),
-  ("sdar", "it generates by blocks, and norms its queries and keys"),
-)
+NO_MASK = -1  # the id of [MASK] of a model that has none
 _PROBLEMS = 8  # that are said; of the others only how many there are
+
+
+class Said(NamedTuple):
+  """What a caller says of a published folder: special ids, and the tokens of a block; None: the folder does."""
+
+  mask_id: int | None = None
+  eos_id: int | None = None
+  block: int | None = None
+
+  def check(self) -> "Said":
+    """Itself; Mistake for what is out of range."""
+    for name, least in (("mask_id", 0), ("eos_id", 0), ("block", 1)):
+      if (value := getattr(self, name)) is not None and not least <= value < 2**31:
+        raise Mistake(f"{name}={value}: must be at least {least}, and less than 2^31")
+    return self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +47,9 @@ class Published:
   """A published folder that has passed every check; no tensor is read yet."""
 
   folder: Path
-  family: int  # column of the tables: 0 LLaDA, 1 iLLaDA
+  family: layout.Family
   model: MaskPredictorConfig
+  merged: bool  # whether a layer's experts are one tensor
   tensors: dict[str, safetensors.Tensor]
   identity: dict[str, Any]  # what LLaDA has beside model and params: tokenizer, mask_id, eos_id, ...
 
@@ -110,8 +123,12 @@ def _download(name: str, revision: str | None) -> Path:
   raise Missing(f"{said}: {named(why, 300)}")
 
 
-def read(folder: Path) -> Published:
+def read(folder: Path, said: Said = Said()) -> Published:
   """Reads config.json, the tokenizer and the headers of the tensors' files, and checks them against each other.
+
+  Args:
+    folder: of config.json, *.safetensors and, for text, the tokenizer's files.
+    said: what the folder does not say, or says otherwise.
 
   Raises:
     Missing: no config.json.
@@ -126,13 +143,32 @@ def read(folder: Path) -> Published:
       problems.append(f"{path.name} {instead}")
   tensors = safetensors.headers(folder, problems)
   broken = bool(problems)  # what is in the other files is said when these are mended
-  family = layout.family_of(config)
+  llama = config.get("model_type") == "llama" and not broken
+  masks = llama and (said.mask_id is not None or _mask_id(folder / "tokenizer.json") is not None)
+  family = layout.family_of(config, masks)
   model = layout.model_of(config, family, problems)
+  merged = any(re.search(r"\.experts\.(gate|up|down)_proj$", name) for name in tensors)
   if model is not None and not broken:
-    _compare(model, family, tensors, problems)
+    _compare(model, family, merged, tensors, problems)
   if problems or model is None:
     raise Mistake(f"{folder}: {_listed(problems)}")
-  return Published(folder, family, model, tensors, identity(folder, model))
+  model = dataclasses.replace(model, block=_block(folder, config, family, said))
+  return Published(folder, family, model, merged, tensors, identity(folder, model, said=said))
+
+
+def _block(folder: Path, config: dict[str, Any], family: layout.Family, said: Said) -> int:
+  """Tokens of a block; 0 where the family has none."""
+  if family.block is None:
+    if said.block is not None:
+      raise Mistake(f"{folder}: block={said.block}: {family.name} has no blocks; leave it out")
+    return 0
+  block = said.block or config.get("block_size") or family.block
+  if not block or block < 0:
+    raise Mistake(
+      f"{folder}/config.json: block_size={shown(config.get('block_size'))}: {family.name} generates by blocks: say of"
+      " how many tokens, as block=4"
+    )
+  return block
 
 
 def _listed(problems: list[str]) -> str:
@@ -141,18 +177,28 @@ def _listed(problems: list[str]) -> str:
   return "; ".join(problems[:_PROBLEMS] + more)
 
 
-def identity(folder: Path, model: MaskPredictorConfig, text: tokenizers.Tokenizer | None = None) -> dict[str, Any]:
-  """Tokenizer (None without its files) and special ids of a published folder, under their names in LLaDA."""
+def identity(
+  folder: Path, model: MaskPredictorConfig, text: tokenizers.Tokenizer | None = None, said: Said = Said()
+) -> dict[str, Any]:
+  """Tokenizer (None without its files), special ids and defaults of a published folder, under their names in LLaDA."""
   config = read_json(folder / "config.json")
-  said = [config.get("eos_token_id"), templates.read(folder / "generation_config.json").get("eos_token_id")]
-  ends = [i for x in said for i in (x if isinstance(x, list) else [x]) if i is not None]
+  said_ends = [config.get("eos_token_id"), templates.read(folder / "generation_config.json").get("eos_token_id")]
+  ends = [i for x in said_ends for i in (x if isinstance(x, list) else [x]) if i is not None]
+  ends = ends if said.eos_id is None else [said.eos_id, *ends]
   _check_ends(folder, "eos_token_id={}", ends, model)
-  eos_id, mask_id = ends[0] if ends else None, config.get("mask_token_id")
+  eos_id, mask_id = ends[0] if ends else None, config.get("mask_token_id") if said.mask_id is None else said.mask_id
+  masks = model.objective.fills
   if text is None and (folder / tokenizers.SETTINGS).is_file():
     text = tokenizers.load(folder)
   elif text is None and (folder / "tokenizer.json").is_file():
-    names = _tokenizer_config(folder / "tokenizer.json", eos_id, mask_id, config.get("pad_token_id"))
-    text = tokenizers.published(names, ends)
+    path = folder / "tokenizer.json"
+    mask_id = _mask_id(path) if mask_id is None and masks else mask_id
+    if masks or mask_id is not None:
+      names = _tokenizer_config(path, eos_id, mask_id, config.get("pad_token_id"))
+      text = tokenizers.published(names, ends)
+    else:
+      names = _tokenizer_config(path, eos_id, None, config.get("pad_token_id"), masks=False)
+      text = tokenizers.published(names, ends, masks=False)
   if text is not None:
     if text.vocab_size > model.V:  # of an import that appended chat tokens behind the last row
       text = text.bare()
@@ -162,13 +208,35 @@ def identity(folder: Path, model: MaskPredictorConfig, text: tokenizers.Tokenize
     eot_id = 126348 if mask_id == 126336 else None  # LLaDA's own vocabulary
     vocab_size = min(config.get("vocab_size") or model.V, model.V)
     found = {"mask_id": mask_id, "eos_id": eos_id, "eot_id": eot_id, "vocab_size": vocab_size}
+  if found["mask_id"] is None and not masks:
+    found["mask_id"] = NO_MASK
   for name in ("mask_id", "eos_id"):
-    if not isinstance(found[name], int) or not 0 <= found[name] < model.V:
-      field = name.replace("_id", "_token_id")
-      raise Mistake(f"{folder}/config.json: {field}={found[name]}, and the embedding has {model.V} rows")
+    missing, value = found[name] is None, found[name]
+    if name == "mask_id" and value == NO_MASK and not masks:
+      continue
+    if not isinstance(value, int) or not 0 <= value < model.V:
+      field, instead = name.replace("_id", "_token_id"), f"; say which it is, as {name}=5" if missing else ""
+      raise Mistake(f"{folder}/config.json: {field}={value}, and the embedding has {model.V} rows{instead}")
   ends = [i for i in (found["eos_id"], found["eot_id"], *ends) if i is not None]
   _check_ends(folder, "token {} ends a text", ends, model)
-  return {"tokenizer": text, "ends": tuple(dict.fromkeys(ends))} | found
+  defaults = _defaults(folder, config, model)
+  return {"tokenizer": text, "ends": tuple(dict.fromkeys(ends)), "defaults": defaults} | found
+
+
+# How the authors of a family sample, where that is not our default; `block` and `shift` are the model's.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+  "LLaDA2": {"gen_length": 2048, "steps": 2048, "threshold": 0.95, "early_stop": True},
+  "SDAR": {"threshold": 0.9},
+  "SDAR-MoE": {"threshold": 0.9},
+}
+
+
+def _defaults(folder: Path, config: dict[str, Any], model: MaskPredictorConfig) -> dict[str, Any]:
+  """Options of `LLaDA.sample` as the model's authors set them (LLaDA2.1's quality mode; the others' README)."""
+  if not model.objective.fills:
+    return {}
+  found = dict(_DEFAULTS.get(layout.family_of(config).name, {}))
+  return found
 
 
 def _check_ends(folder: Path, said: str, ends: list[Any], model: MaskPredictorConfig) -> None:
@@ -177,20 +245,23 @@ def _check_ends(folder: Path, said: str, ends: list[Any], model: MaskPredictorCo
       raise Mistake(f"{folder}: {said.format(shown(i))}, and the embedding has {model.V} rows")
 
 
-def _tokenizer_config(path: Path, eos_id, mask_id, pad_id) -> tokenizers.TokenizerConfig:
+def _tokenizer_config(path: Path, eos_id, mask_id, pad_id, masks: bool = True) -> tokenizers.TokenizerConfig:
   """The special tokens' names, looked up by the ids of config.json (iLLaDA's names no mask)."""
   vocabulary = _vocabulary(path)
-  mask_id = _mask_id(path) if mask_id is None else mask_id
-  if mask_id is None:
-    raise Mistake(f"{path.parent}/config.json: mask_token_id is missing, and the tokenizer names no mask either")
+  if mask_id is None and masks:
+    raise Mistake(
+      f"{path.parent}/config.json: mask_token_id is missing, and the tokenizer names no mask either; say which it is, as"
+      " mask_id=5"
+    )
   names = {}
   for field, id in (("eos_token_id", eos_id), ("mask_token_id", mask_id), ("pad_token_id", pad_id)):
     name = vocabulary.id_to_token(id) if isinstance(id, int) and 0 <= id < 2**32 else None
-    if name is None and not (field == "pad_token_id" and id is None):
+    if name is None and not (id is None and (field == "pad_token_id" or field == "mask_token_id" and not masks)):
       raise Mistake(f"{path.parent}/config.json: {field}={id} is no token of {path.name}")
     names[field] = name or ""
   eos, mask, pad = names.values()
-  return tokenizers.TokenizerConfig("huggingface", str(path), eos=eos, mask=mask, pad=pad if pad != eos else "")
+  special = {"eos": eos, "pad": pad if pad != eos else ""} | ({"mask": mask} if mask else {})
+  return tokenizers.TokenizerConfig("huggingface", str(path), **special)
 
 
 def _vocabulary(path: Path) -> hf_tokenizers.Tokenizer:
@@ -204,7 +275,7 @@ def _mask_id(path: Path) -> int | None:
   """The token that a vocabulary calls a mask; None where there is no such token, or no file."""
   if not path.is_file():
     return None
-  found = map(_vocabulary(path).token_to_id, ("<|mdm_mask|>", "<[MASK]>"))
+  found = map(_vocabulary(path).token_to_id, ("<|mdm_mask|>", "<[MASK]>", "<|mask|>", "<|MASK|>"))
   return next((i for i in found if i is not None), None)
 
 
@@ -218,37 +289,42 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _refusal(config: dict[str, Any], folder: Path) -> str | None:
-  """Why a model is not read, which its config.json tells by its names; None if it is LLaDA's or iLLaDA's.
+  """Why a model is not read, which its config.json tells by its names; None if its family is known.
 
-  LLaDA-MoE calls itself `llada`, too. Of a Llama, which iLLaDA's names are those of, the mask token tells what it is:
-  that of config.json, or of the vocabulary.
+  LLaDA-MoE calls itself `llada`, too.
   """
   kind, classes = config.get("model_type"), config.get("architectures")
   names = [x for x in (kind, *(classes if isinstance(classes, list) else [classes])) if isinstance(x, str)]
-  experts = next((x for x in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(x)), None)
-  why = next((why for part, why in _OTHERS if any(part in x.lower() for x in names)), None)
+  kinds = {name for family in layout.FAMILIES for name in (family.kind, family.architecture)}
+  why = None
   if isinstance(config.get("model"), dict):
     return "it is a workdir of lladax, and no published folder: --mode=export makes one of it"
   if not names:
     return "config.json is neither a workdir's nor a published model's: there is no model_type in it"
-  if experts and not why:
-    why = f"it is a mixture of experts ({experts}={shown(config[experts])})"
-  elif not why and any("llada" in x.lower() for x in names):
-    why = None if config.keys() & {"d_model", "hidden_size"} else "there is neither d_model nor hidden_size in it"
-  elif not why and config.get("mask_token_id") is None and _mask_id(folder / "tokenizer.json") is None:
-    why = "it names no mask_token_id, so it is no mask predictor"
-  elif not why and (kind != "llama" or "hidden_size" not in config):
-    why = "this layout is not known"
+  if not kinds.intersection(names):
+    known = [family.name for family in layout.FAMILIES]
+    near = difflib.get_close_matches(names[0].lower(), [family.kind.lower() for family in layout.FAMILIES], 2, 0.5)
+    close = dict.fromkeys(family.name for kind in near for family in layout.FAMILIES if family.kind.lower() == kind)
+    hint = f"; near it {'are' if close.keys() - {next(iter(close))} else 'is'} {', '.join(close)}" if close else ""
+    why = f"this family is not known{hint}; known are {', '.join(known)}"
+  elif not config.keys() & {"d_model", "hidden_size"}:
+    why = "there is neither d_model nor hidden_size in it"
   said = f"config.json is of model_type={shown(kind)}, architectures={shown(classes)}"
-  return why and f"{said}: {why}; only LLaDA and iLLaDA are supported, dense ones"
+  return why and f"{said}: {why}"
 
 
-def _compare(c: MaskPredictorConfig, family: int, tensors: dict[str, safetensors.Tensor], problems: list[str]) -> None:
+def _compare(
+  c: MaskPredictorConfig, family: layout.Family, merged: bool, tensors: dict[str, safetensors.Tensor],
+  problems: list[str],
+) -> None:  # fmt: skip
   """Missing, misshapen and extra tensors, each by name."""
-  if c.N > len(tensors):
-    problems.append(f"{layout.FIELDS[1][1 + family]}={c.N}, and there are {len(tensors)} tensors")
-    return
-  expected = {piece.name: layout.disk_shape(c, piece.disk) for piece in layout.pieces(c, family)}
+  column = family.column
+  for field, size in (("N", c.N), ("E", 0 if merged else c.E)):
+    if size > len(tensors):
+      names = dict(family.fields) | {"N": layout.FIELDS[1][1 + min(column, 1)]}
+      problems.append(f"{names[field]}={size}, and there are {len(tensors)} tensors")
+      return
+  expected = layout.disk_shapes(layout.pieces(c, column, merged), c)
   for name, shape in expected.items():
     found = tensors.get(name)
     if found is None:
@@ -257,12 +333,12 @@ def _compare(c: MaskPredictorConfig, family: int, tensors: dict[str, safetensors
       problems.append(f"{name} is of shape {shown(found.shape)}, expected {list(shape)}")
     elif found.dtype not in safetensors.DTYPES:
       problems.append(f"{name} is of dtype {found.dtype}, expected one of {', '.join(safetensors.DTYPES)}")
-  tied_head = layout.NAMES[-1][2 + family] + ".weight"
+  tied_head = layout.NAMES[-1][2 + column] + ".weight"
   for name in sorted(tensors.keys() - expected.keys()):
     if name != tied_head or not c.tied:
       problems.append(f"{named(name)} is not known")
     elif not problems:  # some writers spell a tied head out: it must be the embedding
-      head, embedding = tensors[name], tensors[layout.NAMES[0][2 + family] + ".weight"]
+      head, embedding = tensors[name], tensors[layout.NAMES[0][2 + column] + ".weight"]
       slabs = [(start, min(layout.ROWS, c.V - start)) for start in range(0, c.V, layout.ROWS)]
       same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
       if not same or any((head.rows(*slab) != embedding.rows(*slab)).any() for slab in slabs):

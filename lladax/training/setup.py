@@ -20,6 +20,7 @@ from lladax.evaluation import evaluate
 from lladax.inference.load import check_vocabulary, load
 from lladax.mistake import Missing, Mistake
 from lladax.model import quantized
+from lladax.model.mask_predictor import SHAPE
 from lladax.storage import checkpoint, near
 from lladax.training import history
 from lladax.training.step import State, check_mesh, check_trains, from_tree, guard, program, to_tree
@@ -64,12 +65,24 @@ def prepare(config: Config, workdir: Path, allow: Sequence[str] = ()) -> Run:
       raise Mistake(
         f"model.weights={config.model.weights!r}: {base} holds adapters: export it, import that, and begin there"
       )
-    shape = {name: begun["model"][name] for name in _SHAPE}
+    shape = {name: begun["model"][name] for name in SHAPE if name in begun["model"]}  # older ones have fewer
+    becomes = begun["model"]["causal"] and not config.model.causal and not saved
+    if becomes and config.model.lora_rank:
+      raise Mistake(
+        f"model.lora_rank={config.model.lora_rank}: {base} is autoregressive, and what it knows of [MASK] is not in the"
+        " adapters: train all of it, and adapters over that"
+      )
+    shape |= {"shift": config.model.shift} if becomes else {}  # what to do about it is the config's to say
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **shape))
     console.print(f"parameters, their shape and the tokenizer are those of {base}")
   console.print(f"reading {', '.join(config.data.corpora)}")
   if saved or base:
     text = tokenizer.load((workdir if saved else _workdir_of(base)) / "tokenizer")
+    if base and text.mask_id < 0 and not config.model.causal:
+      text = text.with_mask(config.tokenizer.mask)
+      rows = max(config.model.V, text.vocab_size)
+      rows += (-rows % 128) * (rows > config.model.V)
+      config = dataclasses.replace(config, model=dataclasses.replace(config.model, V=rows))
   elif text := sources.prepared_tokenizer(config.data):
     console.print("the tokenizer is that of the records")
   else:
@@ -145,9 +158,6 @@ def _workdir_of(base: str) -> Path:
   return address.mirror(base).parent.parent
 
 
-_SHAPE = ("D", "N", "H", "G", "K", "F", "V", "tied", "rope_theta", "norm_eps", "max_length")
-
-
 def find_base(init_from: str) -> str:
   """The checkpoint that a run begins from: `init_from` itself, or the last one of that workdir.
 
@@ -208,9 +218,40 @@ def begin(run: Run) -> State:
     params = jax.jit(lambda: run.init().params, out_shardings=at.params, compiler_options=quick)()
   else:
     base = load(run.base, mesh=run.mesh, dtype=run.config.model.dtype, weights="full")
-    params = _cast(base.params, jnp.float32, at.params)
+    params, masks = base.params, run.config.aim.fills and not base.model.objective.fills
+    if masks:
+      used = min(base.vocab_size, base.model.V)
+      params = _with_mask(params, run.text.mask_id, used, run.config.model.V, run.config.seed)
+    params = _cast(params, jnp.float32, at.params)
   opt_state = jax.jit(run.tx.init, out_shardings=at.opt_state)(params)
   return State(jax.device_put(jnp.int32(0), at.step), params, opt_state, jax.device_put(guard(), at.guard), frozen)
+
+
+def _with_mask(params: Any, mask_id: int, used: int, V: int, seed: int) -> Any:
+  """An autoregressive model's parameters with rows up to V, and an embedding of [MASK] that looks like a word's.
+
+  It is drawn as the others are distributed, each number by itself: a free row has decayed to 0, from where gradients
+  explode (LLaDA2.0, arXiv 2512.15745, adds noise in the first steps for that).
+  """
+
+  @jax.jit
+  def made(embedding_VD, head_DV):
+    words_VD = embedding_VD[:used].astype(jnp.float32)
+    mean_D, std_D = words_VD.mean(axis=0), words_VD.std(axis=0)
+    drawn_D = mean_D + std_D * jax.random.normal(jax.random.fold_in(jax.random.key(seed), _MASK), mean_D.shape)
+    more = V - len(embedding_VD)
+    embedding_VD = jnp.concatenate([embedding_VD, jnp.tile(mean_D[None], (more, 1)).astype(embedding_VD.dtype)])
+    embedding_VD = embedding_VD.at[mask_id].set(drawn_D.astype(embedding_VD.dtype))
+    if head_DV is not None:
+      mean_D1 = head_DV[:, :used].mean(axis=1, keepdims=True)
+      head_DV = jnp.concatenate([head_DV, jnp.tile(mean_D1, (1, more)).astype(head_DV.dtype)], axis=1)
+    return embedding_VD, head_DV
+
+  embedding_VD, head_DV = made(params["embedding"], params.get("head"))
+  return params | {"embedding": embedding_VD} | ({} if head_DV is None else {"head": head_DV})
+
+
+_MASK = 0x3A5C  # folded into the seed for the embedding of [MASK]
 
 
 def _frozen_base(run: Run) -> Any:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -8,8 +9,10 @@ import safetensors.numpy
 from layouts import BF16, GOLDEN, GQA_TIED, ILLADA, LLADA, complaint, publish, shapes, tensors
 
 import lladax
+from lladax.data import tokenizer
 from lladax.devices import sharding
-from lladax.storage import checkpoint, published, transfer
+from lladax.model.mask_predictor import MaskPredictorConfig
+from lladax.storage import checkpoint, layout, published, transfer
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -93,11 +96,39 @@ def test_a_tied_head_may_be_spelled_out_if_it_is_the_embedding(tmp_path):
   assert "lm_head.weight is not the embedding, and the two are tied" in complaint(source)
 
 
-def test_what_the_published_layout_cannot_say(tiny_workdir, tmp_path):
-  import dataclasses
+@pytest.mark.parametrize(
+  ("model", "said"),
+  [
+    ({"causal": True}, "a causal model of ours reads an EOS before each text, which no published layout says"),
+    ({"qkv_bias": True}, "no published layout that is known says such a model: .*model.qkv_bias=True"),
+    ({"block": 4}, "model.block=4, "),
+    ({"E": 4, "J": 2, "X": 8, "router_scale": 2.0}, "model.E=4, "),
+  ],
+)
+def test_what_no_published_layout_says(model, said):
+  with pytest.raises(ValueError, match=said):
+    layout.of_model(MaskPredictorConfig(**model))
 
-  llada = lladax.load(GOLDEN)
-  config = json.loads((GOLDEN / "config.json").read_text())
-  for change, said in (({"causal": True}, "model.causal=True"), ({"K": 8}, "model.H=4 times model.K=8")):
-    with pytest.raises(ValueError, match=said):
-      transfer.export(llada.params, dataclasses.replace(llada.model, **change), tmp_path, config)
+
+@pytest.mark.parametrize(
+  ("model", "name"),
+  [
+    ({}, "LLaDA"), ({"K": 8}, "iLLaDA"), ({"rotary": 8}, "iLLaDA"), ({"shift": True, "qkv_bias": True}, "Dream"),
+    ({"block": 4, "qk_norm": True}, "SDAR"), ({"causal": True, "shift": True}, "Llama"),
+    ({"causal": True, "shift": True, "qkv_bias": True}, "Qwen2"),
+    ({"causal": True, "shift": True, "qk_norm": True, "K": 8}, "Qwen3"),
+    ({"causal": True, "shift": True, "qk_norm": True, "E": 4, "J": 2, "X": 8, "router_renormalise": True}, "Qwen3-MoE"),
+    ({"E": 4, "J": 2, "X": 8, "qk_norm": True, "dense": 1}, "LLaDA-MoE"),
+    ({"E": 4, "J": 2, "X": 8, "S": 16, "qk_norm": True, "router": "sigmoid", "router_groups": 2, "block": 32,
+      "router_topk_groups": 1, "dense": 1, "router_bias": True, "router_scale": 2.5, "router_renormalise": True}, "LLaDA2"),
+  ],
+)  # fmt: skip
+def test_a_model_of_ours_is_of_a_family(model, name):
+  """And the config.json that says it is read as that model."""
+  c = MaskPredictorConfig(**model, V=128)
+  assert layout.of_model(c).name == name
+  text = tokenizer.create(tokenizer.TokenizerConfig("bytes"))
+  config, problems = layout.new_config(dataclasses.replace(c, V=384), text), []
+  theirs = layout.model_of(json.loads(json.dumps(config)), layout.family_of(config), problems)
+  assert not problems
+  assert theirs == dataclasses.replace(c, V=384, block=0)
