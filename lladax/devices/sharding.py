@@ -234,6 +234,12 @@ def fit(letters: str, shape: Sequence[int]) -> PartitionSpec:
   return PartitionSpec(*parts)
 
 
+def sliced(letters: str, shape: Sequence[int]) -> tuple[str, ...]:
+  """The axes of the mesh that is traced on which share out an array's dimensions."""
+  parts = (axes if isinstance(axes, tuple) else (axes,) for axes in fit(letters, shape) if axes)
+  return tuple(axis for axes in parts for axis in axes)
+
+
 def constrain(x: jax.Array, letters: str) -> jax.Array:
   """`x`, laid out as its letters say on the mesh that is traced on; a letter without axes (".") is gathered."""
   if jax.sharding.get_abstract_mesh().size <= 1:

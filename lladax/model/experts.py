@@ -252,8 +252,8 @@ def feed_forward(
   # Cast before they travel; the router stays in float32.
   stored = {name: x.astype(dtype if name in of and name[:2] == "ex" else jnp.float32) for name, x in weights.items()}
   parts = {name: sharding.fit(of[name], x.shape) for name, x in stored.items()}
-  own = sharding.fit("E", (c.E,))[0] or ()  # the axes that share out the experts, and those that share out the tokens
-  seen = sum((x or () for x in sharding.fit("BL", counted_BW.shape)), ())
+  # The axes of the mesh that share out the experts, and those that share out the tokens.
+  own, seen = sharding.sliced("E", (c.E,)), sharding.sliced("BL", counted_BW.shape)
 
   def on_device(n_BWD, counted_BW, *given):
     held = dict(zip(stored, given, strict=True))
