@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import re
+import math
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from lladax.devices import sharding
+from lladax.devices import hlo, sharding
 from lladax.devices.sharding import MeshConfig
 from lladax.model import experts
 
@@ -343,10 +343,107 @@ def test_copies_of_the_parameters_meet_once():
   assert_close(jax.device_get((of_weights, stats)), jax.device_get((alone[1][1], alone[2])), 1e-5)
 
 
-def text_of(c, sizes, B=8, **more):
-  mesh, n_BWD, weights = on_mesh(c, sizes, B)
+def arrays_of(text):
+  """[(the kind of collective, or "", its arrays' dimensions)] of a compiled program."""
+  lines = [x for lines in hlo.parse(text).computations.values() for x in lines]
+  return [(x.collective, [array.dims for array in x.results]) for x in lines]
+
+
+def test_no_device_holds_all_experts():
+  """From the compiled program: weights are gathered along the width alone, a device's own, and scattered likewise."""
+  c = Config(E=8, D=32, X=24)
+  mesh, n_BWD, weights = on_mesh(c, {"data": 1, "fsdp": 2, "tensor": 4})
+  at = jax.tree.map(lambda x: x.sharding, (n_BWD, weights))
   with jax.set_mesh(mesh):
-    program = jax.jit(functools.partial(found, c=c, **more), out_shardings=None)
-    return program.lower(n_BWD, weights, jnp.ones_like(n_BWD)).compile().as_text()
+    program = jax.jit(lambda *args: found(*args, c)[1], out_shardings=at)
+    held = arrays_of(program.lower(n_BWD, weights, n_BWD).compile().as_text())
+  own, part = c.E // 4, c.D // 2
+  assert not [dims for _, arrays in held for dims in arrays if math.prod(dims) >= c.E * c.D * c.X]
+  of = {kind: sorted(dims for x, arrays in held if x == kind for dims in arrays) for kind in hlo.COLLECTIVES}
+  matrices, parts = [(own, c.X, c.D)] + 2 * [(own, c.D, c.X)], [(own, c.X, part)] + 2 * [(own, part, c.X)]
+  assert of["all-gather"] == sorted([*matrices, (c.D, own), (c.D, c.E)])  # the router, along both
+  assert of["reduce-scatter"] == sorted([*parts, (part, own), (c.D, own)])
+  # (Also "added up" by each device alone: what axes of one device would.)
+  assert set(of["all-reduce"]) <= {(8 // 2, 6, c.D), *parts, (part, own), (c.E,), ()}
+  assert not of["all-to-all"] + of["collective-permute"]
 
 
+def test_no_array_of_all_tokens_times_all_experts_times_a_width():
+  c, T = Config(E=32, J=2, D=16, X=24), 512
+  text = jax.jit(functools.partial(found, c=c)).lower(stream(c, 1, T), weights_of(c), 1.0).compile().as_text()
+  largest = max(math.prod(dims) for _, arrays in arrays_of(text) for dims in arrays)
+  assert largest <= 2 * c.J * T * c.X < c.E * T * c.D / 5  # rows of tiles that are half empty
+
+
+def loops(policy):
+  c = LLADA_MOE
+
+  def loss(n_BWD, weights):
+    run = jax.checkpoint(lambda *args: experts.feed_forward(*args, c)[0], policy=policy)
+    return run(n_BWD, weights).sum()
+
+  return str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(stream(c), weights_of(c))).count(" while[")
+
+
+def test_what_the_backward_pass_multiplies_again():
+  """Three products forward and two for each of them backward; again `gate` and `up`, unless "grouped" are kept."""
+  policies = jax.checkpoint_policies
+  assert loops(policies.everything_saveable) == loops(policies.save_only_these_names("grouped")) == 9
+  assert loops(policies.save_anything_except_these_names("gathered")) == 9
+  assert loops(policies.nothing_saveable) == 11
+
+
+@pytest.mark.parametrize("policy", ["nothing", "gathered", "grouped"])
+def test_rematerialised_on_a_mesh(policy):
+  """Gathered weights are not kept: matrices are gathered forward and again backward."""
+  policies = jax.checkpoint_policies
+  named = policies.save_anything_except_these_names("gathered")  # what it is the name of is kept all the same
+  known = {"nothing": policies.nothing_saveable, "grouped": policies.save_only_these_names("grouped"),
+           "gathered": lambda x, *args, **more: x.name != "all_gather" and named(x, *args, **more)}  # fmt: skip
+  c, ask = LLADA_MOE, jnp.ones((8, 6, 16))
+  mesh, n_BWD, weights = on_mesh(c, {"data": 1, "fsdp": 2, "tensor": 4})
+
+  def gradient(run):
+    return jax.grad(lambda *args: (run(*args, c)[0] * ask).sum(), argnums=(0, 1))
+
+  with jax.set_mesh(mesh):
+    plain = gradient(experts.feed_forward)
+    again = gradient(jax.checkpoint(experts.feed_forward, policy=known[policy], static_argnums=2))
+    assert_close(*(jax.device_get(jax.jit(program)(n_BWD, weights)) for program in (again, plain)))
+    once, twice = (str(jax.make_jaxpr(x)(n_BWD, weights)).count(" all_gather[") for x in (plain, again))
+  assert (once, twice) == (5, 5 + 3 + 2)  # three matrices; the router, along both of its axes
+
+
+DEVICES = {
+  "cpu": AbstractDevice("cpu", None, "cpu"),
+  "cuda": AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu"),
+  "tpu": AbstractDevice("TPU v5 lite", 1, "tpu"),
+}
+
+
+@pytest.mark.parametrize("platform", DEVICES)
+def test_lowered_for_devices_that_are_not_here(platform):
+  c = Config(D=48, E=64, J=8, X=32, compute_dtype=jnp.dtype("bfloat16"), stream_dtype=jnp.dtype("bfloat16"))
+  n_BWD = jnp.asarray(stream(c, 2, 512), jnp.bfloat16)
+  axes = ("slices", "data", "fsdp", "tensor", "context")
+  mesh = AbstractMesh((1,) * 5, axes, axis_types=(AxisType.Auto,) * 5, abstract_device=DEVICES[platform])
+  with jax.sharding.use_abstract_mesh(mesh):
+    traced = jax.jit(functools.partial(found, c=c)).trace(n_BWD, weights_of(c), 1.0)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+  assert text.count('chlo.ragged_dot"(') == (9 if platform == "tpu" else 0)
+  tiles = {"cpu": 1, "cuda": 32}.get(platform)
+  if tiles:  # a tile's or 32 tiles' experts at once
+    assert f"tensor<{tiles}x48x32xbf16>" in text
+  assert "tensor<64x8192x" not in text and "tensor<8192x64x" not in text  # every pair with every expert
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_a_mesh_of_accelerators_says_the_same(platform, monkeypatch):
+  """Of CPUs that say they are such."""
+  monkeypatch.setattr(sharding, "platform", lambda: platform)
+  c, ask = ADAPTED, jnp.ones((8, 6, 16))
+  alone = jax.jit(functools.partial(found, c=c))(stream(c, B=8), weights_of(c), ask)
+  mesh, n_BWD, weights = on_mesh(c, {"data": 1, "fsdp": 2, "tensor": 4})
+  with jax.set_mesh(mesh):
+    there = jax.jit(functools.partial(found, c=c))(n_BWD, weights, ask)
+  assert_close(jax.device_get(there), jax.device_get(alone), 1e-5)
