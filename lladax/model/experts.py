@@ -113,7 +113,11 @@ class Layout(NamedTuple):
   place_M: jax.Array  # the row of a pair; P: the expert is on another device
   expert_Q: jax.Array  # of each tile
   tiles_E: jax.Array  # of each expert; tiles behind their sum are not multiplied
-  tile: int  # rows
+
+  @property
+  def tile(self) -> int:
+    """Rows of a tile."""
+    return self.pair_P.size // self.expert_Q.size
 
 
 def lay_out(expert_M: jax.Array, E: int, tile: int, chunk: int) -> Layout:
@@ -134,7 +138,7 @@ def lay_out(expert_M: jax.Array, E: int, tile: int, chunk: int) -> Layout:
   expert_P = jnp.repeat(expert_Q, tile)
   pair_P = jnp.where(behind_P < size_E[expert_P], order_M.at[start_E[expert_P] + behind_P].get(mode="clip"), M)
   place_M = jnp.full(M, Q * tile, jnp.int32).at[pair_P].set(jnp.arange(Q * tile, dtype=jnp.int32), mode="drop")
-  return Layout(pair_P, place_M, expert_Q, tiles_E, tile)
+  return Layout(pair_P, place_M, expert_Q, tiles_E)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -159,77 +163,74 @@ _moved.defvjp(lambda x, source, target, copies: (_moved(x, source, target, copie
 def tiling(pairs: int, experts: int) -> tuple[int, int]:
   """(rows of a tile, tiles that are multiplied at once), where the program runs.
 
-  Larger tiles read an expert less often, and waste half a tile for each of them.
+  Larger tiles read an expert less often, and waste half a tile for each of them. A GPU asks the host after every chunk.
   """
-  platform, load = sharding.platform(), max(1, pairs // experts)
-  if platform == "tpu":
-    return 1, 1
-  most, chunk = (64, 1) if platform == "cpu" else (256, 32)
-  return min(most, max(16, 1 << (load.bit_length() - 1))), chunk
+  most, chunk = {"cpu": (64, 1), "gpu": (256, 32), "tpu": (256, 1)}[sharding.platform()]
+  return min(most, max(16, 1 << (max(1, pairs // experts).bit_length() - 1))), chunk
 
 
-def grouped_matmul(x_PI: jax.Array, w_EIO: jax.Array, layout: Layout, chunk: int, dtype: Any) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def grouped_matmul(x_PI: Any, w_EIO: Any, layout: Any, chunk: int, dtype: Any) -> Any:
   """Every row times its expert's matrix, in `dtype`.
 
-  On a TPU that is `jax.lax.ragged_dot`, which on a CPU, and on a GPU in jaxlib 0.10, multiplies all rows by all experts.
+  On a TPU that is `jax.lax.ragged_dot`. On a CPU, and in jaxlib 0.10 on a GPU, that would multiply all rows by all
+  experts; and everywhere where its gradient is taken, of the matrices.
   """
+  return _multiply(x_PI, w_EIO, layout, chunk, dtype, by=1)
+
+
+def _multiply(x_PI, w, layout, chunk, dtype, by):
+  """Of a row and its matrix, summed over this axis of the matrices."""
   if sharding.platform() == "tpu":
-    return jax.lax.ragged_dot(x_PI, w_EIO, layout.tiles_E * layout.tile, preferred_element_type=dtype)
-  return _by_tiles(x_PI, w_EIO, layout.expert_Q, layout.tiles_E.sum(), chunk, jnp.dtype(dtype))
-
-
-def _each_chunk(tiles, chunk, fn, start):
-  """Chunks of tiles one after the other, as many as there are: `fn(first tile, carry)`."""
-  return jax.lax.fori_loop(0, (tiles + chunk - 1) // chunk, lambda i, carry: fn(i * chunk, carry), start)
-
-
-def _cut(x_P, at, chunk, Q):
-  """The rows of some tiles, [C, rows, ...]."""
-  tile = x_P.shape[0] // Q
-  return jax.lax.dynamic_slice_in_dim(x_P, at * tile, chunk * tile).reshape(chunk, tile, -1)
-
-
-def _products(x_PI, w, expert_Q, tiles, chunk, dtype, equation):
-  Q, P = expert_Q.size, x_PI.shape[0]
+    ragged = jax.lax.RaggedDotDimensionNumbers((([1], [by]), ([], [])), [0], [0])
+    sizes_E = layout.tiles_E * layout.tile
+    return jax.lax.ragged_dot_general(x_PI, w, sizes_E, ragged, preferred_element_type=dtype)
 
   def one(at, out_PO):
-    expert_C = jax.lax.dynamic_slice_in_dim(expert_Q, at, chunk)
+    expert_C = jax.lax.dynamic_slice_in_dim(layout.expert_Q, at, chunk)
     w_C = jax.lax.dynamic_slice_in_dim(w, expert_C[0], 1) if chunk == 1 else w[expert_C]
-    rows = jnp.einsum(equation, _cut(x_PI, at, chunk, Q), w_C, preferred_element_type=dtype)
+    rows_CTI = _cut(x_PI, at, chunk, layout)
+    rows = jax.lax.dot_general(rows_CTI, w_C, (([2], [by]), ([0], [0])), preferred_element_type=dtype)
     rows = rows.reshape(-1, rows.shape[-1])
-    return jax.lax.dynamic_update_slice_in_dim(out_PO, rows, at * (P // Q), 0)
+    return jax.lax.dynamic_update_slice_in_dim(out_PO, rows, at * layout.tile, 0)
 
-  O = w.shape[2 if equation.endswith("o") else 1]
-  return _each_chunk(tiles, chunk, one, jnp.zeros((P, O), dtype))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _by_tiles(x_PI: Any, w_EIO: Any, expert_Q: Any, tiles: Any, chunk: int, dtype: Any) -> Any:
-  return _products(x_PI, w_EIO, expert_Q, tiles, chunk, dtype, "cti,cio->cto")
+  return _each_chunk(layout, chunk, one, jnp.zeros((x_PI.shape[0], w.shape[3 - by]), dtype))
 
 
-def _by_tiles_backward(chunk, dtype, residuals, gradient_PO):
-  x_PI, w_EIO, expert_Q, tiles = residuals
+def _each_chunk(layout, chunk, fn, start):
+  """Chunks of tiles one after the other, as many as there are: `fn(first tile, carry)`."""
+  chunks = (layout.tiles_E.sum() + chunk - 1) // chunk
+  return jax.lax.fori_loop(0, chunks, lambda i, carry: fn(i * chunk, carry), start)
+
+
+def _cut(x_PI, at, chunk, layout):
+  """The rows of some tiles, [C, rows, I]."""
+  rows = jax.lax.dynamic_slice_in_dim(x_PI, at * layout.tile, chunk * layout.tile)
+  return rows.reshape(chunk, layout.tile, -1)
+
+
+def _multiply_back(chunk, dtype, residuals, gradient_PO):
+  x_PI, w_EIO, layout = residuals
   gradient_PO = gradient_PO.astype(x_PI.dtype)
-  gradient_PI = _products(gradient_PO, w_EIO, expert_Q, tiles, chunk, x_PI.dtype, "cto,cio->cti")
 
   def one(at, sum_EIO):
-    expert_C = jax.lax.dynamic_slice_in_dim(expert_Q, at, chunk)
-    x_CTI, gradient_CTO = (_cut(x, at, chunk, expert_Q.size) for x in (x_PI, gradient_PO))
-    part_CIO = jnp.einsum("cti,cto->cio", x_CTI, gradient_CTO, preferred_element_type=jnp.float32)
+    expert_C = jax.lax.dynamic_slice_in_dim(layout.expert_Q, at, chunk)
+    x_CTI, gradient_CTO = (_cut(x, at, chunk, layout) for x in (x_PI, gradient_PO))
+    part_CIO = jnp.einsum("CTI,CTO->CIO", x_CTI, gradient_CTO, preferred_element_type=jnp.float32)
     if chunk > 1:
       return sum_EIO.at[expert_C].add(part_CIO)
     part_CIO += jax.lax.dynamic_slice_in_dim(sum_EIO, expert_C[0], 1)
     return jax.lax.dynamic_update_slice_in_dim(sum_EIO, part_CIO, expert_C[0], 0)
 
-  gradient_EIO = _each_chunk(tiles, chunk, one, jnp.zeros(w_EIO.shape, jnp.float32))
-  return gradient_PI, gradient_EIO.astype(w_EIO.dtype), None, None
+  gradient_EIO = _each_chunk(layout, chunk, one, jnp.zeros(w_EIO.shape, jnp.float32))
+  gradient_PI = _multiply(gradient_PO, w_EIO, layout, chunk, x_PI.dtype, by=2)
+  return gradient_PI, gradient_EIO.astype(w_EIO.dtype), None
 
 
-_by_tiles.defvjp(
-  lambda x_PI, w_EIO, expert_Q, tiles, chunk, dtype: (
-    _by_tiles(x_PI, w_EIO, expert_Q, tiles, chunk, dtype), (x_PI, w_EIO, expert_Q, tiles)
-  ), _by_tiles_backward,
+grouped_matmul.defvjp(
+  lambda x_PI, w_EIO, layout, chunk, dtype: (
+    grouped_matmul(x_PI, w_EIO, layout, chunk, dtype), (x_PI, w_EIO, layout)
+  ), _multiply_back,
 )  # fmt: skip
 
 
