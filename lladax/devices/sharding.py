@@ -31,6 +31,7 @@ AXES = {
   "G": ("tensor",),
   "F": ("tensor",),
   "V": ("tensor",),
+  "E": ("tensor",),
 }
 
 
@@ -233,6 +234,12 @@ def fit(letters: str, shape: Sequence[int]) -> PartitionSpec:
   return PartitionSpec(*parts)
 
 
+def sliced(letters: str, shape: Sequence[int]) -> tuple[str, ...]:
+  """The axes of the mesh that is traced on which share out an array's dimensions."""
+  parts = (axes if isinstance(axes, tuple) else (axes,) for axes in fit(letters, shape) if axes)
+  return tuple(axis for axes in parts for axis in axes)
+
+
 def constrain(x: jax.Array, letters: str) -> jax.Array:
   """`x`, laid out as its letters say on the mesh that is traced on; a letter without axes (".") is gathered."""
   if jax.sharding.get_abstract_mesh().size <= 1:
@@ -258,13 +265,17 @@ _gather.defvjp(
 )
 
 
-def on_each_device(fn: Callable[..., jax.Array], *arrays: tuple[jax.Array, str]) -> jax.Array:
-  """`fn` of the part of each (array, letters) that a device holds; the result has the letters of the first."""
+def on_each_device(fn: Callable[..., Any], *arrays: tuple[jax.Array, str], beside: bool = False) -> Any:
+  """`fn` of the part of each (array, letters) that a device holds; the result has the letters of the first.
+
+  With `beside`, `fn` returns (that, a tree of what is the same on every device).
+  """
   args, mesh = [x for x, _ in arrays], jax.sharding.get_abstract_mesh()
   if mesh.size <= 1:
     return fn(*args)
   specs, axes = tuple(fit(letters, x.shape) for x, letters in arrays), set(mesh.axis_names) - set(mesh.manual_axes)
-  return jax.shard_map(fn, in_specs=specs, out_specs=specs[0], axis_names=axes, check_vma=False)(*args)
+  out_specs = (specs[0], PartitionSpec()) if beside else specs[0]
+  return jax.shard_map(fn, in_specs=specs, out_specs=out_specs, axis_names=axes, check_vma=False)(*args)
 
 
 def sum_over_copies(fn: Callable[[Any, Any], Any], batch: Any, copied: Any) -> Any:
