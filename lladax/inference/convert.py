@@ -64,7 +64,7 @@ def from_published(
   params = transfer.load_params(theirs, at)
   saver.save(0, {"step": jax.device_put(np.int32(0), step_at), "params": params})
   saver.close()
-  shape = {name: getattr(theirs.model, name) for name in mask_predictor.SHAPE}
+  shape = {name: getattr(theirs.model, name) for name in (*mask_predictor.SHAPE, "causal", "block")}
   values = values | {"objective": theirs.model.objective.name, "model": values["model"] | shape}
   values["noise"] = values.get("noise", {}) | {"block": theirs.model.block, "blocks": ()}
   values |= {"tokenizer_fingerprint": text.fingerprint if text else ""}
