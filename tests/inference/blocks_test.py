@@ -83,7 +83,7 @@ def reference(llada, prompt, gen_length, *, steps=None, threshold=np.inf, edit=n
       ends = np.flatnonzero((x == EOS) & (at > 0))
       if early_stop and edit == np.inf and len(ends) and MASK not in x[: ends[0]]:
         x[x == MASK] = EOS
-      if MASK not in x[start : start + n] and not edits.any():
+      if MASK not in x[start : start + n] and (edit == np.inf or not (masked | edits).any()):
         break
     if early_stop and ((x == EOS) & (at > 0)).any():
       x[x == MASK] = EOS
@@ -120,7 +120,7 @@ def test_the_cache_and_the_batch_change_nothing(models, n, case):
     alone = llada.sample([prompt], gen_length=gen_length, **({"steps": gen_length} | options))
     np.testing.assert_array_equal(alone.tokens[0, alone.padding[0] :], tokens)
     assert alone.nfe == nfe <= out.nfe
-  assert (edits > 0) == ("edit_threshold" in options and n > 1)
+  assert (edits > 0) == ("edit_threshold" in options)
   assert out.tokens.shape == (5, 17 + 24) and compared >= 3
 
 
