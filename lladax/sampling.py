@@ -160,9 +160,9 @@ def split(given: SamplerConfig | Sequence[SamplerConfig], rows: int) -> tuple[Sh
   if isinstance(seeds, tuple) and len(seeds) != rows:
     raise Mistake(f"sample.seed={list(seeds)}: give one seed, or one for each of the {rows} rows")
   c = each[0]
+  chooses = any(c.top_k is not None or c.top_p not in (None, 1.0) for c in each)
   shape = Shape(c.block_length, c.remasking, c.cache, any(c.guidance_scale > 0 for c in each), c.gen_length is None,
-                any(c.edit_threshold is not None for c in each),
-                chooses=any(c.top_p is not None or c.top_k is not None for c in each))  # fmt: skip
+                any(c.edit_threshold is not None for c in each), chooses=chooses)  # fmt: skip
 
   def column(values: Iterable[Any], dtype: Any = np.float32) -> Any:
     with np.errstate(over="ignore"):
@@ -174,7 +174,7 @@ def split(given: SamplerConfig | Sequence[SamplerConfig], rows: int) -> tuple[Sh
     tokens_per_step=column((c.tokens_per_step or 0 for c in each), np.int32),
     eps=column(c.eps for c in each),
     temperature=column(c.temperature for c in each),
-    top_p=column(c.top_p or math.inf for c in each),
+    top_p=column(math.inf if c.top_p in (None, 1.0) else c.top_p for c in each),
     top_k=column((c.top_k or 2**31 - 1 for c in each), np.int32),
     threshold=column(c.threshold for c in each),  # None becomes NaN
     factor=column(c.factor for c in each),
