@@ -299,6 +299,7 @@ def perturbed(llada, n):
         {"guidance_scale": 0.7, "cache": "dual"},
         {"gen_length": None, "cache": "prefix", "steps": 4},
         {"confidence_eos_eot_inf": True, "factor": 1.0},
+        {"top_p": 0.4, "eps": 1e-3, "remasking": "low_margin"},
       )
     ),
   ],
