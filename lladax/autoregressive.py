@@ -46,7 +46,10 @@ class Causal:
     """
     if c.gen_length is None:
       raise Mistake("sample.gen_length=None: a causal model stops at EOS by itself; give the longest answer to allow")
-    for name in ("threshold", "factor", "edit_threshold", "guidance_scale", "cache", "confidence_eos_eot_inf"):
+    for name in (
+      "threshold", "factor", "edit_threshold", "guidance_scale", "cache", "confidence_eos_eot_inf", "block_steps",
+      "tokens_per_step", "eps",
+    ):  # fmt: skip
       if getattr(c, name) != getattr(SamplerConfig, name):
         raise Mistake(f"sample.{name}={getattr(c, name)!r}: a causal model has no use for it; leave it out")
     if c.steps < c.gen_length and c.steps != SamplerConfig.steps:

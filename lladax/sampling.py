@@ -6,7 +6,8 @@ blocks from the right end; blocks are filled from left to right, each in a numbe
 most confident candidates (*commit*): a kept token never changes again. What is not [MASK] at the start is given,
 wherever it stands, so infilling is no special case. The loop can be left after any forward pass or block, and entered
 again where it was left (`State`): that is streaming. Asked to *edit*, a step also replaces tokens that it committed
-earlier in the block, where another is probable enough (LLaDA2.1, arXiv 2602.08676), and goes on until nothing changes.
+earlier in the block, where another is probable enough (LLaDA2.1, arXiv 2602.08676), and goes on until a step finds
+nothing to change. Asked for Dream's schedule (`eps`), a step may commit nothing.
 Letters: `mask_predictor.py`; here W is the block.
 """
 
@@ -28,7 +29,7 @@ from lladax.mistake import Mistake
 # as it came.
 Predict = Callable[[jax.Array, jax.Array, int, Any], tuple[jax.Array, Any]]
 
-REMASKING = ("low_confidence", "random", "low_margin", "high_entropy")
+REMASKING = ("low_confidence", "random", "low_margin", "high_entropy", "sequential")
 CACHES = ("prefix", "dual")
 _LAST = -1e30  # a score behind all others
 
@@ -40,8 +41,16 @@ class SamplerConfig:
   gen_length: int | None = 64  # masked tokens after the prompt; None: block after block until EOS
   block_length: int = 32  # filled together, blocks from left to right; 1: autoregressive order
   steps: int = 64  # forward passes over all blocks (of each block, where gen_length is None)
+  block_steps: int | None = None  # of each block, in place of `steps` (LLaDA2.0's steps, SDAR's denoising_steps)
+  tokens_per_step: int | None = None  # kept in each step, at least; in place of the steps (LLaDA2.1's num_to_transfer)
+  # Dream's schedule, of each block: times t fall evenly from 1 to this, and the step from t to s keeps the share
+  # 1 - s/t of the [MASK]s that are left, rounded down, the last one all. None: the same number in each step.
+  eps: float | None = None
   temperature: float = 0.0  # of the candidates (Gumbel-max); 0 takes the most probable
-  remasking: str = "low_confidence"  # who waits: "low_confidence" | "random" | "low_margin" | "high_entropy"
+  top_p: float | None = None  # candidates, and their confidence, are among the most probable that have this share, ...
+  top_k: int | None = None  # ... and among so many
+  # Who waits: "low_confidence" | "random" | "low_margin" | "high_entropy" | "sequential", what stands further right.
+  remasking: str = "low_confidence"
   threshold: float | None = None  # keep every candidate more confident than this, at least one a step (Fast-dLLM)
   factor: float | None = None  # keep the most candidates k with (k + 1)(1 - k-th confidence) < factor
   edit_threshold: float | None = None  # replace committed tokens of the block where another is more confident than this
@@ -55,7 +64,7 @@ class SamplerConfig:
 
   def __post_init__(self):
     fields.check(self, "sample")
-    for name in ("gen_length", "block_length", "steps"):
+    for name in ("gen_length", "block_length", "steps", "block_steps", "tokens_per_step", "top_k"):
       if getattr(self, name) is not None and not 1 <= getattr(self, name) < 2**31:
         raise Mistake(f"sample.{name}={getattr(self, name)}: must be at least 1, and less than 2^31")
     if not 0 <= self.max_post_passes < 2**16:
@@ -63,6 +72,10 @@ class SamplerConfig:
     for name in ("temperature", "guidance_scale"):
       if not 0 <= getattr(self, name) < math.inf:
         raise Mistake(f"sample.{name}={getattr(self, name)}: must be at least 0, and finite")
+    if self.eps is not None and not 0 <= self.eps < 1:
+      raise Mistake(f"sample.eps={self.eps}: must be at least 0, and less than 1")
+    if self.top_p is not None and not 0 < self.top_p <= 1:
+      raise Mistake(f"sample.top_p={self.top_p}: must be more than 0, and at most 1")
     for name in ("threshold", "factor", "edit_threshold"):
       if getattr(self, name) is not None and math.isnan(getattr(self, name)):
         raise Mistake(f"sample.{name}={getattr(self, name)}: must be a number")
@@ -71,8 +84,9 @@ class SamplerConfig:
     for name, known in (("remasking", REMASKING), ("cache", (None, *CACHES))):
       if getattr(self, name) not in known:
         raise Mistake(f"sample.{name}={getattr(self, name)!r}: use one of {', '.join(map(str, known))}")
-    if self.threshold is not None and self.factor is not None:
-      raise Mistake("sample.threshold and sample.factor are both set: use one of them")
+    for one, other in (("threshold", "factor"), ("block_steps", "tokens_per_step"), ("eps", "tokens_per_step")):
+      if getattr(self, one) is not None and getattr(self, other) is not None:
+        raise Mistake(f"sample.{one} and sample.{other} are both set: use one of them")
     if self.edit_threshold is not None and self.cache == "dual":
       raise Mistake(
         f"sample.edit_threshold={self.edit_threshold} changes what the dual cache keeps until the next block: use"
@@ -104,13 +118,19 @@ class Shape(NamedTuple):
   edits: bool = False  # whether any row does
   # A model of blocks: keys and values of finished ones are kept, as they are final; steps are those of a whole block.
   of_blocks: bool = False
+  chooses: bool = False  # whether any row has a `top_p` or a `top_k`
 
 
 class Settings(NamedTuple):
   """What a program reads: arrays [B], a number for each row. A change of them compiles nothing."""
 
   steps: jax.Array  # int32
+  block_steps: jax.Array  # int32; 0: none
+  tokens_per_step: jax.Array  # int32; 0: none
+  eps: jax.Array  # float32; NaN: none
   temperature: jax.Array  # float32
+  top_p: jax.Array  # float32; infinite: none
+  top_k: jax.Array  # int32; the largest there is: none
   threshold: jax.Array  # float32; NaN, than which nothing is larger: none
   factor: jax.Array  # float32; likewise
   edit_threshold: jax.Array  # float32; likewise
@@ -140,8 +160,9 @@ def split(given: SamplerConfig | Sequence[SamplerConfig], rows: int) -> tuple[Sh
   if isinstance(seeds, tuple) and len(seeds) != rows:
     raise Mistake(f"sample.seed={list(seeds)}: give one seed, or one for each of the {rows} rows")
   c = each[0]
+  chooses = any(c.top_k is not None or c.top_p not in (None, 1.0) for c in each)
   shape = Shape(c.block_length, c.remasking, c.cache, any(c.guidance_scale > 0 for c in each), c.gen_length is None,
-                any(c.edit_threshold is not None for c in each))  # fmt: skip
+                any(c.edit_threshold is not None for c in each), chooses=chooses)  # fmt: skip
 
   def column(values: Iterable[Any], dtype: Any = np.float32) -> Any:
     with np.errstate(over="ignore"):
@@ -149,7 +170,12 @@ def split(given: SamplerConfig | Sequence[SamplerConfig], rows: int) -> tuple[Sh
 
   return shape, Settings(
     steps=column((c.steps for c in each), np.int32),
+    block_steps=column((c.block_steps or 0 for c in each), np.int32),
+    tokens_per_step=column((c.tokens_per_step or 0 for c in each), np.int32),
+    eps=column(c.eps for c in each),
     temperature=column(c.temperature for c in each),
+    top_p=column(math.inf if c.top_p in (None, 1.0) else c.top_p for c in each),
+    top_k=column((c.top_k or 2**31 - 1 for c in each), np.int32),
     threshold=column(c.threshold for c in each),  # None becomes NaN
     factor=column(c.factor for c in each),
     edit_threshold=column(c.edit_threshold for c in each),
@@ -192,16 +218,43 @@ def draw(scores_BWV: jax.Array, noise: Callable[[], jax.Array], temperature_B: j
   return jax.lax.cond(jnp.any(temperature_B > 0), noisy, greedy, scores_BWV).astype(jnp.int32)
 
 
+def probable(logits_BWV: jax.Array, settings: Settings) -> jax.Array:
+  """Bool [B, W, V]: the ids that `top_p` and `top_k` leave, at the temperature of each row; of ties all or none.
+
+  Those more probable than an id must number less than k, and have no larger a share than p. The least such id is
+  found by bisection, among all floats: 32 sums, where sorting the vocabulary would cost more.
+  """
+  temperature_B = jnp.where(settings.temperature > 0, settings.temperature, 1.0)
+  logits_BWV = jnp.where(jnp.isnan(logits_BWV), -jnp.inf, logits_BWV / temperature_B[:, None, None])
+  p_BWV = jax.nn.softmax(logits_BWV)
+  bits_BWV = jax.lax.bitcast_convert_type(logits_BWV, jnp.int32)
+  place_BWV = jnp.where(bits_BWV < 0, bits_BWV ^ 0x7FFFFFFF, bits_BWV)  # ordered as the floats are
+
+  def halve(_, found):
+    low_BW, high_BW = found
+    middle_BW = (low_BW & high_BW) + ((low_BW ^ high_BW) >> 1)
+    above_BWV = place_BWV > middle_BW[..., None]
+    share_BW = jnp.sum(jnp.where(above_BWV, p_BWV, 0.0), axis=-1)
+    left_BW = (share_BW <= settings.top_p[:, None]) & (jnp.sum(above_BWV, axis=-1) < settings.top_k[:, None])
+    return jnp.where(left_BW, low_BW, middle_BW + 1), jnp.where(left_BW, middle_BW, high_BW)
+
+  most_BW = place_BWV.max(axis=-1)
+  least_BW = jax.lax.fori_loop(0, 32, halve, (jnp.full_like(most_BW, -(2**31)), most_BW))[1]
+  return place_BWV >= least_BW[..., None]
+
+
 def score(
   probability_BW: jax.Array, logits_BWV: jax.Array, noise: Callable[[], jax.Array], remasking: str
 ) -> jax.Array:
   """What decides who waits; larger is committed sooner.
 
   The candidate's probability (`low_confidence`), a random number, the distance between the two most probable tokens
-  (`low_margin`), or minus the entropy (`high_entropy`).
+  (`low_margin`), minus the entropy (`high_entropy`), or how far left it stands (`sequential`).
   """
   if remasking == "low_confidence":
     return probability_BW
+  if remasking == "sequential":
+    return jnp.broadcast_to(-jnp.arange(probability_BW.shape[1], dtype=jnp.float32), probability_BW.shape)
   if remasking == "random":
     return jax.vmap(jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1))))(noise())
   p_BWV = jax.nn.softmax(logits_BWV)
@@ -213,23 +266,29 @@ def score(
 
 def candidates(
   logits_BWV: jax.Array, noise: Callable[[], jax.Array], settings: Settings, *, remasking: str, allowed_V: jax.Array,
-  ends: tuple[int, ...], alike_B: jax.Array,
+  ends: tuple[int, ...], alike_B: jax.Array, chooses: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
   """Candidates [B, W], their probability in the softmax of all logits without noise, as published, and their score.
 
   Of rows whose ends are late their candidates have probability 0 and the last score, at any temperature. Where all
   places of a row are alike their logits differ by rounding alone, which must not choose between them: the numbers of
-  the last place are those of all.
+  the last place are those of all. Where any row `chooses`, the softmax is that of the ids that its `top_p` and `top_k`
+  leave, as published.
   """
   id_1V = jnp.arange(logits_BWV.shape[-1])[None]
   late_BV = settings.confidence_eos_eot_inf[:, None] & jnp.isin(id_1V, jnp.array(ends))
   never_BV = settings.logits_eos_inf[:, None] & (id_1V == ends[0])
   drawn_BV = allowed_V[None] & ~never_BV
   alike_B1, greedy_B1 = alike_B[:, None], (settings.temperature == 0)[:, None]
-  token_BW = draw(jnp.where(drawn_BV[:, None], logits_BWV, -jnp.inf), noise, settings.temperature)
-  token_BW = jnp.where(alike_B1 & greedy_B1, token_BW[:, -1:], token_BW)
+  drawn_BWV = jnp.where(drawn_BV[:, None], logits_BWV, -jnp.inf)
   seen_BWV = jnp.where((late_BV | never_BV)[:, None], -jnp.inf, logits_BWV)
-  total_BW = jax.nn.logsumexp(seen_BWV, axis=-1)
+  if chooses:
+    left_BWV = probable(drawn_BWV, settings)
+    left_BWV = jnp.where(alike_B[:, None, None], left_BWV[:, -1:], left_BWV)
+    drawn_BWV, seen_BWV = (jnp.where(left_BWV, x, -jnp.inf) for x in (drawn_BWV, seen_BWV))
+  token_BW = draw(drawn_BWV, noise, settings.temperature)
+  token_BW = jnp.where(alike_B1 & greedy_B1, token_BW[:, -1:], token_BW)
+  total_BW = jnp.maximum(jax.nn.logsumexp(seen_BWV, axis=-1), jnp.finfo(jnp.float32).min)  # nothing may be left of late
   log_p_BW = jnp.take_along_axis(seen_BWV, token_BW[..., None], axis=-1)[..., 0] - total_BW
   last_BW = jnp.take_along_axis(seen_BWV[:, -1], token_BW, axis=-1) - total_BW[:, -1:]
   probability_BW = jnp.exp(jnp.where(alike_B1, last_BW, log_p_BW))
@@ -244,20 +303,26 @@ def scheduled(W: int, steps_B: jax.Array, step: jax.Array | int) -> jax.Array:
   return jnp.maximum(W // steps_B + (step < W % steps_B), 1)
 
 
+def by_time(masks_B: jax.Array, steps_B: jax.Array, step: jax.Array | int, eps_B: jax.Array) -> jax.Array:
+  """How many of so many [MASK]s step number `step` commits by Dream's schedule, maybe none, the last all; int32 [B]."""
+  t_B, s_B = (1.0 + n * ((eps_B - 1.0) / steps_B) for n in (step, step + 1))
+  return jnp.where(step < steps_B - 1, (masks_B * (1.0 - s_B / t_B)).astype(jnp.int32), masks_B)
+
+
 def commit(
   masked_BW: jax.Array, score_BW: jax.Array, probability_BW: jax.Array, quota_B: jax.Array, settings: Settings,
   always: bool = False,
 ) -> jax.Array:  # fmt: skip
-  """Which masked positions are kept in this step, bool [B, W]: of each row at least one.
+  """Which masked positions are kept in this step, bool [B, W]: of each row at least one, or as many as its quota.
 
-  A row with a threshold or a factor keeps its best candidate, and all that these allow; another one `quota` (>= 1).
-  `always`: the quota is for both (LLaDA2.0).
+  A row with a threshold or a factor keeps its best candidate, and all that these allow; another one `quota`.
+  `always`: the quota is for both (LLaDA2.0), as it is where it was asked for by `tokens_per_step`.
   """
   # A score that is not a number goes last, and the rest is counted, so a broken model cannot stall the loop.
   score_BW = jnp.where(masked_BW, jnp.nan_to_num(score_BW, nan=_LAST), -jnp.inf)
   rank_BW = jnp.argsort(jnp.argsort(-score_BW, stable=True), stable=True)
   threshold_B1, factor_B1 = settings.threshold[:, None], settings.factor[:, None]
-  fixed_B1 = always | jnp.isnan(threshold_B1) & jnp.isnan(factor_B1)
+  fixed_B1 = always | (settings.tokens_per_step[:, None] > 0) | jnp.isnan(threshold_B1) & jnp.isnan(factor_B1)
   keep_BW = rank_BW < jnp.where(fixed_B1, quota_B[:, None], 1)
   keep_BW |= probability_BW > threshold_B1
   keep_BW |= (rank_BW + 2) * (1.0 - probability_BW) < factor_B1
@@ -269,6 +334,16 @@ def edit(
 ) -> jax.Array:
   """Which of the tokens that are `there` are replaced by their candidate: another, more probable than the threshold."""
   return there_BW & (token_BW != held_BW) & (probability_BW > settings.edit_threshold[:, None])
+
+
+def most_passes(W: int, steps_BN: Any, settings: Settings, shape: Shape) -> Any:
+  """So many passes are enough for a block of W: each commits a token of every row that has a [MASK] there.
+
+  By Dream's schedule some commit none, but the last step all.
+  """
+  by_time_B1 = ~jnp.isnan(settings.eps)[:, None]
+  most = jnp.maximum(W, jnp.max(jnp.where(by_time_B1, jnp.minimum(steps_BN, 2**30), 0)))
+  return most + jnp.max(settings.max_post_passes) if shape.edits else most
 
 
 class State(NamedTuple):
@@ -284,8 +359,9 @@ class State(NamedTuple):
 
 
 def start(
-  tokens_BL: jax.Array, steps_B: jax.Array, shape: Shape, *, mask_id: int, first: int = 0, cache: Any = None
-) -> State:
+  tokens_BL: jax.Array, steps_B: jax.Array, shape: Shape, *, mask_id: int, first: int = 0, cache: Any = None,
+  block_steps_B: jax.Array | int = 0,
+) -> State:  # fmt: skip
   """The state of a canvas nobody has touched.
 
   Args:
@@ -296,6 +372,7 @@ def start(
     mask_id: id of [MASK].
     first: where the blocks begin; all masks lie behind. L - first must be a multiple of the block.
     cache: an empty cache, if the shape asks for one.
+    block_steps_B: int32 steps of each block, in place of all that; 0: none.
   """
   B, L = tokens_BL.shape
   W = min(shape.block_length, L - first)
@@ -315,6 +392,8 @@ def start(
     edited_at_BL=jnp.zeros((B, L), jnp.int32) if shape.edits else None,
   )
   steps_BN = jnp.broadcast_to(steps_B1, shared_BN.shape) if shape.grows or shape.of_blocks else shared_BN
+  block_steps_B1 = jnp.broadcast_to(block_steps_B, (B,))[:, None]
+  steps_BN = jnp.where(block_steps_B1 > 0, block_steps_B1, steps_BN)
   rows = (jnp.zeros(B, bool), jnp.zeros(B, jnp.int32)) if shape.edits else (None, None)
   return State(canvas, steps_BN, jnp.int32(0), jnp.int32(0), cache, *rows)
 
@@ -333,7 +412,7 @@ def run(
     state: from `start`, or from an earlier `run`.
     key_B: a key per row; noise is a function of it, of the row's step, and of how far a position is from `origin`.
     settings: see `SamplerConfig`. Within a block of n masks and s steps each step commits ceil(masks left / steps
-      left), LLaDA's fixed schedule.
+      left), LLaDA's fixed schedule, unless another one is asked for.
     shape: see `Shape`. With a cache the first step of a block is a pass over the whole canvas.
     mask_id: id of [MASK].
     allowed_V: bool, the ids that may be committed: neither [MASK] nor rows behind the vocabulary.
@@ -370,13 +449,15 @@ def run(
     logits_BWV, cache = predict(canvas.tokens_BL, at, W, cache)
     token_BW, probability_BW, score_BW = candidates(
       logits_BWV, noise, settings, remasking=shape.remasking, allowed_V=allowed_V, ends=ends,
-      alike_B=alike(canvas.tokens_BL),
+      alike_B=alike(canvas.tokens_BL), chooses=shape.chooses,
     )  # fmt: skip
-    steps_B = jnp.take(state.steps_BN, state.block, axis=1)
+    steps_B, masks_B = jnp.take(state.steps_BN, state.block, axis=1), masked_BW.sum(axis=1)
     if shape.of_blocks:
       quota_B = scheduled(W, steps_B, state.step)
     else:
-      quota_B = -(-masked_BW.sum(axis=1) // jnp.maximum(steps_B - state.step, 1))
+      quota_B = -(-masks_B // jnp.maximum(steps_B - state.step, 1))
+    quota_B = jnp.where(jnp.isnan(settings.eps), quota_B, by_time(masks_B, steps_B, state.step, settings.eps))
+    quota_B = jnp.where(settings.tokens_per_step > 0, settings.tokens_per_step, quota_B)
     commit_BW = commit(masked_BW, score_BW, probability_BW, quota_B, settings, shape.of_blocks)
     put_BW = commit_BW
     if shape.edits:
@@ -403,8 +484,9 @@ def run(
       canvas = close(canvas, (end_BL & (before_BL == 0)).any(axis=1))
     state = state._replace(canvas=canvas, step=state.step + 1, cache=cache)
     if shape.edits:
-      post_B = jnp.where(state.step == 1, 0, state.post_B) + (open_B & ~masked_BW.any(axis=1))
-      changed_B = edit_BW.any(axis=1) & (post_B < settings.max_post_passes)
+      post_B = jnp.where(state.step == 1, 0, state.post_B) + (open_B & (masks_B == 0))
+      changed_B = ((masks_B > 0) | edit_BW.any(axis=1)) & (post_B < settings.max_post_passes)
+      changed_B &= ~jnp.isnan(settings.edit_threshold)
       state = state._replace(open_B=open_B & (masked(state).any(axis=1) | changed_B), post_B=post_B)
     return state
 
@@ -425,8 +507,7 @@ def run(
       unmasked_at_BL=jnp.where(rest_BL, canvas.step_B[:, None], canvas.unmasked_at_BL),
     )
 
-  # Each step commits at least one token of every row that has a [MASK] here: so many are enough.
-  most = W + jnp.max(settings.max_post_passes) if shape.edits else W
+  most = most_passes(W, state.steps_BN, settings, shape)
 
   def unfilled(state):
     return (state.step < most) & going(state).any()

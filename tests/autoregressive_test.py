@@ -126,6 +126,16 @@ def test_temperature_draws_by_the_seed(llada):
   np.testing.assert_array_equal(padded[0, -8:], first[0, -8:])
 
 
+def test_a_draw_is_among_the_most_probable(llada):
+  options = {"gen_length": 8, "temperature": 9.0}
+  greedy = llada.sample(PROMPTS, gen_length=8, temperature=0.0)
+  for few in ({"top_k": 1}, {"top_p": 1e-6}):
+    out = llada.sample(PROMPTS, **options, **few)
+    np.testing.assert_array_equal(out.tokens, greedy.tokens)
+    assert (out.confidence[:, -8:] == 1).all()
+  assert (llada.sample(PROMPTS, **options, top_k=5).tokens != greedy.tokens).any()
+
+
 def test_what_is_lowered_for_a_plan_is_what_samples(llada):
   c = sampling.SamplerConfig(gen_length=8, block_length=8)
   shape, settings = sampling.split(c, 2)

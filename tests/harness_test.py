@@ -82,8 +82,8 @@ def command(monkeypatch, capsys):
     ),
     ("--config /nowhere.yaml", "Config file not found: /nowhere.yaml"),
     (
-      "--tasks lladax_gsm8k --data_dir={data} --gen_kwargs do_sample=True,temperature=1,top_p=0.5",
-      "lladax_gsm8k: generation_kwargs: top_p=0.5: lladax's sampler has no top_p",
+      "--tasks lladax_gsm8k --data_dir={data} --gen_kwargs do_sample=True,temperature=1,min_p=0.5",
+      "lladax_gsm8k: generation_kwargs: min_p=0.5: lladax's sampler has no min_p",
     ),
     ("--tasks lladax_gsm8k --data_dir={data} --model_args path=/nowhere", "/nowhere"),
   ],

@@ -273,7 +273,7 @@ def test_the_causal_sampler(platform):
   with on(platform):
     text = lower(
       platform, engine._autoregressive_sample, params_of(model), array(2, 1024), array(2, 1024), shapes(settings),
-      model=model, prompt_length=512, eos_id=1, mask_id=0, vocab_size=model.V,
+      model=model, prompt_length=512, eos_id=1, mask_id=0, vocab_size=model.V, chooses=False,
     )  # fmt: skip
   assert kernels(text) == [set(), set()]
 

@@ -91,6 +91,7 @@ def reference(tokens_L, c):
         "low_confidence": p,
         "low_margin": top[:, -1] - top[:, -2],
         "high_entropy": np.sum(np.exp(log_p) * log_p, axis=1),
+        "sequential": -np.arange(len(x)),
       }[c.remasking]
       best = sorted([i for i in block if x[i] == MASK], key=lambda i: -score[i])
       kept = best[: max(quota, 1)]
@@ -120,7 +121,11 @@ def check_filled(tokens_BL, out, block_length):
 
 @pytest.mark.parametrize(
   "remasking, route, block_length",
-  [*itertools.product(("low_confidence", "low_margin", "high_entropy"), ROUTES, [4]), ("low_confidence", "fixed", 12)],
+  [
+    *itertools.product(("low_confidence", "low_margin", "high_entropy"), ROUTES, [4]),
+    ("low_confidence", "fixed", 12),
+    ("sequential", "fixed", 4),
+  ],  # fmt: skip
 )
 def test_every_row_is_filled_as_the_papers_tell_it(remasking, route, block_length):
   c = SamplerConfig(block_length=block_length, steps=7, remasking=remasking, **ROUTES[route])
@@ -201,7 +206,9 @@ def test_an_uneven_canvas_is_refused():
     fill(canvases(), SamplerConfig(block_length=5))
 
 
-@pytest.mark.parametrize("remasking, route", [*zip(REMASKING, (*ROUTES, "fixed"), strict=True), ("random", "factor")])
+@pytest.mark.parametrize(
+  "remasking, route", [*zip(REMASKING, (*ROUTES, "fixed", "fixed"), strict=True), ("random", "factor")]
+)
 def test_a_broken_model_ends(remasking, route):
   def broken(tokens_BL, start, W):
     return jnp.broadcast_to(jnp.array([[[jnp.nan]], [[jnp.inf]], [[-jnp.inf]]]), (3, W, V))
@@ -300,7 +307,7 @@ def test_late_ids_wait_for_all_others_at_any_temperature(remasking, temperature)
   np.testing.assert_array_equal(out.tokens_BL, [likely_L] * 2)
   assert out.unmasked_at_BL[:, late_L].min() > out.unmasked_at_BL[:, ~late_L].max()
   assert (out.confidence_BL[:, late_L] == 0).all() and (out.confidence_BL[:, ~late_L] > 0.9).all()
-  if remasking != "random":
+  if remasking not in ("random", "sequential"):
     assert np.asarray(answer(False).unmasked_at_BL)[:, late_L].max() == 4  # left alone, they come first
 
 
@@ -312,8 +319,14 @@ def test_late_ids_wait_for_all_others_at_any_temperature(remasking, temperature)
     ({"steps": 0}, "sample.steps=0"),
     ({"temperature": -0.5}, "sample.temperature=-0.5"),
     ({"guidance_scale": -1.0}, "sample.guidance_scale=-1.0"),
-    ({"remasking": "high"}, "sample.remasking='high': use one of low_confidence, random, low_margin, high_entropy"),
+    ({"remasking": "high"}, "sample.remasking='high': use one of low_confidence, random, low_margin, high_entropy, "),
     ({"threshold": 0.9, "factor": 1.0}, "sample.threshold and sample.factor"),
+    ({"block_steps": 0}, "sample.block_steps=0"),
+    ({"block_steps": 4, "tokens_per_step": 1}, "sample.block_steps and sample.tokens_per_step"),
+    ({"eps": 1e-3, "tokens_per_step": 1}, "sample.eps and sample.tokens_per_step"),
+    ({"eps": 1.0}, "sample.eps=1.0: must be at least 0, and less than 1"),
+    ({"top_p": 0.0}, "sample.top_p=0.0: must be more than 0, and at most 1"),
+    ({"top_k": 0}, "sample.top_k=0"),
   ],
 )
 def test_a_bad_option_is_one_clear_line(fields, said):

@@ -19,8 +19,10 @@ SAMPLER = {field.name: field.default for field in dataclasses.fields(SamplerConf
 OWN = {"num_samples": 128, "greedy": False}
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # one thing; the first one counts
 
-# What other models of the harness know, with the values that change nothing. Of a draw: what chooses among its tokens.
-_OF_DRAWS: dict[str, tuple] = {"top_p": (1,), "top_k": (0, -1), "min_p": (0,), "typical_p": (1,)}
+# What models of the harness know, with the values that change nothing. Of a draw: what chooses among its tokens; ours
+# has the first two.
+_CHOICES: dict[str, tuple] = {"top_p": (1,), "top_k": (0, -1)}
+_OF_DRAWS: dict[str, tuple] = _CHOICES | {"min_p": (0,), "typical_p": (1,)}
 _NEUTRAL: dict[str, tuple] = _OF_DRAWS | {
   "num_beams": (1,), "num_return_sequences": (1,), "n": (1,), "best_of": (1,), "early_stopping": (False,),
   "length_penalty": (1,), "repetition_penalty": (1,), "frequency_penalty": (0,), "presence_penalty": (0,),
@@ -61,7 +63,7 @@ def understood(asked: Mapping[str, Any]) -> dict[str, Any]:
     `until`, a list; `max_gen_toks`; `temperature`, 0.0 where nothing is drawn; fields of SamplerConfig, and infill.
 
   Raises:
-    Mistake: an unknown field; one of other models, such as top_p, at a value that changes something; a bad value.
+    Mistake: an unknown field; one of other models, such as min_p, at a value that changes something; a bad value.
   """
   asked = {name: value for name, value in asked.items() if value is not None}
   known = {"until", "do_sample", "temperature", "infill", *_LENGTHS, *SAMPLER}
@@ -87,7 +89,10 @@ def understood(asked: Mapping[str, Any]) -> dict[str, Any]:
   shared = (*_LENGTHS, "do_sample", "temperature")
   told: dict[str, Any] = dict(normalize_gen_kwargs({name: asked[name] for name in shared if name in asked}))
   temperature = told["temperature"] if told["do_sample"] else 0.0
-  for name in asked.keys() & _NEUTRAL.keys():
+  for name in asked.keys() & _CHOICES.keys():
+    if not temperature or asked[name] in _CHOICES[name]:  # nothing is drawn, or all may be
+      asked.pop(name)
+  for name in asked.keys() & _NEUTRAL.keys() - _CHOICES.keys():
     if asked[name] not in _NEUTRAL[name] and (temperature or name not in _OF_DRAWS):
       neutral = _NEUTRAL[name][0]
       raise Mistake(

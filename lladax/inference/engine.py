@@ -182,12 +182,15 @@ class Engine:
             self.params, cache, canvas, segment_BL, model=self.model, known=known, guided=shape.guided,
             mask_id=self.mask_id,
           )  # fmt: skip
-      begun = _start(canvas.tokens_BL, job.settings.steps, shape, mask_id=self.mask_id, first=first)
+      begun = _start(
+        canvas.tokens_BL, job.settings.steps, shape, mask_id=self.mask_id, first=first,
+        block_steps_B=job.settings.block_steps,
+      )  # fmt: skip
       host = jax.device_get(begun)._replace(canvas=canvas, block=block)
       state = jax.device_put(host, where)
       state = state._replace(cache=jax.device_put(cache, jax.tree.map(lambda x: x.sharding, cache)))
       blocks = length // W - int(block)
-      most = W + (int(np.max(job.settings.max_post_passes)) if shape.edits else 0)
+      most = int(sampling.most_passes(W, host.steps_BN, job.settings, shape))
       for _ in range({"block": blocks, "step": blocks * most}.get(every, 1)):
         until_nfe = np.int32(host.canvas.nfe + 1) if every == "step" else _NEVER
         until_block = np.int32(host.block + 1) if every == "block" else _NEVER
@@ -264,7 +267,7 @@ class Engine:
     with sharding.on_mesh_of(self.params):
       tokens_BL, confidence_BL, nfe = _autoregressive_sample(
         self.params, tokens_BL, segment_BL, job.settings, model=self.model, prompt_length=first, eos_id=self.ends[0],
-        mask_id=self.mask_id, vocab_size=self.vocab_size,
+        mask_id=self.mask_id, vocab_size=self.vocab_size, chooses=job.shape.chooses,
       )  # fmt: skip
     at_BL = np.tile(np.maximum(np.arange(1, L + 1, dtype=np.int32) - first, 0), (len(tokens_BL), 1))
     canvas = jax.device_get((tokens_BL, at_BL, confidence_BL, nfe, nfe))
@@ -474,7 +477,7 @@ def lower_sampler(
   if not model.objective.fills:
     return _autoregressive_sample.lower(
       params, tokens, segment, settings, model=model, prompt_length=first, eos_id=ends[0], mask_id=mask_id,
-      vocab_size=model.V,
+      vocab_size=model.V, chooses=shape.chooses,
     )  # fmt: skip
   return _run.lower(
     params, state, segment, settings, np.int32(first), 0, 0, model=model, shape=shape, mask_id=mask_id, ends=ends,
@@ -482,9 +485,11 @@ def lower_sampler(
   )  # fmt: skip
 
 
-@functools.partial(sharding.jit, static_argnames=("model", "prompt_length", "eos_id", "mask_id", "vocab_size"))
+@functools.partial(
+  sharding.jit, static_argnames=("model", "prompt_length", "eos_id", "mask_id", "vocab_size", "chooses")
+)
 def _autoregressive_sample(
-  params, tokens_BL, segment_BL, settings, *, model, prompt_length, eos_id, mask_id, vocab_size
+  params, tokens_BL, segment_BL, settings, *, model, prompt_length, eos_id, mask_id, vocab_size, chooses
 ):
   bound, (B, L) = model.bind(params), tokens_BL.shape
   position_BL = _positions(segment_BL)
@@ -494,7 +499,10 @@ def _autoregressive_sample(
   def step(tokens_BW, cache, start):
     visible = model.visible(L, segment_BL, W=tokens_BW.shape[1], start=start)
     hidden_BWD, cache = bound.hidden(tokens_BW, visible, position_BL, cache)
-    return jnp.where(allowed_BV, bound.logits(hidden_BWD[:, -1]), -jnp.inf), cache
+    logits_BV = jnp.where(allowed_BV, bound.logits(hidden_BWD[:, -1]), -jnp.inf)
+    if chooses:
+      logits_BV = jnp.where(sampling.probable(logits_BV[:, None], settings)[:, 0], logits_BV, -jnp.inf)
+    return logits_BV, cache
 
   def draw(logits_BV, noise):
     return sampling.draw(logits_BV[:, None], lambda: noise()[:, None], settings.temperature)[:, 0]

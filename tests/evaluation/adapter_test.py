@@ -150,8 +150,9 @@ def test_the_length_is_the_tasks_where_no_option_gives_it():
 @pytest.mark.parametrize(
   ("asked", "said"),
   [
-    ({"top_p": 0.9, "do_sample": True}, "top_p=0.9: lladax's sampler has no top_p; set it to 1"),
-    ({"top_k": 50, "temperature": 1}, "top_k=50: lladax's sampler has no top_k; set it to 0"),
+    ({"typical_p": 0.9, "do_sample": True}, "typical_p=0.9: lladax's sampler has no typical_p; set it to 1"),
+    ({"min_p": 0.1, "temperature": 1}, "min_p=0.1: lladax's sampler has no min_p; set it to 0"),
+    ({"top_p": 1.5, "temperature": 1}, "top_p=1.5: must be more than 0, and at most 1"),
     ({"num_beams": 4}, "num_beams=4: lladax's sampler has no num_beams; set it to 1"),
     ({"repetition_penalty": 1.2}, "repetition_penalty=1.2: lladax's sampler has no"),
     ({"max_gen_tok": 4}, "max_gen_tok=4: there is no such field; did you mean max_gen_toks"),

@@ -106,14 +106,14 @@ def test_the_harness_repeats_a_question(llada, data_dir, task, tmp_path, monkeyp
 
 def test_a_task_that_cannot_be_asked_ends_it_before_the_first_question(llada, data_dir, task, monkeypatch):
   monkeypatch.setattr(LLaDA, "log_likelihood", None)
-  text = "include: lladax_gsm8k.yaml\ngeneration_kwargs: {max_gen_toks: %s, do_sample: true, top_p: %s}\n"
-  task("lladax_nucleus", text % (8, 0.95))
-  task("lladax_long", text % (97, 1.0))
+  text = "include: lladax_gsm8k.yaml\ngeneration_kwargs: {max_gen_toks: %s, do_sample: true, min_p: %s}\n"
+  task("lladax_nucleus", text % (8, 0.05))
+  task("lladax_long", text % (97, 0))
   task("lladax_seen", "include: lladax_arc_challenge.yaml\ndoc_to_image: [question]\n")
   run = {"data_dir": str(data_dir), "limit": 1}
-  with pytest.raises(Mistake, match="^lladax_nucleus: generation_kwargs: top_p=0.95: lladax's sampler has no top_p"):
+  with pytest.raises(Mistake, match="^lladax_nucleus: generation_kwargs: min_p=0.05: lladax's sampler has no min_p"):
     harness.check("lladax_nucleus", data_dir=str(data_dir))  # before a training run, too
-  with pytest.raises(Mistake, match="^lladax_nucleus: generation_kwargs: top_p=0.95: lladax's sampler has no top_p"):
+  with pytest.raises(Mistake, match="^lladax_nucleus: generation_kwargs: min_p=0.05: lladax's sampler has no min_p"):
     harness.evaluate(llada, ["arc_challenge", "lladax_nucleus"], **run)
   with pytest.raises(Mistake, match="^lladax_long: 97 tokens to score or to generate leave no room"):
     harness.evaluate(llada, ["arc_challenge", "lladax_long"], **run)

@@ -25,6 +25,8 @@ pytestmark = [
     ({"do_sample": True}, {"temperature": 1.0}),
     ({"do_sample": True, "temperature": 0.2, "top_p": 1.0, "num_beams": 1}, {"temperature": 0.2}),
     ({"do_sample": False, "temperature": 0.0, "top_p": 0.95, "top_k": 50}, {}),  # nothing is drawn
+    ({"temperature": 0.2, "top_p": 0.95, "top_k": -1}, {"temperature": 0.2, "top_p": 0.95}),
+    ({"temperature": 0.2, "top_p": 1, "top_k": 50}, {"temperature": 0.2, "top_k": 50}),
     ({"infill": "<here>", "steps": 3}, {"infill": "<here>", "steps": 3}),
   ],
 )
@@ -60,6 +62,5 @@ def test_every_task_of_the_harness_is_understood_or_refused_by_name():
     except Mistake as error:
       refused.append(str(error))
   assert known > 400 and {said.partition(";")[0] for said in refused} == {
-    "generation_kwargs: top_p=0.95: lladax's sampler has no top_p",
     "generation_kwargs: num_beams=10: lladax's sampler has no num_beams",
   }

@@ -37,14 +37,17 @@ def prompts():
   return [rng.integers(0, 14, length).tolist() for length in (13, 3, 8, 0, 17)]
 
 
-def reference(llada, prompt, gen_length, *, steps=None, threshold=np.inf, edit=np.inf, most=16, early_stop=False):
+def reference(
+  llada, prompt, gen_length, *, steps=None, block_steps=None, tokens_per_step=None, threshold=np.inf, edit=np.inf,
+  most=16, early_stop=False,
+):  # fmt: skip
   """Greedy, as published (LLaDA2.0's generate; with `edit` 2.1's): a pass over the whole canvas up to the block.
 
   Returns (tokens, unmasked_at, edited_at, passes, the smallest gap that decided something).
   """
   n = llada.model.block
   steps = min(steps or gen_length, gen_length) * n / gen_length
-  per_block = int(-(-steps // 1))
+  per_block = block_steps or int(-(-steps // 1))
   P = len(prompt)
   L = -(-(P + gen_length) // n) * n
   x = np.array(prompt + [MASK] * (L - P))
@@ -73,7 +76,7 @@ def reference(llada, prompt, gen_length, *, steps=None, threshold=np.inf, edit=n
       two = np.sort(np.where(np.arange(17)[None] < 15, log_p, -np.inf), axis=-1)[:, -2:]
       gap = min([gap, *np.diff(two), *np.diff(np.sort(p[masked])), *abs(p - threshold), *abs(p - edit)], key=np.min)
       gap = float(np.min(gap))
-      quota = max(n // per_block + (step < n % per_block), 1)
+      quota = tokens_per_step or max(n // per_block + (step < n % per_block), 1)
       rank = np.argsort(np.argsort(-np.where(masked, p, -1), kind="stable"), kind="stable")
       commits = masked & ((rank < quota) | (p > threshold))
       edits = ~masked & (np.arange(start, start + n) >= P) & (p > edit) & (candidate != x[start : start + n])
@@ -83,7 +86,7 @@ def reference(llada, prompt, gen_length, *, steps=None, threshold=np.inf, edit=n
       ends = np.flatnonzero((x == EOS) & (at > 0))
       if early_stop and edit == np.inf and len(ends) and MASK not in x[: ends[0]]:
         x[x == MASK] = EOS
-      if MASK not in x[start : start + n] and not edits.any():
+      if MASK not in x[start : start + n] and (edit == np.inf or not (masked | edits).any()):
         break
     if early_stop and ((x == EOS) & (at > 0)).any():
       x[x == MASK] = EOS
@@ -95,6 +98,8 @@ CASES = {
   "least and threshold": {"steps": 9, "threshold": 0.5}, "edits": {"threshold": 0.3, "edit_threshold": 0.25},
   "one edit": {"edit_threshold": 0.2, "max_post_passes": 1}, "stops": {"early_stop": True, "threshold": 0.3},
   "edits and stops": {"early_stop": True, "threshold": 0.3, "edit_threshold": 0.4},
+  "steps of a block": {"block_steps": 3},
+  "edits, and three a step": {"tokens_per_step": 3, "threshold": 0.5, "edit_threshold": 0.3, "max_post_passes": 4},
 }  # fmt: skip
 
 
@@ -120,7 +125,7 @@ def test_the_cache_and_the_batch_change_nothing(models, n, case):
     alone = llada.sample([prompt], gen_length=gen_length, **({"steps": gen_length} | options))
     np.testing.assert_array_equal(alone.tokens[0, alone.padding[0] :], tokens)
     assert alone.nfe == nfe <= out.nfe
-  assert (edits > 0) == ("edit_threshold" in options and n > 1)
+  assert (edits > 0) == ("edit_threshold" in options)
   assert out.tokens.shape == (5, 17 + 24) and compared >= 3
 
 

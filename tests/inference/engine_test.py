@@ -70,6 +70,8 @@ EACH = [
   {"temperature": 1.5, "steps": 3, "logits_eos_inf": True, "seed": 4},
   {"temperature": 2.0, "early_stop": True, "seed": 5},
   {"temperature": 3.0, "confidence_eos_eot_inf": True, "guidance_scale": 0.4, "seed": 6},
+  {"temperature": 2.5, "top_p": 0.8, "eps": 1e-3, "block_steps": 11, "seed": 7}, {"top_k": 3, "block_steps": 2},
+  {"tokens_per_step": 5, "threshold": 0.3},
 ]  # fmt: skip
 
 

@@ -127,7 +127,10 @@ def test_caches_are_an_approximation_in_the_steps_between(llada):
     assert np.abs(out.confidence - plain.confidence).max() > 1e-5
 
 
-@pytest.mark.parametrize("options", [{}, {"cache": "dual"}, {"gen_length": None, "cache": "prefix"}])
+@pytest.mark.parametrize(
+  "options",
+  [{}, {"cache": "dual"}, {"gen_length": None, "cache": "prefix"}, {"eps": 1e-3, "block_steps": 11, "top_p": 0.9}],
+)
 @pytest.mark.parametrize("every", ["block", "step"])
 def test_stream_is_sample_seen_on_its_way(ending, every, options):
   options = {"gen_length": 24, "block_length": 8, "steps": 9, "temperature": 0.5} | options
@@ -296,6 +299,7 @@ def perturbed(llada, n):
         {"guidance_scale": 0.7, "cache": "dual"},
         {"gen_length": None, "cache": "prefix", "steps": 4},
         {"confidence_eos_eot_inf": True, "factor": 1.0},
+        {"top_p": 0.4, "eps": 1e-3, "remasking": "low_margin"},
       )
     ),
   ],
