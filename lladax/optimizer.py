@@ -87,18 +87,49 @@ def _adam(c: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
   return optax.GradientTransformationExtraArgs(optax.scale_by_adam().init, update)
 
 
-def create(c: OptimizerConfig, steps: int, letters: Any) -> optax.GradientTransformationExtraArgs:
+def gradients(updates: Any) -> Any:
+  """What are gradients of these: 0 in the place of a choosing bias of experts, which has their loads (`experts`)."""
+  return _map_choices(lambda x: jnp.zeros_like(x), updates)
+
+
+def _map_choices(fn: Any, tree: Any, *others: Any) -> Any:
+  """`fn` of the choosing biases, the others as they are."""
+
+  def one(path, x, *y):
+    return fn(x, *y) if path and getattr(path[-1], "key", None) == "choice" else x
+
+  return jax.tree_util.tree_map_with_path(one, tree, *others)
+
+
+def _rebalancing(tx: Any, rate: float) -> optax.GradientTransformationExtraArgs:
+  """`tx`, and for choosing biases a step of that size towards balance, whatever the learning rate."""
+
+  def update(updates, state, params=None, **extra):
+    found, state = tx.update(gradients(updates), state, params, **extra)
+    toward = lambda _, load_NE: rate * jnp.sign(load_NE.mean(-1, keepdims=True) - load_NE)  # noqa: E731
+    return _map_choices(toward, found, updates), state
+
+  return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def create(
+  c: OptimizerConfig, steps: int, letters: Any, balance_rate: float = 0.0
+) -> optax.GradientTransformationExtraArgs:
   """The optimizer. Its update with `good=False` lets the moments stay; the parameters are the caller's to keep.
 
   Args:
     c: its settings.
     steps: of the whole run, for the schedule.
-    letters: the dimension letters of every parameter; those with two or more besides the layer axis are matrices.
+    letters: the dimension letters of every parameter; those with two or more besides the layer axis are matrices, but
+      for biases.
+    balance_rate: a step of the bias that chooses experts (Ling's balancing, arXiv 2408.15664).
   """
-  matrices = jax.tree.map(lambda x: len(x.replace("N", "")) > 1, letters)
-  return optax.chain(
+  bias = lambda path: str(getattr(path[-1], "key", "")).endswith("_bias") if path else False  # noqa: E731
+  matrices = jax.tree_util.tree_map_with_path(lambda path, x: len(x.replace("N", "")) > 1 and not bias(path), letters)
+  tx = optax.chain(
     optax.clip_by_global_norm(c.clip) if c.clip else optax.identity(),
     _adam(c),
     optax.add_decayed_weights(c.weight_decay, mask=matrices),
     optax.scale_by_learning_rate(schedule(c, steps)),
   )
+  return _rebalancing(tx, balance_rate) if balance_rate else tx

@@ -265,16 +265,16 @@ _gather.defvjp(
 )
 
 
-def on_each_device(fn: Callable[..., Any], *arrays: tuple[jax.Array, str], beside: bool = False) -> Any:
+def on_each_device(fn: Callable[..., Any], *arrays: tuple[jax.Array, str], beside: str = "") -> Any:
   """`fn` of the part of each (array, letters) that a device holds; the result has the letters of the first.
 
-  With `beside`, `fn` returns (that, a tree of what is the same on every device).
+  With `beside`, `fn` returns (that, a tree of arrays that begin with these letters, of the first array's sizes).
   """
   args, mesh = [x for x, _ in arrays], jax.sharding.get_abstract_mesh()
   if mesh.size <= 1:
     return fn(*args)
   specs, axes = tuple(fit(letters, x.shape) for x, letters in arrays), set(mesh.axis_names) - set(mesh.manual_axes)
-  out_specs = (specs[0], PartitionSpec()) if beside else specs[0]
+  out_specs = (specs[0], fit(beside, args[0].shape[: len(beside)])) if beside else specs[0]
   return jax.shard_map(fn, in_specs=specs, out_specs=out_specs, axis_names=axes, check_vma=False)(*args)
 
 

@@ -30,47 +30,69 @@ def letters(c: Any) -> dict[str, str]:
   """The dimension letters of a layer's parameters, adapters (NAME_a, NAME_b) included."""
   found = {name: x for name, x in LETTERS.items() if name != "choice" or c.router_bias}
   for name in MATRICES if c.lora_rank else ():
-    if name in c.lora_targets:
+    if name.rpartition("_")[2] in c.lora_targets:
       inputs, outputs = LETTERS[name][1:]
       found |= {name + "_a": f"E{inputs}R", name + "_b": f"ER{outputs}"}
   return found
 
 
 class Statistics(NamedTuple):
-  """What tokens did in a router, as float32 sums: they add up over micro-batches, and stack over layers."""
+  """What the tokens of each row did in a router, as float32 sums [..., B] or [..., B, E]; stacked layers stand before."""
 
-  load_E: jax.Array  # how often each expert was chosen
-  probability_E: jax.Array  # what the router gave it; of sigmoids, its part of their sum
-  z: jax.Array  # the square of the logits' logsumexp
-  entropy: jax.Array  # of the router's distribution, in nats
-  tokens: jax.Array  # that were counted
+  load_BE: jax.Array  # how often each expert was chosen
+  probability_BE: jax.Array  # what the router gave it; of sigmoids, its part of their sum
+  z_B: jax.Array  # the square of the logits' logsumexp
+  entropy_B: jax.Array  # of the router's distribution, in nats
+  tokens_B: jax.Array  # that were counted
 
 
 def balance_loss(stats: Statistics, c: Any) -> jax.Array:
-  """E * sum_e f_e P_e (Switch, arXiv 2101.03961, equation 4, J of a token chosen): J where loads are even, or worse.
+  """E * sum_e f_e P_e of every row (Switch, arXiv 2101.03961, equation 4, J of a token chosen); the mean of the layers.
 
-  Of stacked layers it is the mean; of layers that were added up first it is what transformers computes.
+  J where loads are even, or more. A row's own, so that neither a mesh nor micro-batches change it.
   """
-  tokens = jnp.maximum(stats.tokens, 1.0)[..., None]
-  f_E = jax.lax.stop_gradient(stats.load_E) / tokens
-  return c.E * (f_E * stats.probability_E / tokens).sum(-1).mean()
+  tokens_B = jnp.maximum(stats.tokens_B, 1.0)[..., None]
+  f_BE = jax.lax.stop_gradient(stats.load_BE) / tokens_B
+  return _mean_of_layers(c.E * (f_BE * stats.probability_BE / tokens_B).sum(-1))
 
 
 def z_loss(stats: Statistics) -> jax.Array:
-  """The mean square of the logits' logsumexp (ST-MoE, arXiv 2202.08906, equation 5)."""
-  return (stats.z / jnp.maximum(stats.tokens, 1.0)).mean()
+  """The mean square of the logits' logsumexp of every row (ST-MoE, arXiv 2202.08906, equation 5); likewise."""
+  return _mean_of_layers(stats.z_B / jnp.maximum(stats.tokens_B, 1.0))
 
 
-def rebalanced(choice_E: jax.Array, load_E: jax.Array, rate: float) -> jax.Array:
-  """The bias that chooses, after a step: up for experts with less than their share, else down (arXiv 2408.15664)."""
-  return choice_E + rate * jnp.sign(load_E.mean(-1, keepdims=True) - load_E)
+def _mean_of_layers(loss_B: jax.Array) -> jax.Array:
+  return loss_B.reshape(-1, loss_B.shape[-1]).mean(0)
+
+
+def auxiliary(stats: Statistics, share_B: jax.Array, choice_NE: jax.Array | None, c: Any) -> jax.Array:
+  """What is added to a loss: the balance loss and the z-loss, weighted, of rows that have these shares of the batch.
+
+  Of the choosing bias it adds 0, with the experts' loads as its gradient: they add up as gradients do, and
+  `optimizer` makes of them what moves the bias.
+  """
+  total = jnp.zeros(())
+  if c.balance:
+    total += c.balance * (share_B * balance_loss(stats, c)).sum()
+  if c.z_loss:
+    total += c.z_loss * (share_B * z_loss(stats)).sum()
+  if choice_NE is not None and c.balance_rate:
+    load_NE = jax.lax.stop_gradient(stats.load_BE.sum(-2))
+    total += (load_NE * (choice_NE - jax.lax.stop_gradient(choice_NE))).sum()
+  return total
+
+
+def summed(stats: Statistics) -> Statistics:
+  """Of all rows; these add up over micro-batches."""
+  return Statistics(*(x.sum(-2 if name.endswith("BE") else -1) for name, x in stats._asdict().items()))
 
 
 def metrics(stats: Statistics) -> dict[str, jax.Array]:
-  """Of stacked layers, the worst: the largest load in units of the mean one; the least entropy."""
-  load_E, tokens = stats.load_E, jnp.maximum(stats.tokens, 1.0)
+  """Of `summed` stacked layers, the worst: the largest load in units of the mean one; the least entropy, in nats."""
+  load_E, tokens = stats.load_BE, jnp.maximum(stats.tokens_B, 1.0)
   largest = (load_E.max(-1) / jnp.maximum(load_E.mean(-1), 1e-9)).max()
-  return {"max_load": largest, "entropy": (stats.entropy / tokens).min(), "dropped": jnp.zeros(())}
+  entropy = (stats.entropy_B / tokens).min()
+  return {"expert_load": largest, "router_entropy": entropy, "dropped": jnp.zeros(())}
 
 
 def route(n_TD: jax.Array, router_DE: jax.Array, choice_E: jax.Array | None, c: Any) -> tuple[jax.Array, ...]:
@@ -96,14 +118,16 @@ def route(n_TD: jax.Array, router_DE: jax.Array, choice_E: jax.Array | None, c: 
   return expert_TJ, weight_TJ * c.router_scale, logits_TE, score_TE
 
 
-def _statistics(expert_TJ, logits_TE, score_TE, counted_T) -> Statistics:
-  counted_T = counted_T.astype(jnp.float32)
+def _statistics(expert_TJ, logits_TE, score_TE, counted_BW) -> Statistics:
+  counted_BW = counted_BW.astype(jnp.float32)
   chosen_TE = (expert_TJ[:, :, None] == jnp.arange(logits_TE.shape[1])[None, None]).sum(1).astype(jnp.float32)
   p_TE = score_TE / (score_TE.sum(-1, keepdims=True) + 1e-20)  # of a softmax, as it is
   entropy_T = jax.scipy.special.entr(jax.lax.stop_gradient(p_TE)).sum(-1)
-  summed = functools.partial(jnp.einsum, "T,T...->...", counted_T, precision="highest")
+  summed = lambda x_T: jnp.einsum(  # noqa: E731
+    "BW,BW...->B...", counted_BW, x_T.reshape(*counted_BW.shape, *x_T.shape[1:]), precision="highest"
+  )
   z_T = jax.nn.logsumexp(logits_TE, axis=-1) ** 2
-  return Statistics(summed(chosen_TE), summed(p_TE), summed(z_T), summed(entropy_T), counted_T.sum())
+  return Statistics(summed(chosen_TE), summed(p_TE), summed(z_T), summed(entropy_T), counted_BW.sum(1))
 
 
 class Layout(NamedTuple):
@@ -246,15 +270,15 @@ def feed_forward(
     counted_BW: False where a token is none (padding): it is routed, and not counted; None: all are.
 
   Returns:
-    (out_BWD in the stream dtype, Statistics of all devices' tokens).
+    (out_BWD in the stream dtype, Statistics of every row).
   """
   counted_BW = jnp.ones(n_BWD.shape[:2], bool) if counted_BW is None else counted_BW
   of, dtype, stream_dtype = letters(c), c.compute_dtype, c.stream_dtype
   # Cast before they travel; the router stays in float32.
   stored = {name: x.astype(dtype if name in of and name[:2] == "ex" else jnp.float32) for name, x in weights.items()}
   parts = {name: sharding.fit(of[name], x.shape) for name, x in stored.items()}
-  # The axes of the mesh that share out the experts, and those that share out the tokens.
-  own, seen = sharding.sliced("E", (c.E,)), sharding.sliced("BL", counted_BW.shape)
+  # The axes of the mesh that share out the experts, and those that share out a row.
+  own, seen = sharding.sliced("E", (c.E,)), sharding.sliced("L", counted_BW.shape[1:])
 
   def on_device(n_BWD, counted_BW, *given):
     held = dict(zip(stored, given, strict=True))
@@ -269,7 +293,7 @@ def feed_forward(
     n_TD = n_BWD.reshape(-1, c.D)
     choice_E = gathered("choice", "E") if "choice" in held else None
     expert_TJ, weight_TJ, logits_TE, score_TE = route(n_TD, gathered("router", "DE"), choice_E, c)
-    stats = _statistics(expert_TJ, logits_TE, score_TE, counted_BW.reshape(-1))
+    stats = _statistics(expert_TJ, logits_TE, score_TE, counted_BW)
 
     E = held["experts_gate"].shape[0]
     tile, chunk = tiling(expert_TJ.size, c.E)
@@ -299,4 +323,4 @@ def feed_forward(
     return jax.lax.psum(out_BWD, own) if own else out_BWD, stats
 
   arrays = ((n_BWD, "BLD"), (counted_BW, "BL"), *((x, of[name]) for name, x in stored.items()))
-  return sharding.on_each_device(on_device, *arrays, beside=True)
+  return sharding.on_each_device(on_device, *arrays, beside="B")

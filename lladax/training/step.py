@@ -14,7 +14,7 @@ from lladax import optimizer
 from lladax.config import Config
 from lladax.devices import sharding
 from lladax.mistake import Mistake
-from lladax.model import attention
+from lladax.model import attention, experts
 from lladax.model.mask_predictor import MaskPredictorConfig
 from lladax.storage import metrics
 
@@ -63,9 +63,14 @@ def train_step(
         L, batch["segment"] if config.masks_attention else None, right_padded=not config.data.separates, aligned=True
       )
       model = config.model.bind(config.model.join(params, state.frozen))
-      weighted_nll = functools.partial(model.weighted_nll, visible=visible, per_pair=config.aim.targets_per_pair(L))
+      told: list[Any] = []  # by the experts of each pass
+      weighted_nll = functools.partial(
+        model.weighted_nll, visible=visible, per_pair=config.aim.targets_per_pair(L),
+        share_B=batch["weight"].sum(axis=1), tell=told.append,
+      )  # fmt: skip
       ids = {"mask_id": mask_id, "eos_id": eos_id, "vocab_size": vocab_size}
-      return config.aim.loss(weighted_nll, batch, rng, batch_size=B, **ids)
+      loss, aux = config.aim.loss(weighted_nll, batch, rng, batch_size=B, **ids)
+      return loss, (aux, jax.tree.map(lambda *x: sum(x), *told) if told else None)
 
     (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     return jax.tree.map(sharding.constrain, grads, letters), loss, aux
@@ -78,9 +83,10 @@ def train_step(
     return jax.lax.scan(add, zeros, parts)[0]
 
   learning = state._replace(opt_state=(), guard=())
-  grads, loss, means = gradient(batch, learning) if M == 1 else sharding.sum_over_copies(add_up, batch, learning)
+  grads, loss, (means, routed) = gradient(batch, learning) if M == 1 else sharding.sum_over_copies(add_up, batch, learning)
   scalars = {"loss": loss} | {name: total / jnp.maximum(count, 1) for name, (total, count) in means.items()}
-  scalars |= {"grad_norm": optax.tree.norm(grads)}
+  scalars |= experts.metrics(routed) if routed else {}
+  scalars |= {"grad_norm": optax.tree.norm(optimizer.gradients(grads))}
   good, judged = judge(state.guard, loss, scalars["grad_norm"], config.guard.spike)
   updates, opt_state = tx.update(grads, state.opt_state, state.params, good=good)
   params = jax.tree.map(functools.partial(jnp.where, good), optax.apply_updates(state.params, updates), state.params)
@@ -146,7 +152,7 @@ def program(
   """(optimizer, how the state begins, where it lives, where the columns of a batch live)."""
   c = config.model
   letters, frozen_letters = c.split(c.letters())
-  tx = optimizer.create(config.optimizer, config.steps, letters)
+  tx = optimizer.create(config.optimizer, config.steps, letters, c.balance_rate)
 
   def init() -> State:
     params, frozen = c.split(c.init(jax.random.fold_in(jax.random.key(config.seed), _PARAMETERS)))
@@ -189,9 +195,9 @@ def flops_per_token(config: Config) -> float:
 
 
 def matmuls(config: Config) -> int:
-  """Parameters in matmuls: all but the embedding, where that is not the head."""
+  """Parameters in a token's matmuls: all but the embedding, where that is not the head; of experts those it meets."""
   c = config.model
-  return c.num_params() - (0 if c.tied else c.V * c.D)
+  return c.num_params(active=True) - (0 if c.tied else c.V * c.D)
 
 
 def frozen_matmuls(config: Config) -> int:
