@@ -160,7 +160,7 @@ def describe(run: Run, console: Console, state: State, programs: dict[int, Any])
   config, c = run.config, run.config.model
   axes = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items() if size > 1)
   title = f"{c.num_params():,} parameters" + (f" on a mesh of {axes}" if axes else "")
-  if frozen := sum(x.size for x in jax.tree.leaves(state.frozen)):
+  if frozen := c.num_params() - sum(x.size for x in jax.tree.leaves(state.params)) if c.lora_rank else 0:
     kept = f"{c.compute_dtype}" if c.weights == "full" else f"matrices in {c.weights}"
     title += f"; {frozen:,} are frozen ({kept}), and these are trained"
   table = Table("parameter", "letters", "shape", "size", "on a device", title=title, title_justify="left")
