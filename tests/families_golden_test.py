@@ -5,6 +5,7 @@ A set is a folder that the first words of a family's name begin, here or where L
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ import pytest
 from layouts import tensors
 
 import lladax
+from lladax import sampling
 from lladax.inference import convert
 from lladax.model import experts
 from lladax.storage import layout, published, transfer
@@ -222,6 +224,150 @@ def test_golden_training_pass_of_sdar(folder):
   close(logits_BLV, answers["train_logits"])
   close(nll_BL, answers["train_token_nll"])
   np.testing.assert_allclose(loss, about(folder)["train"]["loss_inverse_p_per_answer_token"], rtol=1e-5)
+
+
+def unpadded(answers, name="prompt"):
+  """The prompts of a batch as lists of ids."""
+  mask_BL = answers["batch_attention_mask"] if name == "batch_prompt" else np.ones_like(answers[name])
+  return [row[real > 0].tolist() for row, real in zip(answers[name], mask_BL, strict=True)]
+
+
+def up_to(ids, ends):
+  """A row up to and with the first of the ends."""
+  at = np.flatnonzero(np.isin(ids, ends))
+  return ids[: at[0] + 1] if len(at) else ids
+
+
+def filled_a_pass(out, nfe, start=0):
+  """How many tokens of the first row each pass committed."""
+  return np.bincount(np.maximum(out.unmasked_at[0][start:], 0), minlength=nfe + 1)[1:].tolist()
+
+
+@cases("llada-moe")
+def test_golden_samples_of_llada_moe(folder, case):
+  llada, answers = golden(folder)
+  rows = unpadded(answers, "batch_prompt" if case.get("batched") else "prompt")
+  options = {name: case[name] for name in ("steps", "gen_length", "block_length")}
+  out = llada.sample(rows, guidance_scale=case.get("cfg_scale", 0.0), **options)
+  for row, tokens, expected, padding in zip(rows, out.tokens, answers[f"out_{case['name']}"], out.padding, strict=True):
+    np.testing.assert_array_equal(tokens[padding:], expected[-len(row) - case["gen_length"] :])
+  assert out.nfe == case["steps"]
+
+
+@cases("llada2")
+def test_golden_samples_of_llada2(folder, case):
+  """Tokens up to an EOS, passes and, as far as they are returned, commits and edits of both generators."""
+  llada, answers = golden(folder)
+  llada, edits = of_model(llada, block=case["block_length"]), case["sampler"] == "llada2.1"
+  options = {"gen_length": case["gen_length"], "threshold": case["threshold"], "steps": 64, "early_stop": False}
+  options["early_stop"] = case.get("eos_early_stop", False)
+  if edits:
+    options |= {"tokens_per_step": case.get("num_to_transfer", 1), "edit_threshold": case["editing_threshold"]}
+    options |= {"max_post_passes": case["max_post_steps"]}
+  else:
+    options["block_steps"] = min(case["steps"], case["gen_length"] // case.get("minimal_topk", 1))
+  prompt = answers[case["prompt"]][0].tolist()
+  out, n = llada.sample([prompt], **options), case["gen_length"]
+  answer, expected = out.tokens[0][-n:], answers[f"out_{case['name']}"][0]
+  ends = (about(folder)["eos_id"],)
+  np.testing.assert_array_equal(up_to(answer, ends), up_to(expected, ends))
+  if case["stopped_by_eos"] == "after a block" and not options["early_stop"]:  # the reference stops there unasked
+    size = case["block_length"]
+    end = -(-(len(prompt) + len(up_to(answer, ends))) // size) * size - len(prompt)
+    assert out.unmasked_at[0][-n:][:end].max() == case["nfe"]
+    return
+  assert out.nfe == case["nfe"]
+  if (len(prompt) + n) % case["block_length"] == 0 and not case["stopped_by_eos"] and not options["early_stop"]:
+    assert filled_a_pass(out, out.nfe, -n) == case["commits"]
+    if edits:  # how many there were of a token is not kept, and which pass was its last is
+      last = np.bincount(out.edited_at[0][-n:], minlength=out.nfe + 1)[1:]
+      assert (last <= case["edits"]).all() and (last.sum() > 0) == (sum(case["edits"]) > 0)
+
+
+@cases("sdar")
+def test_golden_samples_of_sdar(folder, case):
+  llada, answers = golden(folder)
+  facts, size = about(folder), case["block_length"]
+  llada = of_model(llada, block=size)
+  if case.get("use_stop"):
+    stops = (facts["eos_id"], *(i for i in facts["stop_ids"] if i != facts["eos_id"]))
+    llada = dataclasses.replace(llada, ends=stops)
+  prompt, n = answers[case["prompt"]][0].tolist(), case["gen_length"]
+  out = llada.sample(
+    [prompt], gen_length=n, block_steps=case["denoising_steps"], threshold=case.get("threshold"),
+    early_stop=case.get("use_stop", False),
+    remasking="sequential" if case["strategy"] == "sequential" else "low_confidence",
+  )  # fmt: skip
+  expected = answers[f"out_{case['name']}"][0]
+  answer = out.tokens[0][out.padding[0] :]
+  ours, theirs = answer[len(prompt) :], expected[len(prompt) : len(answer)]
+  if case.get("use_stop"):
+    ours, theirs = up_to(ours, llada.ends), up_to(theirs, llada.ends)
+  np.testing.assert_array_equal(ours, theirs)
+  assert out.nfe == case["nfe"]
+  if (len(prompt) + n) % size == 0 and not case.get("use_stop"):
+    assert filled_a_pass(out, out.nfe, -n) == case["commits"]
+
+
+ALGORITHMS = {"maskgit_plus": "low_confidence", "entropy": "high_entropy", "topk_margin": "low_margin"}
+
+
+@cases("dream")
+def test_golden_samples_of_dream(folder, case):
+  """Where confidences tie at exactly 1, as with top-p, the reference's order is that of a library's partial sort: any is
+  right, and only what all of them have in common is compared."""
+  llada, answers = golden(folder)
+  n, name = case["max_new_tokens"], case.get("prompt", "batch_prompt" if case.get("batched") else "prompt")
+  rows = unpadded(answers, name)
+  options = {"steps": case["steps"], "eps": case.get("eps", 1e-3), "remasking": ALGORITHMS[case["alg"]]}
+  options |= {"temperature": case["temperature"], "top_p": case.get("top_p"), "top_k": case.get("top_k")}
+  if llada.mask_id in rows[0]:
+    out = llada.unmask([row + [llada.mask_id] * n for row in rows], block_length=2**20, **options)
+  else:
+    out = llada.sample(rows, gen_length=n, block_length=n, **options)
+  assert out.nfe == case["nfe"]
+  assert filled_a_pass(out, out.nfe) == case["transfers_per_step"]
+  expected_BL = answers[f"out_{case['name']}"]
+  if "top_p" in case:
+    assert follows(llada, rows[0], expected_BL[0], case)
+    return
+  for row, tokens, expected, padding in zip(rows, out.tokens, expected_BL, out.padding, strict=True):
+    np.testing.assert_array_equal(tokens[padding:], expected[-len(row) - n :])
+
+
+def follows(llada, prompt, expected_L, case):
+  """Whether a canvas can be reached with top-p, whichever of equal confidences comes first."""
+  n, steps, mask_id = case["max_new_tokens"], case["steps"], llada.mask_id
+  options = sampling.SamplerConfig(top_p=case["top_p"], eps=case.get("eps", 1e-3))
+  _, settings = sampling.split(options, 1)
+  allowed_V = jnp.arange(llada.model.V) != mask_id
+  noise_BW = jax.random.split(jax.random.key(0), (1, len(expected_L)))  # asked for, and not used
+
+  def reached(canvas_L, step):
+    masked_L = canvas_L == mask_id
+    if not masked_L.any():
+      return bool((canvas_L == expected_L).all())
+    logits_BWV = jnp.asarray(llada.logits([canvas_L.tolist()]))
+    token_BW, _, score_BW = sampling.candidates(
+      logits_BWV, lambda: noise_BW, settings, remasking=ALGORITHMS[case["alg"]], allowed_V=allowed_V, ends=(llada.eos_id,),
+      alike_B=jnp.zeros(1, bool), chooses=True,
+    )  # fmt: skip
+    token_L, score_L = np.asarray(token_BW)[0], np.where(masked_L, np.asarray(score_BW)[0], -np.inf)
+    quota = int(sampling.by_time(jnp.array([masked_L.sum()]), jnp.array([steps]), step, settings.eps)[0])
+    if quota == 0:
+      return reached(canvas_L, step + 1)
+    least = np.sort(score_L)[::-1][quota - 1]
+    sure, tied = np.flatnonzero(score_L > least + 1e-6), np.flatnonzero(np.abs(score_L - least) <= 1e-6)
+    for some in itertools.combinations(tied, quota - len(sure)):
+      kept = [*sure, *some]
+      if (token_L[kept] == expected_L[kept]).all():
+        after_L = canvas_L.copy()
+        after_L[kept] = token_L[kept]
+        if reached(after_L, step + 1):
+          return True
+    return False
+
+  return reached(np.array(prompt + [mask_id] * n), 0)
 
 
 @sets(*NAMES)

@@ -68,6 +68,7 @@ def from_published(
   values = values | {"objective": theirs.model.objective.name, "model": values["model"] | shape}
   values["noise"] = values.get("noise", {}) | {"block": theirs.model.block, "blocks": ()}
   values |= {"tokenizer_fingerprint": text.fingerprint if text else ""}
+  values["sample"] = values.get("sample", {}) | theirs.identity["defaults"]
   values |= {"merged": theirs.merged, "said": {name: x for name, x in said._asdict().items() if x is not None and name != "block"}}
   (workdir / "config.json").write_text(json.dumps(values, indent=2) + "\n")  # the last: now it is a workdir
   address.push(workdir)

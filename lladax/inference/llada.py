@@ -105,7 +105,7 @@ class LLaDA:
       prompts: a text, a list of ids, or a conversation (a list of {"role": ..., "content": ...}); or a list of these.
       until: strings that end a text, which is cut there. No block is begun when all texts have ended: the canvas keeps
         `mask_id` behind them.
-      **options: those of `SamplerConfig`. With one `seed` each row has the noise of its number; with a list, a seed a
+      **options: those of `SamplerConfig`; what is not said is as in `defaults`. With one `seed` each row has the noise of its number; with a list, a seed a
         row, it has that of the first row under its own seed: what `sample([prompt], seed=s)` gives, `s` gives anywhere.
 
     Raises:
@@ -154,7 +154,8 @@ class LLaDA:
       raise Mistake("a causal model cannot fill in the middle of a canvas: use sample()")
     rows = self._canvases(canvases, "unmask")
     whole = {} if self.model.block else {"block_length": bucket(max(map(len, rows)))}
-    c = fields.parse(whole | options, SamplerConfig, "sample")
+    masks = max(row.count(self.mask_id) for row in rows)
+    c = self._settings(whole | options, canvas=masks)
     (filled,) = self._engine.run(self._engine.fill(rows, c))
     return self._sampled(filled, ())
 
@@ -241,7 +242,26 @@ class LLaDA:
       raise Mistake("there is nothing to sample: the list of prompts is empty")
     for i, row in enumerate(rows):
       self._engine.check_ids(row, f"prompts[{i}]")
-    return self._engine.extend(rows, fields.parse(dict(options), SamplerConfig, "sample"))
+    return self._engine.extend(rows, self._settings(options))
+
+  def _settings(self, options: Mapping[str, Any], canvas: int | None = None) -> SamplerConfig:
+    """A call's options, and the model's `defaults` where it says nothing; `canvas`: the length of one that is given."""
+    left = {name: x for name, x in self.defaults.items() if name not in options}
+    for one, others in _INSTEAD.items():  # of what is said
+      if options.get(one) is not None:
+        left = {name: x for name, x in left.items() if name not in others}
+    length = canvas if canvas is not None else options.get("gen_length", self.defaults.get("gen_length"))
+    if "gen_length" in self.defaults and isinstance(length, int) and length != self.defaults["gen_length"]:
+      for name in left.keys() & {"steps", "block_length"}:  # those of a whole canvas are those of this one
+        if left[name] == self.defaults["gen_length"]:
+          left[name] = max(length, 1)
+      if length % left.get("block_length", 1):
+        left.pop("block_length")
+    if options.get("cache") == "dual":
+      left.pop("edit_threshold", None)
+    if canvas is not None:
+      left.pop("gen_length", None)
+    return fields.parse(left | dict(options), SamplerConfig, "sample")
 
   def _canvases(self, canvases: Any, name: str) -> list[list[int]]:
     rows = [_row(row, f"{name}[{i}]") for i, row in enumerate(_many(canvases, name))]
@@ -295,6 +315,14 @@ class LLaDA:
     if isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping):
       return self._text().chat(cast(Sequence[Mapping[str, str]], prompt))
     return _row(prompt, where)
+
+
+# What a call says, and the defaults that it says something else than.
+_INSTEAD = {
+  "factor": ("threshold",), "threshold": ("factor",), "steps": ("block_steps", "tokens_per_step"),
+  "block_steps": ("tokens_per_step",), "tokens_per_step": ("block_steps", "eps"), "eps": ("tokens_per_step",),
+  "logits_eos_inf": ("early_stop",),
+}  # fmt: skip
 
 
 def _row(ids: Any, where: str) -> list[int]:

@@ -223,19 +223,43 @@ def identity(
   return {"tokenizer": text, "ends": tuple(dict.fromkeys(ends)), "defaults": defaults} | found
 
 
-# How the authors of a family sample, where that is not our default; `block` and `shift` are the model's.
+# How the authors of a family sample, in our words, where that is not our default.
 _DEFAULTS: dict[str, dict[str, Any]] = {
-  "LLaDA2": {"gen_length": 2048, "steps": 2048, "threshold": 0.95, "early_stop": True},
-  "SDAR": {"threshold": 0.9},
-  "SDAR-MoE": {"threshold": 0.9},
-}
+  "LLaDA-MoE": {"gen_length": 128, "steps": 128, "block_length": 32},
+  "LLaDA2": {"gen_length": 2048, "block_steps": 32, "threshold": 0.95, "early_stop": True},
+  "LLaDA2.1": {
+    "gen_length": 2048, "tokens_per_step": 1, "threshold": 0.7, "edit_threshold": 0.5, "max_post_passes": 16,
+    "early_stop": True,
+  },
+  "Dream": {
+    "gen_length": 512, "steps": 512, "block_length": 512, "eps": 1e-3, "temperature": 0.2, "top_p": 0.95,
+    "remasking": "high_entropy",
+  },
+  "SDAR": {"gen_length": 2048, "block_steps": 4, "threshold": 0.9, "early_stop": True},
+}  # fmt: skip
 
 
 def _defaults(folder: Path, config: dict[str, Any], model: MaskPredictorConfig) -> dict[str, Any]:
-  """Options of `LLaDA.sample` as the model's authors set them (LLaDA2.1's quality mode; the others' README)."""
-  if not model.objective.fills:
+  """Options of `LLaDA.sample` as the model's authors set them; nothing where it is trained for something else since.
+
+  LLaDA2.1's config.json is that of 2.0, and its class, which comes with it, can edit; or its name says what it is.
+  """
+  family = layout.family_of(config, model.objective.fills)
+  if not model.objective.fills or family.model.get("causal") or bool(model.block) != (family.block is not None):
     return {}
-  found = dict(_DEFAULTS.get(layout.family_of(config).name, {}))
+  name = family.name.removesuffix("-MoE") if family.name == "SDAR-MoE" else family.name
+  if name == "LLaDA2":
+    named_so = re.search(r"llada-?2\.?1", f"{config.get('_name_or_path')} {folder.resolve()}", re.IGNORECASE)
+    if named_so or any("editing_threshold" in path.read_text("utf-8", "replace") for path in folder.glob("*.py")):
+      name = "LLaDA2.1"
+  found = dict(_DEFAULTS.get(name, {}))
+  if name == "SDAR":
+    found["block_steps"] = model.block
+  if "gen_length" in found:  # and there is room for a prompt
+    unit = model.block or 1
+    found["gen_length"] = max(min(found["gen_length"], model.max_length // 2 // unit * unit), unit)
+  if name == "Dream":
+    found |= {"steps": found["gen_length"], "block_length": found["gen_length"]}
   return found
 
 
