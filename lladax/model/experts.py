@@ -165,8 +165,8 @@ def tiling(pairs: int, experts: int) -> tuple[int, int]:
 
   Larger tiles read an expert less often, and waste half a tile for each of them. A GPU asks the host after every chunk.
   """
-  most, chunk = {"cpu": (64, 1), "gpu": (256, 32), "tpu": (256, 1)}[sharding.platform()]
-  return min(most, max(16, 1 << (max(1, pairs // experts).bit_length() - 1))), chunk
+  most, chunk = {"cpu": (128, 1), "gpu": (256, 32), "tpu": (256, 1)}[sharding.platform()]
+  return min(most, max(16, (1 << (pairs // experts).bit_length()) // 4)), chunk  # half of a mean load, or less
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
