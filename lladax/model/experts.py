@@ -24,6 +24,7 @@ from lladax.devices import sharding
 
 LETTERS = {"router": "DE", "choice": "E", "experts_gate": "EDX", "experts_up": "EDX", "experts_down": "EXD"}
 MATRICES = {"experts_gate": "D", "experts_up": "D", "experts_down": "X"}  # what may have adapters, and its input
+FLOAT32 = ("router", "choice")  # whatever the compute dtype is
 
 
 def letters(c: Any) -> dict[str, str]:
@@ -182,7 +183,9 @@ def grouped_matmul(x_PI: Any, w_EIO: Any, layout: Any, chunk: int, dtype: Any) -
 def _multiply(x_PI, w, layout, chunk, dtype, by):
   """Of a row and its matrix, summed over this axis of the matrices."""
   if sharding.platform() == "tpu":
-    ragged = jax.lax.RaggedDotDimensionNumbers((([1], [by]), ([], [])), [0], [0])
+    ragged = jax.lax.RaggedDotDimensionNumbers(
+      dot_dimension_numbers=(([1], [by]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+    )
     sizes_E = layout.tiles_E * layout.tile
     return jax.lax.ragged_dot_general(x_PI, w, sizes_E, ragged, preferred_element_type=dtype)
 
@@ -250,8 +253,8 @@ def feed_forward(
   """
   counted_BW = jnp.ones(n_BWD.shape[:2], bool) if counted_BW is None else counted_BW
   of, dtype, stream_dtype = letters(c), c.compute_dtype, c.stream_dtype
-  # Cast before they travel; the router stays in float32.
-  stored = {name: x.astype(dtype if name in of and name[:2] == "ex" else jnp.float32) for name, x in weights.items()}
+  # Cast before they travel.
+  stored = {name: x.astype(jnp.float32 if name in FLOAT32 else dtype) for name, x in weights.items()}
   parts = {name: sharding.fit(of[name], x.shape) for name, x in stored.items()}
   # The axes of the mesh that share out the experts, and those that share out the tokens.
   own, seen = sharding.sliced("E", (c.E,)), sharding.sliced("BL", counted_BW.shape)

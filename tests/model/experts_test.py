@@ -320,6 +320,22 @@ def test_a_mesh_says_the_same(c, sizes):
   assert_close(jax.device_get(there), jax.device_get(alone), 1e-5)
 
 
+@pytest.mark.parametrize("sizes", [MESHES[0], MESHES[1], MESHES[4]], ids=str)
+@pytest.mark.parametrize("c", [LLADA_MOE, LLADA2], ids=["llada-moe", "llada2"])
+def test_on_a_mesh_losses_of_the_router_have_the_same_gradient(c, sizes):
+  def loss(n_BWD, weights):
+    stats = experts.feed_forward(n_BWD, weights, c)[1]
+    return experts.balance_loss(stats, c) + experts.z_loss(stats)
+
+  program = jax.value_and_grad(loss, argnums=(0, 1))
+  alone = jax.jit(program)(stream(c, B=8), weights_of(c))
+  mesh, n_BWD, weights = on_mesh(c, sizes)
+  with jax.set_mesh(mesh):
+    there = jax.jit(program)(n_BWD, weights)
+  assert np.abs(alone[1][1]["router"]).max() > 0.01 and np.any(alone[1][0])
+  assert_close(jax.device_get(there), jax.device_get(alone), 1e-6)
+
+
 def test_a_batch_and_experts_that_the_mesh_does_not_divide():
   c = dataclasses.replace(LLADA_MOE, E=6)
   ask = np.ones((1, 6, c.D), np.float32)
