@@ -24,6 +24,7 @@ from lladax.devices import sharding
 
 LETTERS = {"router": "DE", "choice": "E", "experts_gate": "EDX", "experts_up": "EDX", "experts_down": "EXD"}
 MATRICES = {"experts_gate": "D", "experts_up": "D", "experts_down": "X"}  # what may have adapters, and its input
+FLOAT32 = ("router", "choice")  # whatever the compute dtype is
 
 
 def letters(c: Any) -> dict[str, str]:
@@ -145,17 +146,17 @@ class Layout(NamedTuple):
 
 
 def lay_out(expert_M: jax.Array, E: int, tile: int, chunk: int) -> Layout:
-  """Sorts pairs by expert; those of experts beyond 0 .. E - 1 are another device's."""
+  """Sorts pairs by expert; those of experts beyond 0 .. E - 1 are another device's. See `tiling`."""
   M = expert_M.size
   expert_M = jnp.where((expert_M >= 0) & (expert_M < E), expert_M, E)
   order_M = jnp.argsort(expert_M, stable=True)
   find = functools.partial(jnp.searchsorted, method="scan_unrolled")
   start_E = find(expert_M[order_M], jnp.arange(E + 1)).astype(jnp.int32)
   size_E, start_E = jnp.diff(start_E), start_E[:-1]
-  tiles_E = (size_E + tile - 1) // tile
+  tiles_E = (size_E + tile - 1) // tile if chunk else jnp.ones_like(size_E)
   end_E = jnp.cumsum(tiles_E)
   most = (M + min(E, M) * (tile - 1)) // tile
-  Q = -(-most // chunk) * chunk
+  Q = -(-most // chunk) * chunk if chunk else E
   expert_Q = jnp.minimum(find(end_E, jnp.arange(Q), side="right"), E - 1).astype(jnp.int32)
   # Of each row: how far behind its expert's first it is, and which of the sorted pairs that makes it.
   behind_P = (jnp.arange(Q * tile).reshape(Q, tile) - ((end_E - tiles_E) * tile)[expert_Q][:, None]).reshape(-1)
@@ -184,13 +185,17 @@ def _moved_back(copies, target, gradient):
 _moved.defvjp(lambda x, source, target, copies: (_moved(x, source, target, copies), target), _moved_back)
 
 
-def tiling(pairs: int, experts: int) -> tuple[int, int]:
-  """(rows of a tile, tiles that are multiplied at once), where the program runs.
+def tiling(T: int, c: Any) -> tuple[int, int]:
+  """(rows of a tile, tiles that are multiplied at once), where the program runs; 0 at once: a tile for each expert.
 
-  Larger tiles read an expert less often, and waste half a tile for each of them. A GPU asks the host after every chunk.
+  Larger tiles read an expert less often, and waste half a tile for each of them. A GPU copies the matrices of what it
+  multiplies at once, and asks the host after it: for few tokens it is quicker to read every expert, whoever wants it.
   """
-  most, chunk = {"cpu": (64, 1), "gpu": (256, 32), "tpu": (256, 1)}[sharding.platform()]
-  return min(most, max(16, 1 << (max(1, pairs // experts).bit_length() - 1))), chunk
+  platform, load = sharding.platform(), T * c.J // c.E
+  if platform == "gpu" and T <= 128:
+    return T, 0  # no expert is chosen twice by a token
+  most, chunk = {"cpu": (128, 1), "gpu": (256, 32), "tpu": (256, 1)}[platform]
+  return min(most, max(16, (1 << load.bit_length()) // 4)), chunk  # half of a mean load, or less
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -206,14 +211,17 @@ def grouped_matmul(x_PI: Any, w_EIO: Any, layout: Any, chunk: int, dtype: Any) -
 def _multiply(x_PI, w, layout, chunk, dtype, by):
   """Of a row and its matrix, summed over this axis of the matrices."""
   if sharding.platform() == "tpu":
-    ragged = jax.lax.RaggedDotDimensionNumbers((([1], [by]), ([], [])), [0], [0])
+    ragged = jax.lax.RaggedDotDimensionNumbers(
+      dot_dimension_numbers=(([1], [by]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+    )
     sizes_E = layout.tiles_E * layout.tile
     return jax.lax.ragged_dot_general(x_PI, w, sizes_E, ragged, preferred_element_type=dtype)
 
   def one(at, out_PO):
-    expert_C = jax.lax.dynamic_slice_in_dim(layout.expert_Q, at, chunk)
-    w_C = jax.lax.dynamic_slice_in_dim(w, expert_C[0], 1) if chunk == 1 else w[expert_C]
-    rows_CTI = _cut(x_PI, at, chunk, layout)
+    w_C, rows_CTI = w, _cut(x_PI, at, chunk, layout)
+    if chunk:
+      expert_C = jax.lax.dynamic_slice_in_dim(layout.expert_Q, at, chunk)
+      w_C = jax.lax.dynamic_slice_in_dim(w, expert_C[0], 1) if chunk == 1 else w[expert_C]
     rows = jax.lax.dot_general(rows_CTI, w_C, (([2], [by]), ([0], [0])), preferred_element_type=dtype)
     rows = rows.reshape(-1, rows.shape[-1])
     return jax.lax.dynamic_update_slice_in_dim(out_PO, rows, at * layout.tile, 0)
@@ -223,14 +231,16 @@ def _multiply(x_PI, w, layout, chunk, dtype, by):
 
 def _each_chunk(layout, chunk, fn, start):
   """Chunks of tiles one after the other, as many as there are: `fn(first tile, carry)`."""
+  if not chunk:
+    return fn(0, start)
   chunks = (layout.tiles_E.sum() + chunk - 1) // chunk
   return jax.lax.fori_loop(0, chunks, lambda i, carry: fn(i * chunk, carry), start)
 
 
 def _cut(x_PI, at, chunk, layout):
   """The rows of some tiles, [C, rows, I]."""
-  rows = jax.lax.dynamic_slice_in_dim(x_PI, at * layout.tile, chunk * layout.tile)
-  return rows.reshape(chunk, layout.tile, -1)
+  rows = jax.lax.dynamic_slice_in_dim(x_PI, at * layout.tile, chunk * layout.tile) if chunk else x_PI
+  return rows.reshape(-1, layout.tile, x_PI.shape[1])
 
 
 def _multiply_back(chunk, dtype, residuals, gradient_PO):
@@ -238,9 +248,11 @@ def _multiply_back(chunk, dtype, residuals, gradient_PO):
   gradient_PO = gradient_PO.astype(x_PI.dtype)
 
   def one(at, sum_EIO):
-    expert_C = jax.lax.dynamic_slice_in_dim(layout.expert_Q, at, chunk)
     x_CTI, gradient_CTO = (_cut(x, at, chunk, layout) for x in (x_PI, gradient_PO))
     part_CIO = jnp.einsum("CTI,CTO->CIO", x_CTI, gradient_CTO, preferred_element_type=jnp.float32)
+    if not chunk:
+      return part_CIO
+    expert_C = jax.lax.dynamic_slice_in_dim(layout.expert_Q, at, chunk)
     if chunk > 1:
       return sum_EIO.at[expert_C].add(part_CIO)
     part_CIO += jax.lax.dynamic_slice_in_dim(sum_EIO, expert_C[0], 1)
@@ -274,8 +286,8 @@ def feed_forward(
   """
   counted_BW = jnp.ones(n_BWD.shape[:2], bool) if counted_BW is None else counted_BW
   of, dtype, stream_dtype = letters(c), c.compute_dtype, c.stream_dtype
-  # Cast before they travel; the router stays in float32.
-  stored = {name: x.astype(dtype if name in of and name[:2] == "ex" else jnp.float32) for name, x in weights.items()}
+  # Cast before they travel.
+  stored = {name: x.astype(jnp.float32 if name in FLOAT32 else dtype) for name, x in weights.items()}
   parts = {name: sharding.fit(of[name], x.shape) for name, x in stored.items()}
   # The axes of the mesh that share out the experts, and those that share out a row.
   own, seen = sharding.sliced("E", (c.E,)), sharding.sliced("L", counted_BW.shape[1:])
@@ -296,7 +308,7 @@ def feed_forward(
     stats = _statistics(expert_TJ, logits_TE, score_TE, counted_BW)
 
     E = held["experts_gate"].shape[0]
-    tile, chunk = tiling(expert_TJ.size, c.E)
+    tile, chunk = tiling(n_TD.shape[0], c)
     first = jax.lax.axis_index(own) * E if own else 0
     layout = lay_out(expert_TJ.reshape(-1) - first, E, tile, chunk)
 

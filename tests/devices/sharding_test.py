@@ -241,6 +241,30 @@ def test_axes_that_do_not_divide_are_left_out():
   assert sharding.fit("BLF", (4, 4, 4)) == P(None, None, None)  # no mesh
 
 
+def test_the_axes_that_share_out_an_array():
+  with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+    assert sharding.sliced("BL", (4, 3)) == ("slices", "data", "fsdp")
+    assert sharding.sliced("EDX", (6, 8, 3)) == ("tensor", "fsdp")
+    assert sharding.sliced("E", (5,)) == ()
+  assert sharding.sliced("BL", (4, 4)) == ()  # no mesh
+
+
+@pytest.mark.parametrize("sizes", [{"data": 1}, {"data": 2, "tensor": 4}])
+def test_what_is_beside_is_the_same_on_every_device(sizes):
+  mesh = sharding.make_mesh(MeshConfig(**sizes), jax.devices()[: math.prod(sizes.values())])
+  x_BE = np.arange(32.0).reshape(4, 8)
+
+  with jax.set_mesh(mesh):
+    axes = sharding.sliced("BE", x_BE.shape)
+
+    def on_device(x_BE):
+      return 2 * x_BE, {"sum": jax.lax.psum(x_BE.sum(), axes) if axes else x_BE.sum()}
+
+    twice, beside = jax.jit(lambda x: sharding.on_each_device(on_device, (x, "BE"), beside=True))(x_BE)
+  np.testing.assert_array_equal(twice, 2 * x_BE)
+  assert beside["sum"] == x_BE.sum()
+
+
 def test_the_rows_of_a_process_are_those_of_its_devices():
   mesh = sharding.make_mesh(MeshConfig(data=2, context=4))
   np.testing.assert_array_equal(sharding.local_rows(sharding.shardings(mesh, "B"), (6,)), range(6))

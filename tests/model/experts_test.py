@@ -133,27 +133,24 @@ def test_all_experts_asked_for_all_tokens_say_the_same(c):
     assert not np.any(found_gradients[1]["choice"])
 
 
-@pytest.mark.parametrize("tiles", [(1, 1), (4, 3), (32, 32), "tpu"], ids=str)
+@pytest.mark.parametrize("tiles", [(1, 1), (4, 3), (32, 32), (24, 0), "tpu"], ids=str)
 def test_tiles_of_any_size_say_the_same(tiles, monkeypatch):
   """As on GPUs, many tiles at once; as on TPUs, `ragged_dot`."""
   n_BWD, weights, ask, out_BWD, gradients = expected(ADAPTED)
   if tiles == "tpu":
     monkeypatch.setattr(sharding, "platform", lambda: "tpu")
   else:
-    monkeypatch.setattr(experts, "tiling", lambda pairs, number: tiles)
+    monkeypatch.setattr(experts, "tiling", lambda T, c: tiles)
   found_BWD, found_gradients, _ = jax.jit(functools.partial(found, c=ADAPTED))(n_BWD, weights, ask)
   assert_close((found_BWD, found_gradients), (out_BWD, gradients))
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
-def test_tiles_are_about_as_large_as_a_load(platform, monkeypatch):
+def test_tiles_are_half_as_large_as_a_load(platform, monkeypatch):
   monkeypatch.setattr(sharding, "platform", lambda: platform)
-  tiles = {
-    "cpu": [(16, 1), (32, 1), (64, 1)],
-    "gpu": [(16, 32), (32, 32), (256, 32)],
-    "tpu": [(16, 1), (32, 1), (256, 1)],
-  }
-  assert [experts.tiling(pairs, 64) for pairs in (8, 64 * 40, 64 * 5000)] == tiles[platform]
+  most, chunk = {"cpu": (128, 1), "gpu": (256, 32), "tpu": (256, 1)}[platform]
+  few = (8, 0) if platform == "gpu" else (16, chunk)  # a tile for each expert, of all tokens
+  assert [experts.tiling(T, Config(E=64, J=8)) for T in (8, 800, 40_000)] == [few, (32, chunk), (most, chunk)]
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -304,9 +301,9 @@ MESHES = [
 ]  # fmt: skip
 
 
-def on_mesh(c, sizes, B=8):
+def on_mesh(c, sizes, B=8, W=6):
   mesh = sharding.make_mesh(MeshConfig(**sizes))
-  n_BWD, weights = stream(c, B=B), weights_of(c)
+  n_BWD, weights = stream(c, B, W), weights_of(c)
   at = sharding.shardings(mesh, {name: experts.letters(c)[name] for name in weights})
   return mesh, jax.device_put(n_BWD, sharding.shardings(mesh, "BLD")), jax.device_put(weights, at)
 
@@ -322,6 +319,22 @@ def test_a_mesh_says_the_same(c, sizes):
   with jax.set_mesh(mesh):
     there = jax.jit(program)(n_BWD, weights, ask, counted_BW=counted_BW)
   assert_close(jax.device_get(there), jax.device_get(alone), 1e-5)
+
+
+@pytest.mark.parametrize("sizes", [MESHES[0], MESHES[1], MESHES[4]], ids=str)
+@pytest.mark.parametrize("c", [LLADA_MOE, LLADA2], ids=["llada-moe", "llada2"])
+def test_on_a_mesh_losses_of_the_router_have_the_same_gradient(c, sizes):
+  def loss(n_BWD, weights):
+    stats = experts.feed_forward(n_BWD, weights, c)[1]
+    return experts.balance_loss(stats, c) + experts.z_loss(stats)
+
+  program = jax.value_and_grad(loss, argnums=(0, 1))
+  alone = jax.jit(program)(stream(c, B=8), weights_of(c))
+  mesh, n_BWD, weights = on_mesh(c, sizes)
+  with jax.set_mesh(mesh):
+    there = jax.jit(program)(n_BWD, weights)
+  assert np.abs(alone[1][1]["router"]).max() > 0.01 and np.any(alone[1][0])
+  assert_close(jax.device_get(there), jax.device_get(alone), 1e-6)
 
 
 def test_a_batch_and_experts_that_the_mesh_does_not_divide():
@@ -440,13 +453,14 @@ def test_lowered_for_devices_that_are_not_here(platform):
   assert "tensor<64x8192x" not in text and "tensor<8192x64x" not in text  # every pair with every expert
 
 
-@pytest.mark.parametrize("platform", ["gpu", "tpu"])
-def test_a_mesh_of_accelerators_says_the_same(platform, monkeypatch):
+@pytest.mark.parametrize(("platform", "few"), [("gpu", False), ("gpu", True), ("tpu", False)])
+def test_a_mesh_of_accelerators_says_the_same(platform, few, monkeypatch):
   """Of CPUs that say they are such."""
   monkeypatch.setattr(sharding, "platform", lambda: platform)
-  c, ask = ADAPTED, jnp.ones((8, 6, 16))
-  alone = jax.jit(functools.partial(found, c=c))(stream(c, B=8), weights_of(c), ask)
-  mesh, n_BWD, weights = on_mesh(c, {"data": 1, "fsdp": 2, "tensor": 4})
+  c, W = ADAPTED, 6 if few else 140
+  ask = jnp.ones((2, W, c.D))
+  alone = jax.jit(functools.partial(found, c=c))(stream(c, 2, W), weights_of(c), ask)
+  mesh, n_BWD, weights = on_mesh(c, {"data": 1, "fsdp": 2, "tensor": 4}, 2, W)
   with jax.set_mesh(mesh):
     there = jax.jit(functools.partial(found, c=c))(n_BWD, weights, ask)
   assert_close(jax.device_get(there), jax.device_get(alone), 1e-5)
