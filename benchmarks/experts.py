@@ -100,7 +100,7 @@ def main():
       began = time.perf_counter()
       jax.block_until_ready(program(n_BWD, weights))
       seconds[key].append(time.perf_counter() - began)
-  load_E = experts.feed_forward(n_BWD, weights, c)[1].load_E
+  load_E = experts.summed(experts.feed_forward(n_BWD, weights, c)[1]).load_BE
   print(f"{jax.devices()[0].device_kind}, {a.dtype}: T={a.T} D={a.D} E={a.E} J={a.J} X={a.X},", end=" ")
   print(f"the largest load is {float(load_E.max() / load_E.mean()):.2f} of the mean")
   print(f"{'':10}{'forward':>10}{'both':>10}")

@@ -64,9 +64,10 @@ class Tokenizer:
   """A vocabulary and its special tokens; made by `create`, `published` or `load`.
 
   Attributes: `vocab_size`, ids in use; `rows`, embedding rows: `vocab_size` rounded up to a multiple of 128;
-  `mask_id` (-1: the vocabulary of a causal model has none), `eos_id`, `pad_id`; `bos_id`, `eot_id`, which ends a turn, `start_header_id`, `end_header_id`, None without
-  one; `ends`, ids that end a text, EOS first; `template`, the chat template of others, None with LLaDA's or without
-  any; `fingerprint`, a hash of the vocabulary, its special tokens and that template.
+  `mask_id` (-1: the vocabulary of a causal model has none), `eos_id`, `pad_id`; `bos_id`, `eot_id`, which ends a turn,
+  `start_header_id`, `end_header_id`, None without one; `ends`, ids that end a text, EOS first; `template`, the chat
+  template of others, None with LLaDA's or without any; `fingerprint`, a hash of the vocabulary, its special tokens and
+  that template.
   """
 
   def __init__(

@@ -24,7 +24,7 @@ from lladax.storage import checkpoint, layout, published, safetensors, transfer
 
 
 def from_published(
-  source: str | Path, workdir: Path, values: dict[str, Any], said: published.Said = published.Said()
+  source: str | Path, workdir: Path, values: dict[str, Any], said: published.Said = published.NOTHING
 ) -> None:
   """Makes a published folder, or one of the hub, into a workdir with the checkpoint of step 0, in the files' dtypes.
 
@@ -69,7 +69,10 @@ def from_published(
   values["noise"] = values.get("noise", {}) | {"block": theirs.model.block, "blocks": ()}
   values |= {"tokenizer_fingerprint": text.fingerprint if text else ""}
   values["sample"] = values.get("sample", {}) | theirs.identity["defaults"]
-  values |= {"merged": theirs.merged, "said": {name: x for name, x in said._asdict().items() if x is not None and name != "block"}}
+  values |= {
+    "merged": theirs.merged,
+    "said": {name: x for name, x in said._asdict().items() if x is not None and name != "block"},
+  }
   (workdir / "config.json").write_text(json.dumps(values, indent=2) + "\n")  # the last: now it is a workdir
   address.push(workdir)
 

@@ -37,8 +37,9 @@ def load(
       a file or a parameter of a checkpoint at a time; "full", as they are; None: as the model says. Where they are
       quantised, and where float16 is computed in, the other parameters take the dtype of the computation. Adapters are
       merged into full weights, and stay beside quantised ones.
-    mask_id, eos_id, block: of a published folder that does not say them: the ids of [MASK] and EOS, and the tokens of a
-      block. A block of another length than the folder's may be named, too.
+    mask_id: id of [MASK], of a published folder that does not say it.
+    eos_id: id of EOS, likewise.
+    block: tokens of a block, of a published model of blocks; another number than the folder's may be named, too.
 
   Raises:
     Missing: there is no such folder, no run, or no checkpoint.

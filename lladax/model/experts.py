@@ -38,7 +38,7 @@ def letters(c: Any) -> dict[str, str]:
 
 
 class Statistics(NamedTuple):
-  """What the tokens of each row did in a router, as float32 sums [..., B] or [..., B, E]; stacked layers stand before."""
+  """What the tokens of each row did in a router, as float32 sums [..., B] or [..., B, E]; layers stand before."""
 
   load_BE: jax.Array  # how often each expert was chosen
   probability_BE: jax.Array  # what the router gave it; of sigmoids, its part of their sum
@@ -124,9 +124,11 @@ def _statistics(expert_TJ, logits_TE, score_TE, counted_BW) -> Statistics:
   chosen_TE = (expert_TJ[:, :, None] == jnp.arange(logits_TE.shape[1])[None, None]).sum(1).astype(jnp.float32)
   p_TE = score_TE / (score_TE.sum(-1, keepdims=True) + 1e-20)  # of a softmax, as it is
   entropy_T = jax.scipy.special.entr(jax.lax.stop_gradient(p_TE)).sum(-1)
-  summed = lambda x_T: jnp.einsum(  # noqa: E731
-    "BW,BW...->B...", counted_BW, x_T.reshape(*counted_BW.shape, *x_T.shape[1:]), precision="highest"
-  )
+
+  def summed(x_T):
+    x_BW = x_T.reshape(*counted_BW.shape, *x_T.shape[1:])
+    return jnp.einsum("BW,BW...->B...", counted_BW, x_BW, precision="highest")
+
   z_T = jax.nn.logsumexp(logits_TE, axis=-1) ** 2
   return Statistics(summed(chosen_TE), summed(p_TE), summed(z_T), summed(entropy_T), counted_BW.sum(1))
 

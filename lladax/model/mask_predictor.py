@@ -34,8 +34,9 @@ Params = dict[str, Any]
 Cache = dict[str, jax.Array]  # {"k": k_NBLGK, "v": v_NBLGK}
 
 # What the backward pass finds ready; the rest is computed again. Gathered weights are gathered again in every case.
-# Only fused kernels name what they leave: of XLA's attention nothing is worth its place.
-_ATTENTION = jax.checkpoint_policies.save_only_these_names("attention")
+# Only fused kernels name what they leave: of XLA's attention nothing is worth its place; and experts the products of
+# their rows, which no policy for matmuls sees.
+_ATTENTION = jax.checkpoint_policies.save_only_these_names("attention", "grouped")
 REMAT = {
   "none": jax.checkpoint_policies.save_anything_except_these_names("gathered"),
   "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -145,7 +146,18 @@ class MaskPredictorConfig:
       raise Mistake("model.lora_targets=(): name the matrices that get adapters")
 
   def _check_experts(self):
-    for name in ("E", "J", "X", "S", "dense", "router_groups", "router_topk_groups", "balance", "balance_rate", "z_loss"):
+    for name in (
+      "E",
+      "J",
+      "X",
+      "S",
+      "dense",
+      "router_groups",
+      "router_topk_groups",
+      "balance",
+      "balance_rate",
+      "z_loss",
+    ):
       if not getattr(self, name) >= 0:
         raise Mistake(f"model.{name}={getattr(self, name)}: must be at least 0")
     if not self.E:
@@ -163,7 +175,9 @@ class MaskPredictorConfig:
       raise Mistake(f"model.dense={self.dense}: of model.N={self.N} layers at least one has experts")
     groups, kept = self.router_groups, self.router_topk_groups
     if groups and (self.E % groups or self.E // groups < 2):
-      raise Mistake(f"model.router_groups={groups} does not divide model.E={self.E} into groups of at least two experts")
+      raise Mistake(
+        f"model.router_groups={groups} does not divide model.E={self.E} into groups of at least two experts"
+      )
     if groups and not (1 <= kept <= groups and self.J <= self.E // groups * kept):
       raise Mistake(
         f"model.router_topk_groups={kept}: of model.router_groups={groups} so many are kept that"
@@ -279,7 +293,7 @@ class MaskPredictorConfig:
   def keep(self, name: str, x: jax.Array, dtype: Any, group: int = quantized.GROUP) -> Any:
     """A stacked parameter of the layers where it is not trained: a matrix in the bits of `weights`, else in `dtype`."""
     if self.weights == "full" or name not in Block.MATRICES:
-      return x.astype(dtype)
+      return x if name in experts.FLOAT32 else x.astype(dtype)
     one = functools.partial(
       quantized.quantize, of_matrix=Block.LETTERS[name], inputs=Block.MATRICES[name], kind=self.weights, group=group
     )

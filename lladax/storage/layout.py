@@ -4,7 +4,6 @@ A *family* is what a config.json says it is (`Family`); a *column* is how its te
 Llama's (iLLaDA, LLaDA-MoE, Dream, SDAR, Qwen), 2 as LLaDA2's.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -206,7 +205,9 @@ def _rope(config: dict[str, Any], plain: bool, problems: list[str]) -> dict[str,
       found["rope_theta"][f"{part}.rope_theta"] = settings.get("rope_theta")
       for key, x in settings.items():
         harmless = (None, "default") if key in ("rope_type", "type") else (None, 1.0)
-        if key in ("rope_type", "type") and known or key == "rope_theta" or key == "partial_rotary_factor" and not plain:
+        if (
+          key in ("rope_type", "type") and known or key == "rope_theta" or key == "partial_rotary_factor" and not plain
+        ):
           continue
         if key in known and (isinstance(x, bool) or not isinstance(x, int | float) or not 0 < x < math.inf):
           problems.append(f"{named(part)}.{named(key)}={shown(x)}: must be a number above 0")

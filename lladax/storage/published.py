@@ -1,4 +1,4 @@
-"""A published checkpoint: a folder of config.json and *.safetensors, of a family that `layout` knows, found and checked.
+"""A published checkpoint: a folder of config.json and *.safetensors, of a family in `layout`, found and checked.
 
 What the folder does not say of its special ids and its blocks the caller may (`Said`).
 """
@@ -123,7 +123,10 @@ def _download(name: str, revision: str | None) -> Path:
   raise Missing(f"{said}: {named(why, 300)}")
 
 
-def read(folder: Path, said: Said = Said()) -> Published:
+NOTHING = Said()
+
+
+def read(folder: Path, said: Said = NOTHING) -> Published:
   """Reads config.json, the tokenizer and the headers of the tensors' files, and checks them against each other.
 
   Args:
@@ -178,7 +181,7 @@ def _listed(problems: list[str]) -> str:
 
 
 def identity(
-  folder: Path, model: MaskPredictorConfig, text: tokenizers.Tokenizer | None = None, said: Said = Said()
+  folder: Path, model: MaskPredictorConfig, text: tokenizers.Tokenizer | None = None, said: Said = NOTHING
 ) -> dict[str, Any]:
   """Tokenizer (None without its files), special ids and defaults of a published folder, under their names in LLaDA."""
   config = read_json(folder / "config.json")
@@ -274,8 +277,8 @@ def _tokenizer_config(path: Path, eos_id, mask_id, pad_id, masks: bool = True) -
   vocabulary = _vocabulary(path)
   if mask_id is None and masks:
     raise Mistake(
-      f"{path.parent}/config.json: mask_token_id is missing, and the tokenizer names no mask either; say which it is, as"
-      " mask_id=5"
+      f"{path.parent}/config.json: mask_token_id is missing, and the tokenizer names no mask either; say which it is,"
+      " as mask_id=5"
     )
   names = {}
   for field, id in (("eos_token_id", eos_id), ("mask_token_id", mask_id), ("pad_token_id", pad_id)):

@@ -83,7 +83,9 @@ def train_step(
     return jax.lax.scan(add, zeros, parts)[0]
 
   learning = state._replace(opt_state=(), guard=())
-  grads, loss, (means, routed) = gradient(batch, learning) if M == 1 else sharding.sum_over_copies(add_up, batch, learning)
+  grads, loss, (means, routed) = (
+    gradient(batch, learning) if M == 1 else sharding.sum_over_copies(add_up, batch, learning)
+  )
   scalars = {"loss": loss} | {name: total / jnp.maximum(count, 1) for name, (total, count) in means.items()}
   scalars |= experts.metrics(routed) if routed else {}
   scalars |= {"grad_norm": optax.tree.norm(optimizer.gradients(grads))}

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from lladax import optimizer
 from lladax.devices import hlo, sharding
 from lladax.devices.sharding import MeshConfig
 from lladax.model import experts
@@ -36,7 +38,7 @@ class Config:
   stream_dtype: Any = jnp.dtype("float32")
   lora_rank: int = 0
   lora_alpha: float = 6.0
-  lora_targets: tuple[str, ...] = ("experts_gate", "experts_up", "experts_down")
+  lora_targets: tuple[str, ...] = ("gate", "up", "down")
 
 
 LLADA_MOE = Config()
@@ -222,37 +224,48 @@ def test_what_statistics_count(c):
   score_TE = np.exp(logits_TE) if c.router == "softmax" else 1 / (1 + np.exp(-logits_TE))
   p_TE = score_TE / score_TE.sum(1, keepdims=True)
   load_E = np.bincount(np.concatenate([chosen(n_D, weights, c)[0] for n_D in n_TD]), minlength=c.E)
-  np.testing.assert_array_equal(stats.load_E, load_E)
-  np.testing.assert_allclose(stats.probability_E, p_TE.sum(0), rtol=1e-5)
-  np.testing.assert_allclose(stats.z, (np.log(np.exp(logits_TE).sum(1)) ** 2).sum(), rtol=1e-5)
-  np.testing.assert_allclose(stats.entropy, -(p_TE * np.log(p_TE)).sum(), rtol=1e-5)
-  assert stats.tokens == len(n_TD)
-  balance = c.E * np.sum(load_E / len(n_TD) * p_TE.mean(0))
-  np.testing.assert_allclose(experts.balance_loss(stats, c), balance, rtol=1e-5)
+  total = experts.summed(stats)
+  np.testing.assert_array_equal(total.load_BE, load_E)
+  np.testing.assert_allclose(total.probability_BE, p_TE.sum(0), rtol=1e-5)
+  np.testing.assert_allclose(total.z_B, (np.log(np.exp(logits_TE).sum(1)) ** 2).sum(), rtol=1e-5)
+  np.testing.assert_allclose(total.entropy_B, -(p_TE * np.log(p_TE)).sum(), rtol=1e-5)
+  assert total.tokens_B == len(n_TD)
+  row_T = np.nonzero(counted_BW)[0]  # the balance and z of each row alone
+  chosen_TE = np.stack([np.bincount(chosen(n_D, weights, c)[0], minlength=c.E) for n_D in n_TD])
+  balance_B = [c.E * np.sum(chosen_TE[row_T == b].mean(0) * p_TE[row_T == b].mean(0)) for b in range(len(n_BWD))]
+  z_B = [(np.log(np.exp(logits_TE[row_T == b]).sum(1)) ** 2).mean() for b in range(len(n_BWD))]
+  np.testing.assert_allclose(experts.balance_loss(stats, c), balance_B, rtol=1e-5)
   # Parts of a batch add up, layers stack.
   half = jax.jit(lambda n_BWD, counted_BW: experts.feed_forward(n_BWD, weights, c, counted_BW)[1])
   halves = [half(n_BWD[i], counted_BW[i]) for i in (slice(2), slice(2, None))]
-  both = jax.tree.map(jnp.add, *halves)
+  both = jax.tree.map(lambda *x: jnp.concatenate(x), *halves)
   for x, y in zip(both, stats, strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-5)
   layers = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), stats)
-  np.testing.assert_allclose(experts.balance_loss(layers, c), balance, rtol=1e-5)
-  np.testing.assert_allclose(experts.z_loss(layers), stats.z / len(n_TD), rtol=1e-5)
+  np.testing.assert_allclose(experts.balance_loss(layers, c), balance_B, rtol=1e-5)
+  np.testing.assert_allclose(experts.z_loss(layers), z_B, rtol=1e-5)
+  share_B = jnp.array([0.1, 0.2, 0.3, 0.4])
+  weighed = SimpleNamespace(E=c.E, balance=0.5, z_loss=0.25, balance_rate=0.0)
+  found_loss = experts.auxiliary(layers, share_B, None, weighed)
+  np.testing.assert_allclose(
+    found_loss, 0.5 * share_B @ np.array(balance_B) + 0.25 * share_B @ np.array(z_B), rtol=1e-5
+  )
 
 
 def test_even_loads_and_none():
   c = Config(E=4, J=2)
-  even = experts.Statistics(*map(jnp.asarray, ([5.0] * 4, [2.5] * 4, 40.0, 10 * np.log(4), 10.0)))
-  assert experts.balance_loss(even, c) == 2.0  # J
-  metrics = experts.metrics(even)
-  assert (metrics["max_load"], metrics["dropped"]) == (1.0, 0.0)
-  np.testing.assert_allclose(metrics["entropy"], np.log(4), rtol=1e-6)
-  nothing = jax.tree.map(jnp.zeros_like, even)
-  assert experts.balance_loss(nothing, c) == experts.z_loss(nothing) == experts.metrics(nothing)["max_load"] == 0
-  one = even._replace(load_E=jnp.array([20.0, 0, 0, 0]), probability_E=jnp.array([10.0, 0, 0, 0]))
-  assert experts.balance_loss(one, c) == 8.0 and experts.metrics(one)["max_load"] == 4.0
-  two = jax.tree.map(lambda *x: jnp.stack(x), even, one)
-  assert experts.balance_loss(two, c) == 5.0 and experts.metrics(two)["max_load"] == 4.0
+  of_row = experts.Statistics(*map(jnp.asarray, ([[5.0] * 4], [[2.5] * 4], [40.0], [10 * np.log(4)], [10.0])))
+  assert experts.balance_loss(of_row, c) == 2.0  # J
+  metrics = experts.metrics(experts.summed(of_row))
+  assert (metrics["expert_load"], metrics["dropped"]) == (1.0, 0.0)
+  np.testing.assert_allclose(metrics["router_entropy"], np.log(4), rtol=1e-6)
+  nothing = jax.tree.map(jnp.zeros_like, of_row)
+  load = lambda stats: experts.metrics(experts.summed(stats))["expert_load"]  # noqa: E731
+  assert experts.balance_loss(nothing, c) == experts.z_loss(nothing) == load(nothing) == 0
+  one = of_row._replace(load_BE=jnp.array([[20.0, 0, 0, 0]]), probability_BE=jnp.array([[10.0, 0, 0, 0]]))
+  assert experts.balance_loss(one, c) == 8.0 and load(one) == 4.0
+  two = jax.tree.map(lambda *x: jnp.stack(x), of_row, one)
+  assert experts.balance_loss(two, c) == 5.0 and load(two) == 4.0
 
 
 def test_the_balance_loss_spreads_the_tokens():
@@ -261,7 +274,7 @@ def test_the_balance_loss_spreads_the_tokens():
 
   def loss(weights, of):
     stats = experts.feed_forward(n_BWD, weights, c)[1]
-    return experts.balance_loss(stats, c) if of == "balance" else experts.z_loss(stats)
+    return (experts.balance_loss(stats, c) if of == "balance" else experts.z_loss(stats)).mean()
 
   for of in ("balance", "z"):
     loss_of = jax.jit(functools.partial(loss, of=of))
@@ -275,13 +288,28 @@ def test_the_choosing_bias_levels_the_loads():
   c = dataclasses.replace(LLADA2, router_groups=0)
   n_BWD, weights = stream(c, W=64), weights_of(c)
   weights["choice"] = np.zeros(c.E, np.float32)
-  step = jax.jit(lambda weights: experts.feed_forward(n_BWD, weights, c)[1])
-  before = experts.metrics(step(weights))["max_load"]
+  moving = SimpleNamespace(E=c.E, balance=0.0, z_loss=0.0, balance_rate=0.01)
+  tx = optimizer.create(optimizer.OptimizerConfig(), 60, {"choice": "E"}, moving.balance_rate)
+
+  @jax.jit
+  def step(choice_E):
+    """The largest load, and the bias after a step."""
+
+    def loss(choice_E):
+      stats = experts.feed_forward(n_BWD, weights | {"choice": choice_E}, c)[1]
+      share_B = jnp.full(len(n_BWD), 1 / len(n_BWD))
+      return experts.auxiliary(stats, share_B, choice_E, moving), experts.metrics(experts.summed(stats))["expert_load"]
+
+    (total, load), loads_E = jax.value_and_grad(loss, has_aux=True)(choice_E)
+    updates, _ = tx.update({"choice": loads_E}, tx.init({"choice": choice_E}), {"choice": choice_E}, good=True)
+    return total, load, choice_E + updates["choice"]
+
+  choice_E = jnp.zeros(c.E)
+  total, before, choice_E = step(choice_E)
+  assert total == 0
   for _ in range(60):
-    weights["choice"] = experts.rebalanced(weights["choice"], step(weights).load_E, 0.01)
-  assert experts.metrics(step(weights))["max_load"] < 1.2 < before
-  stacked = experts.rebalanced(jnp.zeros((2, 3)), jnp.array([[1.0, 2, 3], [4, 4, 4]]), 0.5)
-  np.testing.assert_array_equal(stacked, [[0.5, 0, -0.5], [0, 0, 0]])
+    _, after, choice_E = step(choice_E)
+  assert after < 1.2 < before
 
 
 @pytest.mark.parametrize(("compute", "of_stream"), [("bfloat16", "bfloat16"), ("float16", "float32")])
@@ -326,7 +354,7 @@ def test_a_mesh_says_the_same(c, sizes):
 def test_on_a_mesh_losses_of_the_router_have_the_same_gradient(c, sizes):
   def loss(n_BWD, weights):
     stats = experts.feed_forward(n_BWD, weights, c)[1]
-    return experts.balance_loss(stats, c) + experts.z_loss(stats)
+    return (experts.balance_loss(stats, c) + experts.z_loss(stats)).mean()
 
   program = jax.value_and_grad(loss, argnums=(0, 1))
   alone = jax.jit(program)(stream(c, B=8), weights_of(c))
@@ -355,11 +383,11 @@ def test_copies_of_the_parameters_meet_once():
 
   def part(n_BWD, weights):
     _, gradients, stats = found(n_BWD, weights, jnp.ones_like(n_BWD), c)
-    return gradients[1], stats
+    return gradients[1], experts.summed(stats)
 
   with jax.set_mesh(mesh):
     of_weights, stats = jax.jit(functools.partial(sharding.sum_over_copies, part))(n_BWD, weights)
-  assert_close(jax.device_get((of_weights, stats)), jax.device_get((alone[1][1], alone[2])), 1e-5)
+  assert_close(jax.device_get((of_weights, stats)), jax.device_get((alone[1][1], experts.summed(alone[2]))), 1e-5)
 
 
 def arrays_of(text):
@@ -382,8 +410,9 @@ def test_no_device_holds_all_experts():
   matrices, parts = [(own, c.X, c.D)] + 2 * [(own, c.D, c.X)], [(own, c.X, part)] + 2 * [(own, part, c.X)]
   assert of["all-gather"] == sorted([*matrices, (c.D, own), (c.D, c.E)])  # the router, along both
   assert of["reduce-scatter"] == sorted([*parts, (part, own), (c.D, own)])
+  rows = {(4, c.E), (4,)}  # what statistics say of a device's rows
   # (Also "added up" by each device alone: what axes of one device would.)
-  assert set(of["all-reduce"]) <= {(8 // 2, 6, c.D), *parts, (part, own), (c.E,), ()}
+  assert set(of["all-reduce"]) <= {(8 // 2, 6, c.D), *parts, (part, own), (c.E,), (), *rows}
   assert not of["all-to-all"] + of["collective-permute"]
 
 

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 # The first layer dense, a shared expert, groups, a bias that chooses and learns, both auxiliary losses.
 EXPERTS = {
-  "model.N": 2, "model.H": 4, "model.G": 4, "model.E": 8, "model.J": 2, "model.X": 8, "model.S": 8, "model.dense": 1, "model.router": "sigmoid",
-  "model.router_bias": True, "model.router_groups": 4, "model.router_topk_groups": 2, "model.router_renormalise": True,
+  "model.N": 2, "model.H": 4, "model.G": 4, "model.E": 8, "model.J": 2, "model.X": 8, "model.S": 8, "model.dense": 1,
+  "model.router": "sigmoid", "model.router_bias": True, "model.router_groups": 4, "model.router_topk_groups": 2, "model.router_renormalise": True,
   "model.router_scale": 2.5, "model.balance": 0.01, "model.z_loss": 0.001, "model.balance_rate": 1e-3,
   "model.qk_norm": True, "data.segments": True, "steps": 6,
 }  # fmt: skip
@@ -93,7 +93,7 @@ def test_a_run_with_experts_from_end_to_end(one, tiny, tmp_path, monkeypatch):
 
 
 def test_the_choosing_bias_moves_by_the_loads_alone(one):
-  """After 6 steps it is a sum of six steps of 1e-3, up or down, whatever the learning rate; and there are no moments."""
+  """After 6 steps it is a sum of six steps of 1e-3, up or down, whatever the learning rate."""
   choice_NE = parameters(one)["blocks/choice"]
   np.testing.assert_allclose(choice_NE / 1e-3, np.round(choice_NE / 1e-3), atol=1e-3)
   assert (np.abs(choice_NE) <= 6.001e-3).all() and (choice_NE > 0).any() and (choice_NE < 0).any()
@@ -127,7 +127,10 @@ def test_adapters_of_experts_and_of_all_else(one, tiny, tmp_path, monkeypatch):
   trainer.train(tiny(lora), tmp_path / "lora")
   merged, base = lladax.load(tmp_path / "lora"), lladax.load(one)
   assert merged.model.lora_rank == 0
-  for stack, names in (("first", ("q", "gate", "down")), ("blocks", ("v", "experts_up", "experts_down", "shared_gate"))):
+  for stack, names in (
+    ("first", ("q", "gate", "down")),
+    ("blocks", ("v", "experts_up", "experts_down", "shared_gate")),
+  ):
     for name in names:
       assert np.abs(np.asarray(merged.params[stack][name]) - np.asarray(base.params[stack][name])).max() > 0
   for name in ("router", "choice"):
@@ -187,7 +190,9 @@ def causal(tiny, tmp_path_factory):
 
 @pytest.mark.parametrize("changes", [{"noise.block": 4}, {"model.shift": True}, {}], ids=str)
 def test_a_causal_model_becomes_a_mask_predictor(causal, tiny, tmp_path, changes):
-  config = tiny({"init_from": str(causal), "data.segments": True, "steps": 4, "optimizer.schedule": ((-1, 0.0),)} | changes)
+  config = tiny(
+    {"init_from": str(causal), "data.segments": True, "steps": 4, "optimizer.schedule": ((-1, 0.0),)} | changes
+  )
   trainer.train(config, tmp_path)
   ours, theirs = lladax.load(tmp_path), lladax.load(causal)
   assert ours.model.objective.fills and ours.model.shift == bool(changes.get("model.shift"))
