@@ -273,7 +273,7 @@ class Tokenizer:
 
   def with_mask(self, name: str) -> Tokenizer:
     """The same with a [MASK] of that name, which is appended where the vocabulary lacks it."""
-    others = None if self._others is None else self._others | {"added": [name]}
+    others = None if self._others is None else {**self._others, "added": [name]}
     return Tokenizer(self._vocabulary, self._names | {"mask": name}, others)
 
   def bare(self) -> Tokenizer:

@@ -105,8 +105,8 @@ class LLaDA:
       prompts: a text, a list of ids, or a conversation (a list of {"role": ..., "content": ...}); or a list of these.
       until: strings that end a text, which is cut there. No block is begun when all texts have ended: the canvas keeps
         `mask_id` behind them.
-      **options: those of `SamplerConfig`; what is not said is as in `defaults`. With one `seed` each row has the noise of
-        its number; with a list, a seed a row, it has that of the first row under its own seed: what
+      **options: those of `SamplerConfig`; what is not said is as in `defaults`. With one `seed` each row has the noise
+        of its number; with a list, a seed a row, it has that of the first row under its own seed: what
         `sample([prompt], seed=s)` gives, `s` gives anywhere.
 
     Raises:

@@ -325,12 +325,12 @@ def feed_forward(
     x_PD = _moved(n_TD, layout.pair_P, layout.place_M, c.J)
     gate_PX, up_PX = (checkpoint_name(project(x_PD, name), "grouped") for name in ("experts_gate", "experts_up"))
     # Weighed before `down` and not behind it, which is the same: the backward pass needs nothing of width D then.
-    weight_P = _moved(weight_TJ.reshape(-1), layout.pair_P, layout.place_M, 1)
+    weight_P: Any = _moved(weight_TJ.reshape(-1), layout.pair_P, layout.place_M, 1)
     inner_PX = jax.nn.silu(gate_PX) * up_PX * weight_P[:, None]
     if dtype != stream_dtype:  # as in Block: float16 has no larger number
       inner_PX = jnp.clip(inner_PX, -jnp.finfo(dtype).max, jnp.finfo(dtype).max)
     out_PD = project(inner_PX.astype(dtype), "experts_down")
-    out_MD = _moved(out_PD, layout.place_M, layout.pair_P, 1)
+    out_MD: Any = _moved(out_PD, layout.place_M, layout.pair_P, 1)
     out_BWD = out_MD.reshape(-1, c.J, c.D).sum(1, dtype=jnp.float32).astype(stream_dtype).reshape(n_BWD.shape)
     if seen:
       stats = jax.lax.psum(stats, seen)

@@ -554,6 +554,8 @@ class Block(nnx.Module):
 class MaskPredictor(nnx.Module):
   """p(x_0 | x_t): for every position of a partly masked canvas, a distribution over the vocabulary."""
 
+  blocks: Any  # and `first`, where the first layers are of another kind
+
   def __init__(self, c: MaskPredictorConfig, *, rngs: nnx.Rngs):
     self.c = c
 

@@ -227,21 +227,25 @@ def _rope(config: dict[str, Any], plain: bool, problems: list[str]) -> dict[str,
     return fields
   if any(x != first for x in stretched.values()):
     problems.append(f"{' and '.join(stretched)} stretch positions differently, which is not supported")
-  most, before = config.get("max_position_embeddings"), first.get("original_max_position_embeddings")
-  number = lambda x: isinstance(x, int | float) and not isinstance(x, bool)  # noqa: E731
-  factor = first["factor"] or (most / before if number(most) and number(before) and before else None)
-  if not number(factor):
+  most = _number(config.get("max_position_embeddings"))
+  before = _number(first.get("original_max_position_embeddings"))
+  factor = _number(first["factor"]) or (most / before if most and before else 0.0)
+  if not factor:
     problems.append(f"{next(iter(stretched))}.factor is missing")
     return fields
-  fields |= {"rope_scaling": first["kind"], "rope_factor": float(factor)}
+  fields |= {"rope_scaling": first["kind"], "rope_factor": factor}
   if first["kind"] != "linear":
-    fields["rope_length"] = int(before) if number(before) else most
+    fields["rope_length"] = int(before or most)
     low, high = ("beta_slow", "beta_fast") if first["kind"] == "yarn" else ("low_freq_factor", "high_freq_factor")
-    ends = (1.0, 32.0) if first["kind"] == "yarn" else (1.0, 4.0)
-    turns = [first[key] or end for key, end in zip((low, high), ends, strict=True)]
-    fields["rope_turns"] = tuple(float(x) if number(x) else x for x in turns)
-    fields["rope_attention"] = float(first.get("attention_factor") or 0.0)
+    ends = {low: 1.0, high: 32.0 if first["kind"] == "yarn" else 4.0}
+    fields["rope_turns"] = tuple(_number(first[key]) or end for key, end in ends.items())
+    fields["rope_attention"] = _number(first.get("attention_factor"))
   return fields
+
+
+def _number(x: Any) -> float:
+  """A number of config.json; 0 where it is none, which has been said, or is not there."""
+  return float(x) if isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < math.inf else 0.0
 
 
 def _typed(name: str, value: Any, kind: type, problems: list[str]) -> Any:
@@ -408,10 +412,10 @@ def pieces(c: MaskPredictorConfig, column: int, merged: bool = False) -> Iterato
       experts = c.E if row[0].startswith("experts") and not merged else 0
       if row[0].startswith("experts") and merged:
         disk, name, size = "E " + disk, name.replace("experts.{}", "experts"), c.E
-      for layer in range(of_stack.N) if stack else (None,):
-        if layer is None:
-          yield Piece(_spelled(name), path, disk, letters, (), 0, size)
-        elif not experts:
+      if not stack:
+        yield Piece(_spelled(name), path, disk, letters, (), 0, size)
+      for layer in range(of_stack.N) if stack else ():
+        if not experts:
           yield Piece(_spelled(name.format(first + layer), merged), path, disk, letters, (layer,), start, size)
         for expert in range(experts):
           yield Piece(_spelled(name.format(first + layer, expert)), path, disk, letters, (layer, expert), 0, size)

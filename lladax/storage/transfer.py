@@ -61,7 +61,8 @@ def load_params(published: Published, shardings: Any = None, dtype: Any = None) 
       tensor = published.tensors[piece.name]
       for start, size in piece.moves(c, most):
         shape = (size, *tensor.shape[1:])
-        slab = jax.make_array_from_callback(shape, disk_at, functools.partial(tensor.rows, piece.row + start, size))
+        part: Any = functools.partial(tensor.rows, piece.row + start, size)
+        slab = jax.make_array_from_callback(shape, disk_at, part)
         x = jax.block_until_ready(fill(x, slab, piece.place(len(letters), start)))  # or slabs would pile up
     flat[path] = x
   return checkpoint.nested(flat)

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 # The first layer dense, a shared expert, groups, a bias that chooses and learns, both auxiliary losses.
 EXPERTS = {
   "model.N": 2, "model.H": 4, "model.G": 4, "model.E": 8, "model.J": 2, "model.X": 8, "model.S": 8, "model.dense": 1,
-  "model.router": "sigmoid", "model.router_bias": True, "model.router_groups": 4, "model.router_topk_groups": 2, "model.router_renormalise": True,
+  "model.router": "sigmoid", "model.router_bias": True, "model.router_groups": 4, "model.router_topk_groups": 2,
+  "model.router_renormalise": True,
   "model.router_scale": 2.5, "model.balance": 0.01, "model.z_loss": 0.001, "model.balance_rate": 1e-3,
   "model.qk_norm": True, "data.segments": True, "steps": 6,
 }  # fmt: skip
