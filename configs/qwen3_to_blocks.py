@@ -7,7 +7,7 @@
 
 [MASK] is the first row of the embedding behind the vocabulary, as SDAR's; its embedding is drawn like the words'.
 Targets stand where their masks do: the causal model's shift is dropped (`model.shift` keeps it, for a canvas that is
-one block, as Dream does). Documents are packed. `:grow` warms up through blocks of 1 and 4 to 32, as LLaDA2.0 does
+one block, as Dream does). Documents see only themselves. `:grow` warms up through blocks of 1 and 4 to 32, as LLaDA2.0 does
 (arXiv 2512.15745), and `:dream` is a canvas of one block with the shift kept.
 
 What is SDAR's here: the model, blocks of 4, the mask, the loss. Its batches and learning rates are not published as
@@ -30,7 +30,7 @@ def get_config(variant: str = ""):
   config.init_from = "runs/qwen3"
   config.model.update(D=4096, N=36, H=32, G=8, K=128, F=12288, V=151936, max_length=32768, remat="full")
   config.model.update(rope_theta=1e6, norm_eps=1e-6, qk_norm=True)
-  config.data.update(corpus="files:data/*.jsonl", length=4096, batch_size=256, packing=True, held_out=0.001)
+  config.data.update(corpus="files:data/*.jsonl", length=4096, batch_size=256, segments=True, held_out=0.001)
   config.noise.update(block=4)
   config.optimizer.schedule = ((500, 2e-5), (-1, 2e-5), (0.1, 2e-6))
   config.steps = 50_000  # 52G tokens
