@@ -47,7 +47,10 @@ def cudnn(monkeypatch):
 
 @functools.cache
 def config_of(name, objective="diffusion"):
-  config = parse(configs.load(name).to_dict() | {"objective": objective})
+  values = configs.load(name).to_dict() | {"objective": objective}
+  if objective == "autoregressive":  # which knows little of what others sample by
+    values["sample"] = dataclasses.asdict(SamplerConfig())
+  config = parse(values)
   model = dataclasses.replace(config.model, V=config.model.V or config.tokenizer.vocab_size)
   return dataclasses.replace(config, model=model)
 
@@ -116,6 +119,10 @@ STEPS = {
   "llada_8b_sft:lora": ("right", "cuda tpu"),
   "llada_8b_sft:qlora": ("right", "cuda tpu"),
   "llada_8b_sft:illada": ("any", "cuda tpu"),
+  "llada2_mini_sft": ("any", "cuda tpu"),
+  "llada2_mini_sft:lora": ("any", "cuda tpu"),
+  "llada_moe_sft": ("right", "cuda tpu"),
+  "qwen3_to_blocks": ("any", "cuda tpu"),
   "poems": ("any", ""),
   "quickstart": ("none", "cuda"),
   "reversal": ("any", ""),
