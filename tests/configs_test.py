@@ -24,8 +24,10 @@ def test_it_builds(name):
   params = jax.eval_shape(model.init, jax.random.key(0))
   letters = model.letters()
   assert jax.tree.structure(params) == jax.tree.structure(letters)
-  for x, axes in zip(jax.tree.leaves(params), jax.tree.leaves(letters), strict=True):
-    assert x.shape == tuple(getattr(model, letter) for letter in axes)
+  parts = model.stacks | {"": model}
+  for path, x in jax.tree_util.tree_leaves_with_path(params):
+    axes = letters[path[0].key][path[1].key] if path[1:] else letters[path[0].key]
+    assert x.shape == tuple(getattr(parts[path[0].key if path[1:] else ""], letter) for letter in axes)
   canvas = jax.ShapeDtypeStruct((2, config.data.length), "int32")
   logits = jax.eval_shape(lambda params, canvas: model.bind(params)(canvas), params, canvas)
   assert logits.shape == (2, config.data.length, model.V) and logits.dtype == "float32"

@@ -1,4 +1,4 @@
-"""The settings of LLaDA's published tables by name, and the number to expect of each."""
+"""Published settings by name: those of LLaDA's tables, with the number to expect of each, and its successors' own."""
 
 import dataclasses
 import difflib
@@ -68,6 +68,27 @@ PRESETS: dict[str, Preset] = {
   "llada_instruct/gpqa": _instruct("gpqa_main_generative_n_shot", 64, 64, confidence_eos_eot_inf=True),
   "llada_instruct/humaneval": _instruct("humaneval_instruct", 512, 512, 49.4, logits_eos_inf=True),
   "llada_instruct/mbpp": _instruct("mbpp_instruct", 256, 256, confidence_eos_eot_inf=True),
+}
+
+
+# How the successors sample in their reports: the task's own shots, and no numbers that we could trace to a table
+# (LLaDA2.0: arXiv 2512.15745; LLaDA2.1's two modes: arXiv 2602.08676; SDAR: its repository).
+_2048 = {"gen_length": 2048, "early_stop": True}
+_EDITS = _2048 | {"tokens_per_step": 1, "max_post_passes": 16}
+_FAMILIES: dict[str, dict[str, Any]] = {
+  "llada2": _2048 | {"block_steps": 32, "threshold": 0.95},
+  "llada21_quality": _EDITS | {"threshold": 0.7, "edit_threshold": 0.5},
+  "llada21_speed": _EDITS | {"threshold": 0.5, "edit_threshold": 0.0},
+  "sdar": _2048 | {"block_steps": 4, "threshold": 0.9},
+}
+_TASKS = {
+  "gsm8k": "gsm8k", "math": "minerva_math", "humaneval": "humaneval_instruct", "mbpp": "mbpp_instruct",
+  "mmlu_pro": "mmlu_pro",
+}  # fmt: skip
+PRESETS |= {
+  f"{family}/{name}": Preset(task, None, options, chat=True)
+  for family, options in _FAMILIES.items()
+  for name, task in _TASKS.items()
 }
 
 
