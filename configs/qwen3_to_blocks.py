@@ -7,8 +7,8 @@
 
 [MASK] is the first row of the embedding behind the vocabulary, as SDAR's; its embedding is drawn like the words'.
 Targets stand where their masks do: the causal model's shift is dropped (`model.shift` keeps it, for a canvas that is
-one block, as Dream does). Documents see only themselves. `:grow` warms up through blocks of 1 and 4 to 32, as LLaDA2.0 does
-(arXiv 2512.15745), and `:dream` is a canvas of one block with the shift kept.
+one block, as Dream does). Documents see only themselves. `:grow` warms up through blocks of 1 and 4 to 32, as LLaDA2.0
+does (arXiv 2512.15745), and `:dream` is a canvas of one block with the shift kept.
 
 What is SDAR's here: the model, blocks of 4, the mask, the loss. Its batches and learning rates are not published as
 far as we know, and these are ours. Not run by us: what is tested here is that it builds, its parameter count, and its

@@ -348,7 +348,7 @@ def test_an_unknown_option_is_named(llada):
 
 def test_causal_log_likelihood_is_the_chain_rule():
   causal = tiny(causal=True)
-  log_p_LV = jax.nn.log_softmax(causal.logits([[causal.eos_id, *b"abcd"]])[0])
+  log_p_LV = jax.nn.log_softmax(causal.logits([[*b"abcde"]])[0])  # at i what is predicted for token i
   expected = sum(log_p_LV[i, token] for i, token in list(enumerate(b"abcde"))[2:])
   np.testing.assert_allclose(causal.log_likelihood("ab", "cde"), expected, rtol=1e-5)
 
