@@ -31,10 +31,10 @@ GQA_TIED = LLADA | {"n_kv_heads": 2, "weight_tying": True}  # LLaDA's names, iLL
 
 _SAID = {
   "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4,
-  "intermediate_size": 96, "vocab_size": 256, "max_position_embeddings": 128, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "hidden_act": "silu",
-  "tie_word_embeddings": False, "attention_dropout": 0.0, "rope_scaling": None, "initializer_range": 0.02,
-  "use_sliding_window": False, "sliding_window": 16, "max_window_layers": 2, "eos_token_id": 2, "use_cache": True,
-  "torch_dtype": "bfloat16",
+  "intermediate_size": 96, "vocab_size": 256, "max_position_embeddings": 128, "rope_theta": 1e6, "rms_norm_eps": 1e-6,
+  "hidden_act": "silu", "tie_word_embeddings": False, "attention_dropout": 0.0, "rope_scaling": None,
+  "initializer_range": 0.02, "use_sliding_window": False, "sliding_window": 16, "max_window_layers": 2,
+  "eos_token_id": 2, "use_cache": True, "torch_dtype": "bfloat16",
 }  # fmt: skip
 _ROUTED = {
   "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True,

@@ -186,7 +186,8 @@ def test_what_no_published_layout_says(model, said):
     ({"causal": True, "shift": True, "qk_norm": True, "E": 4, "J": 2, "X": 8, "router_renormalise": True}, "Qwen3-MoE"),
     ({"E": 4, "J": 2, "X": 8, "qk_norm": True, "dense": 1}, "LLaDA-MoE"),
     ({"E": 4, "J": 2, "X": 8, "S": 16, "qk_norm": True, "router": "sigmoid", "router_groups": 2, "block": 32,
-      "router_topk_groups": 1, "dense": 1, "router_bias": True, "router_scale": 2.5, "router_renormalise": True}, "LLaDA2"),
+      "router_topk_groups": 1, "dense": 1, "router_bias": True, "router_scale": 2.5, "router_renormalise": True},
+     "LLaDA2"),
   ],
 )  # fmt: skip
 def test_a_model_of_ours_is_of_a_family(model, name):
