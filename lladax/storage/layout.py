@@ -464,11 +464,9 @@ def says(config: dict[str, Any], model: MaskPredictorConfig) -> bool:
   """Whether a config.json that a model was imported with says it still: it may be trained for something else since."""
   family = family_of(config, model.objective.fills)
   theirs = model_of(config, family, [])
-  if theirs is None or bool(model.block) != (family.block is not None):
+  if theirs is None or model.block != (0 if family.block is None else config.get("block_size") or family.block):
     return False
-  return all(getattr(theirs, name) == getattr(model, name) for name in ("causal", *SHAPE)) and (
-    family.block != 0 or config.get("block_size") in (None, model.block)
-  )
+  return all(getattr(theirs, name) == getattr(model, name) for name in ("causal", *SHAPE))
 
 
 def of_model(model: MaskPredictorConfig) -> Family:
@@ -510,7 +508,7 @@ def new_config(model: MaskPredictorConfig, text: tokenizers.Tokenizer) -> dict[s
     config |= {name: getattr(model, field) for field, name in family.fields.items()}
     config |= {"partial_rotary_factor": model.rotary / model.K} if model.rotary else {}
     config |= _scaling(model)
-    config |= {"block_size": model.block} if family.block == 0 else {}
+    config |= {"block_size": model.block} if model.block and model.block != family.block else {}
   if family.name == "LLaDA2":
     config["num_shared_experts"] = model.S // model.X
   if family.name == "LLaDA-MoE":
