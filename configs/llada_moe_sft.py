@@ -7,8 +7,8 @@
 
 LLaDA's objective and fine-tuning (configs/llada_8b_sft.py), with the paper's auxiliary losses: 0.01 of balance, 0.001
 of the router's z. `:lora` trains adapters of rank 16 of attention and experts; `:h100_8`, `:lora_h100_1` and
-`:v5p_2x2x4` have the settings of a topology, of which launch/README.md has what --mode=plan says. Not run by us: what is
-tested here is that it builds, its parameter count, and its memory.
+`:v5p_2x2x4` have the settings of a topology, of which launch/README.md has what --mode=plan says. Not run by us: what
+is tested here is that it builds, its parameter count, and its memory.
 """
 
 from lladax.configs import base, llada_8b

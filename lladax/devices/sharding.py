@@ -30,6 +30,7 @@ AXES = {
   "H": ("tensor",),
   "G": ("tensor",),
   "F": ("tensor",),
+  "S": ("tensor",),
   "V": ("tensor",),
   "E": ("tensor",),
 }

@@ -77,6 +77,12 @@ def from_published(
   address.push(workdir)
 
 
+def _says(config: dict[str, Any], folder: Path, model: MaskPredictorConfig) -> bool:
+  """Whether an imported folder says still what a model trained from it is, and what it masks with."""
+  masks = config.get("mask_token_id") is not None or published.names_mask(folder)
+  return layout.says(config, model) and (masks or not model.objective.fills)
+
+
 def to_published(workdir: Path, target: Path, dtype: str | None = None) -> None:
   """Writes a workdir's last checkpoint in the published layout, with the files that were imported beside it.
 
@@ -90,7 +96,7 @@ def to_published(workdir: Path, target: Path, dtype: str | None = None) -> None:
   model = MaskPredictorConfig(**saved["model"])
   theirs = workdir / "published" / "config.json"
   config = json.loads(theirs.read_text("utf-8")) if theirs.is_file() else None
-  imported = config is not None and layout.says(config, model)
+  imported = config is not None and ("base" not in saved or _says(config, theirs.parent, model))
   if not imported:
     layout.of_model(model)  # before anything is read
   # Adapters are merged, with what they were trained over. What float16 cannot say of a file is not lost here.

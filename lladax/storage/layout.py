@@ -78,6 +78,7 @@ class Family(NamedTuple):
   fields: dict[str, str] = {}  # ours, and their names in config.json, besides FIELDS
   options: dict[str, tuple] = {}  # what config.json may say beside them: the values that change nothing
   block: int | None = None  # tokens of a block where config.json does not say; 0: it must be told; None: there are none
+  also: dict[str, str] = {}  # names in config.json, and others for the same
 
 
 _CAUSAL = {"causal": True, "shift": True}
@@ -86,6 +87,7 @@ _ROUTED = {  # of experts that all layers have
   "decoder_sparse_step": (1,), "mlp_only_layers": ([],), "output_router_logits": (False,),
   "router_aux_loss_coef": None,
 }  # fmt: skip
+_ALSO = {"num_experts": "num_local_experts"}  # which transformers 5 writes
 _QWEN3_MOE = _EXPERTS | {"router_renormalise": "norm_topk_prob"}
 _LLADA_MOE = {
   "moe_router_score_function": ("softmax",), "output_router_logits": (False,), "router_aux_loss_coef": None,
@@ -120,11 +122,13 @@ FAMILIES = (
   ),
   Family("Dream", "Dream", "DreamModel", 1, {"shift": True, "qkv_bias": True}),
   Family("SDAR", "sdar", "SDARForCausalLM", 1, {"qk_norm": True}, block=0),
-  Family("SDAR-MoE", "sdar_moe", "SDARMoeForCausalLM", 1, {"qk_norm": True}, _QWEN3_MOE, _ROUTED, block=0),
+  Family("SDAR-MoE", "sdar_moe", "SDARMoeForCausalLM", 1, {"qk_norm": True}, _QWEN3_MOE, _ROUTED, block=0, also=_ALSO),
   Family("Llama", "llama", "LlamaForCausalLM", 1, _CAUSAL),
   Family("Qwen2", "qwen2", "Qwen2ForCausalLM", 1, _CAUSAL | {"qkv_bias": True}),
   Family("Qwen3", "qwen3", "Qwen3ForCausalLM", 1, _CAUSAL | {"qk_norm": True}),
-  Family("Qwen3-MoE", "qwen3_moe", "Qwen3MoeForCausalLM", 1, _CAUSAL | {"qk_norm": True}, _QWEN3_MOE, _ROUTED),
+  Family(
+    "Qwen3-MoE", "qwen3_moe", "Qwen3MoeForCausalLM", 1, _CAUSAL | {"qk_norm": True}, _QWEN3_MOE, _ROUTED, also=_ALSO,
+  ),
 )  # fmt: skip
 NAMED = {family.name: family for family in FAMILIES}
 
@@ -186,6 +190,14 @@ _ROPE_KINDS = {
 }
 
 
+def _rope_parts(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+  """The objects that say how positions are turned, with their names."""
+  for name in ("rope_scaling", "rope_parameters"):
+    value = config.get(name) or {}
+    layers = isinstance(value, dict) and value and all(isinstance(x, dict) for x in value.values())
+    yield from ({f"{name}.{x}": value[x] for x in value} if layers else {name: value}).items()
+
+
 def _rope(config: dict[str, Any], plain: bool, problems: list[str]) -> dict[str, Any]:
   """The fields of the rotary embeddings, wherever they stand; of `rope_theta` None: nowhere. `plain`: no others.
 
@@ -193,30 +205,26 @@ def _rope(config: dict[str, Any], plain: bool, problems: list[str]) -> dict[str,
   """
   found: dict[str, dict[str, Any]] = {"rope_theta": {"rope_theta": config.get("rope_theta")}}
   stretched: dict[str, dict[str, Any]] = {}
-  for name in ("rope_scaling", "rope_parameters"):
-    value = config.get(name) or {}
-    layers = isinstance(value, dict) and value and all(isinstance(x, dict) for x in value.values())
-    for part, settings in ({f"{name}.{x}": value[x] for x in value} if layers else {name: value}).items():
-      if not isinstance(settings, dict):
-        problems.append(f"{part}={shown(settings)}: expected an object")
+  for part, settings in _rope_parts(config):
+    if not isinstance(settings, dict):
+      problems.append(f"{part}={shown(settings)}: expected an object")
+      continue
+    kind = settings.get("rope_type") or settings.get("type") or "default"
+    known = _ROPE_KINDS.get(kind, ()) if isinstance(kind, str) and not plain else ()
+    found["rope_theta"][f"{part}.rope_theta"] = settings.get("rope_theta")
+    for key, x in settings.items():
+      harmless = (None, "default") if key in ("rope_type", "type") else (None, 1.0)
+      harmless = (None,) if key.startswith("mscale") else harmless  # two of them take the place of YaRN's magnitude
+      if key in ("rope_type", "type") and known or key == "rope_theta" or key == "partial_rotary_factor" and not plain:
         continue
-      kind = settings.get("rope_type") or settings.get("type") or "default"
-      known = _ROPE_KINDS.get(kind, ()) if isinstance(kind, str) and not plain else ()
-      found["rope_theta"][f"{part}.rope_theta"] = settings.get("rope_theta")
-      for key, x in settings.items():
-        harmless = (None, "default") if key in ("rope_type", "type") else (None, 1.0)
-        if (
-          key in ("rope_type", "type") and known or key == "rope_theta" or key == "partial_rotary_factor" and not plain
-        ):
-          continue
-        if key in known and (isinstance(x, bool) or not isinstance(x, int | float) or not 0 < x < math.inf):
-          problems.append(f"{named(part)}.{named(key)}={shown(x)}: must be a number above 0")
-        elif key not in known and x not in harmless and (kind == "default" or known or key in ("rope_type", "type")):
-          kinds = ("default", *(() if plain else _ROPE_KINDS)) if key in ("rope_type", "type") else ()
-          kinds = f", only {', '.join(kinds)}" if kinds else ""
-          problems.append(f"{named(part)}.{named(key)}={shown(x)} is not supported{kinds}")
-      if known:
-        stretched[part] = {key: settings.get(key) for key in known} | {"kind": kind}
+      if key in known and (isinstance(x, bool) or not isinstance(x, int | float) or not 0 < x < math.inf):
+        problems.append(f"{named(part)}.{named(key)}={shown(x)}: must be a number above 0")
+      elif key not in known and x not in harmless and (kind == "default" or known or key in ("rope_type", "type")):
+        kinds = ("default", *(() if plain else _ROPE_KINDS)) if key in ("rope_type", "type") else ()
+        kinds = f", only {', '.join(kinds)}" if kinds else ""
+        problems.append(f"{named(part)}.{named(key)}={shown(x)} is not supported{kinds}")
+    if known:
+      stretched[part] = {key: settings.get(key) for key in known} | {"kind": kind}
   given = {name: x for name, x in found["rope_theta"].items() if x is not None}
   theta = next(iter(given.values()), None)
   if any(x != theta for x in given.values()):
@@ -263,25 +271,32 @@ def _others(config: dict[str, Any], family: Family, K: int, fields: dict[str, An
   """The fields of a family that are not in FIELDS."""
   found = dict(family.model)
   for field, name in family.fields.items():
+    also = family.also.get(name, name)
+    if config.get(also) not in (None, config.get(name)):
+      if config.get(name) is not None:
+        problems.append(f"{name}={shown(config[name])} and {also}={shown(config[also])} disagree")
+      name = also
     if config.get(name) is not None:
       value = _typed(name, config[name], MaskPredictorConfig.__annotations__[field], problems)
       if value is not None:
         found[field] = value
-    elif field in ("E", "J", "X"):
+    elif field in ("E", "J", "X") or family.name == "LLaDA2" and field.startswith("router"):
       problems.append(f"{name} is missing")
   if not family.column:
     return found
   shares = {"partial_rotary_factor": config.get("partial_rotary_factor")}
-  parameters = config.get("rope_parameters")
-  if isinstance(parameters, dict):
-    shares["rope_parameters.partial_rotary_factor"] = parameters.get("partial_rotary_factor")
+  for part, settings in _rope_parts(config):
+    if isinstance(settings, dict):
+      shares[f"{part}.partial_rotary_factor"] = settings.get("partial_rotary_factor")
   widths = {"rotary_dim": config.get("rotary_dim")}
   for name, share in shares.items():
     if share is not None and (value := _typed(name, share, float, problems)) is not None:
       widths[name] = int(K * value)
   widths = {name: width for name, width in widths.items() if width is not None}
   if len(set(widths.values())) > 1:
-    problems.append(" and ".join(f"{name}={shown(config.get(name))}" for name in widths) + " disagree")
+    problems.append(
+      " and ".join(f"{name}={shown(shares.get(name, config.get(name)))}" for name in widths) + " disagree"
+    )
   elif widths:
     width = next(iter(widths.values()))
     found["rotary"] = 0 if width == K else width
@@ -307,7 +322,8 @@ def model_of(config: dict[str, Any], family: Family, problems: list[str]) -> Mas
     config["layer_types"] = "full_attention"
   if config.get("use_sliding_window") is False:
     config.pop("sliding_window", None)
-  known = {name for _, *names in FIELDS for name in names} | {*family.fields.values(), *_USED, *_HARMLESS}
+  known = {name for _, *names in FIELDS for name in names} | {*family.fields.values(), *family.also.values()}
+  known |= {*_USED, *_HARMLESS}
   known |= {name for name, allowed in family.options.items() if allowed is None}
   known |= {"LLaDA2": {"num_shared_experts"}, "LLaDA-MoE": {"moe_layer_freq"}}.get(family.name, set())
   if family.name == "Llama":  # it is what its class does
@@ -452,11 +468,9 @@ def says(config: dict[str, Any], model: MaskPredictorConfig) -> bool:
   """Whether a config.json that a model was imported with says it still: it may be trained for something else since."""
   family = family_of(config, model.objective.fills)
   theirs = model_of(config, family, [])
-  if theirs is None or bool(model.block) != (family.block is not None):
+  if theirs is None or model.block != (0 if family.block is None else config.get("block_size") or family.block):
     return False
-  return all(getattr(theirs, name) == getattr(model, name) for name in ("causal", *SHAPE)) and (
-    family.block != 0 or config.get("block_size") in (None, model.block)
-  )
+  return all(getattr(theirs, name) == getattr(model, name) for name in ("causal", *SHAPE))
 
 
 def of_model(model: MaskPredictorConfig) -> Family:
@@ -498,7 +512,7 @@ def new_config(model: MaskPredictorConfig, text: tokenizers.Tokenizer) -> dict[s
     config |= {name: getattr(model, field) for field, name in family.fields.items()}
     config |= {"partial_rotary_factor": model.rotary / model.K} if model.rotary else {}
     config |= _scaling(model)
-    config |= {"block_size": model.block} if family.block == 0 else {}
+    config |= {"block_size": model.block} if model.block and model.block != family.block else {}
   if family.name == "LLaDA2":
     config["num_shared_experts"] = model.S // model.X
   if family.name == "LLaDA-MoE":

@@ -147,7 +147,7 @@ def read(folder: Path, said: Said = NOTHING) -> Published:
   tensors = safetensors.headers(folder, problems)
   broken = bool(problems)  # what is in the other files is said when these are mended
   llama = config.get("model_type") == "llama" and not broken
-  masks = llama and (said.mask_id is not None or _mask_id(folder / "tokenizer.json") is not None)
+  masks = llama and (said.mask_id is not None or names_mask(folder))
   family = layout.family_of(config, masks)
   model = layout.model_of(config, family, problems)
   merged = any(re.search(r"\.experts\.(gate|up|down)_proj$", name) for name in tensors)
@@ -296,6 +296,11 @@ def _vocabulary(path: Path) -> hf_tokenizers.Tokenizer:
     return hf_tokenizers.Tokenizer.from_file(str(path))
   except Exception as error:  # the library raises nothing finer
     raise Mistake(f"{path} is no vocabulary: {named(str(error))}") from error
+
+
+def names_mask(folder: Path) -> bool:
+  """Whether its vocabulary has a token that is called a mask."""
+  return _mask_id(folder / "tokenizer.json") is not None
 
 
 def _mask_id(path: Path) -> int | None:

@@ -6,7 +6,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from layouts import BF16, GOLDEN, GQA_TIED, ILLADA, LLADA, complaint, publish, shapes, tensors
+from layouts import (
+  BF16,
+  CONFIGS,
+  GOLDEN,
+  GQA_TIED,
+  ILLADA,
+  LLADA,
+  complaint,
+  publish,
+  random_config,
+  shapes,
+  tensors,
+)
 
 import lladax
 from lladax.data import tokenizer
@@ -39,6 +51,52 @@ def test_round_trip_is_the_identity(tmp_path, config, dtype, monkeypatch):
     index = json.loads((target / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == shapes(config).keys() and set(index["weight_map"].values()) == set(files)
     assert index["metadata"]["total_size"] == sum(len(content) for _, _, content in tensors(source).values())
+
+
+EXPERTS = [name for name, config in CONFIGS.items() if "num_experts" in config]
+
+
+def test_there_is_a_config_of_every_family():
+  assert list(CONFIGS) and set(CONFIGS) == {family.name for family in layout.FAMILIES}
+  for name, config in CONFIGS.items():
+    assert layout.family_of(config).name == name
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  ("name", "merged"), [*((name, False) for name in CONFIGS), *((name, True) for name in EXPERTS)]
+)
+def test_every_family_comes_back_as_it_was(tmp_path, name, merged, seed, monkeypatch):
+  """Byte for byte, from several files to several; a bias that chooses experts is in float32, as theirs is."""
+  monkeypatch.setattr(transfer, "ROWS", 100)
+  config = random_config(name, seed)
+  choice = {tensor: shape for tensor, shape in shapes(config, merged).items() if tensor.endswith("expert_bias")}
+  choice = {
+    tensor: np.random.default_rng(1).standard_normal(shape).astype("float32") for tensor, shape in choice.items()
+  }
+  source, target = publish(tmp_path / "source", config, merged=merged, **choice), tmp_path / "target"
+  theirs = published.read(source)
+  assert (theirs.family.name, theirs.merged) == (name, merged)
+  params = transfer.load_params(theirs)
+  assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(
+    lambda x: x.shape, jax.eval_shape(theirs.model.init, jax.random.key(0))
+  )
+  transfer.export(params, theirs.model, target, config, merged=merged, max_shard_bytes=3_000)
+  assert len(list(target.glob("*.safetensors"))) > 1
+  assert tensors(target) == tensors(source) and tensors(source).keys() == shapes(config, merged).keys()
+  assert json.loads((target / "config.json").read_text()) == config
+
+
+def test_experts_apart_are_experts_in_one_tensor(tmp_path):
+  source = publish(tmp_path / "source", CONFIGS["LLaDA2"])
+  theirs = published.read(source)
+  (tmp_path / "merged").mkdir()
+  transfer.export(transfer.load_params(theirs), theirs.model, tmp_path / "merged", CONFIGS["LLaDA2"], merged=True)
+  assert {name: shape for name, (_, shape, _) in tensors(tmp_path / "merged").items()} == shapes(
+    CONFIGS["LLaDA2"], True
+  )
+  again = published.read(tmp_path / "merged")
+  jax.tree.map(np.testing.assert_array_equal, transfer.load_params(again), transfer.load_params(theirs))
 
 
 def test_golden_checkpoint_and_its_round_trip(tmp_path):
@@ -74,17 +132,25 @@ def test_layers_and_heads_are_where_they_belong(tmp_path):
   assert "head" not in params
 
 
-@pytest.mark.parametrize("config", [LLADA, ILLADA], ids=["llada", "illada"])
-def test_sharded_load_is_the_plain_one_and_sharded(tmp_path, config):
-  theirs = published.read(publish(tmp_path / "source", config))
+@pytest.mark.parametrize(
+  ("name", "merged"), [*((name, False) for name in CONFIGS), *((name, True) for name in EXPERTS[:2])]
+)
+def test_sharded_load_is_the_plain_one_and_sharded(tmp_path, name, merged):
+  """Experts among the devices of `tensor`, and along their width, or that of the stream, among those of `fsdp`."""
+  config = CONFIGS[name] | ({"num_key_value_heads": 2} if name == "iLLaDA" else {})
+  theirs = published.read(publish(tmp_path / "source", config, merged=merged))
   mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4, tensor=2))
   at = sharding.shardings(mesh, theirs.model.letters())
   plain, sharded = transfer.load_params(theirs), transfer.load_params(theirs, at)
   jax.tree.map(np.testing.assert_array_equal, sharded, plain)
   assert jax.tree.map(lambda x: x.sharding, sharded) == at
-  for name, x in checkpoint.flat(sharded):
-    held = x.addressable_shards[0].data.size
-    assert held == x.size // (4 if "norm" in name else 8), name  # all but the norms are cut both ways
+  for path, x in checkpoint.flat(sharded):
+    held, last = x.addressable_shards[0].data.size, path.rpartition("/")[2]
+    # All but the norms and biases are cut both ways.
+    parts = (
+      1 if last in ("q_norm", "k_norm") else 4 if "norm" in last else 2 if "bias" in last or last == "choice" else 8
+    )
+    assert held == x.size // parts, path
 
 
 def test_a_tied_head_may_be_spelled_out_if_it_is_the_embedding(tmp_path):
@@ -120,7 +186,7 @@ def test_what_no_published_layout_says(model, said):
     ({"causal": True, "shift": True, "qk_norm": True, "E": 4, "J": 2, "X": 8, "router_renormalise": True}, "Qwen3-MoE"),
     ({"E": 4, "J": 2, "X": 8, "qk_norm": True, "dense": 1}, "LLaDA-MoE"),
     ({"E": 4, "J": 2, "X": 8, "S": 16, "qk_norm": True, "router": "sigmoid", "router_groups": 2, "block": 32,
-      "dense": 1, "router_topk_groups": 1, "router_bias": True, "router_scale": 2.5, "router_renormalise": True},
+      "router_topk_groups": 1, "dense": 1, "router_bias": True, "router_scale": 2.5, "router_renormalise": True},
      "LLaDA2"),
   ],
 )  # fmt: skip
