@@ -4,13 +4,16 @@
   python benchmarks/experts.py --T 8192 --D 2048 --E 64 --J 8 --X 1024 --dtype bfloat16   # LLaDA-MoE's, for a GPU
 
 Contenders: `experts`, as the model runs them; `ragged`, the same with `jax.lax.ragged_dot` in the place of its tiles;
-`dense`, a feed-forward network of width J * X; `all`, every expert for every token. Milliseconds forward, and forward
-and backward, by the gradient of stream and weights; medians over rounds in which they take turns. Loads are those of a
-router as it is initialised.
+`dense`, a feed-forward network of width J * X; `loop`, one expert after the other for every token; `torch`, where it is
+installed, a loop over experts in eager PyTorch that picks the tokens of each, as transformers writes it. Milliseconds
+forward, and forward and backward, by the gradient of stream and weights; medians over rounds in which they take turns.
+Loads are those of a router as it is initialised.
 """
 
 import argparse
 import functools
+import importlib
+import os
 import statistics
 import time
 import types
@@ -42,14 +45,19 @@ def dense(n_BWD, weights, c):
   return (jax.nn.silu(n_BWD @ gate_DF) * (n_BWD @ up_DF)) @ down_FD
 
 
-def all_experts(n_BWD, weights, c):
-  """Every expert for every token."""
+def loop(n_BWD, weights, c):
+  """One expert after the other, each for every token, weighed by 0 where it was not chosen."""
   n_TD = n_BWD.reshape(-1, c.D)
   expert_TJ, weight_TJ, *_ = experts.route(n_TD, weights["router"], None, c)
-  weight_TE = jnp.einsum("TJE,TJ->TE", jax.nn.one_hot(expert_TJ, c.E), weight_TJ).astype(c.compute_dtype)
-  gate, up, down = (weights[f"experts_{name}"].astype(c.compute_dtype) for name in ("gate", "up", "down"))
-  inner_TEX = jax.nn.silu(jnp.einsum("TD,EDX->TEX", n_TD, gate)) * jnp.einsum("TD,EDX->TEX", n_TD, up)
-  return jnp.einsum("TEX,TE,EXD->TD", inner_TEX, weight_TE, down).reshape(n_BWD.shape)
+
+  def add(out_TD, expert):
+    number, gate_DX, up_DX, down_XD = expert
+    weight_T = jnp.where(expert_TJ == number, weight_TJ, 0).sum(1).astype(c.compute_dtype)
+    inner_TX = jax.nn.silu(n_TD @ gate_DX) * (n_TD @ up_DX)
+    return out_TD + weight_T[:, None] * (inner_TX @ down_XD), None
+
+  matrices = (weights[f"experts_{name}"].astype(c.compute_dtype) for name in ("gate", "up", "down"))
+  return jax.lax.scan(add, jnp.zeros_like(n_TD), (jnp.arange(c.E), *matrices))[0].reshape(n_BWD.shape)
 
 
 def ragged(n_BWD, weights, c):
@@ -70,8 +78,45 @@ CONTENDERS = {
   "experts": lambda n_BWD, weights, c: experts.feed_forward(n_BWD, weights, c)[0],
   "dense": dense,
   "ragged": ragged,
-  "all": all_experts,
+  "loop": loop,
 }
+
+
+def in_torch(n_BWD, weights, c):
+  """(forward, forward and backward) of PyTorch on the same numbers, and what forward gives."""
+  torch = importlib.import_module("torch")
+  torch.set_num_threads(os.cpu_count() or 1)
+  n_TD = torch.tensor(np.asarray(n_BWD, np.float32)).reshape(-1, c.D).requires_grad_()
+  w = {name: torch.tensor(np.asarray(x)).requires_grad_() for name, x in weights.items()}
+  silu = torch.nn.functional.silu
+
+  def forward():
+    p_TE = torch.softmax(n_TD @ w["router"], dim=-1)
+    weight_TJ, expert_TJ = torch.topk(p_TE, c.J, dim=-1)
+    weight_TJ = weight_TJ / weight_TJ.sum(-1, keepdim=True)
+    out_TD = torch.zeros_like(n_TD)
+    for number in range(c.E):
+      token, place = torch.where(expert_TJ == number)
+      x = n_TD[token]
+      x = (silu(x @ w["experts_gate"][number]) * (x @ w["experts_up"][number])) @ w["experts_down"][number]
+      out_TD = out_TD.index_add(0, token, weight_TJ[token, place, None] * x)
+    return out_TD
+
+  def without_gradient():
+    with torch.no_grad():
+      return forward()
+
+  def both():
+    forward().sum().backward()
+    for x in (n_TD, *w.values()):
+      x.grad = None
+
+  return without_gradient, both
+
+
+def as_program(fn):
+  """As our own are called."""
+  return lambda *_: fn()
 
 
 def main():
@@ -80,7 +125,8 @@ def main():
   for name, size in sizes.items():
     parser.add_argument(f"--{name}", type=int, default=size)
   parser.add_argument("--dtype", default="float32")
-  parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders, separated by commas")
+  parser.add_argument("--atol", type=float, default=1e-3, help="how far answers may be apart")
+  parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders, separated by commas, torch too")
   a = parser.parse_args()
   c, rng = config(a), np.random.default_rng(0)
   n_BWD = jnp.asarray(rng.standard_normal((1, a.T, a.D)), c.compute_dtype)
@@ -89,11 +135,17 @@ def main():
 
   programs = {}
   for name in a.only.split(","):
+    if name == "torch":
+      programs[name, "forward"], programs[name, "both"] = map(as_program, in_torch(n_BWD, weights, c))
+      continue
     fn = functools.partial(CONTENDERS[name], c=c)
     back = jax.grad(lambda n, w, fn=fn: fn(n, w).astype(jnp.float32).sum(), argnums=(0, 1))
     programs[name, "forward"], programs[name, "both"] = sharding.jit(fn), sharding.jit(back, trains=True)
   for program in programs.values():
     jax.block_until_ready(program(n_BWD, weights))
+  answers = {name: np.asarray(program(n_BWD, weights)) for (name, way), program in programs.items() if way == "forward"}
+  for name in answers.keys() & {"experts", "ragged", "loop", "torch"}:
+    np.testing.assert_allclose(answers[name].reshape(-1, c.D), answers["experts"].reshape(-1, c.D), atol=a.atol)
   seconds = {key: [] for key in programs}
   for _ in range(a.rounds):
     for key, program in programs.items():
