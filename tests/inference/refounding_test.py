@@ -58,7 +58,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("Qwen3, by blocks", "Llama with free rows", "LLaDA2, shorter blocks")
+
+
+@pytest.mark.parametrize("case", [pytest.param(x, marks=[pytest.mark.slow] * (x not in QUICK)) for x in CASES])
 def test_what_is_exported_is_what_it_has_become(case, tiny, tmp_path):
   name, config, changes, becomes = CASES[case]
   source, workdir = base(tmp_path, name, config)
