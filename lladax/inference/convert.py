@@ -102,7 +102,7 @@ def to_published(workdir: Path, target: Path, dtype: str | None = None) -> None:
   target.mkdir(parents=True, exist_ok=True)
   if config is not None:
     shutil.copytree(workdir / "published", target, dirs_exist_ok=True)
-  if not imported:
+  if config is None or not imported:
     text = tokenizers.load(workdir / "tokenizer")
     text.save(target)
     config = layout.new_config(model, text) | {"dtype": str(params["embedding"].dtype)}
