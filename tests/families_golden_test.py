@@ -389,7 +389,7 @@ def test_golden_round_trip_is_the_identity(folder, tmp_path):
     transfer.export(theirs.params, theirs.model, tmp_path / "merged", config, merged=True)
     apart, merged = tensors(folder), tensors(tmp_path / "merged")
     assert len(merged) == len(apart) - 3 * (theirs.model.E - 1) * (theirs.model.N - theirs.model.dense)
-    again = load(tmp_path / "merged") if not ids else lladax.load(tmp_path / "merged", **ids)
+    again = lladax.load(tmp_path / "merged", **ids)
     jax.tree.map(np.testing.assert_array_equal, again.params, theirs.params)
 
 

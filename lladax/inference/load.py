@@ -143,11 +143,11 @@ def _narrows(model: MaskPredictorConfig) -> bool:
 
 def _narrowed(model: MaskPredictorConfig, mesh: Mesh | None, workdir: Path, step: int, abstract: Any) -> Any:
   """As `checkpoint.restore`, but read and narrowed one by one: no two parameters are there as they were written."""
-  letters, params = model.letters(), {"blocks": {}}
+  letters, params = model.letters(), {stack: {} for stack in model.stacks}
   for path, x in checkpoint.flat(abstract["params"]):
     *group, name = path.split("/")
-    alone = {"params": {"blocks": {name: x}} if group else {name: x}}
-    of_x, kept = (letters["blocks"], params["blocks"]) if group else (letters, params)
+    alone = {"params": {group[0]: {name: x}} if group else {name: x}}
+    of_x, kept = (letters[group[0]], params[group[0]]) if group else (letters, params)
     at = x.sharding if mesh is None else sharding.shardings(mesh, of_x[name])
     keep = jax.jit(functools.partial(model.keep, name, dtype=model.compute_dtype), out_shardings=at)
     kept[name] = jax.block_until_ready(keep(*jax.tree.leaves(checkpoint.restore(workdir, step, alone))))

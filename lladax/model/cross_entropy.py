@@ -142,8 +142,11 @@ def _nll(logits_TV: jax.Array, target_T: jax.Array) -> tuple[jax.Array, jax.Arra
     log_sum_T = top_T + jnp.log(sum_T)
   else:
     log_sum_T = jax.nn.logsumexp(x_TV, axis=1)
-    at_T1 = jnp.maximum(target_T, 0)[:, None]
-    own_T = jnp.take_along_axis(logits_TV, at_T1, axis=1, mode="promise_in_bounds")[:, 0]
+    if sharding.axis_size("tensor") > 1:  # of slices; within `sum_over_copies` XLA's partitioner dies of such a gather
+      own_T = jnp.where(_hits(logits_TV, target_T), logits_TV, 0).sum(axis=1)
+    else:
+      at_T1 = jnp.maximum(target_T, 0)[:, None]
+      own_T = jnp.take_along_axis(logits_TV, at_T1, axis=1, mode="promise_in_bounds")[:, 0]
     log_sum_T = own_T + (log_sum_T - own_T)  # of both, so that XLA reads both before it overwrites the logits
   return jnp.where(target_T < 0, 0.0, log_sum_T - own_T), log_sum_T
 

@@ -79,6 +79,25 @@ def test_two_processes_get_the_losses_of_one(tiny_flags, tiny_workdir, tmp_path,
   assert abs(bound - expected) < 1e-4
 
 
+EXPERTS = {
+  "N": 2, "H": 4, "G": 4, "E": 8, "J": 2, "X": 8, "S": 8, "dense": 1, "router": "sigmoid", "router_bias": True,
+  "router_groups": 4, "router_topk_groups": 2, "router_renormalise": True, "balance": 0.01, "balance_rate": 1e-3,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"fsdp": 4, "tensor": 2}, {"tensor": 2, "context": 4}], ids=str)
+def test_two_processes_with_experts_get_the_losses_of_one(tiny, tiny_flags, tmp_path, mesh):
+  """Along fsdp or tensor experts lie in both processes, and are gathered, or asked, from one to the other."""
+  fields = {f"model.{name}": x for name, x in EXPERTS.items()} | {"steps": 6, "evaluate.every": 0}
+  trainer.train(tiny(fields), tmp_path / "one")
+  axes = {f"mesh.{axis}": size for axis, size in ({"data": 1} | mesh).items()}
+  flags = [*tiny_flags, *(f"--config.{name}={x}" for name, x in (fields | axes).items())]
+  (first, console), (second, quiet) = finish(start(flags, tmp_path / "two"))
+  assert (first, second) == (0, 0), console + quiet
+  np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("process", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (0, signal.SIGINT)])
 def test_a_signal_to_one_ends_both_and_one_process_goes_on(tiny, tiny_flags, tiny_workdir, tmp_path, process, number):

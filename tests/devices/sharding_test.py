@@ -346,6 +346,12 @@ def test_only_keys_and_values_are_gathered_along_the_context(tiny):
 
 
 @pytest.mark.usefixtures("quick_compiles")
+def test_copies_that_are_sliced_both_ways_add_up_their_parts(tiny):
+  """XLA's partitioner dies of a gather from slices, where what it does not see slices the batch."""
+  compiled_step(tiny, {"data": 2, "fsdp": 2, "tensor": 2}, micro_batches=2, **{"model.N": 1})
+
+
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("parts", [4, pytest.param(2, marks=pytest.mark.slow)])
 def test_gradients_of_micro_batches_cross_between_slices_once(tiny, parts):
   """From the compiled program: so many bytes, whatever the micro-batches, and none of them in a loop."""

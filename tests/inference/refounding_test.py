@@ -58,7 +58,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("Qwen3, by blocks", "Llama with free rows", "LLaDA2, shorter blocks")
+
+
+@pytest.mark.parametrize("case", [pytest.param(x, marks=[pytest.mark.slow] * (x not in QUICK)) for x in CASES])
 def test_what_is_exported_is_what_it_has_become(case, tiny, tmp_path):
   name, config, changes, becomes = CASES[case]
   source, workdir = base(tmp_path, name, config)
@@ -107,7 +110,7 @@ def test_from_qwen_to_sdar_on_the_command_line(tiny_flags, tmp_path):
   add_tokenizer(source, mask="<hole>")
   workdir, run, target = (tmp_path / x for x in ("workdir", "run", "target"))
   assert command("--mode=import", f"--source={source}", f"--workdir={workdir}")[0] == 0
-  flags = ["--config.noise.block=4", "--config.data.segments=True", "--config.steps=3", "--config.checkpoint.every=3"]
+  flags = ["--config.noise.block=4", "--config.data.segments=True", "--config.steps=6", "--config.checkpoint.every=6"]
   done = command(*tiny_flags, *flags, f"--config.init_from={workdir}", f"--workdir={run}")
   assert done[0] == 0, done
   done = command("--mode=export", f"--workdir={run}", f"--target={target}")

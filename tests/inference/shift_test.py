@@ -82,7 +82,9 @@ def test_the_first_pass_of_each_block_is_the_one_without_a_cache(cache, options)
 
 
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
-@pytest.mark.parametrize("options", SETTINGS, ids=str)
+@pytest.mark.parametrize(
+  "options", [*SETTINGS[:2], *(pytest.param(x, marks=pytest.mark.slow) for x in SETTINGS[2:])], ids=str
+)
 def test_of_one_layer_a_cache_changes_nothing(cache, options):
   """Its keys and values are their tokens' own: what a cached pass reads is what is there, at every step."""
   options = {"gen_length": 16, "block_length": 4, "steps": 16} | options

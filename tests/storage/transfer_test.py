@@ -53,6 +53,7 @@ def test_round_trip_is_the_identity(tmp_path, config, dtype, monkeypatch):
     assert index["metadata"]["total_size"] == sum(len(content) for _, _, content in tensors(source).values())
 
 
+QUICK = ("LLaDA", "iLLaDA", "Dream")
 EXPERTS = [name for name, config in CONFIGS.items() if "num_experts" in config]
 
 
@@ -133,8 +134,13 @@ def test_layers_and_heads_are_where_they_belong(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("name", "merged"), [*((name, False) for name in CONFIGS), *((name, True) for name in EXPERTS[:2])]
-)
+  ("name", "merged"),
+  [
+    *((name, False) for name in QUICK), ("LLaDA2", True),
+    *(pytest.param(name, False, marks=pytest.mark.slow) for name in CONFIGS if name not in QUICK),
+    pytest.param("LLaDA-MoE", True, marks=pytest.mark.slow),
+  ],
+)  # fmt: skip
 def test_sharded_load_is_the_plain_one_and_sharded(tmp_path, name, merged):
   """Experts among the devices of `tensor`, and along their width, or that of the stream, among those of `fsdp`."""
   config = CONFIGS[name] | ({"num_key_value_heads": 2} if name == "iLLaDA" else {})

@@ -217,6 +217,17 @@ def test_what_a_causal_model_cannot_become(causal, tiny, tmp_path):
     setup.prepare(tiny(base | {"model.lora_rank": 2}), tmp_path)
 
 
+def test_a_run_with_experts_is_read_in_16_bits(one):
+  """Parameter by parameter, those of the dense layers as well."""
+  wide, narrow = lladax.load(one), lladax.load(one, dtype="float16")
+  assert narrow.params.keys() == wide.params.keys() and {x.dtype for x in jax.tree.leaves(narrow.params)} == {
+    np.dtype("float16")
+  }
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(np.float16)), narrow.params, wide.params)
+  tokens = wide.tokenizer.encode("red and")
+  np.testing.assert_allclose(narrow.logits([tokens]), wide.logits([tokens]), atol=0.05)
+
+
 def test_experts_are_in_the_config_of_a_run(one):
   saved = json.loads((one / "config.json").read_text())["model"]
   assert (saved["E"], saved["J"], saved["router"], saved["router_groups"]) == (8, 2, "sigmoid", 4)
