@@ -16,6 +16,10 @@ from lladax.devices.gpus import GPUS
 ROWS = [
   "llada_8b:v5p_4x4x4", "llada_8b:v6e_16x16", "llada_8b:v5p_4x4x4_x2", "llada_1b:v5p_1x1x1", "llada_1b:v5e_4x4",
   "llada_1b:h100_1", "llada_8b:h100_8", "llada_8b:h100_8x8", "llada_8b_sft:lora@h100_1",
+  "llada_moe_sft:lora_h100_1@h100_1", "llada_moe_sft:h100_8", "llada_moe_sft:v5p_2x2x4",
+  "llada2_mini_sft:lora_h100_8@h100_8", "llada2_mini_sft:h100_8x8", "llada2_mini_sft:v5p_4x4x4",
+  "llada2_mini_sft:flash_lora_h100_8x8@h100_8x8", "llada2_mini_sft:flash_v5p_8x8x8@v5p_8x8x8",
+  "qwen3_to_blocks:h100_8", "qwen3_to_blocks:v5p_4x4x4",
 ]  # fmt: skip
 FIELDS = [x for x in sys.argv[1:] if x.startswith("--")]
 
