@@ -17,8 +17,8 @@ LORA = {"model.lora_rank": 16, "model.lora_alpha": 32.0, "optimizer.schedule": (
         "optimizer.weight_decay": 0.0}  # fmt: skip
 VARIANTS = {
   "lora": LORA,
-  "h100_8": {"micro_batches": 16, "model.remat": "full", "mesh.tensor": 1},
-  "lora_h100_1": LORA | {"data.batch_size": 64, "micro_batches": 64, "model.remat": "full", "mesh.fsdp": 1},
+  "h100_8": {"micro_batches": 8, "model.remat": "dots"},
+  "lora_h100_1": LORA | {"data.batch_size": 64, "micro_batches": 32, "model.remat": "dots", "mesh.fsdp": 1},
   "v5p_2x2x4": {"micro_batches": 4, "model.remat": "full", "mesh.tensor": 4},
 }  # fmt: skip
 
