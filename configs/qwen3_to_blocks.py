@@ -21,7 +21,7 @@ VARIANTS = {
   "grow": {"noise.block": 0, "noise.blocks": ((0.02, 1), (0.05, 4), (-1, 32))},
   "dream": {"noise.block": 0, "model.shift": True},
   "h100_8": {"micro_batches": 16, "model.remat": "full"},
-  "v5p_4x4x4": {"model.remat": "dots", "mesh.fsdp": 16, "mesh.data": -1, "model.head_chunk": 4096},
+  "v5p_4x4x4": {"mesh.fsdp": 16, "mesh.data": -1, "model.head_chunk": 4096},
 }  # fmt: skip
 
 
