@@ -9,8 +9,8 @@ by sigmoids, renormalised), on the same batches with the same noise: without bal
 The load is that of the busiest expert of all layers in units of the mean, a step's (`expert_load` in metrics.jsonl): 1
 is balanced, E / J is all that there can be.
 
-Writes WORKDIR/experts_lm.json, .md and .svg; the runs are in WORKDIR/dense, none, loss and bias, and go on where they
-were stopped.
+Writes WORKDIR/experts_lm.json, .md and .svg; the runs are in WORKDIR/dense, none, loss and bias_RATE, and go on where
+they were stopped.
 """
 
 import importlib.util
@@ -31,10 +31,9 @@ from lladax.training import trainer
 flags.DEFINE_integer("E", 8, "Experts.", lower_bound=2)
 flags.DEFINE_integer("J", 2, "So many of them a token is given to.", lower_bound=1)
 flags.DEFINE_float("balance", 0.01, "Weight of the auxiliary loss.", lower_bound=0.0)
-flags.DEFINE_float("balance_rate", 0.01, "Step of the choosing bias.", lower_bound=0.0)
+flags.DEFINE_list("balance_rates", ["0.001", "0.01"], "Steps of the choosing bias: a model for each.")
 
-NAMES = {"dense": "dense", "none": "no balancing", "loss": "auxiliary loss", "bias": "choosing bias"}
-COLOURS = {"none": "#d55e00", "loss": "#009e73", "bias": "#0072b2"}  # Okabe and Ito's
+COLOURS = ("#d55e00", "#009e73", "#56b4e9", "#0072b2", "#cc79a7")  # Okabe and Ito's
 
 
 def main(argv: list[str]) -> None:
@@ -51,13 +50,14 @@ def main(argv: list[str]) -> None:
     "dense": {},
     "none": experts,
     "loss": experts | {"balance": flags.FLAGS.balance},
-    "bias": experts | {"router_bias": True, "balance_rate": flags.FLAGS.balance_rate},
   }
+  for rate in flags.FLAGS.balance_rates:
+    arms[f"bias_{rate}"] = experts | {"router_bias": True, "balance_rate": number(rate)}
   found = {}
   for name, changes in arms.items():
     bounds = trainer.train(config.parse(values | {"model": values["model"] | changes}), workdir / name)
     model = config.load(workdir / name).model
-    found[name] = {x: bounds[x] for x in ("bits_per_byte", "bits_per_byte_stderr")}
+    found[name] = {"name": said(name)} | {x: bounds[x] for x in ("bits_per_byte", "bits_per_byte_stderr")}
     found[name] |= {"parameters": model.num_params(), "active": model.num_params(active=True)}
     rows = metrics.read(workdir / name / "metrics.jsonl")
     found[name]["load"] = [(row["step"], row["expert_load"]) for row in rows if "expert_load" in row]
@@ -69,6 +69,19 @@ def main(argv: list[str]) -> None:
   print(f"{workdir / 'experts_lm.md'}, .svg, .json", file=sys.stderr)
 
 
+def number(rate: str) -> float:
+  try:
+    return float(rate)
+  except ValueError:
+    raise Mistake(f"--balance_rates: {rate!r} is no number: write it as in 0.001") from None
+
+
+def said(name: str) -> str:
+  """What a model is called."""
+  names = {"dense": "dense", "none": "no balancing", "loss": f"auxiliary loss, {flags.FLAGS.balance:g}"}
+  return names.get(name) or f"choosing bias, {name.removeprefix('bias_')} a step"
+
+
 def table(found: dict[str, Any]) -> list[str]:
   """Markdown: a line for each model."""
   rows = [
@@ -76,13 +89,13 @@ def table(found: dict[str, Any]) -> list[str]:
     " | last tenth | largest of all |",
     "|---|---|---|---|---|---|---|",
   ]
-  for name, x in found.items():
+  for x in found.values():
     load = [value for _, value in x["load"]]
     tenth = max(len(load) // 10, 1)
     parts = [statistics.mean(load[:tenth]), statistics.mean(load[-tenth:]), max(load)] if load else []
     cells = [f"{value:.2f}" for value in parts] or [""] * 3
     rows.append(
-      f"| {NAMES[name]} | {x['parameters']:,} | {x['active']:,} | {x['bits_per_byte']:.3f} ±"
+      f"| {x['name']} | {x['parameters']:,} | {x['active']:,} | {x['bits_per_byte']:.3f} ±"
       f" {x['bits_per_byte_stderr']:.3f} | " + " | ".join(cells) + " |"
     )
   return rows
@@ -96,11 +109,11 @@ def draw(found: dict[str, Any], path: Path) -> None:
   from matplotlib import pyplot
 
   figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
-  for name, colour in COLOURS.items():
-    steps, load = zip(*found[name]["load"], strict=True)
-    near = [statistics.mean(load[max(i - 10, 0) : i + 10]) for i in range(len(load))]
-    axes.plot(steps, load, color=colour, alpha=0.25, linewidth=0.8)
-    axes.plot(steps, near, color=colour, label=NAMES[name])
+  for i, x in enumerate(x for x in found.values() if x["load"]):
+    steps, load = zip(*x["load"], strict=True)
+    near = [statistics.mean(load[max(at - 10, 0) : at + 10]) for at in range(len(load))]
+    axes.plot(steps, load, color=COLOURS[i % len(COLOURS)], alpha=0.25, linewidth=0.8)
+    axes.plot(steps, near, color=COLOURS[i % len(COLOURS)], label=x["name"])
   axes.axhline(1, color="#808080", linestyle="--", linewidth=0.8, label="balanced")
   axes.set_xlabel("steps")
   axes.set_ylabel("load of the busiest expert / mean")
