@@ -1,6 +1,6 @@
 """A causal model becomes a mask predictor, measured: held-out bound against steps, beside the same model from nothing.
 
-  python benchmarks/conversion.py [--config=blocks:4] [--workdir=runs/conversion] [--causal_steps=300]
+  python benchmarks/conversion.py [--workdir=runs/conversion] [--causal_steps=300] [--config.steps=...]
 
 Trains a causal model, and from it (`init_from`), and from nothing, a model of blocks (of `noise.block`) and one of the
 whole canvas with `model.shift`, whose state at a token still predicts the next one. Both see the same batches with the

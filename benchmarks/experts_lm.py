@@ -1,6 +1,6 @@
 """A small mixture of experts beside the dense model that computes as much for a token: bound, and load of the experts.
 
-  python benchmarks/experts_lm.py [--config=blocks:4] [--workdir=runs/experts_lm] [--E=8] [--J=2] [--config.steps=...]
+  python benchmarks/experts_lm.py [--workdir=runs/experts_lm] [--E=8] [--J=2] [--config.steps=...]
 
 Trains the config's dense model, and models with J of E experts of width F / J in the place of its feed-forward (scored
 by sigmoids, renormalised), on the same batches with the same noise: without balancing, with the auxiliary loss
