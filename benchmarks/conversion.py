@@ -3,14 +3,15 @@
   python benchmarks/conversion.py [--workdir=runs/conversion] [--causal_steps=300] [--config.steps=...]
 
 Trains a causal model, and from it (`init_from`), and from nothing, a model of blocks (of `noise.block`) and one of the
-whole canvas with `model.shift`, whose state at a token still predicts the next one. Both see the same batches with the
-same noise. The one from nothing goes on for `causal_steps` more: as many steps as the other has had in all.
+whole canvas with `model.shift`, whose state at a token still predicts the next one; and from the causal one without that,
+too. All see the same batches with the same noise. Those from nothing go on for `causal_steps` more: as many steps as the
+others have had in all.
 
 The learning rate of mask predictors stays at its peak after warming up, so that every point of a curve is what a run of
 so many steps gives; the causal model's is the config's.
 
 Writes WORKDIR/conversion.json, .md and .svg; the runs are in WORKDIR/causal, blocks_nothing, blocks_converted,
-whole_nothing and whole_converted, and go on where they were stopped.
+whole_nothing, whole_converted and whole_unshifted, and go on where they were stopped.
 """
 
 import importlib.util
@@ -30,7 +31,9 @@ from lladax.training import trainer
 flags.DEFINE_integer("causal_steps", 300, "Steps of the causal model.", lower_bound=1)
 
 Curve = list[tuple[int, float, float]]  # (step, held-out bits per byte, their standard error)
-BEGAN = {"nothing": "from nothing", "converted": "from the causal model"}
+BEGAN = {
+  "nothing": "from nothing", "converted": "from the causal model", "unshifted": "from the causal model, not shifted",
+}  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
@@ -62,6 +65,8 @@ def main(argv: list[str]) -> None:
       "nothing": trained(own | {"steps": steps + before}, workdir / f"{way}_nothing"),
       "converted": trained(own | {"init_from": str(workdir / "causal")}, workdir / f"{way}_converted"),
     }
+  own["model"] = values["model"] | {"shift": False}
+  found["whole"]["unshifted"] = trained(own | {"init_from": str(workdir / "causal")}, workdir / "whole_unshifted")
   rows = table(found)
   (workdir / "conversion.json").write_text(json.dumps(found, indent=1))
   (workdir / "conversion.md").write_text("\n".join(rows) + "\n", encoding="utf-8")
@@ -86,17 +91,21 @@ def after(curve: Curve, steps: int) -> tuple[int, float, float]:
   return max((x for x in curve if x[0] <= steps), default=curve[0])
 
 
-def needed(curve: Curve, bound: float, before: int) -> tuple[str, float]:
-  """The steps after which a curve is first at a bound, in words and as a number, and those before; straight between."""
+def needed(curve: Curve, bound: float, before: int, instead_of: int) -> str:
+  """The steps, and those before, after which a curve is first at a bound, straight between its points; in words."""
+
+  def fewer(steps, least=""):
+    return f" ({least}{1 - steps / instead_of:.0%} fewer)" if steps < instead_of else ""
+
   (step, bits, _), *rest = curve
   if bits <= bound:
-    return f"at most {before + step}", before + step
-  for later, fewer, _ in rest:
-    if fewer <= bound:
-      found = before + step + (later - step) * (bits - bound) / (bits - fewer)
-      return f"{found:.0f}", found
-    step, bits = later, fewer
-  return f"more than {before + step}", float("inf")
+    return f"at most {before + step}{fewer(before + step, 'at least ')}"
+  for later, better, _ in rest:
+    if better <= bound:
+      found = before + step + (later - step) * (bits - bound) / (bits - better)
+      return f"{found:.0f}{fewer(found)}"
+    step, bits = later, better
+  return f"more than {before + step}"
 
 
 def words(found: dict[str, Any], way: str) -> str:
@@ -113,17 +122,18 @@ def table(found: dict[str, Any]) -> list[str]:
     f"| causal | from nothing | {found['causal'][0]} | {found['causal'][1]:.3f} ± {found['causal'][2]:.3f} | | |",
   ]
   for way in ("blocks", "whole"):
-    nothing, converted = found[way]["nothing"], found[way]["converted"]
-    targets = [after(nothing, x) for x in (steps, every)]
+    targets = [after(found[way]["nothing"], x) for x in (steps, every)]
     for step, bits, error in targets:
       rows.append(f"| {words(found, way)} | {BEGAN['nothing']} | {step} | {bits:.3f} ± {error:.3f} | | |")
-    step, bits, error = converted[-1]
-    cells = []
-    for (at, bound, _), more in zip(targets, (0, found["causal_steps"]), strict=True):
-      said, number = needed(converted, bound, more)
-      cells.append(said + (f" ({1 - number / at:.0%} fewer)" if number < at else ""))
-    began = f"{BEGAN['converted']}, {found['causal_steps']} steps"
-    rows.append(f"| {words(found, way)} | {began} | {step} | {bits:.3f} ± {error:.3f} | " + " | ".join(cells) + " |")
+    for name in [x for x in found[way] if x != "nothing"]:
+      step, bits, error = found[way][name][-1]
+      cells = [
+        needed(found[way][name], bound, more, at)
+        for (at, bound, _), more in zip(targets, (0, found["causal_steps"]), strict=True)
+      ]
+      rows.append(
+        f"| {words(found, way)} | {BEGAN[name]} | {step} | {bits:.3f} ± {error:.3f} | " + " | ".join(cells) + " |"
+      )
   return rows
 
 
@@ -136,20 +146,20 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
   figure, both = pyplot.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
   for way, axes in zip(("blocks", "whole"), both, strict=True):
-    looks = {"nothing": ("#d55e00", "s"), "converted": ("#0072b2", "o")}
-    for name, (colour, marker) in looks.items():
-      steps, bits, _ = zip(*found[way][name], strict=True)
+    looks = {"nothing": ("#d55e00", "s"), "converted": ("#0072b2", "o"), "unshifted": ("#56b4e9", "^")}
+    for name, curve in found[way].items():
+      (colour, marker), (steps, bits, _) = looks[name], zip(*curve, strict=True)
       axes.plot(steps, bits, marker, ls="-", markersize=3, color=colour, label=BEGAN[name])
       if name == "converted":
         late = [step + found["causal_steps"] for step in steps]
-        axes.plot(late, bits, ls=":", color=colour, label="that, causal steps counted")
+        axes.plot(late, bits, ls=":", color=colour, label="the same, causal steps counted")
     axes.axhline(found["causal"][1], color="#808080", linestyle="--", label="the causal model itself")
     axes.set_title(words(found, way), fontsize="medium")
     axes.set_xlabel("steps")
     axes.set_xlim(left=0)
     axes.spines[["top", "right"]].set_visible(False)
   both[0].set_ylabel("held-out bits per byte, a bound")
-  both[0].legend(frameon=False, fontsize="small")
+  both[1].legend(frameon=False, fontsize="small")
   figure.savefig(path, metadata={"Date": None})
   pyplot.close(figure)
 
