@@ -3,8 +3,8 @@
   python benchmarks/conversion.py [--workdir=runs/conversion] [--causal_steps=300] [--config.steps=...]
 
 Trains a causal model, and from it (`init_from`), and from nothing, a model of blocks (of `noise.block`) and one of the
-whole canvas with `model.shift`, whose state at a token still predicts the next one; and from the causal one without that,
-too. All see the same batches with the same noise. Those from nothing go on for `causal_steps` more: as many steps as the
+whole canvas with `model.shift`, whose state at a token still predicts the next one; from the causal one also without.
+All see the same batches with the same noise. Those from nothing go on for `causal_steps` more: as many steps as the
 others have had in all.
 
 The learning rate of mask predictors stays at its peak after warming up, so that every point of a curve is what a run of

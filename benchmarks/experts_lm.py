@@ -108,18 +108,18 @@ def draw(found: dict[str, Any], path: Path) -> None:
   matplotlib.use("Agg")
   from matplotlib import pyplot
 
-  figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
+  figure, axes = pyplot.subplots(figsize=(8, 3.2), layout="constrained")
   for i, x in enumerate(x for x in found.values() if x["load"]):
     steps, load = zip(*x["load"], strict=True)
     near = [statistics.mean(load[max(at - 10, 0) : at + 10]) for at in range(len(load))]
-    axes.plot(steps, load, color=COLOURS[i % len(COLOURS)], alpha=0.25, linewidth=0.8)
+    axes.plot(steps, load, color=COLOURS[i % len(COLOURS)], alpha=0.2, linewidth=0.6)
     axes.plot(steps, near, color=COLOURS[i % len(COLOURS)], label=x["name"])
   axes.axhline(1, color="#808080", linestyle="--", linewidth=0.8, label="balanced")
   axes.set_xlabel("steps")
   axes.set_ylabel("load of the busiest expert / mean")
   axes.set_xlim(left=0)
   axes.spines[["top", "right"]].set_visible(False)
-  axes.legend(frameon=False)
+  figure.legend(loc="outside right upper", frameon=False)
   figure.savefig(path, metadata={"Date": None})
   pyplot.close(figure)
 
