@@ -31,9 +31,7 @@ from lladax.training import trainer
 flags.DEFINE_integer("causal_steps", 300, "Steps of the causal model.", lower_bound=1)
 
 Curve = list[tuple[int, float, float]]  # (step, held-out bits per byte, their standard error)
-BEGAN = {
-  "nothing": "from nothing", "converted": "from the causal model", "unshifted": "from the causal model, not shifted",
-}  # fmt: skip
+BEGAN = {"nothing": "from nothing", "converted": "from the causal model", "unshifted": "from the causal model"}
 
 
 def main(argv: list[str]) -> None:
@@ -108,8 +106,9 @@ def needed(curve: Curve, bound: float, before: int, instead_of: int) -> str:
   return f"more than {before + step}"
 
 
-def words(found: dict[str, Any], way: str) -> str:
-  return f"blocks of {found['block']}" if way == "blocks" else "the whole canvas, shifted"
+def words(found: dict[str, Any], way: str, name: str) -> str:
+  """What a model predicts."""
+  return f"blocks of {found['block']}" if way == "blocks" else "the whole canvas" + ", shifted" * (name != "unshifted")
 
 
 def table(found: dict[str, Any]) -> list[str]:
@@ -124,7 +123,7 @@ def table(found: dict[str, Any]) -> list[str]:
   for way in ("blocks", "whole"):
     targets = [after(found[way]["nothing"], x) for x in (steps, every)]
     for step, bits, error in targets:
-      rows.append(f"| {words(found, way)} | {BEGAN['nothing']} | {step} | {bits:.3f} ± {error:.3f} | | |")
+      rows.append(f"| {words(found, way, 'nothing')} | {BEGAN['nothing']} | {step} | {bits:.3f} ± {error:.3f} | | |")
     for name in [x for x in found[way] if x != "nothing"]:
       step, bits, error = found[way][name][-1]
       cells = [
@@ -132,7 +131,7 @@ def table(found: dict[str, Any]) -> list[str]:
         for (at, bound, _), more in zip(targets, (0, found["causal_steps"]), strict=True)
       ]
       rows.append(
-        f"| {words(found, way)} | {BEGAN[name]} | {step} | {bits:.3f} ± {error:.3f} | " + " | ".join(cells) + " |"
+        f"| {words(found, way, name)} | {BEGAN[name]} | {step} | {bits:.3f} ± {error:.3f} | " + " | ".join(cells) + " |"
       )
   return rows
 
@@ -144,22 +143,23 @@ def draw(found: dict[str, Any], path: Path) -> None:
   matplotlib.use("Agg")
   from matplotlib import pyplot
 
-  figure, both = pyplot.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+  figure, both = pyplot.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
+  labels = BEGAN | {"unshifted": "the same, not shifted"}
   for way, axes in zip(("blocks", "whole"), both, strict=True):
     looks = {"nothing": ("#d55e00", "s"), "converted": ("#0072b2", "o"), "unshifted": ("#56b4e9", "^")}
     for name, curve in found[way].items():
       (colour, marker), (steps, bits, _) = looks[name], zip(*curve, strict=True)
-      axes.plot(steps, bits, marker, ls="-", markersize=3, color=colour, label=BEGAN[name])
+      axes.plot(steps, bits, marker, ls="-", markersize=3, color=colour, label=labels[name])
       if name == "converted":
         late = [step + found["causal_steps"] for step in steps]
         axes.plot(late, bits, ls=":", color=colour, label="the same, causal steps counted")
     axes.axhline(found["causal"][1], color="#808080", linestyle="--", label="the causal model itself")
-    axes.set_title(words(found, way), fontsize="medium")
+    axes.set_title(words(found, way, "nothing"), fontsize="medium")
     axes.set_xlabel("steps")
     axes.set_xlim(left=0)
     axes.spines[["top", "right"]].set_visible(False)
   both[0].set_ylabel("held-out bits per byte, a bound")
-  both[1].legend(frameon=False, fontsize="small")
+  figure.legend(*both[1].get_legend_handles_labels(), loc="outside right upper", frameon=False)
   figure.savefig(path, metadata={"Date": None})
   pyplot.close(figure)
 
