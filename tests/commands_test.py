@@ -191,6 +191,17 @@ RULES = [
     [*(x for x in TINY if "sample" not in x), "--config.data.corpus=files:data/a.jsonl.zst", "--config.data.length=32"],
     makes="runs/family/blocks.svg",
   ),
+  Rule(r"benchmarks/conversion.py$", "in full, and run, in results"),
+  Rule(
+    r"benchmarks/conversion.py --config",
+    ["--causal_steps=2", *(x for x in TINY if "sample" not in x), "--config.data.corpus=files:data/a.jsonl.zst"],
+    makes="runs/conversion/conversion.svg",
+  ),
+  Rule(
+    r"benchmarks/experts_lm.py$",
+    ["--balance_rates=0.01", *(x for x in TINY if "sample" not in x), "--config.data.corpus=files:data/a.jsonl.zst"],
+    makes="runs/experts_lm/experts_lm.svg",
+  ),
   Rule(
     r"poems.sh OUT TANG_POEMS COUPLETS$", [*TINY, "--config.data.held_out=0.0"],
     {"OUT TANG_POEMS COUPLETS": "runs/couplets poems.jsonl.xz couplets.json"},
