@@ -145,12 +145,12 @@ def _act(mode: str, given: ConfigDict | None, workdir: Path, target: Path, page:
 
 def _prepare(given: ConfigDict, beam_options: list[str]) -> int:
   from lladax import config
-  from lladax.data import prepare, tokenizer
+  from lladax.data import prepare
   from lladax.training import setup
 
   c = config.parse(given.to_dict())
   with interrupts.Interrupt():
-    text = tokenizer.load(setup.base_tokenizer(c.init_from)) if c.init_from else c.tokenizer
+    text = setup.base_tokenizer(c) if c.init_from else c.tokenizer
     prepare.run(c.data, text, str(_TARGET.value), _SHARDS.value, beam_options)
   return 0
 

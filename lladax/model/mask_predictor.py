@@ -161,7 +161,14 @@ class MaskPredictorConfig:
       if not getattr(self, name) >= 0:
         raise Mistake(f"model.{name}={getattr(self, name)}: must be at least 0")
     if not self.E:
-      needs = ("J", "X", "S", "dense", "router_bias", "router_groups", "balance", "balance_rate", "z_loss")
+      needs = (
+        "J",
+        "X",
+        "S",
+        "dense",
+        "router_bias",
+        "router_groups",
+      )  # what balances may be of a base's: `check_trains`
       if name := next((name for name in needs if getattr(self, name)), None):
         raise Mistake(f"model.{name}={getattr(self, name)}: there are no experts: set model.E, or leave it out")
       return

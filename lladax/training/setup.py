@@ -20,10 +20,10 @@ from lladax.evaluation import evaluate
 from lladax.inference.load import check_vocabulary, load
 from lladax.mistake import Missing, Mistake
 from lladax.model import quantized
-from lladax.model.mask_predictor import SHAPE
+from lladax.model.mask_predictor import SHAPE, MaskPredictorConfig
 from lladax.storage import checkpoint, near
 from lladax.training import history
-from lladax.training.step import State, check_mesh, check_trains, from_tree, guard, program, to_tree
+from lladax.training.step import State, check_balances, check_mesh, check_trains, from_tree, guard, program, to_tree
 
 
 class Run(NamedTuple):
@@ -65,7 +65,9 @@ def prepare(config: Config, workdir: Path, allow: Sequence[str] = ()) -> Run:
       raise Mistake(
         f"model.weights={config.model.weights!r}: {base} holds adapters: export it, import that, and begin there"
       )
-    shape = {name: begun["model"][name] for name in SHAPE if name in begun["model"]}  # older ones have fewer
+    shape = {
+      name: begun["model"].get(name, getattr(MaskPredictorConfig, name)) for name in SHAPE
+    }  # older ones say less
     becomes = begun["model"]["causal"] and not config.model.causal and not saved
     if becomes and config.model.lora_rank:
       raise Mistake(
@@ -78,8 +80,8 @@ def prepare(config: Config, workdir: Path, allow: Sequence[str] = ()) -> Run:
   console.print(f"reading {', '.join(config.data.corpora)}")
   if saved or base:
     text = tokenizer.load((workdir if saved else _workdir_of(base)) / "tokenizer")
-    if base and text.mask_id < 0 and not config.model.causal:
-      text = text.with_mask(config.tokenizer.mask)
+    if base:
+      text = _masking(text, config)
       rows = max(config.model.V, text.vocab_size)
       rows += (-rows % 128) * (rows > config.model.V)
       config = dataclasses.replace(config, model=dataclasses.replace(config.model, V=rows))
@@ -87,6 +89,7 @@ def prepare(config: Config, workdir: Path, allow: Sequence[str] = ()) -> Run:
     console.print("the tokenizer is that of the records")
   else:
     text = tokenizer.create(config.tokenizer, sources.texts(config.data)[0])
+  check_balances(config.model)
   model = dataclasses.replace(config.model, V=config.model.V or text.rows)
   check_vocabulary(model, text)
   config = dataclasses.replace(config, model=model)
@@ -176,9 +179,14 @@ def find_base(init_from: str) -> str:
   return str(checkpoint.folder(workdir) / (step or str(steps[-1])))
 
 
-def base_tokenizer(init_from: str) -> Path:
-  """The folder of the tokenizer of the checkpoint that a run begins from."""
-  return _workdir_of(find_base(init_from)) / "tokenizer"
+def base_tokenizer(config: Config) -> tokenizer.Tokenizer:
+  """The tokenizer of a run that begins from another one's checkpoint."""
+  return _masking(tokenizer.load(_workdir_of(find_base(config.init_from)) / "tokenizer"), config)
+
+
+def _masking(text: tokenizer.Tokenizer, config: Config) -> tokenizer.Tokenizer:
+  """With a [MASK], where a model that was autoregressive has none and is to be a mask predictor."""
+  return text.with_mask(config.tokenizer.mask) if text.mask_id < 0 and config.aim.fills else text
 
 
 def _base(config: Config, saved: dict[str, Any] | None, workdir: Path) -> str:

@@ -129,6 +129,13 @@ def check_trains(c: MaskPredictorConfig) -> None:
     raise Mistake(f"model.dtype={c.dtype!r} is float16 here, whose gradients vanish unscaled: set model.dtype=float32")
 
 
+def check_balances(c: MaskPredictorConfig) -> None:
+  """Raises Mistake for what balances experts where there are none; a base's shape, with its experts, is known here."""
+  for name in ("balance", "balance_rate", "z_loss"):
+    if getattr(c, name) and not c.E:
+      raise Mistake(f"model.{name}={getattr(c, name)}: there are no experts: set model.E, or leave it out")
+
+
 def check_mesh(config: Config, mesh: Mesh) -> None:
   """Raises Mistake if the batch or the model cannot be shared out over the mesh, or the kernel is not for it."""
   part, field = config.data.batch_size // config.micro_batches, "data.batch_size / micro_batches"

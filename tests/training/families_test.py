@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import lladax
 from lladax.devices import sharding
 from lladax.evaluation import held_out
 from lladax.mistake import Mistake
-from lladax.storage import metrics
+from lladax.storage import checkpoint, metrics
 from lladax.training import setup, step, trainer
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -175,6 +176,29 @@ def test_experts_that_do_not_fit_are_refused(tiny, changes, said):
     tiny(EXPERTS | changes)
 
 
+def test_a_base_with_experts_may_be_balanced(one, tiny, tmp_path, monkeypatch):
+  """By a config that does not repeat its shape; a base without any is refused before anything is read."""
+  on(monkeypatch, 1)
+  base = {"init_from": str(one), "data.segments": True, "model.balance_rate": 1e-3, "model.balance": 0.01}
+  trainer.train(tiny(base | {"steps": 6}), tmp_path / "balanced")
+  assert (
+    lladax.load(tmp_path / "balanced").params["blocks"]["choice"] != lladax.load(one).params["blocks"]["choice"]
+  ).any()
+  with pytest.raises(Mistake, match="model.balance=0.01: there are no experts: set model.E, or leave it out"):
+    trainer.train(tiny({"model.balance": 0.01}), tmp_path / "none")
+
+
+def test_a_base_that_is_older_than_a_field_has_its_default(tiny, tiny_workdir, tmp_path):
+  shutil.copytree(tiny_workdir, tmp_path / "old")
+  saved = json.loads((tmp_path / "old" / "config.json").read_text())
+  saved["model"] = {
+    x: y for x, y in saved["model"].items() if x not in ("E", "J", "X", "S", "dense", "router", "shift")
+  }
+  (tmp_path / "old" / "config.json").write_text(json.dumps(saved))
+  config = tiny({"init_from": str(tmp_path / "old"), "model.E": 4, "model.J": 2, "model.X": 8, "steps": 6})
+  assert setup.prepare(config, tmp_path / "new").config.model.E == 0
+
+
 def test_experts_that_a_mesh_does_not_divide_are_refused(tiny, tmp_path, monkeypatch):
   config = tiny(EXPERTS | {"model.E": 6, "model.router_groups": 3, "mesh.data": 2, "mesh.tensor": 4})
   with pytest.raises(Mistake, match="mesh.tensor=4 does not divide model.E=6: use a divisor of it"):
@@ -220,10 +244,10 @@ def test_what_a_causal_model_cannot_become(causal, tiny, tmp_path):
 def test_a_run_with_experts_is_read_in_16_bits(one):
   """Parameter by parameter, those of the dense layers as well."""
   wide, narrow = lladax.load(one), lladax.load(one, dtype="float16")
-  assert narrow.params.keys() == wide.params.keys() and {x.dtype for x in jax.tree.leaves(narrow.params)} == {
-    np.dtype("float16")
-  }
-  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(np.float16)), narrow.params, wide.params)
+  assert narrow.params.keys() == wide.params.keys()
+  kept = {path: x.dtype.name for path, x in checkpoint.flat(narrow.params)}
+  assert {path for path, dtype in kept.items() if dtype == "float32"} == {"blocks/router", "blocks/choice"}
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(a.dtype)), narrow.params, wide.params)
   tokens = wide.tokenizer.encode("red and")
   np.testing.assert_allclose(narrow.logits([tokens]), wide.logits([tokens]), atol=0.05)
 
