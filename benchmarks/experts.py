@@ -125,7 +125,6 @@ def main():
   for name, size in sizes.items():
     parser.add_argument(f"--{name}", type=int, default=size)
   parser.add_argument("--dtype", default="float32")
-  parser.add_argument("--atol", type=float, default=1e-3, help="how far answers may be apart")
   parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders, separated by commas, torch too")
   a = parser.parse_args()
   c, rng = config(a), np.random.default_rng(0)
@@ -144,8 +143,9 @@ def main():
   for program in programs.values():
     jax.block_until_ready(program(n_BWD, weights))
   answers = {name: np.asarray(program(n_BWD, weights)) for (name, way), program in programs.items() if way == "forward"}
-  for name in answers.keys() & {"experts", "ragged", "loop", "torch"}:
-    np.testing.assert_allclose(answers[name].reshape(-1, c.D), answers["experts"].reshape(-1, c.D), atol=a.atol)
+  near = (1e-3 if c.compute_dtype == jnp.float32 else 0.05) * np.abs(answers.get("experts", 0)).max()
+  for name in answers.keys() & {"ragged", "loop", "torch"} if "experts" in answers else ():
+    np.testing.assert_allclose(answers[name].reshape(-1, c.D), answers["experts"].reshape(-1, c.D), atol=near)
   seconds = {key: [] for key in programs}
   for _ in range(a.rounds):
     for key, program in programs.items():

@@ -106,6 +106,9 @@ RULES = [
     {"(0.1, 4), ": ""}, "runs/phases/samples.html",
   ),
   Rule(r"--mode=sample --workdir=runs/blocks"),
+  Rule(r"--workdir=runs/causal", [x for x in TINY if "sample.block" not in x], makes="runs/causal/checkpoints/3"),
+  Rule(r"--workdir=runs/becomes", TINY, makes="runs/becomes/samples.html"),
+  Rule(r"--workdir=runs/experts", TINY, {"X=96": "X=16"}, "runs/experts/samples.html"),
   Rule(r"--workdir=runs/poems ", TINY, makes="runs/poems/samples.html"),
   Rule(r"--workdir=runs/base ", TINY, makes="runs/base/checkpoints/3"),
   Rule(r"--workdir=runs/chat .*alpaca", TINY, makes="runs/chat/checkpoints/3"),
@@ -192,6 +195,10 @@ RULES = [
     makes="runs/family/blocks.svg",
   ),
   Rule(r"benchmarks/conversion.py$", "in full, and run, in results"),
+  Rule(
+    r"benchmarks/experts.py", shlex.split("--T 64 --D 16 --E 4 --J 2 --X 8 --rounds 1 --only experts,loop,dense"),
+    {"pip install torch==2.13.0 && ": "", " --only experts,loop,dense,torch": ""},
+  ),
   Rule(
     r"benchmarks/conversion.py --config",
     ["--causal_steps=2", *(x for x in TINY if "sample" not in x), "--config.data.corpus=files:data/a.jsonl.zst"],
