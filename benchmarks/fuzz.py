@@ -85,10 +85,10 @@ def published(folder: Path, files: int = 2) -> None:
 
   from lladax.storage import layout
 
-  model = layout.model_of(LLADA, 0, problems := [])
+  model = layout.model_of(LLADA, layout.NAMED["LLaDA"], problems := [])
   assert model is not None and not problems, problems
   drawn = np.random.default_rng(0)
-  shapes = {piece.name: layout.disk_shape(model, piece.disk) for piece in layout.pieces(model, 0)}
+  shapes = layout.disk_shapes(layout.pieces(model, 0), model)
   tensors = {name: drawn.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
   weight_map = {}
   for i in range(files):
