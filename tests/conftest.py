@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import gc
 import importlib.metadata
 import importlib.util
 import json
@@ -54,6 +55,19 @@ LONGEST = [
 
 def pytest_addoption(parser):
   parser.addoption("--seconds", type=float, default=float("inf"), help="what would begin later is skipped")
+
+
+MAPS = pathlib.Path("/proc/self/maps")  # of Linux
+
+
+def pytest_runtest_teardown(item):
+  """Programs are let go of before there are too many: each is mapped, and a process may have 65,530 maps, no more.
+
+  Behind that XLA crashes, wherever it is. What is needed again comes from the cache on disk.
+  """
+  if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 30_000:
+    jax.clear_caches()
+    gc.collect()
 
 
 def pytest_runtest_setup(item):
