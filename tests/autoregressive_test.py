@@ -105,13 +105,13 @@ def test_sampling_a_padded_batch_with_a_cache_is_greedy_decoding_of_each_row_alo
   out = llada.sample(PROMPTS, gen_length=8)
   id_V = np.arange(llada.model.V)
   for i, prompt in enumerate(PROMPTS):
-    row, confidence = [llada.eos_id, *llada.tokenizer.encode(prompt)], []
+    row, confidence = llada.tokenizer.encode(prompt), []
     for _ in range(8):
-      logits_V = llada.logits([row + [0] * (64 - len(row))])[0, len(row) - 1]
+      logits_V = llada.logits([row + [0] * (64 - len(row))])[0, len(row)]
       logits_V = np.where((id_V < llada.vocab_size) & (id_V != llada.mask_id), logits_V, -np.inf)
       row.append(int(np.argmax(logits_V)))
       confidence.append(1 / np.sum(np.exp(logits_V - logits_V.max())))
-    assert out.tokens[i, -8:].tolist() == row[-8:] and llada.eos_id not in row[1:]
+    assert out.tokens[i, -8:].tolist() == row[-8:] and llada.eos_id not in row
     np.testing.assert_allclose(out.confidence[i, -8:], confidence, rtol=1e-4)
   assert out.nfe == 9  # the prompt, and one a token
 
