@@ -122,17 +122,12 @@ class Visible:
     place_BL = jnp.arange(L)[None]
     if self.segment_BL is not None:
       segment_BL = jnp.asarray(self.segment_BL)[:, :L]
-      new_BL = jnp.pad(segment_BL[:, 1:] != segment_BL[:, :-1], ((0, 0), (1, 0)))
-      place_BL -= jax.lax.cummax(jnp.where(new_BL, place_BL, 0), axis=1)
+      place_BL -= jax.lax.cummax(jnp.where(_begins(segment_BL), place_BL, 0), axis=1)
     return jnp.tile(place_BL // self.block, (1, self.L // L))
 
   def begins_BL(self) -> jax.Array:
     """Bool: where a document begins, or padding (B may be 1)."""
-    first_1L = jnp.arange(self.L)[None] == 0
-    if self.segment_BL is None:
-      return first_1L
-    segment_BL = jnp.asarray(self.segment_BL)
-    return first_1L | jnp.pad(segment_BL[:, 1:] != segment_BL[:, :-1], ((0, 0), (1, 0)))
+    return jnp.arange(self.L)[None] == 0 if self.segment_BL is None else _begins(jnp.asarray(self.segment_BL))
 
   def begun_apart(self) -> "Visible":
     """The same, but the first position of a document sees itself alone, and is seen by nobody else."""
@@ -524,13 +519,18 @@ def _within(scores_BGRMIJ, v_BMJGK, lse_BHL, out_BLHK=None):
   return found_BLHK - p_BGRMIJ.sum(axis=-1).reshape(B, H, L).transpose(0, 2, 1)[..., None] * out_BLHK
 
 
+def _begins(segment_BL: jax.Array) -> jax.Array:
+  """Bool: where a position is of another segment than the one before it; the first one is."""
+  return jnp.pad(segment_BL[:, 1:] != segment_BL[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+
+
 def _beginnings(segment_BL):
   """Int32 [B, `_DOCUMENTS` + 1]: where the runs of a row begin, padding's too, and L for those that are not there.
 
   -1 in rows with more of them, or with a document in several.
   """
   L = segment_BL.shape[1]
-  new_BL = jnp.pad(segment_BL[:, 1:] != segment_BL[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+  new_BL = _begins(segment_BL)
   sorted_BL = jnp.sort(segment_BL, axis=1)
   runs_B, documents_B = new_BL.sum(axis=1), 1 + (sorted_BL[:, 1:] != sorted_BL[:, :-1]).sum(axis=1)
   begin_BL = jnp.pad(jnp.where(new_BL, jnp.arange(L)[None], L), ((0, 0), (0, _DOCUMENTS + 1)), constant_values=L)

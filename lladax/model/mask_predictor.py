@@ -551,8 +551,7 @@ class Block(nnx.Module):
     n_BWD = rms_norm(x_BWD, self.weight("ff_norm", dtype), c.norm_eps).astype(dtype)
     if not c.E:
       return x_BWD + feed_forward(n_BWD), cache, None
-    names = [name for name in Block.letters(c) if name.startswith("experts") or name in experts.LETTERS]
-    weights = {name: getattr(self, name)[...] for name in names}
+    weights = {name: getattr(self, name)[...] for name in experts.letters(c)}
     out_BWD, statistics = experts.feed_forward(n_BWD, weights, c, counted_BW)
     out_BWD = out_BWD + feed_forward(n_BWD, "shared_", "S") if c.S else out_BWD
     return x_BWD + out_BWD, cache, statistics
@@ -585,10 +584,7 @@ class MaskPredictor(nnx.Module):
     """The layers as a loop over passes reads them best: see `MaskPredictorConfig.apart`. None: as they are."""
     if not self.c.unrolled:
       return None
-    found = []
-    for name, stack in self.c.stacks.items():
-      found += [jax.tree.map(operator.itemgetter(i), getattr(self, name)) for i in range(stack.N)]
-    return found
+    return [layer for name, stack in self.c.stacks.items() for layer in stack.apart(getattr(self, name))]
 
   def hidden(
     self, tokens_BW: jax.Array, visible: Visible | None = None, position_BL: jax.Array | None = None,
@@ -621,8 +617,6 @@ class MaskPredictor(nnx.Module):
     position_BW = visible.window(jnp.arange(visible.L)[None] if position_BL is None else position_BL)
     cos, sin = rope.turns(position_BW, c, visible.L)
     counted_BW = None if visible.segment_BL is None else visible.window(visible.segment_BL) > 0
-    shifted = c.shift and not c.causal
-    visible_of_rows = visible
     if c.shift and c.causal:
       visible = visible.begun_apart()
     if visible.segment_BL is not None:  # kernels read a row each
@@ -669,9 +663,9 @@ class MaskPredictor(nnx.Module):
       written = jax.tree.map(lambda *x: jnp.concatenate(x) if x[1:] else x[0], *written)
     final_norm_D = sharding.gather(self.final_norm[...], "D")
     hidden_BWD = rms_norm(x_BWD, final_norm_D, c.norm_eps).astype(c.compute_dtype)
-    if shifted:
+    if c.shift and not c.causal:
       before_BWD = jnp.concatenate([hidden_BWD[:, :1], hidden_BWD[:, :-1]], axis=1)
-      begins_BW = visible_of_rows.window(visible_of_rows.begins_BL())
+      begins_BW = visible.window(visible.begins_BL())
       hidden_BWD = sharding.constrain(jnp.where(begins_BW[..., None], hidden_BWD, before_BWD), "BLD")
     return hidden_BWD, cache if reads else written, statistics
 

@@ -138,7 +138,7 @@ def read(folder: Path, said: Said = NOTHING) -> Published:
     Mistake: what is wrong, in one line.
   """
   config = _config(folder)
-  if refusal := _refusal(config, folder):
+  if refusal := _refusal(config):
     raise Mistake(f"{folder}: {refusal}")
   problems: list[str] = []
   for path in sorted(folder.iterdir()):
@@ -320,7 +320,7 @@ def _config(folder: Path) -> dict[str, Any]:
   return read_json(folder / "config.json")
 
 
-def _refusal(config: dict[str, Any], folder: Path) -> str | None:
+def _refusal(config: dict[str, Any]) -> str | None:
   """Why a model is not read, which its config.json tells by its names; None if its family is known.
 
   LLaDA-MoE calls itself `llada`, too.

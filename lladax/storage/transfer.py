@@ -110,16 +110,17 @@ def export(
     max_shard_bytes: of the tensors of a file.
 
   Raises:
-    Mistake: the layout cannot say this, or the folder holds tensors already.
+    Mistake: the folder holds tensors already.
   """
   if any(folder.glob("*.safetensors")):
     raise Mistake(f"{folder} holds *.safetensors already: name a new folder")
   flat = dict(checkpoint.flat(params))
   shards: list[dict[str, list[Piece]]] = [{}]  # the pieces of every tensor
   sizes, tensors = [0], {}
-  for piece in pieces(model, family_of(config).column, merged):
+  found = list(pieces(model, family_of(config).column, merged))
+  for piece in found:
     tensors.setdefault(piece.name, []).append(piece)
-  shapes = {name: disk_shapes(parts, model)[name] for name, parts in tensors.items()}
+  shapes = disk_shapes(found, model)
   kept = {name: np.dtype(dtype or flat[parts[0].path].dtype) for name, parts in tensors.items()}
   for name, parts in tensors.items():
     size = math.prod(shapes[name]) * kept[name].itemsize
