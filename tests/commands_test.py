@@ -107,7 +107,7 @@ RULES = [
   ),
   Rule(r"--mode=sample --workdir=runs/blocks"),
   Rule(r"--workdir=runs/causal", [x for x in TINY if "sample.block" not in x], makes="runs/causal/checkpoints/3"),
-  Rule(r"--workdir=runs/becomes", TINY, makes="runs/becomes/samples.html"),
+  Rule(r"--workdir=runs/becomes", [x for x in TINY if "sample.block" not in x], makes="runs/becomes/samples.html"),
   Rule(r"--workdir=runs/experts", TINY, {"X=96": "X=16"}, "runs/experts/samples.html"),
   Rule(r"--workdir=runs/poems ", TINY, makes="runs/poems/samples.html"),
   Rule(r"--workdir=runs/base ", TINY, makes="runs/base/checkpoints/3"),
