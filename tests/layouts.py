@@ -93,7 +93,8 @@ def random_config(name, seed):
   config["dense_intermediate_size" if name == "LLaDA-MoE" else "intermediate_size"] = F
   if "num_experts" in config:
     width = "expert_intermediate_size" if name == "LLaDA-MoE" else "moe_intermediate_size"
-    config |= {"num_experts": any_of(4, 8), width: any_of(3, 9)}
+    # LLaDA2's are in four groups, each of two at least.
+    config |= {"num_experts": any_of(4, 8) * (2 if name == "LLaDA2" else 1), width: any_of(3, 9)}
   dense = int(rng.integers(N))
   if name == "LLaDA-MoE":
     config |= {"moe_layer_freq": [0] * dense + [1] * (N - dense), "qk_layernorm": any_of(False, True)}
