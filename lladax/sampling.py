@@ -60,6 +60,7 @@ class SamplerConfig:
   early_stop: bool = False  # a block with an EOS ends its row: the rest becomes EOS, and costs nothing
   logits_eos_inf: bool = False  # EOS is never drawn
   confidence_eos_eot_inf: bool = False  # EOS and EoT wait until the last
+  logit_bias: tuple[tuple[int, float], ...] = ()  # (id, what is added to its logit)
   seed: int | tuple[int, ...] = 0  # of all noise, 0 to 2^32 - 1; a row draws by (seed, its number), or has its own seed
 
   def __post_init__(self):
@@ -79,6 +80,9 @@ class SamplerConfig:
     for name in ("threshold", "factor", "edit_threshold"):
       if getattr(self, name) is not None and math.isnan(getattr(self, name)):
         raise Mistake(f"sample.{name}={getattr(self, name)}: must be a number")
+    for id, bias in self.logit_bias:
+      if not math.isfinite(bias) or [x for x, _ in self.logit_bias].count(id) > 1:
+        raise Mistake(f"sample.logit_bias: id {id}, {bias}: give each id once, and a finite number")
     for seed in self.seed if isinstance(self.seed, tuple) else (self.seed,):
       fields.check_seed(seed, "sample.seed")
     for name, known in (("remasking", REMASKING), ("cache", (None, *CACHES))):
@@ -122,7 +126,7 @@ class Shape(NamedTuple):
 
 
 class Settings(NamedTuple):
-  """What a program reads: arrays [B], a number for each row. A change of them compiles nothing."""
+  """What a program reads: arrays [B], a number for each row (and [B, biases]). A change of them compiles nothing."""
 
   steps: jax.Array  # int32
   block_steps: jax.Array  # int32; 0: none
@@ -141,6 +145,8 @@ class Settings(NamedTuple):
   confidence_eos_eot_inf: jax.Array
   seed: jax.Array  # uint32
   number: jax.Array  # int32: which of the rows of its seed it is; 0 where that is its own
+  bias_id: jax.Array  # int32 [B, biases]; what is not needed has a bias of 0
+  bias: jax.Array  # float32, likewise
 
 
 def split(given: SamplerConfig | Sequence[SamplerConfig], rows: int) -> tuple[Shape, Settings]:
@@ -161,8 +167,11 @@ def split(given: SamplerConfig | Sequence[SamplerConfig], rows: int) -> tuple[Sh
     raise Mistake(f"sample.seed={list(seeds)}: give one seed, or one for each of the {rows} rows")
   c = each[0]
   chooses = any(c.top_k is not None or c.top_p not in (None, 1.0) for c in each)
+  most = max(len(c.logit_bias) for c in each)
+  biases = next(n for n in (0, 8, 64, 512, most) if n >= most)  # few programs
   shape = Shape(c.block_length, c.remasking, c.cache, any(c.guidance_scale > 0 for c in each), c.gen_length is None,
                 any(c.edit_threshold is not None for c in each), chooses=chooses)  # fmt: skip
+  bias = [[*c.logit_bias, *[(0, 0.0)] * (biases - len(c.logit_bias))] for c in each]
 
   def column(values: Iterable[Any], dtype: Any = np.float32) -> Any:
     with np.errstate(over="ignore"):
@@ -186,7 +195,17 @@ def split(given: SamplerConfig | Sequence[SamplerConfig], rows: int) -> tuple[Sh
     confidence_eos_eot_inf=column((c.confidence_eos_eot_inf for c in each), bool),
     seed=column([seeds] * rows if isinstance(seeds, int) else seeds, np.uint32),
     number=column(range(rows) if isinstance(seeds, int) else [0] * rows, np.int32),
+    bias_id=column(([id for id, _ in x] for x in bias), np.int32),
+    bias=column([x for _, x in row] for row in bias),
   )
+
+
+def biases(settings: Settings, V: int) -> jax.Array | None:
+  """What is added to the logits, [B, V]; None: nothing."""
+  if not settings.bias.shape[1]:
+    return None
+  at_B1 = jnp.arange(len(settings.bias))[:, None]
+  return jnp.zeros((len(at_B1), V)).at[at_B1, settings.bias_id].add(settings.bias)
 
 
 def keys(settings: Settings) -> jax.Array:
@@ -417,7 +436,7 @@ def run(
     mask_id: id of [MASK].
     allowed_V: bool, the ids that may be committed: neither [MASK] nor rows behind the vocabulary.
     ends: ids that end a row, EOS first. Where it stops early the rest is filled with EOS.
-    origin: the position from which the noise counts the others.
+    origin: the position from which the noise counts the others; a number, or one a row [B].
     first: where the blocks begin (static).
     alike: tokens_BL -> bool [B], the rows whose masked places the model cannot tell apart; those are filled in order.
     until_nfe: stop when so many forward passes have been spent in all.
@@ -431,7 +450,8 @@ def run(
   B, L = state.canvas.tokens_BL.shape
   W = min(shape.block_length, L - first)
   num_blocks = (L - first) // W
-  place_L = jnp.abs(jnp.arange(L) - origin)
+  place_BL = jnp.abs(jnp.arange(L)[None] - jnp.broadcast_to(jnp.asarray(origin), (B,))[:, None])
+  bias_BV = biases(settings, len(allowed_V))
 
   def window(array_BL, at):
     return jax.lax.dynamic_slice_in_dim(array_BL, at, W, axis=1)
@@ -442,11 +462,13 @@ def run(
     step_B = canvas.step_B + open_B
 
     def noise():  # a key for each place
-      at_W = jax.lax.dynamic_slice_in_dim(place_L, at, W)
       step_key_B = jax.vmap(jax.random.fold_in)(key_B, step_B)
-      return jax.vmap(lambda key: jax.vmap(functools.partial(jax.random.fold_in, key))(at_W))(step_key_B)
+      return jax.vmap(lambda key, at_W: jax.vmap(functools.partial(jax.random.fold_in, key))(at_W))(
+        step_key_B, window(place_BL, at)
+      )
 
     logits_BWV, cache = predict(canvas.tokens_BL, at, W, cache)
+    logits_BWV = logits_BWV if bias_BV is None else logits_BWV + bias_BV[:, None]
     token_BW, probability_BW, score_BW = candidates(
       logits_BWV, noise, settings, remasking=shape.remasking, allowed_V=allowed_V, ends=ends,
       alike_B=alike(canvas.tokens_BL), chooses=shape.chooses,

@@ -73,7 +73,7 @@ class Engine:
     each = [settings] if isinstance(settings, SamplerConfig) else settings
     shape, numbers = compiled_for(self.model, *sampling.split(settings, len(rows)))
     for c in each:
-      self.model.objective.check_sampler(c)
+      self.check_sampler(c)
     if self.model.block:
       return self._extend_blocks(rows, shape, numbers, each[0].gen_length)
     longest, n, W = max(map(len, rows)), each[0].gen_length, shape.block_length
@@ -141,9 +141,9 @@ class Engine:
     shape, numbers = compiled_for(self.model, *sampling.split(settings, len(rows)))
     if shape.grows:
       raise Mistake("sample.gen_length=None: a canvas has a length; leave it out")
+    for c in [settings] if isinstance(settings, SamplerConfig) else settings:
+      self.check_sampler(c)
     if self.model.block:
-      for c in [settings] if isinstance(settings, SamplerConfig) else settings:
-        self.model.objective.check_sampler(c)
       return self._fill_blocks(rows, shape, numbers)
     longest = bucket(max(map(len, rows)))
     W = min(shape.block_length, longest)
@@ -175,10 +175,10 @@ class Engine:
       segment_BL = segment_BL.astype(np.int32)
       padded = job.padding_B.any() or shape.grows or shape.of_blocks
       with sharding.on_mesh_of(self.params):
-        cache = _new_cache(self.model, B * (1 + shape.guided), L) if shape.cache or shape.of_blocks else None
+        cache = new_cache(self.model, B * (1 + shape.guided), L) if shape.cache or shape.of_blocks else None
         if shape.of_blocks:
           known = first + int(block) * W
-          cache = _prefill(
+          cache = prefill(
             self.params, cache, canvas, segment_BL, model=self.model, known=known, guided=shape.guided,
             mask_id=self.mask_id,
           )  # fmt: skip
@@ -195,7 +195,7 @@ class Engine:
         until_nfe = np.int32(host.canvas.nfe + 1) if every == "step" else _NEVER
         until_block = np.int32(host.block + 1) if every == "block" else _NEVER
         with sharding.on_mesh_of(self.params):
-          state = _run(
+          state = unmask_until(
             self.params, state, segment_BL if padded else None, job.settings, np.int32(job.origin), until_nfe,
             until_block, model=self.model, shape=shape, mask_id=self.mask_id, ends=self.ends,
             vocab_size=self.vocab_size, first=first,
@@ -344,6 +344,11 @@ class Engine:
       if x != self.mask_id and not 0 <= x < self.vocab_size:
         raise Mistake(f"{where}[{i}]={x}: the ids of this model's vocabulary are 0 to {self.vocab_size - 1}")
 
+  def check_sampler(self, c: SamplerConfig) -> None:
+    """Raises Mistake for options that are not for this model."""
+    self.model.objective.check_sampler(c)
+    self.check_ids([id for id, _ in c.logit_bias], "sample.logit_bias")
+
   def check_length(self, length: int, what: str = "a canvas") -> None:
     """Raises Mistake for more tokens than the model takes."""
     if length > self.model.max_length:
@@ -373,7 +378,7 @@ def _allowed(rows: int, mask_id: int, vocab_size: int) -> jax.Array:
   return (id_V != mask_id) & (id_V < vocab_size)
 
 
-_new_cache = jax.jit(MaskPredictorConfig.new_cache, static_argnums=(0, 1, 2))
+new_cache = jax.jit(MaskPredictorConfig.new_cache, static_argnums=(0, 1, 2))
 _start = jax.jit(sampling.start, static_argnames=("shape", "mask_id", "first"))  # one program, not one a line
 
 
@@ -393,22 +398,22 @@ def _twice(canvas_BL: jax.Array, given_BL: jax.Array, mask_id: int) -> jax.Array
 
 
 @functools.partial(sharding.jit, static_argnames=("model", "known", "guided", "mask_id"), donate_argnames="cache")
-def _prefill(params, cache, canvas, segment_BL, *, model, known, guided, mask_id):
+def prefill(params, cache, canvas, segment_BL, *, model, known, guided, mask_id):
   """The cache of a model of blocks with the keys and values of the first `known` positions, whole blocks."""
   given_BL = (canvas.tokens_BL != mask_id) & (canvas.unmasked_at_BL == 0)
   canvas_BL = _twice(canvas.tokens_BL, given_BL, mask_id) if guided else canvas.tokens_BL
   segment_BL = jnp.tile(segment_BL, (1 + guided, 1))
   visible = model.visible(segment_BL.shape[1], segment_BL, W=known)
-  return _laid_out(model.bind(params).hidden(canvas_BL[:, :known], visible, _positions(segment_BL), cache)[1])
+  return laid_out(model.bind(params).hidden(canvas_BL[:, :known], visible, _positions(segment_BL), cache)[1])
 
 
-def _laid_out(x: Any) -> Any:
+def laid_out(x: Any) -> Any:
   """How a program leaves what it returns on a mesh: caches sliced along rows and heads, all else whole everywhere."""
   return jax.tree.map(lambda x: sharding.constrain(x, ".B.G." if x.ndim == 5 else "." * x.ndim), x)
 
 
 @functools.partial(sharding.jit, static_argnames=("model", "shape", "mask_id", "ends", "vocab_size", "first"))
-def _run(
+def unmask_until(
   params, state, segment_BL, settings, origin, until_nfe, until_block, *, model, shape, mask_id, ends, vocab_size, first
 ) -> State:
   """`segment_BL` None: no row is padded, attention needs no mask. If canvases grow nothing behind a block is seen."""
@@ -463,7 +468,7 @@ def _run(
     until_nfe=until_nfe, until_block=until_block, reading=model.reading,
     begin=functools.partial(predict, begins=True) if shape.of_blocks else None,
   )  # fmt: skip
-  return _laid_out(state)
+  return laid_out(state)
 
 
 def lower_sampler(
@@ -479,7 +484,7 @@ def lower_sampler(
       params, tokens, segment, settings, model=model, prompt_length=first, eos_id=ends[0], mask_id=mask_id,
       vocab_size=model.V, chooses=shape.chooses,
     )  # fmt: skip
-  return _run.lower(
+  return unmask_until.lower(
     params, state, segment, settings, np.int32(first), 0, 0, model=model, shape=shape, mask_id=mask_id, ends=ends,
     vocab_size=model.V, first=first,
   )  # fmt: skip
@@ -495,11 +500,13 @@ def _autoregressive_sample(
   position_BL = _positions(segment_BL)
   never_BV = settings.logits_eos_inf[:, None] & (jnp.arange(model.V) == eos_id)[None]
   allowed_BV = _allowed(model.V, mask_id, vocab_size)[None] & ~never_BV
+  bias_BV = sampling.biases(settings, model.V)
 
   def step(tokens_BW, cache, start):
     visible = model.visible(L, segment_BL, W=tokens_BW.shape[1], start=start)
     hidden_BWD, cache = bound.hidden(tokens_BW, visible, position_BL, cache)
-    logits_BV = jnp.where(allowed_BV, bound.logits(hidden_BWD[:, -1]), -jnp.inf)
+    logits_BV = bound.logits(hidden_BWD[:, -1])
+    logits_BV = jnp.where(allowed_BV, logits_BV if bias_BV is None else logits_BV + bias_BV, -jnp.inf)
     if chooses:
       logits_BV = jnp.where(sampling.probable(logits_BV[:, None], settings)[:, 0], logits_BV, -jnp.inf)
     return logits_BV, cache
@@ -507,7 +514,7 @@ def _autoregressive_sample(
   def draw(logits_BV, noise):
     return sampling.draw(logits_BV[:, None], lambda: noise()[:, None], settings.temperature)[:, 0]
 
-  return _laid_out(autoregressive.sample(
+  return laid_out(autoregressive.sample(
     step, draw, model.new_cache(B, L), tokens_BL, segment_BL, sampling.keys(settings), prompt_length=prompt_length,
     start_id=eos_id, eos_id=eos_id,
   ))  # fmt: skip
@@ -538,9 +545,9 @@ def _likelihood(
     return jax.lax.map(row, (cond_BLD, un_BLD, target_BL))
 
   if method == "chain_rule":
-    return _laid_out(diffusion.chain_rule(nll, tokens_BL, scored_BL, sample_B, mask_id=mask_id))
+    return laid_out(diffusion.chain_rule(nll, tokens_BL, scored_BL, sample_B, mask_id=mask_id))
   key_B = jnp.broadcast_to(jax.random.key(seed), tokens_BL.shape[:1])  # every pair meets the same masks
-  return _laid_out(model.objective.log_likelihood(
+  return laid_out(model.objective.log_likelihood(
     nll, tokens_BL, scored_BL, segment_BL, key_B, sample_B, samples_B, mask_id=mask_id, eos_id=eos_id
   ))  # fmt: skip
 
@@ -558,11 +565,11 @@ def _next(params, tokens_BL, segment_BL, at_B, guidance, *, model, mask_id, guid
   if guided:
     un_BV = logits_BV(jnp.full_like(tokens_BL, mask_id))
     found_BV = un_BV + guidance * (found_BV - un_BV)
-  return _laid_out(jax.nn.log_softmax(found_BV))
+  return laid_out(jax.nn.log_softmax(found_BV))
 
 
 @functools.partial(sharding.jit, static_argnames=("model", "eos_id"))
 def _logits(params, tokens_BL, segment_BL, *, model, eos_id):
   if model.causal:
     tokens_BL = autoregressive.shift(tokens_BL, jnp.ones_like(tokens_BL) if segment_BL is None else segment_BL, eos_id)
-  return _laid_out(model.bind(params)(tokens_BL, model.visible(tokens_BL.shape[1], segment_BL)))
+  return laid_out(model.bind(params)(tokens_BL, model.visible(tokens_BL.shape[1], segment_BL)))
