@@ -113,7 +113,7 @@ class Engine:
       own_B = length_B + gen_length
       behind_B = -(-(given_B + gen_length) // n) * n
       lengths = [int(behind_B.max())]
-      settings = settings._replace(steps=_of_a_block(settings.steps, n, gen_length))
+      settings = settings._replace(steps=of_a_block(settings.steps, n, gen_length))
     tokens_BL = np.full((len(rows), first + int(behind_B.max())), self.ends[0], np.int32)
     padding_B = first - (length_B - given_B)
     for row, tokens_L, padding, behind in zip(rows, tokens_BL, padding_B, behind_B, strict=True):
@@ -133,7 +133,7 @@ class Engine:
       tokens_L[padding : padding + len(row)] = row
     masks_BL = tokens_BL == self.mask_id
     first = max(int(np.argmax(masks_BL.any(axis=0))) // n * n, n)  # what stands before is read in one pass
-    steps = _of_a_block(settings.steps, n, np.maximum(masks_BL.sum(axis=1), 1))
+    steps = of_a_block(settings.steps, n, np.maximum(masks_BL.sum(axis=1), 1))
     return Job(tokens_BL, padding_B, first, L, [L - first], shape, settings._replace(steps=steps), None, own_B)
 
   def fill(self, rows: Sequence[Ids], settings: SamplerConfig | Sequence[SamplerConfig]) -> Job:
@@ -387,7 +387,7 @@ def compiled_for(model: MaskPredictorConfig, shape: Shape, settings: Settings) -
   return (shape._replace(block_length=model.block, of_blocks=True) if model.block else shape), settings
 
 
-def _of_a_block(steps_B: Any, block: int, asked: Any) -> np.ndarray:
+def of_a_block(steps_B: Any, block: int, asked: Any) -> np.ndarray:
   """The steps of a whole block, where all that is asked for has so many; int32 [B]."""
   return np.maximum(-(-np.asarray(steps_B, np.int64) * block // asked), 1).astype(np.int32)
 
