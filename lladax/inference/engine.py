@@ -331,6 +331,21 @@ class Engine:
         mask_id=self.mask_id, guided=guidance_scale > 0,
       ))  # fmt: skip
 
+  def chain(self, row: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each token of a row, given those before it, the rest masked: (log p, the most probable id, its log p)."""
+    L, found = bucket(len(row)), []
+    tokens_1L, segment_1L = np.full((1, L), self.ends[0], np.int32), np.zeros((1, L), np.int32)
+    tokens_1L[0, : len(row)], segment_1L[0, : len(row)] = row, 1
+    for batch, size in _batched(list(range(len(row))), L):
+      with sharding.on_mesh_of(self.params):
+        told = _chain(
+          self.params, tokens_1L, segment_1L, np.resize(batch, size).astype(np.int32), model=self.model,
+          mask_id=self.mask_id,
+        )  # fmt: skip
+      found.append([np.asarray(x)[: len(batch)] for x in told])
+    log_p, top, top_log_p = (np.concatenate(x) for x in zip(*found, strict=True))
+    return log_p, top, top_log_p
+
   def logits(self, tokens_BL: np.ndarray, segment_BL: np.ndarray | None) -> np.ndarray:
     """Float32 logits [B, L, V]; `segment_BL` 0 = padding, None: there is none."""
     with sharding.on_mesh_of(self.params):
@@ -566,6 +581,20 @@ def _next(params, tokens_BL, segment_BL, at_B, guidance, *, model, mask_id, guid
     un_BV = logits_BV(jnp.full_like(tokens_BL, mask_id))
     found_BV = un_BV + guidance * (found_BV - un_BV)
   return laid_out(jax.nn.log_softmax(found_BV))
+
+
+@functools.partial(sharding.jit, static_argnames=("model", "mask_id"))
+def _chain(params, tokens_1L, segment_1L, at_B, *, model, mask_id):
+  """`Engine.chain` at some places of one row."""
+  bound, (B, L) = model.bind(params), (len(at_B), tokens_1L.shape[1])
+  segment_BL = jnp.broadcast_to(segment_1L, (B, L))
+  masked_BL = jnp.where(jnp.arange(L)[None] < at_B[:, None], tokens_1L, mask_id)
+  hidden_BLD = bound.hidden(masked_BL, model.visible(L, segment_BL, right_padded=True))[0]
+  log_p_BV = jax.nn.log_softmax(
+    bound.logits(jnp.take_along_axis(hidden_BLD, at_B[:, None, None], axis=1)[:, 0])
+  )
+  found_B1 = jnp.take_along_axis(log_p_BV, tokens_1L[0, at_B][:, None], axis=1)
+  return laid_out((found_B1[:, 0], jnp.argmax(log_p_BV, axis=1).astype(jnp.int32), log_p_BV.max(axis=1)))
 
 
 @functools.partial(sharding.jit, static_argnames=("model", "eos_id"))

@@ -119,7 +119,7 @@ class LLaDA:
     if until:
       self._text()
     job = self._job(prompts, options)
-    for filled in self._engine.run(job, "block" if until else "canvas"):
+    for filled in self.engine.run(job, "block" if until else "canvas"):
       if until and all(self._has_ended(filled, i, until) for i in range(len(job.tokens_BL))):
         break
     out = self._sampled(filled, self.ends)
@@ -134,7 +134,7 @@ class LLaDA:
       raise Mistake(f"every={every!r}: use block or step")
     if not self.model.objective.fills:
       raise Mistake("a causal model is not streamed: use sample()")
-    return (self._sampled(filled, self.ends) for filled in self._engine.run(self._job(prompts, options), every))
+    return (self._sampled(filled, self.ends) for filled in self.engine.run(self._job(prompts, options), every))
 
   def chat(self, messages: Sequence[Mapping[str, str]], **options) -> Sampled:
     """The assistant's reply to a conversation, `out.text[0]`; ends at EOS or EoT (`early_stop`) unless told otherwise.
@@ -157,7 +157,7 @@ class LLaDA:
     whole = {} if self.model.block else {"block_length": bucket(max(map(len, rows)))}
     masks = max(row.count(self.mask_id) for row in rows)
     c = self._settings(whole | options, canvas=masks)
-    (filled,) = self._engine.run(self._engine.fill(rows, c))
+    (filled,) = self.engine.run(self.engine.fill(rows, c))
     return self._sampled(filled, ())
 
   def infill(self, texts: str | Sequence[str], **options) -> Sampled:
@@ -193,9 +193,9 @@ class LLaDA:
       raise Mistake("log_likelihood: an answer is empty")
     fills = self.model.objective.fills
     for i, (p, a) in enumerate(pairs):
-      self._engine.check_ids(p, f"prompts[{i}]", masks=fills)
-      self._engine.check_ids(a, f"answers[{i}]")
-      self._engine.check_length(len(p) + len(a), f"pair {i}")
+      self.engine.check_ids(p, f"prompts[{i}]", masks=fills)
+      self.engine.check_ids(a, f"answers[{i}]")
+      self.engine.check_length(len(p) + len(a), f"pair {i}")
     num_samples = fields.typed(num_samples, int, "num_samples")
     guidance_scale = fields.typed(guidance_scale, float, "guidance_scale")
     seed = fields.typed(seed, int, "seed")
@@ -208,7 +208,7 @@ class LLaDA:
     if method not in ("monte_carlo", "chain_rule"):
       raise Mistake(f"method={method!r}: use monte_carlo or chain_rule")
     options = {"num_samples": num_samples, "guidance_scale": guidance_scale, "seed": seed, "method": method}
-    found = self._engine.log_likelihood(pairs, **options).tolist()
+    found = self.engine.log_likelihood(pairs, **options).tolist()
     return found if many else found[0]
 
   def logits(self, tokens_BL, segment_BL=None) -> np.ndarray:
@@ -230,10 +230,11 @@ class LLaDA:
           f"segment_BL: {segment.dtype} {segment.shape}: give numbers of segments {tokens.shape}, 0 = padding"
         )
       segment = segment.astype(np.int32)
-    return self._engine.logits(tokens, segment)
+    return self.engine.logits(tokens, segment)
 
   @property
-  def _engine(self) -> Engine:
+  def engine(self) -> Engine:
+    """What runs it, on ids alone."""
     return Engine(self.model, self.params, self.mask_id, self.ends, self.vocab_size)
 
   def _job(self, prompts: Prompt | Sequence[Prompt], options: Mapping[str, Any]) -> Job:
@@ -242,8 +243,8 @@ class LLaDA:
     if not rows:
       raise Mistake("there is nothing to sample: the list of prompts is empty")
     for i, row in enumerate(rows):
-      self._engine.check_ids(row, f"prompts[{i}]")
-    return self._engine.extend(rows, self._settings(options))
+      self.engine.check_ids(row, f"prompts[{i}]")
+    return self.engine.extend(rows, self._settings(options))
 
   def _settings(self, options: Mapping[str, Any], canvas: int | None = None) -> SamplerConfig:
     """A call's options, and the model's `defaults` where it says nothing; `canvas`: the length of one that is given."""
@@ -267,10 +268,10 @@ class LLaDA:
   def _canvases(self, canvases: Any, name: str) -> list[list[int]]:
     rows = [_row(row, f"{name}[{i}]") for i, row in enumerate(_many(canvases, name))]
     for i, row in enumerate(rows):
-      self._engine.check_ids(row, f"{name}[{i}]", masks=True)
+      self.engine.check_ids(row, f"{name}[{i}]", masks=True)
     if not rows or [] in rows:
       raise Mistake(f"{name}[{rows.index([])}] is empty" if rows else f"{name}: the canvases are empty")
-    self._engine.check_length(max(map(len, rows)))
+    self.engine.check_length(max(map(len, rows)))
     return rows
 
   def _has_ended(self, filled: Filled, i: int, until: Sequence[str]) -> bool:

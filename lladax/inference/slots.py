@@ -213,7 +213,7 @@ class Slots:
     for n in rows:
       self.seats.pop(n, None)
     kinds = {seat.kind for seat in self.seats.values()}
-    self._kept = {kind: kept for kind, kept in self._kept.items() if kind in kinds or kept is self._now}
+    self._kept = {kind: kept for kind, kept in self._kept.items() if kind in kinds or (self._state and kept is self._now)}
     at = [b for b, n in enumerate(self._order) if n in rows]
     if self._state is None or not at:
       return
@@ -300,6 +300,10 @@ class Slots:
     if not goes_on:
       now.cache, now.at, self._state, self._order = state.cache, now.at + W, None, []
     return goes_on
+
+  def score(self, row: Sequence[int]) -> Any:
+    """What `Engine.chain` says of a row of ids."""
+    return self._engine.chain(row)
 
   def _put(self, tree: Any) -> Any:
     where = jax.tree.leaves(self._engine.params)[0].sharding
