@@ -197,8 +197,8 @@ def lower_sampler(model, c, platform, *, segments, first=512, L=1024, B=2):
       rows = B * (2 if c.guidance_scale else 1)
       state = state._replace(cache=shapes(jax.eval_shape(lambda: model.new_cache(rows, L))))
     return lower(
-      platform, engine.unmask_until, params_of(model), state, None if segments == "none" else array(B, L), shapes(settings), 0,
-      0, 0, model=model, shape=shape, mask_id=0, ends=(1, 2), vocab_size=model.V, first=first,
+      platform, engine.unmask_until, params_of(model), state, None if segments == "none" else array(B, L),
+      shapes(settings), 0, 0, 0, model=model, shape=shape, mask_id=0, ends=(1, 2), vocab_size=model.V, first=first,
     )  # fmt: skip
 
 

@@ -590,9 +590,7 @@ def _chain(params, tokens_1L, segment_1L, at_B, *, model, mask_id):
   segment_BL = jnp.broadcast_to(segment_1L, (B, L))
   masked_BL = jnp.where(jnp.arange(L)[None] < at_B[:, None], tokens_1L, mask_id)
   hidden_BLD = bound.hidden(masked_BL, model.visible(L, segment_BL, right_padded=True))[0]
-  log_p_BV = jax.nn.log_softmax(
-    bound.logits(jnp.take_along_axis(hidden_BLD, at_B[:, None, None], axis=1)[:, 0])
-  )
+  log_p_BV = jax.nn.log_softmax(bound.logits(jnp.take_along_axis(hidden_BLD, at_B[:, None, None], axis=1)[:, 0]))
   found_B1 = jnp.take_along_axis(log_p_BV, tokens_1L[0, at_B][:, None], axis=1)
   return laid_out((found_B1[:, 0], jnp.argmax(log_p_BV, axis=1).astype(jnp.int32), log_p_BV.max(axis=1)))
 

@@ -213,7 +213,9 @@ class Slots:
     for n in rows:
       self.seats.pop(n, None)
     kinds = {seat.kind for seat in self.seats.values()}
-    self._kept = {kind: kept for kind, kept in self._kept.items() if kind in kinds or (self._state and kept is self._now)}
+    self._kept = {
+      kind: kept for kind, kept in self._kept.items() if kind in kinds or (self._state and kept is self._now)
+    }
     at = [b for b, n in enumerate(self._order) if n in rows]
     if self._state is None or not at:
       return

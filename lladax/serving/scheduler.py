@@ -142,7 +142,9 @@ class Scheduler:
       if self.state != "ready":
         raise Draining
       if len(rows) > self.rows + self.waiting:
-        raise Mistake(f"n: {len(rows)} answers are more than this server's {self.rows + self.waiting} rows: ask for less")
+        raise Mistake(
+          f"n: {len(rows)} answers are more than this server's {self.rows + self.waiting} rows: ask for less"
+        )
       if len(self._jobs) + len(self._new) + len(rows) > self.rows + self.waiting:
         raise Full(self._retry_after())
       self._new += [(next(self._numbers), job, i) for i in range(len(rows))]

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from lladax.inference.engine import Engine
-from lladax.inference.slots import Row, Seat, Slots, length_of, rows_of
-from lladax.mistake import Mistake
+from lladax.inference.slots import Row, Slots
 from lladax.model.mask_predictor import MaskPredictorConfig
 from lladax.sampling import SamplerConfig
 
