@@ -422,7 +422,7 @@ def run(
   allowed_V: jax.Array, ends: tuple[int, ...], origin: jax.Array | int, first: int = 0,
   alike: Callable[[jax.Array], jax.Array] = lambda tokens_BL: jnp.zeros(len(tokens_BL), bool),
   until_nfe: jax.Array | int = 2**30, until_block: jax.Array | int = 2**30,
-  reading: Callable[[Any], Any] = lambda cache: cache, begin: Predict | None = None,
+  reading: Callable[[Any], Any] = lambda cache: cache, begin: Predict | None = None, read: Any = None,
 ) -> State:  # fmt: skip
   """Fills the canvas up to a forward pass or a block; jit it with `predict`, `shape` and the ids static.
 
@@ -443,6 +443,8 @@ def run(
     until_block: stop when so many blocks are filled.
     reading: what to make of a block's cache once, for the passes that only read it.
     begin: of a model of blocks, the first pass over a block, which leaves in the cache what the block before it is now.
+    read: what `reading` made of the cache behind the first pass over a block, and the state comes without: the passes
+      that are left of the block are run.
 
   Returns:
     The state, finished if neither limit was met.
@@ -539,7 +541,9 @@ def run(
 
   def fill_block(state):
     cache = state.cache if begin else None
-    if begin:  # also where a block is given: it is in nobody's cache yet
+    if read is not None:
+      pass
+    elif begin:  # also where a block is given: it is in nobody's cache yet
 
       def beginning(state):
         return (state.step < 1) & (state.canvas.nfe < until_nfe)
@@ -550,8 +554,8 @@ def run(
       state = jax.lax.while_loop(lambda s: (s.step < 1) & unfinished(s), lambda s: step(s, None), state)
       cache = state.cache
     bare = state._replace(cache=None)  # what is only read stays out of the loop
-    read = reading(cache) if shape.cache or begin else None
-    bare = jax.lax.while_loop(unfinished, lambda s: step(s, read)._replace(cache=None), bare)
+    of_block = reading(cache) if read is None and (shape.cache or begin) else read
+    bare = jax.lax.while_loop(unfinished, lambda s: step(s, of_block)._replace(cache=None), bare)
     state = bare._replace(cache=cache)
     filled = ~unfilled(state)
     if begin:

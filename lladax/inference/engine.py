@@ -50,6 +50,13 @@ class Job(NamedTuple):
   own_B: np.ndarray | None = None  # and so many are a row's own, with its prompt; None: all that are not padding
 
 
+class Read(NamedTuple):
+  """A cache within a block."""
+
+  cache: Any
+  read: Any  # as `MaskPredictorConfig.reading` makes it
+
+
 class Filled(NamedTuple):
   """A batch as it stands; [MASK] where it is not filled yet."""
 
@@ -194,12 +201,9 @@ class Engine:
       for _ in range({"block": blocks, "step": blocks * most}.get(every, 1)):
         until_nfe = np.int32(host.canvas.nfe + 1) if every == "step" else _NEVER
         until_block = np.int32(host.block + 1) if every == "block" else _NEVER
-        with sharding.on_mesh_of(self.params):
-          state = unmask_until(
-            self.params, state, segment_BL if padded else None, job.settings, np.int32(job.origin), until_nfe,
-            until_block, model=self.model, shape=shape, mask_id=self.mask_id, ends=self.ends,
-            vocab_size=self.vocab_size, first=first,
-          )  # fmt: skip
+        state = self.advance(
+          state, segment_BL if padded else None, job.settings, np.int32(job.origin), until_nfe, until_block, shape, first
+        )
         host = jax.device_get(state._replace(cache=None))
         end = first + int(host.block + (host.step > 0)) * W if shape.grows else L
         shown = jax.tree.map(lambda x, end=end: x[:, :end] if x.ndim == 2 else x, host.canvas)
@@ -211,6 +215,37 @@ class Engine:
       canvas, block = host.canvas, host.block
       if self._ended(canvas, first).all():
         return
+
+  @functools.cached_property
+  def layers(self) -> Any:
+    """The layers cut apart, for those who enter a program again and again: on a CPU each entry copies them.
+
+    They are there a second time, then. None: they need not be cut.
+    """
+    if not self.model.unrolled:
+      return None
+    with sharding.on_mesh_of(self.params):
+      return jax.jit(lambda params: self.model.bind(params).layers())(self.params)
+
+  def advance(
+    self, state: State, segment_BL: Any, settings: Settings, origin: Any, until_nfe: Any, until_block: Any, shape: Shape,
+    first: int, within: bool = False, layers: Any = None,
+  ) -> State:  # fmt: skip
+    """Further, up to a pass or a block (see `sampling.run`); `within`: a pass further in a block that has begun.
+
+    `layers`: `Engine.layers`. What the passes of a block only read of the cache is made once for them, and no program hands the cache through.
+    """
+    cache, read = (state.cache.cache, state.cache.read) if isinstance(state.cache, Read) else (state.cache, None)
+    within &= cache is not None
+    with sharding.on_mesh_of(self.params):
+      if within and read is None:
+        read = _reading(cache, model=self.model)
+      state = unmask_until(
+        self.params, state._replace(cache=None if within else cache), segment_BL, settings, origin, until_nfe,
+        until_block, read if within else None, layers, model=self.model, shape=shape, mask_id=self.mask_id,
+        ends=self.ends, vocab_size=self.vocab_size, first=first,
+      )  # fmt: skip
+    return state._replace(cache=Read(cache, read)) if within else state
 
   def _ended(self, canvas: Any, first: int) -> np.ndarray:
     """Which rows have met an end behind their prompts, bool [B]."""
@@ -394,6 +429,7 @@ def _allowed(rows: int, mask_id: int, vocab_size: int) -> jax.Array:
 
 
 new_cache = jax.jit(MaskPredictorConfig.new_cache, static_argnums=(0, 1, 2))
+_reading = jax.jit(lambda cache, *, model: model.reading(cache), static_argnames="model")
 _start = jax.jit(sampling.start, static_argnames=("shape", "mask_id", "first"))  # one program, not one a line
 
 
@@ -413,13 +449,13 @@ def _twice(canvas_BL: jax.Array, given_BL: jax.Array, mask_id: int) -> jax.Array
 
 
 @functools.partial(sharding.jit, static_argnames=("model", "known", "guided", "mask_id"), donate_argnames="cache")
-def prefill(params, cache, canvas, segment_BL, *, model, known, guided, mask_id):
+def prefill(params, cache, canvas, segment_BL, layers=None, *, model, known, guided, mask_id):
   """The cache of a model of blocks with the keys and values of the first `known` positions, whole blocks."""
   given_BL = (canvas.tokens_BL != mask_id) & (canvas.unmasked_at_BL == 0)
   canvas_BL = _twice(canvas.tokens_BL, given_BL, mask_id) if guided else canvas.tokens_BL
   segment_BL = jnp.tile(segment_BL, (1 + guided, 1))
   visible = model.visible(segment_BL.shape[1], segment_BL, W=known)
-  return laid_out(model.bind(params).hidden(canvas_BL[:, :known], visible, _positions(segment_BL), cache)[1])
+  return laid_out(model.bind(params).hidden(canvas_BL[:, :known], visible, _positions(segment_BL), cache, layers)[1])
 
 
 def laid_out(x: Any) -> Any:
@@ -429,11 +465,12 @@ def laid_out(x: Any) -> Any:
 
 @functools.partial(sharding.jit, static_argnames=("model", "shape", "mask_id", "ends", "vocab_size", "first"))
 def unmask_until(
-  params, state, segment_BL, settings, origin, until_nfe, until_block, *, model, shape, mask_id, ends, vocab_size, first
+  params, state, segment_BL, settings, origin, until_nfe, until_block, read=None, layers=None, *, model, shape, mask_id,
+  ends, vocab_size, first
 ) -> State:
   """`segment_BL` None: no row is padded, attention needs no mask. If canvases grow nothing behind a block is seen."""
   bound, (B, L) = model.bind(params), state.canvas.tokens_BL.shape
-  layers, at_L = bound.layers(), jnp.arange(L)
+  layers, at_L = bound.layers() if layers is None else layers, jnp.arange(L)
   position_BL = None if segment_BL is None else _positions(segment_BL)
   given_BL = (state.canvas.tokens_BL != mask_id) & (state.canvas.unmasked_at_BL == 0)
 
@@ -481,7 +518,7 @@ def unmask_until(
     predict, state, sampling.keys(settings), settings, shape, mask_id=mask_id,
     allowed_V=_allowed(model.V, mask_id, vocab_size), ends=ends, origin=origin, first=first, alike=alike,
     until_nfe=until_nfe, until_block=until_block, reading=model.reading,
-    begin=functools.partial(predict, begins=True) if shape.of_blocks else None,
+    begin=functools.partial(predict, begins=True) if shape.of_blocks else None, read=read,
   )  # fmt: skip
   return laid_out(state)
 

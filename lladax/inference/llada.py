@@ -5,6 +5,7 @@ the first that ends a text -> text (`Sampled`), or a picture of how it was unmas
 """
 
 import dataclasses
+import functools
 import math
 import numbers
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -232,7 +233,7 @@ class LLaDA:
       segment = segment.astype(np.int32)
     return self.engine.logits(tokens, segment)
 
-  @property
+  @functools.cached_property
   def engine(self) -> Engine:
     """What runs it, on ids alone."""
     return Engine(self.model, self.params, self.mask_id, self.ends, self.vocab_size)

@@ -278,12 +278,10 @@ class Slots:
     """
     assert self._state is not None
     engine, state, now, W = self._engine, self._state, self._now, self._shape.block_length
-    with sharding.on_mesh_of(engine.params):
-      state = engines.unmask_until(
-        engine.params, state, self._segment_BL, self._settings, self._origin_B, np.int32(self._passes + 1),
-        np.int32(now.at // W + 1), model=engine.model, shape=self._shape, mask_id=engine.mask_id, ends=engine.ends,
-        vocab_size=engine.vocab_size, first=0,
-      )  # fmt: skip
+    state = engine.advance(
+      state, self._segment_BL, self._settings, self._origin_B, np.int32(self._passes + 1), np.int32(now.at // W + 1),
+      self._shape, 0, self._passes > 0, engine.layers,
+    )  # fmt: skip
     host = jax.device_get(state._replace(cache=None))
     self._state, self._passes, canvas = state, self._passes + 1, host.canvas
     goes_on = int(host.block) * W <= now.at and int(canvas.nfe) == self._passes
@@ -300,7 +298,8 @@ class Slots:
       if not goes_on:
         seat.filled()
     if not goes_on:
-      now.cache, now.at, self._state, self._order = state.cache, now.at + W, None, []
+      now.cache = state.cache.cache if isinstance(state.cache, engines.Read) else state.cache
+      now.at, self._state, self._order = now.at + W, None, []
     return goes_on
 
   def score(self, row: Sequence[int]) -> Any:
@@ -348,8 +347,8 @@ class Slots:
     zeros_BL = np.zeros((1, L), np.int32)
     canvas: Any = Canvas(*(tokens_BL, zeros_BL, np.ones((1, L), np.float32), np.zeros(1, np.int32), np.int32(0)))
     cache = engines.prefill(
-      engine.params, engines.new_cache(engine.model, 1 + guided, L), canvas, segment_BL, model=engine.model, known=L,
-      guided=guided, mask_id=engine.mask_id,
+      engine.params, engines.new_cache(engine.model, 1 + guided, L), canvas, segment_BL, engine.layers,
+      model=engine.model, known=L, guided=guided, mask_id=engine.mask_id,
     )  # fmt: skip
     return cache, L
 
