@@ -1,0 +1,445 @@
+"""The HTTP server of a model: who may ask, what is answered, and what is counted."""
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import prometheus_client as prometheus
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lladax.inference.llada import LLaDA
+from lladax.mistake import Mistake
+from lladax.serving.protocol import Asked, Protocol, Refused, decode, refused
+from lladax.serving.scheduler import Draining, Expired, Failed, Full, Job, Scheduler
+from lladax.serving.settings import ServeConfig
+from lladax.terminal import visible
+
+log = logging.getLogger(__name__)
+
+KEEP_ALIVE = 15.0  # seconds of silence in a stream
+PATIENCE = 60.0  # seconds in which the body of a request has to come
+POLICY = (
+  "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none';"
+  " form-action 'none'; frame-ancestors 'none'"
+)
+_PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"),
+         "/page.js": ("page.js", "text/javascript")}  # fmt: skip
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
+
+
+class Metrics:
+  """What is counted, in a registry of its own."""
+
+  def __init__(self):
+    self.registry = registry = prometheus.CollectorRegistry()
+    self.scheduler: Scheduler | None = None
+    self.requests = prometheus.Counter(
+      "lladax_requests", "Requests that were answered.", ["endpoint", "status"], registry=registry
+    )
+    self.refusals = prometheus.Counter(
+      "lladax_queue_refusals", "Requests that found the queue full.", registry=registry
+    )
+    self.disconnects = prometheus.Counter(
+      "lladax_disconnects", "Requests whose client left before the answer.", registry=registry
+    )
+    self.first = prometheus.Histogram(
+      "lladax_first_text_seconds", "From a request to the first of its text that stays.", buckets=_SECONDS,
+      registry=registry,
+    )  # fmt: skip
+    self.seconds = prometheus.Histogram(
+      "lladax_request_seconds", "From a request to the end of its answer.", ["endpoint"], buckets=_SECONDS,
+      registry=registry,
+    )  # fmt: skip
+    registry.register(self)
+
+  def collect(self):
+    """What the scheduler counts, as the library asks for it."""
+    stats = self.scheduler.stats if self.scheduler else {}
+    for name, what in (("waiting", "Rows that wait."), ("running", "Rows that run.")):
+      yield GaugeMetricFamily(f"lladax_rows_{name}", what, stats.get(name, 0))
+    for name, what in (("passes", "Forward passes."), ("tokens", "Tokens that were generated."),
+                       ("crashes", "Batches that have crashed.")):  # fmt: skip
+      yield CounterMetricFamily(f"lladax_{name}", what, stats.get(name, 0))
+
+
+class Gate:
+  """Before all routes: who asks and from where, on which name; behind them: the headers, the log, the counters."""
+
+  def __init__(self, app: ASGIApp, serving: "Serving"):
+    self.app, self.serving, self.settings, self.metrics = app, serving, serving.settings, serving.metrics
+    settings = self.settings
+    self.keys = [hashlib.sha256(key).digest() for key in settings.keys()]
+    self.loopback = is_loopback(settings.host)
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    """As ASGI asks."""
+    if scope["type"] != "http":
+      return
+    began, scope["lladax"] = time.monotonic(), {}
+    headers, path = _headers(scope), scope["path"]
+    status, own = 0, [("x-content-type-options", "nosniff"), ("cache-control", "no-store"),
+                      ("content-security-policy", POLICY), ("referrer-policy", "no-referrer")]  # fmt: skip
+    if self.settings.cors:
+      own.append(("vary", "Origin"))
+      if headers.get("origin") == self.settings.cors:
+        own.append(("access-control-allow-origin", self.settings.cors))
+
+    async def told(message: Message) -> None:
+      nonlocal status
+      if message["type"] == "http.response.start":
+        status = message["status"]
+        more = [(name.encode(), value.encode()) for name, value in own]
+        message = message | {"headers": [*message.get("headers", ()), *more]}
+      await send(message)
+
+    try:
+      try:
+        self._check(scope["method"], path, headers)
+        if self.settings.cors and scope["method"] == "OPTIONS" and "origin" in headers:
+          allowed = {"access-control-allow-methods": "GET, POST", "access-control-max-age": "600",
+                     "access-control-allow-headers": "Authorization, Content-Type"}  # fmt: skip
+          await Response(status_code=204, headers=allowed)(scope, receive, told)
+        else:
+          await self.app(scope, receive, told)
+      except Refused as error:
+        await _refusal(error)(scope, receive, told)
+    finally:
+      self._note(scope, status, time.monotonic() - began)
+
+  def _check(self, method: str, path: str, headers: Mapping[str, str]) -> None:
+    """Raises Refused if this request is none of ours."""
+    host, origin = headers.get("host"), headers.get("origin")
+    if self.loopback and host is not None and not is_loopback(_name(host)):
+      message = f"Host: {host!r:.80}: this server answers to localhost alone; start it with --host for other names"
+      raise Refused(message, status=421)
+    if origin is not None and origin not in (self.settings.cors or None, f"http://{host}", f"https://{host}"):
+      message = f"Origin: {origin!r:.80}: pages of another origin may not ask, unless the server is started with --cors"
+      raise Refused(message, status=403)
+    if self.keys and (path.startswith("/v1/") or path == "/metrics") and method != "OPTIONS":
+      kind, _, key = headers.get("authorization", "").partition(" ")
+      digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
+      known = [hmac.compare_digest(digest, x) for x in self.keys]
+      if kind.lower() != "bearer" or not any(known):
+        message = "the API key is missing or wrong: send it as Authorization: Bearer KEY"
+        raise Refused(message, status=401, code="invalid_api_key")
+
+  def _note(self, scope: Scope, status: int, seconds: float) -> None:
+    route = scope.get("route")
+    endpoint, seen = route.path if route else "other", scope["lladax"]
+    status = status or 499  # the client left before the first byte
+    self.metrics.requests.labels(endpoint, str(status)).inc()
+    self.metrics.seconds.labels(endpoint).observe(seconds)
+    asked: Asked | None = seen.get("asked")
+    used = asked.used() if asked else {}
+    line = f"{scope['method']} {scope['path']:.200} {status}"
+    line += "".join(f" {name}={used[name]}" for name in ("prompt_tokens", "completion_tokens", "passes") if used)
+    line += f" {seconds:.3f} s" + " (the client left)" * bool(seen.get("left"))
+    log.info("%s", visible(line).replace("\n", "␊"))
+    if self.settings.log_text and asked:
+      for x in asked.choices:
+        log.info("%s -> %s", *(visible(json.dumps(t, ensure_ascii=False)) for t in (seen.get("text", ""), x.text)))
+
+
+class _Events(StreamingResponse):
+  """A stream that ends when the client is gone, even while nothing is sent."""
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    """As ASGI asks."""
+    told, gone = (asyncio.ensure_future(x) for x in (self.stream_response(send), _gone(receive)))
+    try:
+      await asyncio.wait({told, gone}, return_when=asyncio.FIRST_COMPLETED)
+      if not told.done():
+        scope["lladax"]["left"] = True
+    finally:
+      await _end(told, gone)
+
+
+class Serving:
+  """The routes, over a model that may still be loading."""
+
+  def __init__(self, settings: ServeConfig, name: str):
+    self.settings, self.name, self.metrics = settings, name, Metrics()
+    self.scheduler: Scheduler | None = None
+    self.protocol: Protocol | None = None
+
+  def open(self, scheduler: Scheduler, llada: LLaDA, options: Mapping[str, Any]) -> None:
+    """The model is there: requests are answered from here on."""
+    protocol = Protocol(llada, self.name, options, self.settings.queue)
+    self.metrics.scheduler = self.scheduler = scheduler
+    self.protocol = protocol
+
+  @property
+  def state(self) -> str:
+    """Of the scheduler; "loading" before there is one."""
+    return self.scheduler.state if self.scheduler else "loading"
+
+  def ready(self) -> tuple[Scheduler, Protocol]:
+    """What answers; raises Draining if nothing does."""
+    if self.scheduler is None or self.protocol is None or self.state != "ready":
+      raise Draining
+    return self.scheduler, self.protocol
+
+  async def chat(self, request: Request) -> Response:
+    """POST /v1/chat/completions."""
+    return await self._answer(request, chats=True)
+
+  async def completions(self, request: Request) -> Response:
+    """POST /v1/completions."""
+    return await self._answer(request, chats=False)
+
+  async def models(self, request: Request) -> Response:
+    """GET /v1/models, and of one of them."""
+    with self._told():
+      protocol = self.ready()[1]
+      name = request.path_params.get("name")
+      return JSONResponse(protocol.models() if name is None else protocol.model(name))
+
+  async def health(self, request: Request) -> Response:
+    """GET /healthz."""
+    return JSONResponse({"status": self.state}, 200 if self.state == "ready" else 503)
+
+  async def counters(self, request: Request) -> Response:
+    """GET /metrics."""
+    content = prometheus.generate_latest(self.metrics.registry)
+    return Response(content, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+  async def page(self, request: Request) -> Response:
+    """GET / and its files."""
+    name, kind = _PAGE[request.url.path]
+    try:
+      return Response((Path(__file__).parent / name).read_bytes(), media_type=kind)
+    except FileNotFoundError:
+      raise HTTPException(404) from None
+
+  async def _answer(self, request: Request, *, chats: bool) -> Response:
+    with self._told():
+      kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+      if kind != "application/json":
+        raise Refused(f"Content-Type: {kind!r:.80}: send application/json", status=415)
+      scheduler, protocol = self.ready()
+      body = decode(await self._body(request))
+      asked = protocol.chat(body) if chats else protocol.completions(body)
+      seen = request.scope["lladax"]
+      seen |= {"asked": asked, "text": body.get("messages" if chats else "prompt")}
+      timeout = min(asked.timeout or self.settings.timeout, self.settings.timeout)
+      began = time.monotonic()
+      job = scheduler.submit(asked.rows, timeout=timeout, every=asked.canvas) if asked.rows else None
+      if asked.stream:
+        headers = {"x-accel-buffering": "no"}
+        events = self._events(scheduler, protocol, job, asked, began)
+        return _Events(events, headers=headers, media_type="text/event-stream")
+      told = asyncio.ensure_future(self._all(scheduler, protocol, job, asked, began))
+      gone = asyncio.ensure_future(_gone(request.receive))
+      try:
+        await asyncio.wait({told, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if told.done():
+          return JSONResponse(told.result())
+        seen["left"] = True
+        self.metrics.disconnects.inc()
+        return Response(status_code=499)
+      finally:
+        if job:
+          job.cancel()
+        await _end(told, gone)
+
+  async def _all(
+    self, scheduler: Scheduler, protocol: Protocol, job: Job | None, asked: Asked, began: float
+  ) -> dict[str, Any]:
+    async for _ in self._chunks(scheduler, protocol, job, asked, began):
+      pass
+    return asked.answer()
+
+  async def _chunks(
+    self, scheduler: Scheduler, protocol: Protocol, job: Job | None, asked: Asked, began: float
+  ) -> AsyncIterator[dict[str, Any]]:
+    """The chunks of a stream; rows whose texts are whole are let go."""
+    if asked.scores:
+      asked.score(await scheduler.score(asked.prompts), protocol.llada)
+    for chunk in asked.begin() if asked.stream else ():
+      yield chunk
+    waits = True
+    if job:
+      async for i, snapshot in job.watch():
+        chunk = asked.see(i, snapshot)
+        if waits and any(x.text or x.finish for x in asked.choices):
+          waits = False
+          self.metrics.first.observe(time.monotonic() - began)
+        if asked.choices[i].finish:
+          job.cancel(i)
+        if chunk:
+          yield chunk
+    for chunk in asked.end() if asked.stream else ():
+      yield chunk
+
+  async def _events(
+    self, scheduler: Scheduler, protocol: Protocol, job: Job | None, asked: Asked, began: float
+  ) -> AsyncIterator[bytes]:
+    """The bytes of a stream; what goes wrong is an event of it, too."""
+    chunks = self._chunks(scheduler, protocol, job, asked, began)
+    coming, whole = None, False
+    try:
+      with self._told():
+        while True:
+          coming = coming or asyncio.ensure_future(anext(chunks, None))
+          done, _ = await asyncio.wait({coming}, timeout=KEEP_ALIVE)
+          if not done:
+            yield b": keep-alive\n\n"
+            continue
+          chunk, coming = coming.result(), None
+          if chunk is None:
+            break
+          yield _event(chunk)
+      whole = True
+      yield b"data: [DONE]\n\n"
+    except Refused as error:
+      whole = True
+      yield _event(error.json())
+    finally:
+      if not whole:
+        self.metrics.disconnects.inc()
+      if job:
+        job.cancel()
+      if coming:
+        await _end(coming)
+      await chunks.aclose()  # pyright: ignore[reportAttributeAccessIssue]
+
+  @contextlib.contextmanager
+  def _told(self):
+    """Whatever goes wrong is said as HTTP and OpenAI say it: raises Refused."""
+    try:
+      yield
+    except Refused:
+      raise
+    except Mistake as error:
+      raise refused(error) from None
+    except Full as error:
+      self.metrics.refusals.inc()
+      raise _later(str(error), 429, "rate_limit_exceeded", error.retry_after) from None
+    except Draining:
+      message = "the model is loading" if self.state == "loading" else "the server is going down"
+      raise _later(f"{message}: try again later", 503, self.state, 5) from None
+    except Expired:
+      message = "the answer was not there in time: ask for less, or for a longer timeout"
+      raise Refused(message, status=504, code="timeout", kind="server_error") from None
+    except Failed as error:
+      log.error("a batch has crashed", exc_info=error.__cause__ or error)
+      raise Refused("the batch of this request has crashed: try again", status=500, kind="server_error") from None
+    except HTTPException:
+      raise
+    except Exception:
+      log.exception("an answer has crashed")
+      raise Refused("the server has a fault, which its log tells", status=500, kind="server_error") from None
+
+  async def _body(self, request: Request) -> bytes:
+    """The bytes of a request, as long as there are not too many."""
+    most, content = self.settings.max_body, bytearray()
+    said = request.headers.get("content-length", "0")
+    large = Refused(f"the body has more than {most} bytes, the most that this server reads", status=413)
+    if said.isdecimal() and int(said[:20]) > most:
+      raise large
+    try:
+      async with asyncio.timeout(PATIENCE):
+        async for chunk in request.stream():
+          content += chunk
+          if len(content) > most:
+            raise large
+    except TimeoutError:
+      raise Refused("the body did not come in time", status=408) from None
+    return bytes(content)
+
+
+def make_app(
+  scheduler: Scheduler | None, llada: LLaDA | None, settings: ServeConfig, name: str, options: Mapping[str, Any]
+) -> Gate:
+  """The app of a model; without one it says that it is loading until its `serving.open` is called."""
+  serving = Serving(settings, name)
+  if scheduler is not None and llada is not None:
+    serving.open(scheduler, llada, options)
+  routes = [
+    Route("/v1/chat/completions", serving.chat, methods=["POST"]),
+    Route("/v1/completions", serving.completions, methods=["POST"]),
+    Route("/v1/models", serving.models), Route("/v1/models/{name}", serving.models),
+    Route("/healthz", serving.health), Route("/metrics", serving.counters),
+    *(Route(path, serving.page) for path in _PAGE),
+  ]  # fmt: skip
+
+  async def other(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    what = {404: "there is nothing here", 405: "this method has no meaning here"}.get(error.status_code, error.detail)
+    refusal = Refused(f"{request.method} {request.url.path:.80}: {what}", status=error.status_code)
+    return _refusal(refusal, error.headers)
+
+  app = Starlette(routes=routes, exception_handlers={HTTPException: other, Refused: _refused})
+  return Gate(app, serving)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+  assert isinstance(error, Refused)
+  return _refusal(error)
+
+
+def _refusal(error: Refused, headers: Mapping[str, str] | None = None) -> Response:
+  more = {"www-authenticate": "Bearer"} if error.status == 401 else {}
+  more |= {"retry-after": str(error.retry_after)} if error.retry_after else {}
+  return JSONResponse(error.json(), error.status, {**more, **(headers or {})})
+
+
+def _later(message: str, status: int, code: str, seconds: int) -> Refused:
+  kind = "rate_limit_error" if status == 429 else "server_error"
+  error = Refused(message, status=status, code=code, kind=kind)
+  error.retry_after = max(1, int(seconds))
+  return error
+
+
+def _event(told: dict[str, Any]) -> bytes:
+  return b"data: " + json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+async def _gone(receive: Receive) -> None:
+  """Returns when the client is gone; called when its whole request has been read."""
+  while (await receive())["type"] != "http.disconnect":
+    pass
+
+
+async def _end(*tasks: asyncio.Future) -> None:
+  """Cancels what still runs, and waits for it."""
+  for task in tasks:
+    task.cancel()
+  await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _headers(scope: Scope) -> dict[str, str]:
+  return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+
+
+def _name(host: str) -> str:
+  """The name in a Host header, without its port; "" if it is none."""
+  try:
+    return urlsplit(f"//{host}").hostname or ""
+  except ValueError:
+    return ""
+
+
+def is_loopback(host: str) -> bool:
+  """Whether a name or an address is this machine's alone."""
+  if host == "localhost" or host.endswith(".localhost"):
+    return True
+  try:
+    return ipaddress.ip_address(host.strip("[]")).is_loopback
+  except ValueError:
+    return False

@@ -1,0 +1,622 @@
+"""OpenAI's protocol: bodies of requests in, rows out; snapshots of these rows in, answers and their pieces out.
+
+The life of a request: bytes -> a body of known fields (`decode`) -> `Asked`: a `Row` and a `Choice` for each text that
+is wanted -> snapshots of the rows, of which each `Choice` says what is new and will stay -> chunks, or one answer.
+It knows neither HTTP nor a queue.
+"""
+
+import bisect
+import dataclasses
+import difflib
+import json
+import math
+import re
+import secrets
+import time
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lladax import fields, sampling
+from lladax.inference.engine import bucket
+from lladax.inference.llada import LLaDA, cut
+from lladax.inference.slots import Row, Snapshot
+from lladax.mistake import Mistake
+from lladax.sampling import SamplerConfig
+
+CHOICES, STOPS = 32, 16  # at most
+_HALF = "\ufffd"  # what a character that is not whole yet is decoded to
+_LEAST = -9999.0  # the logarithm of a confidence of 0, which JSON has no number for
+_WINDOW = 16  # tokens that the text of the next one may depend on
+_KINDS = typing.get_type_hints(SamplerConfig)
+_SAMPLER = {name: kind for name, kind in _KINDS.items() if name not in ("seed", "logit_bias")}
+_BOTH = {
+  "model": str, "n": int | None, "seed": int | None, "stop": str | tuple[str, ...] | None, "stream": bool | None,
+  "stream_options": dict | None, "max_tokens": int | None, "timeout": float | None, "logit_bias": dict | None,
+}  # fmt: skip
+_CHAT = {"messages": list, "max_completion_tokens": int | None, "logprobs": bool | None, "top_logprobs": int | None}
+_TEXT = {
+  "prompt": str | list, "suffix": str | None, "echo": bool | None, "best_of": int | None, "logprobs": int | None,
+}  # fmt: skip
+# Fields that ask for nothing here: a type, of which any value is as good, or the values that say no more than null.
+_NEUTRAL: dict[str, Any] = {
+  "user": str, "safety_identifier": str, "prompt_cache_key": str, "metadata": dict, "parallel_tool_calls": bool,
+  "store": [False], "service_tier": ["auto", "default"], "presence_penalty": [0], "frequency_penalty": [0],
+  "response_format": [{"type": "text"}], "tools": [[]], "tool_choice": ["none", "auto"], "functions": [[]],
+  "function_call": ["none", "auto"], "modalities": [["text"]], "prediction": [], "audio": [],
+}  # fmt: skip
+
+
+class Refused(Mistake):
+  """A request that gets no answer: its status, and what OpenAI's error object says besides the message."""
+
+  retry_after = 0  # seconds; 0: it is of no use
+
+  def __init__(self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400,
+               kind: str = "invalid_request_error"):  # fmt: skip
+    super().__init__(message)
+    self.status, self.body = status, {"message": str(self), "type": kind, "param": param, "code": code}
+
+  def json(self) -> dict[str, Any]:
+    """OpenAI's error object."""
+    return {"error": self.body}
+
+
+def refused(error: Mistake, param: str | None = None) -> Refused:
+  """A mistake as the user of a field is told it: `sample.steps=0: ...` is one of the field `steps`."""
+  if isinstance(error, Refused):
+    return error
+  message = str(error).replace("sample.", "").replace("model.max_length", "max_length")
+  named = re.match(r"(\w+)(?:\[\d+\])*[=:.\[ ]", message)
+  known = {*_KINDS, *_BOTH, *_CHAT, *_TEXT}
+  return Refused(message, param=named[1] if named and named[1] in known else param)
+
+
+def decode(content: bytes) -> dict[str, Any]:
+  """The body of a request.
+
+  Raises:
+    Refused: it is no JSON, or no object, or one whose readers would not agree: names twice, NaN, half characters.
+  """
+
+  def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+      twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+      raise ValueError(f"the field {twice!r:.80} is there twice")
+    return found
+
+  def constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+  try:
+    body = json.loads(content.decode("utf-8"), object_pairs_hook=once, parse_constant=constant)
+    json.dumps(body, ensure_ascii=False).encode()
+  except RecursionError:
+    raise Refused("the body's lists and objects are too deep") from None
+  except UnicodeEncodeError:
+    raise Refused("the body holds half of a surrogate pair, which is no character") from None
+  except ValueError as error:
+    raise Refused(f"the body is no JSON in UTF-8: {error}") from None
+  if not isinstance(body, dict):
+    raise Refused(f"the body is of type {type(body).__name__}: give an object")
+  return body
+
+
+class Token(NamedTuple):
+  """A token of an answer as `logprobs` tells it."""
+
+  text: str
+  logprob: float | None
+  offset: int  # in the text of the answer, characters
+  top: dict[str, float] | None = None  # the most probable ones; None: the token itself is all that is known
+
+
+class Choice:
+  """One text of an answer, as far as it is known."""
+
+  def __init__(self, llada: LLaDA, row: Row, start: int, stop: int | None, until: Sequence[str], before: str = ""):
+    """The text is of the row's tokens `start` to `stop`; `before` it stands what is echoed."""
+    self.row, self.until, self.before = row, until, before
+    self.start, self.stop = start, stop
+    self.text, self.finish, self.passes, self.count = "", None, 0, 0  # finish: "stop" | "length" when it is whole
+    self.tokens: list[Token] = []
+    self.prompt: list[Token] = []  # those of what is echoed, where they are scored
+    self._llada, self._sent, self._told, self._seen = llada, 0, 0, -1
+    self._behind = list(row.ids[:start])
+
+  def see(self, x: Snapshot, *, logprobs: bool, lazy: bool = False) -> tuple[str, list[Token]]:
+    """(text, tokens) that are new, and stay. `lazy`: nobody waits for a part."""
+    self.passes = x.passes
+    end = len(x.tokens_L) if x.done else x.stable
+    end = end if self.stop is None else min(end, self.stop)
+    whole = x.done or end == self.stop
+    if self.finish or (not whole and end == self._seen):
+      return "", []
+    self._seen, ids = end, x.tokens_L[self.start : end]
+    ends = np.flatnonzero(np.isin(ids, self._llada.ends)) if not self.row.fills else []
+    if len(ends):
+      ids, whole = ids[: ends[0]], True
+    if lazy and not whole and not self.until:
+      return "", []
+    text = self._decode(ids)
+    firm = text if whole else text.rstrip(_HALF)
+    said = cut(firm, self.until)
+    if said != firm:
+      whole, n = True, 1 + bisect.bisect_left(range(1, len(ids) + 1), True, key=lambda n: self._holds_stop(ids[:n]))
+      ids = ids[:n]
+    if whole:
+      self.finish = "stop" if len(ends) or said != firm else "length"
+    else:  # a stop string may have begun
+      held = (n for stop in self.until for n in range(min(len(stop) - 1, len(said)), 0, -1) if said.endswith(stop[:n]))
+      said = said[: len(said) - max(held, default=0)]
+    self.text = said
+    committed_L = x.unmasked_at_L[self.start : self.start + len(ids)] > 0
+    self.count = int(committed_L.sum()) if self.row.fills else len(ids)
+    if logprobs:
+      at = len(self.before)
+      p_L = np.where(committed_L, x.confidence_L[self.start : self.start + len(ids)], np.nan).tolist()
+      log_p = [None if math.isnan(p) else math.log(p) if p > 0 else _LEAST for p in p_L]
+      every = tokens(self._llada, ids, self._behind, log_p)
+      self.tokens = [t._replace(offset=t.offset + at) for t in every if self.finish or t.offset < len(said)]
+    new = self.text[self._sent :], self.tokens[self._told :]
+    self._sent, self._told = len(self.text), len(self.tokens)
+    return new
+
+  def _decode(self, ids: Any) -> str:
+    return self._llada._text().decode(ids.tolist(), behind=self._behind)
+
+  def _holds_stop(self, ids: Any) -> bool:
+    text = self._decode(ids)
+    return cut(text, self.until) != text
+
+  def canvas(self, index: int, x: Snapshot, block: int) -> dict[str, Any]:
+    """The canvas as it stands: what is behind the prompt, or all of one that is filled in."""
+    own = slice(0 if self.row.fills else self.start, None if self.row.fills else self.stop)
+    ids_L, mask_id = x.tokens_L[own], self._llada.mask_id
+    confidence_L = np.where(ids_L == mask_id, 0.0, x.confidence_L[own].astype(float))
+    given = sum(i != mask_id for i in self.row.ids) if self.row.fills else self.start
+    return {
+      "index": index, "pass": x.passes, "block": block, "given": given,
+      "pieces": [None if i == mask_id else piece(self._llada, i) for i in ids_L.tolist()],
+      "unmasked_at": x.unmasked_at_L[own].tolist(),
+      "edited_at": None if x.edited_at_L is None else x.edited_at_L[own].tolist(),
+      "confidence": [round(p, 4) for p in confidence_L.tolist()], "done": bool(x.done or self.finish),
+    }  # fmt: skip
+
+
+def piece(llada: LLaDA, id: int) -> str:
+  """A token as it is shown; what ends a text is ⏎."""
+  return "⏎" if id in llada.ends else llada._piece(id)
+
+
+def tokens(llada: LLaDA, ids: Sequence[int], behind: Sequence[int], log_p: Sequence[float | None]) -> list[Token]:
+  """Tokens of ids, with their places in the text of the ids; a token within a character stands where that begins."""
+  ids, found, at = [*behind[-2 * _WINDOW :], *map(int, ids)], [], 0
+  first, spell = len(ids) - len(log_p), llada._text().decode
+  for i, p in zip(range(first, len(ids)), log_p, strict=True):
+    low = max(first, i - _WINDOW)
+    before, text = (spell(ids[low:n], behind=ids[max(0, low - 2 * _WINDOW) : low]) for n in (i, i + 1))
+    found.append(Token(piece(llada, ids[i]), p, at - (len(before) - len(before.rstrip(_HALF)))))
+    at += len(text) - len(before)
+  return found
+
+
+@dataclasses.dataclass
+class Asked:
+  """A request that is understood: its rows, and what has become of them."""
+
+  chats: bool
+  model: str
+  choices: list[Choice]
+  seed: int
+  stream: bool
+  usage: bool  # whether a stream ends with it
+  canvas: bool
+  timeout: float | None
+  logprobs: int | None  # None: not asked for
+  prompts: list[tuple[int, ...]]
+  each: int  # choices of each prompt
+  scores: bool  # whether the prompts' own tokens are to be scored; then `score` is to be called before all else
+  block: int
+  runs: bool = True  # False: nothing is generated
+
+  def __post_init__(self):
+    self.id = f"{'chatcmpl' if self.chats else 'cmpl'}-{secrets.token_hex(12)}"
+    self.created = int(time.time())
+
+  @property
+  def rows(self) -> list[Row]:
+    """What the scheduler is asked for."""
+    return [x.row for x in self.choices] if self.runs else []
+
+  def score(self, found: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], llada: LLaDA) -> None:
+    """Takes what `Scheduler.score` says of the prompts."""
+    for i, (log_p_L, top_L, top_p_L) in enumerate(found):
+      log_p = [None, *(max(float(p), _LEAST) for p in log_p_L[1:])][: len(log_p_L)]
+      every = tokens(llada, self.prompts[i], (), log_p)
+      for j, t in enumerate(every[1:], 1):
+        top = {t.text: typing.cast(float, t.logprob), piece(llada, int(top_L[j])): max(float(top_p_L[j]), _LEAST)}
+        every[j] = t._replace(top=top)
+      for choice in self.choices[i * self.each : (i + 1) * self.each]:
+        choice.prompt = every
+
+  def begin(self) -> Iterator[dict[str, Any]]:
+    """The first chunks of a stream."""
+    for i, choice in enumerate(self.choices):
+      if self.chats:
+        yield self._chunk(i, {"role": "assistant", "content": ""}, [])
+      elif choice.before:
+        yield self._chunk(i, choice.before, choice.prompt)
+
+  def see(self, i: int, x: Snapshot) -> dict[str, Any] | None:
+    """Takes a row's snapshot; returns the chunk of a stream, None if there is nothing to tell."""
+    choice = self.choices[i]
+    if choice.finish:
+      return None
+    text, new = choice.see(x, logprobs=self.logprobs is not None, lazy=not self.stream)
+    if not (self.stream and (text or new or choice.finish or self.canvas)):
+      return None
+    chunk = self._chunk(i, {"content": text} if self.chats else text, new)
+    return chunk | ({"canvas": choice.canvas(i, x, self.block)} if self.canvas else {})
+
+  def end(self) -> Iterator[dict[str, Any]]:
+    """The last chunks of a stream."""
+    if not self.runs:
+      for i, choice in enumerate(self.choices):
+        choice.finish = "length"
+        yield self._chunk(i, "", [])
+    if self.usage:
+      yield self._told("chunk", []) | {"usage": self.used()}
+
+  def answer(self) -> dict[str, Any]:
+    """The whole answer."""
+    every = []
+    for i, x in enumerate(self.choices):
+      said = {"index": i, "finish_reason": x.finish or "length"}
+      if self.chats:
+        said |= {"message": {"role": "assistant", "content": x.text, "refusal": None}}
+      else:
+        said |= {"text": x.before + x.text}
+      every.append(said | {"logprobs": self._logprobs([*x.prompt, *x.tokens])})
+    return self._told("", every) | {"usage": self.used()}
+
+  def used(self) -> dict[str, int]:
+    """What it has cost."""
+    prompt, said = sum(map(len, self.prompts)), sum(x.count for x in self.choices)
+    passes = sum(x.passes for x in self.choices)
+    return {"prompt_tokens": prompt, "completion_tokens": said, "total_tokens": prompt + said, "passes": passes}
+
+  def _chunk(self, i: int, said: Any, new: list[Token]) -> dict[str, Any]:
+    choice = {"index": i, "delta" if self.chats else "text": said, "finish_reason": self.choices[i].finish}
+    return self._told("chunk", [choice | {"logprobs": self._logprobs(new) if new else None}])
+
+  def _told(self, kind: str, choices: list[Any]) -> dict[str, Any]:
+    name = ("chat.completion.chunk" if kind else "chat.completion") if self.chats else "text_completion"
+    told = {"id": self.id, "object": name, "created": self.created, "model": self.model, "seed": self.seed}
+    return told | {"choices": choices} | ({"usage": None} if kind and self.usage else {})
+
+  def _logprobs(self, every: list[Token]) -> dict[str, Any] | None:
+    if self.logprobs is None:
+      return None
+    top = [({t.text: t.logprob} if t.top is None else t.top) if t.logprob is not None else None for t in every]
+    if not self.chats:
+      return {
+        "tokens": [t.text for t in every], "token_logprobs": [t.logprob for t in every],
+        "top_logprobs": top if self.logprobs else None, "text_offset": [t.offset for t in every],
+      }  # fmt: skip
+    said = [{"token": t.text, "logprob": t.logprob, "bytes": _bytes(t.text)} for t in every]
+    return {"content": [x | {"top_logprobs": [x] if self.logprobs else []} for x in said], "refusal": None}
+
+
+def _bytes(text: str) -> list[int]:
+  """Of a token as `Tokenizer.piece` writes it."""
+  if re.fullmatch("(⟨[0-9A-F]{2}⟩)+", text):
+    return list(bytes.fromhex(re.sub("[⟨⟩]", "", text)))
+  return list(text.encode())
+
+
+class Protocol:
+  """What a served model is asked for, understood."""
+
+  def __init__(self, llada: LLaDA, name: str, options: Mapping[str, Any], most_rows: int):
+    """`options`: of `SamplerConfig`, where a request says nothing; `most_rows` of a request."""
+    options = {"early_stop": True} | {k: v for k, v in options.items() if k not in ("seed", "logit_bias")}
+    self.llada = dataclasses.replace(llada, defaults={**llada.defaults, **options})
+    self.name, self.most_rows = name, most_rows
+    self._engine, self._created = self.llada._engine, int(time.time())
+    self.defaults = self.llada._settings({})
+
+  def models(self) -> dict[str, Any]:
+    """The list of the one model."""
+    return {"object": "list", "data": [self.model(self.name)]}
+
+  def model(self, name: str) -> dict[str, Any]:
+    """The one model."""
+    self._check_name(name)
+    try:
+      self.llada._text().check_chat()
+      chats = True
+    except Mistake:
+      chats = False
+    more = {
+      "max_length": self.llada.model.max_length, "block": self.llada.model.block,
+      "sampler": dataclasses.asdict(self.defaults), "chats": chats,
+    }  # fmt: skip
+    return {"id": self.name, "object": "model", "created": self._created, "owned_by": "lladax", "lladax": more}
+
+  def chat(self, body: dict[str, Any]) -> Asked:
+    """A request of /v1/chat/completions.
+
+    Raises:
+      Refused: a field that does not exist, or means nothing here, or is out of its range.
+    """
+    said = self._said(body, _CHAT, "messages")
+    ids = self._read("messages", lambda: self.llada._text().chat(_messages(said["messages"])))
+    top = _within(said, "top_logprobs", 0, 20)
+    if top is not None and not said.get("logprobs"):
+      raise Refused(f"top_logprobs={top}: it needs logprobs=true", param="top_logprobs")
+    c, limit, most = self._continued(said)
+    row = self._row(ids, c, most, "messages")
+    return self._asked(said, True, [(row, len(ids), limit, "")], c, (top or 0) if said.get("logprobs") else None)
+
+  def completions(self, body: dict[str, Any]) -> Asked:
+    """A request of /v1/completions; raises as `chat` does."""
+    said = self._said(body, _TEXT, "prompt")
+    logprobs, best = _within(said, "logprobs", 0, 20), said.get("best_of")
+    if best is not None and best != (said.get("n") or 1):
+      raise Refused(f"best_of={best}: nothing is thrown away here; leave it out, or set n to it", param="best_of")
+    prompts, suffix, echo = _prompts(said["prompt"]), said.get("suffix"), bool(said.get("echo"))
+    wanted, c, runs = [], self.defaults, True
+    for prompt in prompts:
+      ids = self._ids(prompt, canvas=suffix is None)
+      if suffix is not None or self.llada.mask_id in ids:
+        if echo:
+          raise Refused("echo=true: what is filled in has text on both sides; leave it out", param="echo")
+        wanted.append(self._filled(said, ids, suffix))
+        c = wanted[-1][0].settings
+        continue
+      if runs := not (echo and said.get("max_tokens") == 0):
+        c, limit, most = self._continued(said)
+        row = self._row(ids, c, most, "prompt")
+      else:
+        row, limit = Row(tuple(ids), c), 0
+        self._read("prompt", lambda ids=ids: self._engine.check_length(len(ids), "a prompt"))
+      before = "" if not echo else prompt if isinstance(prompt, str) else self.llada._text().decode(ids)
+      wanted.append((row, len(ids), limit, before))
+    asked = self._asked(said, False, wanted, c, logprobs)
+    asked.scores, asked.runs = echo and logprobs is not None, runs
+    if asked.scores and () in asked.prompts:
+      raise Refused("prompt: an empty text has no tokens to score; leave echo or logprobs out", param="prompt")
+    return asked
+
+  def _asked(self, said: dict[str, Any], chats: bool, wanted: list[tuple[Row, int, int | None, str]],
+             c: SamplerConfig, logprobs: int | None) -> Asked:  # fmt: skip
+    """The choices of all prompts: (row, where its text starts, tokens of it, what is echoed)."""
+    n = _within(said, "n", 1, CHOICES) or 1
+    if n * len(wanted) > self.most_rows:
+      name = "prompt" if len(wanted) > 1 else "n"
+      raise Refused(f"{name}: {n * len(wanted)} texts are more than the {self.most_rows} that may wait", param=name)
+    seed, until = said.get("seed"), _stops(said.get("stop"))
+    if seed is None:
+      seed = secrets.randbits(32)
+    self._read("seed", lambda: fields.check_seed(seed, "seed"))
+    timeout, options = said.get("timeout"), said.get("stream_options")
+    if timeout is not None and not 0 < timeout < math.inf:
+      raise Refused(f"timeout={timeout}: give seconds, more than 0", param="timeout")
+    if options is not None and not said.get("stream"):
+      raise Refused("stream_options: only a stream has them; set stream=true, or leave it out", param="stream_options")
+    if wrong := [k for k, v in (options or {}).items() if k not in _STREAM or not isinstance(v, bool | None)]:
+      raise Refused(f"stream_options.{wrong[0]:.80}: use {', '.join(_STREAM)}, true or false", param="stream_options")
+    choices = []
+    for row, start, limit, before in wanted:
+      if until and row.fills and not start:
+        raise Refused("stop: a text with [MASK]s has an end of its own; leave it out", param="stop")
+      for k in range(n):
+        own = dataclasses.replace(row, settings=dataclasses.replace(row.settings, seed=sampling.nth_seed(seed, k)))
+        choices.append(Choice(self.llada, own, start, None if limit is None else start + limit, until, before))
+    options = options or {}
+    given = [tuple(i for i in row.ids if i != self.llada.mask_id) for row, *_ in wanted]
+    return Asked(
+      chats, self.name, choices, seed, bool(said.get("stream")), bool(options.get("include_usage")),
+      bool(options.get("canvas")), timeout, logprobs, given, n, False, self.llada.model.block or c.block_length,
+    )  # fmt: skip
+
+  def _said(self, body: dict[str, Any], more: dict[str, Any], needed: str) -> dict[str, Any]:
+    """The fields of a body that say something, of their types."""
+    known, said = _BOTH | more | {k: v for k, v in _SAMPLER.items() if k not in more}, {}
+    for name, value in body.items():
+      if name in known:
+        if value is not None or (name in _SAMPLER and name not in ("temperature", "top_p")):
+          said[name] = self._read(name, lambda v=value, name=name: _typed(v, known[name], name))
+      elif name not in _NEUTRAL:
+        near = difflib.get_close_matches(name[:80], known, 1, 0.0)[0]
+        raise Refused(f"{name:.80}: there is no such field; did you mean {near}?", param=name[:80])
+      elif value is not None:
+        neutral = _NEUTRAL[name]
+        fine = isinstance(value, neutral) if isinstance(neutral, type) else value in neutral
+        if not fine:
+          what = "this server does nothing of the kind; leave it out"
+          what = f"expected {neutral.__name__}" if isinstance(neutral, type) else what
+          raise Refused(f"{name}={json.dumps(value):.80}: {what}", param=name)
+    for name in ("model", needed):
+      if name not in said:
+        raise Refused(f"{name} is missing", param=name)
+    self._check_name(said["model"])
+    return said
+
+  def _check_name(self, name: str) -> None:
+    if name != self.name:
+      message = f"model={name!r:.80}: there is no such model here; use {self.name!r}"
+      raise Refused(message, param="model", code="model_not_found", status=404)
+
+  def _read(self, param: str, read: Any) -> Any:
+    """What `read()` returns; its mistakes are of the field `param`, unless they name another."""
+    try:
+      return read()
+    except Mistake as error:
+      raise refused(error, param) from None
+
+  def _options(self, said: dict[str, Any]) -> dict[str, Any]:
+    """Those of `SamplerConfig` that a request says."""
+    options = {name: said[name] for name in _SAMPLER if name in said}
+    if not (bias := said.get("logit_bias")):
+      return options
+    if "logit_bias" not in _KINDS:
+      raise Refused("logit_bias: this server has none; leave it out", param="logit_bias")
+    pairs = []
+    for id, x in bias.items():
+      number = isinstance(x, int | float) and not isinstance(x, bool)
+      if not re.fullmatch("[0-9]{1,9}", id) or not number or not -100 <= x <= 100:
+        raise Refused(f"logit_bias: {id!r:.40}: {x!r:.40}: give ids, and numbers from -100 to 100", param="logit_bias")
+      pairs.append((int(id), float(x)))
+    return options | {"logit_bias": tuple(pairs)}
+
+  def _continued(self, said: dict[str, Any]) -> tuple[SamplerConfig, int | None, int | None]:
+    """(settings, tokens of the text at most, those of a row that grows) of what continues a prompt."""
+    options, asked = self._options(said), _most(said)
+    limit = options.get("gen_length", self.defaults.gen_length)
+    if "gen_length" in options and None not in (limit, asked) and limit != asked:
+      raise Refused(f"gen_length={limit} and max_tokens={asked}: use one of them", param="max_tokens")
+    if asked is not None:
+      if limit is not None and "gen_length" not in options:
+        W = options.get("block_length", self.defaults.block_length)
+        alone = "block_length" not in options and W == self.defaults.gen_length  # the whole canvas is one block
+        free = alone or self.llada.model.block  # of whole blocks
+        options["gen_length"] = asked if free or asked <= W else -(-asked // W) * W
+        if not free:
+          options["block_length"] = W
+      limit = asked
+    c = self._read("max_tokens", lambda: self.llada._settings(options))
+    return c, limit, asked if c.gen_length is None else None
+
+  def _row(self, ids: list[int], c: SamplerConfig, most: int | None, param: str) -> Row:
+    """A row that continues a prompt, if the model can."""
+    need, room = c.gen_length or self.llada.model.block or c.block_length, self.llada.model.max_length
+    if len(ids) + need > room:
+      message = f"{param}: its {len(ids)} tokens and {need} to generate are more than the {room} that this model takes"
+      message += ": shorten it, or ask for fewer with max_tokens"
+      raise Refused(message, param=param, code="context_length_exceeded")
+    self._read(param, lambda: self._engine.extend([ids], c))
+    return Row(tuple(ids), c, most=most)
+
+  def _filled(self, said: dict[str, Any], ids: list[int], suffix: str | None) -> tuple[Row, int, int | None, str]:
+    """A canvas to fill in, as `_asked` takes it."""
+    options, start, limit, n = self._options(said), 0, None, _most(said)
+    if suffix is not None:
+      n = options.get("gen_length", self.defaults.gen_length) if n is None else n
+      if n is None:
+        raise Refused("max_tokens is missing: with a suffix it says how many tokens to fill in", param="max_tokens")
+      start, limit = len(ids), n
+      ids = [*ids, *[self.llada.mask_id] * n, *self._read("suffix", lambda: self._encode(suffix, bool(ids or n)))]
+    elif n is not None or "gen_length" in options:
+      name = next(x for x in ("max_tokens", "max_completion_tokens", "gen_length") if x in said)
+      raise Refused(f"{name}={said[name]}: a text with [MASK]s has a length of its own; leave it out", param=name)
+    options.pop("gen_length", None)
+    if len(ids) > (room := self.llada.model.max_length):
+      message = f"prompt: a canvas of {len(ids)} tokens is longer than the {room} that this model takes: shorten it"
+      raise Refused(message, param="prompt", code="context_length_exceeded")
+    whole = {} if self.llada.model.block else {"block_length": bucket(len(ids))}
+    c = self._read("prompt", lambda: self.llada._settings(whole | options, canvas=ids.count(self.llada.mask_id)))
+    self._read("prompt", lambda: self._engine.fill([ids], c))
+    return Row(tuple(ids), c, fills=True), start, limit, ""
+
+  def _encode(self, text: str, behind: bool) -> list[int]:
+    return self.llada._text().encode(text, begins=not behind)
+
+  def _ids(self, prompt: str | list[int], canvas: bool) -> list[int]:
+    """Ids of a prompt; [MASK]s of a `canvas` are to be filled in."""
+    text = self.llada._text()
+    if isinstance(prompt, str):
+      if not canvas and "[MASK]" in prompt:
+        raise Refused("suffix: this prompt holds [MASK]s, and says itself what is to be filled in", param="suffix")
+      return self._read("prompt", lambda: text.encode_canvas(prompt) if canvas else text.encode(prompt))
+    self._read("prompt", lambda: self._engine.check_ids(prompt, "prompt", masks=canvas))
+    return prompt
+
+
+_STREAM = ("include_usage", "canvas", "include_obfuscation")
+
+
+def _typed(value: Any, kind: Any, name: str) -> Any:
+  """As `fields.typed`, of which lists and objects are none."""
+  if kind in (list, dict | None, str | list):
+    wanted = {list: "a list", dict | None: "an object", str | list: "a text or a list"}[kind]
+    if not isinstance(value, kind):
+      raise Mistake(f"{name}={value!r:.80}: expected {wanted}")
+    return value
+  return fields.typed(value, kind, name)
+
+
+def _within(said: dict[str, Any], name: str, least: int, most: int) -> int | None:
+  """A number of a request, if it says one."""
+  if (n := said.get(name)) is not None and not least <= n <= most:
+    raise Refused(f"{name}={n}: must be from {least} to {most}", param=name)
+  return n
+
+
+def _most(said: dict[str, Any]) -> int | None:
+  """Tokens of the text at most, if the request says it."""
+  for name in ("max_tokens", "max_completion_tokens"):
+    if name in said and not 1 <= said[name] < 2**31:
+      raise Refused(f"{name}={said[name]}: must be at least 1, and less than 2^31", param=name)
+  found = {said[name] for name in ("max_tokens", "max_completion_tokens") if name in said}
+  if len(found) > 1:
+    raise Refused("max_tokens and max_completion_tokens are not the same: use one of them", param="max_tokens")
+  return found.pop() if found else None
+
+
+def _stops(stop: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  until = () if stop is None else (stop,) if isinstance(stop, str) else stop
+  if len(until) > STOPS or "" in until:
+    raise Refused(f"stop: give at most {STOPS} strings, none of them empty", param="stop")
+  return until
+
+
+def _prompts(prompt: str | list[Any]) -> list[str | list[int]]:
+  """What a request gives as one (a text, ids) or as a list of these, as a list."""
+  if prompt == []:
+    raise Refused("prompt: the list is empty", param="prompt")
+  one = isinstance(prompt, str) or not isinstance(prompt[0], str | list)
+  every = [prompt] if one else prompt
+  for i, x in enumerate(every):
+    where = "prompt" if one else f"prompt[{i}]"
+    if not isinstance(x, str if isinstance(every[0], str) else list):
+      raise Refused(f"{where}={x!r:.80}: give texts alone, or lists of ids alone", param="prompt")
+    if isinstance(x, list):
+      try:
+        fields.typed(x, tuple[int, ...], where)
+      except Mistake as error:
+        raise refused(error, "prompt") from None
+  return every
+
+
+def _messages(messages: list[Any]) -> list[dict[str, str]]:
+  """Messages as a chat template takes them: a role and a text."""
+  if not messages:
+    raise Refused("messages: the list is empty", param="messages")
+  return [_message(x, f"messages[{i}]") for i, x in enumerate(messages)]
+
+
+def _message(x: Any, where: str) -> dict[str, str]:
+  param = "messages"
+  if not isinstance(x, dict):
+    raise Refused(f"{where}={x!r:.80}: give an object with role and content", param=param)
+  for name, value in x.items():  # an answer that is sent back has names of what it has not
+    if name not in ("role", "content") and value not in (None, []) and (name, value) != ("type", "text"):
+      raise Refused(f"{where}.{name:.80}: a message has a role and a content here; leave it out", param=param)
+  role, content = x.get("role"), x.get("content")
+  if role not in ("system", "developer", "user", "assistant"):
+    raise Refused(f"{where}.role={role!r:.80}: use system, developer, user or assistant", param=param)
+  if isinstance(content, list):
+    for j, part in enumerate(content):
+      fine = isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
+      if not fine or not isinstance(part["text"], str):
+        message = f'{where}.content[{j}]: this model reads text alone: give {{"type": "text", "text": ...}}'
+        raise Refused(message, param=param)
+    content = "".join(part["text"] for part in content)
+  if not isinstance(content, str):
+    raise Refused(f"{where}.content={content!r:.80}: give a text", param=param)
+  return {"role": "system" if role == "developer" else role, "content": content}
