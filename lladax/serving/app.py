@@ -130,7 +130,7 @@ class Gate:
     if origin is not None and origin not in (self.settings.cors or None, f"http://{host}", f"https://{host}"):
       message = f"Origin: {origin!r:.80}: pages of another origin may not ask, unless the server is started with --cors"
       raise Refused(message, status=403)
-    if self.keys and (path.startswith("/v1/") or path == "/metrics") and method != "OPTIONS":
+    if self.keys and path not in (*_PAGE, "/healthz") and method != "OPTIONS":
       kind, _, key = headers.get("authorization", "").partition(" ")
       digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
       known = [hmac.compare_digest(digest, x) for x in self.keys]
@@ -146,6 +146,8 @@ class Gate:
     self.metrics.seconds.labels(endpoint).observe(seconds)
     asked: Asked | None = seen.get("asked")
     used = asked.used() if asked else {}
+    if endpoint in ("/healthz", "/metrics") and status < 400:
+      return  # asked all the time
     line = f"{scope['method']} {scope['path']:.200} {status}"
     line += "".join(f" {name}={used[name]}" for name in ("prompt_tokens", "completion_tokens", "passes") if used)
     line += f" {seconds:.3f} s" + " (the client left)" * bool(seen.get("left"))
@@ -163,10 +165,10 @@ class _Events(StreamingResponse):
     told, gone = (asyncio.ensure_future(x) for x in (self.stream_response(send), _gone(receive)))
     try:
       await asyncio.wait({told, gone}, return_when=asyncio.FIRST_COMPLETED)
-      if not told.done():
-        scope["lladax"]["left"] = True
+      scope["lladax"]["left"] = not told.done()
     finally:
       await _end(told, gone)
+      await self.body_iterator.aclose()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Serving:
@@ -236,9 +238,8 @@ class Serving:
       asked = protocol.chat(body) if chats else protocol.completions(body)
       seen = request.scope["lladax"]
       seen |= {"asked": asked, "text": body.get("messages" if chats else "prompt")}
-      timeout = min(asked.timeout or self.settings.timeout, self.settings.timeout)
       began = time.monotonic()
-      job = scheduler.submit(asked.rows, timeout=timeout, every=asked.canvas) if asked.rows else None
+      job = scheduler.submit(asked.rows, timeout=self._seconds(asked), every=asked.canvas) if asked.rows else None
       if asked.stream:
         headers = {"x-accel-buffering": "no"}
         events = self._events(scheduler, protocol, job, asked, began)
@@ -257,6 +258,10 @@ class Serving:
           job.cancel()
         await _end(told, gone)
 
+  def _seconds(self, asked: Asked) -> float:
+    """That an answer may take."""
+    return min(asked.timeout or self.settings.timeout, self.settings.timeout)
+
   async def _all(
     self, scheduler: Scheduler, protocol: Protocol, job: Job | None, asked: Asked, began: float
   ) -> dict[str, Any]:
@@ -269,7 +274,11 @@ class Serving:
   ) -> AsyncIterator[dict[str, Any]]:
     """The chunks of a stream; rows whose texts are whole are let go."""
     if asked.scores:
-      asked.score(await scheduler.score(asked.prompts), protocol.llada)
+      try:
+        async with asyncio.timeout(self._seconds(asked)):
+          asked.score(await scheduler.score(asked.prompts), protocol.llada)
+      except TimeoutError:
+        raise Expired from None
     for chunk in asked.begin() if asked.stream else ():
       yield chunk
     waits = True
@@ -385,6 +394,7 @@ def make_app(
     return _refusal(refusal, error.headers)
 
   app = Starlette(routes=routes, exception_handlers={HTTPException: other, Refused: _refused})
+  app.router.redirect_slashes = False
   return Gate(app, serving)
 
 

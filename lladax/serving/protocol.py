@@ -144,11 +144,11 @@ class Choice:
     text = self._decode(ids)
     firm = text if whole else text.rstrip(_HALF)
     said = cut(firm, self.until)
-    if said != firm:
+    if stopped := said != firm:
       whole, n = True, 1 + bisect.bisect_left(range(1, len(ids) + 1), True, key=lambda n: self._holds_stop(ids[:n]))
       ids = ids[:n]
     if whole:
-      self.finish = "stop" if len(ends) or said != firm else "length"
+      self.finish = "stop" if len(ends) or stopped else "length"
     else:  # a stop string may have begun
       held = (n for stop in self.until for n in range(min(len(stop) - 1, len(said)), 0, -1) if said.endswith(stop[:n]))
       said = said[: len(said) - max(held, default=0)]
@@ -160,7 +160,8 @@ class Choice:
       p_L = np.where(committed_L, x.confidence_L[self.start : self.start + len(ids)], np.nan).tolist()
       log_p = [None if math.isnan(p) else math.log(p) if p > 0 else _LEAST for p in p_L]
       every = tokens(self._llada, ids, self._behind, log_p)
-      self.tokens = [t._replace(offset=t.offset + at) for t in every if self.finish or t.offset < len(said)]
+      told = every if whole and not stopped else [t for t in every if t.offset < len(said)]
+      self.tokens = [t._replace(offset=t.offset + at) for t in told]
     new = self.text[self._sent :], self.tokens[self._told :]
     self._sent, self._told = len(self.text), len(self.tokens)
     return new
