@@ -80,8 +80,7 @@ class Book:
   def _scored(self, row):
     found = [(0.0, 0, 0.0)]
     for i in range(1, len(row)):
-      logits = self.llada.logits([[*row[:i], self.llada.mask_id]])[0, -1].astype(float)
-      logits[[self.llada.mask_id, *range(self.llada.vocab_size, len(logits))]] = -np.inf
+      logits = self.llada.logits([[*row[:i], *[self.llada.mask_id] * (len(row) - i)]])[0, i].astype(float)
       log_p = logits - np.log(np.exp(logits).sum())
       found.append((log_p[row[i]], log_p.argmax(), log_p.max()))
     return tuple(np.array(x) for x in zip(*found, strict=True))

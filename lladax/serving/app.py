@@ -181,7 +181,7 @@ class Serving:
 
   def open(self, scheduler: Scheduler, llada: LLaDA, options: Mapping[str, Any]) -> None:
     """The model is there: requests are answered from here on."""
-    protocol = Protocol(llada, self.name, options, self.settings.queue)
+    protocol = Protocol(llada, self.name, options, self.settings.rows + self.settings.queue)
     self.metrics.scheduler = self.scheduler = scheduler
     self.protocol = protocol
 

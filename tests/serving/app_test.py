@@ -323,7 +323,7 @@ def test_counters_and_the_log_tell_no_text_unless_they_are_asked_to(served, capl
   caplog.set_level(logging.INFO, "lladax.serving.app")
   ask, _, _ = served()
   ask.post(TEXT, json=text(prompt="secret"))
-  ask.get("/v1/nothing\x1b%1b%0aforged")
+  ask.get("/v1/nothing%1b%0aforged")
   metrics = ask.get("/metrics").text
   assert 'lladax_requests_total{endpoint="/v1/completions",status="200"} 1.0' in metrics
   assert 'lladax_requests_total{endpoint="other",status="404"} 1.0' in metrics
