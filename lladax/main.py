@@ -107,7 +107,7 @@ def main(argv: list[str]) -> int:
   for flag in _SAID:
     if flag.value is not None and mode != "import":
       raise Mistake(f"--{flag.name}={flag.value}: only --mode=import is told so; leave it out")
-  if mode != "serve" and (flag := next((x for x in _SERVE if x.value is not None), None)):
+  if mode != "serve" and (flag := next((x for x in _SERVE if x.value is not None), None)) is not None:
     raise Mistake(f"--{flag.name}={flag.value}: only --mode=serve has it; leave it out")
   if mode == "serve":
     _settings()
