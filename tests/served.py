@@ -19,16 +19,11 @@ OPTIONS = {"gen_length": 16, "block_length": 8, "steps": 16, "temperature": 0.0}
 @contextlib.contextmanager
 def serving(llada, scheduler, options=OPTIONS, **settings):
   """The address of a server, and its gate."""
-  import uvicorn
-
-  from lladax.serving.app import make_app
+  from lladax.serving.app import make_app, make_server
 
   gate = make_app(scheduler, llada, ServeConfig(**settings), "tiny", options)
   listener = socket.create_server(("127.0.0.1", 0))
-  server = uvicorn.Server(uvicorn.Config(
-    gate, http="h11", ws="none", loop="asyncio", lifespan="off", log_config=None, access_log=False,
-    timeout_graceful_shutdown=1,
-  ))  # fmt: skip
+  server = make_server(gate)
   thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
   thread.start()
   until(lambda: server.started)

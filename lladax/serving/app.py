@@ -13,21 +13,25 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import prometheus_client as prometheus
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
 from lladax.inference.llada import LLaDA
 from lladax.mistake import Mistake
 from lladax.serving.protocol import Asked, Protocol, Refused, decode, refused
 from lladax.serving.scheduler import Draining, Expired, Failed, Full, Job, Scheduler
 from lladax.serving.settings import ServeConfig
 from lladax.terminal import visible
+
+try:
+  import prometheus_client as prometheus
+  import uvicorn
+  from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+  from starlette.applications import Starlette
+  from starlette.exceptions import HTTPException
+  from starlette.requests import Request
+  from starlette.responses import JSONResponse, Response, StreamingResponse
+  from starlette.routing import Route
+  from starlette.types import ASGIApp, Message, Receive, Scope, Send
+except ModuleNotFoundError as error:
+  raise Mistake(f"--mode=serve needs an extra ({error}): pip install 'lladax[serve]'") from error
 
 log = logging.getLogger(__name__)
 
@@ -396,6 +400,17 @@ def make_app(
   app = Starlette(routes=routes, exception_handlers={HTTPException: other, Refused: _refused})
   app.router.redirect_slashes = False
   return Gate(app, serving)
+
+
+def make_server(gate: Gate) -> uvicorn.Server:
+  """What speaks HTTP; its `run(sockets=...)` ends when `should_exit` is set. Signals are not its own."""
+  server = uvicorn.Server(uvicorn.Config(
+    gate, http="h11", ws="none", loop="asyncio", lifespan="off", log_config=None, access_log=False,
+    server_header=False, proxy_headers=False, limit_concurrency=gate.settings.connections, timeout_keep_alive=30,
+    timeout_graceful_shutdown=5, h11_max_incomplete_event_size=2**16,
+  ))  # fmt: skip
+  server.capture_signals = contextlib.nullcontext
+  return server
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -36,7 +36,8 @@ def run(config: Config, workdir: Path, settings: ServeConfig) -> None:
   Raises:
     Mistake: the port is taken, or there are no keys, or the model cannot be served; the extra is not installed.
   """
-  uvicorn, make_app = _libraries()
+  from lladax.serving.app import is_loopback, make_app, make_server  # an extra; it says so
+
   settings.keys()
   model, text = saved_model(workdir)
   if not model.objective.fills:
@@ -49,12 +50,7 @@ def run(config: Config, workdir: Path, settings: ServeConfig) -> None:
   del options["early_stop"]  # on, unless a request says otherwise
   with contextlib.closing(_listen(settings.host, settings.port)) as listener:
     gate = make_app(None, None, settings, workdir.absolute().name, options)
-    server = uvicorn.Server(uvicorn.Config(
-      gate, http="h11", ws="none", loop="asyncio", lifespan="off", log_config=None, access_log=False,
-      server_header=False, proxy_headers=False, limit_concurrency=settings.connections, timeout_keep_alive=30,
-      timeout_graceful_shutdown=5, h11_max_incomplete_event_size=2**16,
-    ))  # fmt: skip
-    server.capture_signals = contextlib.nullcontext  # they are ours
+    server = make_server(gate)
     failed: list[BaseException] = []
 
     def prepare() -> None:
@@ -70,7 +66,7 @@ def run(config: Config, workdir: Path, settings: ServeConfig) -> None:
         failed.append(error)
         server.should_exit = True
 
-    if not settings.api_key_file and not _is_own(settings.host):
+    if not settings.api_key_file and not is_loopback(settings.host):
       log.warning("--host=%s is heard by other machines, and nobody needs a key: see --api_key_file", settings.host)
     loader = threading.Thread(target=prepare, name="loader", daemon=True)
     with _signals(server, gate.serving, settings.drain_seconds):
@@ -83,19 +79,6 @@ def run(config: Config, workdir: Path, settings: ServeConfig) -> None:
       sys.stdout.flush()
       sys.stderr.flush()
       os._exit(0)
-
-
-def _libraries() -> tuple[Any, Any]:
-  """Uvicorn, and `make_app`."""
-  try:
-    import uvicorn
-
-    from lladax.serving.app import make_app
-  except ModuleNotFoundError as error:
-    if (error.name or "").startswith("lladax"):
-      raise
-    raise Mistake(f"--mode=serve needs {error.name}: pip install 'lladax[serve]'") from None
-  return uvicorn, make_app
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -112,12 +95,6 @@ def _listen(host: str, port: int) -> socket.socket:
 def _url(listener: socket.socket) -> str:
   host, port = listener.getsockname()[:2]
   return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def _is_own(host: str) -> bool:
-  from lladax.serving.app import is_loopback
-
-  return is_loopback(host)
 
 
 async def _warm(scheduler: Scheduler, llada: LLaDA, options: dict[str, Any]) -> None:

@@ -17,8 +17,10 @@ from lladax.mistake import Mistake
 from lladax.serving.scheduler import Draining, Expired, Failed, Full, Scheduler
 from lladax.serving.settings import ServeConfig
 
-for library in ("starlette", "uvicorn", "prometheus_client", "httpx"):
-  pytest.importorskip(library)
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+pytest.importorskip("prometheus_client")
+pytest.importorskip("httpx")
 import httpx  # noqa: E402
 
 pytestmark = [

@@ -21,8 +21,10 @@ from lladax.serving import serve
 from lladax.serving.settings import ServeConfig
 from lladax.storage import checkpoint
 
-for library in ("starlette", "uvicorn", "prometheus_client", "httpx"):
-  pytest.importorskip(library)
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+pytest.importorskip("prometheus_client")
+pytest.importorskip("httpx")
 import httpx  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -84,7 +86,8 @@ def test_what_cannot_be_served_is_told_at_once(tiny, tiny_workdir, tmp_path, mon
   with pytest.raises(Mistake, match="--api_key_file=.*cannot be read"):
     serve.run(c, tiny_workdir, ServeConfig(api_key_file=str(tmp_path / "none")))
   monkeypatch.setitem(sys.modules, "uvicorn", None)
-  with pytest.raises(Mistake, match=r"needs uvicorn: pip install 'lladax\[serve\]'"):
+  monkeypatch.delitem(sys.modules, "lladax.serving.app")
+  with pytest.raises(Mistake, match=r"pip install 'lladax\[serve\]'"):
     serve.run(c, tiny_workdir, ServeConfig())
 
 
