@@ -1,35 +1,31 @@
-"""The HTTP server of a model: who may ask, what is answered, and what is counted."""
+"""The HTTP server of a model: routes, streams, and what is said when something goes wrong."""
 
 import asyncio
 import contextlib
-import hashlib
-import hmac
-import ipaddress
 import json
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from lladax.inference.llada import LLaDA
 from lladax.mistake import Mistake
-from lladax.serving.protocol import Asked, Protocol, Refused, decode, refused
+from lladax.serving.gate import Gate, Metrics, refusal
+from lladax.serving.protocol import Protocol, Refused, decode, refused
+from lladax.serving.replies import Asked
 from lladax.serving.scheduler import Draining, Expired, Failed, Full, Job, Scheduler
 from lladax.serving.settings import ServeConfig
-from lladax.terminal import visible
 
 try:
   import prometheus_client as prometheus
   import uvicorn
-  from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
   from starlette.applications import Starlette
   from starlette.exceptions import HTTPException
-  from starlette.requests import Request
+  from starlette.requests import ClientDisconnect, Request
   from starlette.responses import JSONResponse, Response, StreamingResponse
   from starlette.routing import Route
-  from starlette.types import ASGIApp, Message, Receive, Scope, Send
+  from starlette.types import Receive, Scope, Send
 except ModuleNotFoundError as error:
   raise Mistake(f"--mode=serve needs an extra ({error}): pip install 'lladax[serve]'") from error
 
@@ -37,128 +33,8 @@ log = logging.getLogger(__name__)
 
 KEEP_ALIVE = 15.0  # seconds of silence in a stream
 PATIENCE = 60.0  # seconds in which the body of a request has to come
-POLICY = (
-  "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none';"
-  " form-action 'none'; frame-ancestors 'none'"
-)
 _PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"),
          "/page.js": ("page.js", "text/javascript")}  # fmt: skip
-_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
-
-
-class Metrics:
-  """What is counted, in a registry of its own."""
-
-  def __init__(self):
-    self.registry = registry = prometheus.CollectorRegistry()
-    self.scheduler: Scheduler | None = None
-    self.requests = prometheus.Counter(
-      "lladax_requests", "Requests that were answered.", ["endpoint", "status"], registry=registry
-    )
-    self.refusals = prometheus.Counter(
-      "lladax_queue_refusals", "Requests that found the queue full.", registry=registry
-    )
-    self.disconnects = prometheus.Counter(
-      "lladax_disconnects", "Requests whose client left before the answer.", registry=registry
-    )
-    self.first = prometheus.Histogram(
-      "lladax_first_text_seconds", "From a request to the first of its text that stays.", buckets=_SECONDS,
-      registry=registry,
-    )  # fmt: skip
-    self.seconds = prometheus.Histogram(
-      "lladax_request_seconds", "From a request to the end of its answer.", ["endpoint"], buckets=_SECONDS,
-      registry=registry,
-    )  # fmt: skip
-    registry.register(self)
-
-  def collect(self):
-    """What the scheduler counts, as the library asks for it."""
-    stats = self.scheduler.stats if self.scheduler else {}
-    for name, what in (("waiting", "Rows that wait."), ("running", "Rows that run.")):
-      yield GaugeMetricFamily(f"lladax_rows_{name}", what, stats.get(name, 0))
-    for name, what in (("passes", "Forward passes."), ("tokens", "Tokens that were generated."),
-                       ("crashes", "Batches that have crashed.")):  # fmt: skip
-      yield CounterMetricFamily(f"lladax_{name}", what, stats.get(name, 0))
-
-
-class Gate:
-  """Before all routes: who asks and from where, on which name; behind them: the headers, the log, the counters."""
-
-  def __init__(self, app: ASGIApp, serving: "Serving"):
-    self.app, self.serving, self.settings, self.metrics = app, serving, serving.settings, serving.metrics
-    settings = self.settings
-    self.keys = [hashlib.sha256(key).digest() for key in settings.keys()]
-    self.loopback = is_loopback(settings.host)
-
-  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-    """As ASGI asks."""
-    if scope["type"] != "http":
-      return
-    began, scope["lladax"] = time.monotonic(), {}
-    headers, path = _headers(scope), scope["path"]
-    status, own = 0, [("x-content-type-options", "nosniff"), ("cache-control", "no-store"),
-                      ("content-security-policy", POLICY), ("referrer-policy", "no-referrer")]  # fmt: skip
-    if self.settings.cors:
-      own.append(("vary", "Origin"))
-      if headers.get("origin") == self.settings.cors:
-        own.append(("access-control-allow-origin", self.settings.cors))
-
-    async def told(message: Message) -> None:
-      nonlocal status
-      if message["type"] == "http.response.start":
-        status = message["status"]
-        more = [(name.encode(), value.encode()) for name, value in own]
-        message = message | {"headers": [*message.get("headers", ()), *more]}
-      await send(message)
-
-    try:
-      try:
-        self._check(scope["method"], path, headers)
-        if self.settings.cors and scope["method"] == "OPTIONS" and "origin" in headers:
-          allowed = {"access-control-allow-methods": "GET, POST", "access-control-max-age": "600",
-                     "access-control-allow-headers": "Authorization, Content-Type"}  # fmt: skip
-          await Response(status_code=204, headers=allowed)(scope, receive, told)
-        else:
-          await self.app(scope, receive, told)
-      except Refused as error:
-        await _refusal(error)(scope, receive, told)
-    finally:
-      self._note(scope, status, time.monotonic() - began)
-
-  def _check(self, method: str, path: str, headers: Mapping[str, str]) -> None:
-    """Raises Refused if this request is none of ours."""
-    host, origin = headers.get("host"), headers.get("origin")
-    if self.loopback and host is not None and not is_loopback(_name(host)):
-      message = f"Host: {host!r:.80}: this server answers to localhost alone; start it with --host for other names"
-      raise Refused(message, status=421)
-    if origin is not None and origin not in (self.settings.cors or None, f"http://{host}", f"https://{host}"):
-      message = f"Origin: {origin!r:.80}: pages of another origin may not ask, unless the server is started with --cors"
-      raise Refused(message, status=403)
-    if self.keys and path not in (*_PAGE, "/healthz") and method != "OPTIONS":
-      kind, _, key = headers.get("authorization", "").partition(" ")
-      digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
-      known = [hmac.compare_digest(digest, x) for x in self.keys]
-      if kind.lower() != "bearer" or not any(known):
-        message = "the API key is missing or wrong: send it as Authorization: Bearer KEY"
-        raise Refused(message, status=401, code="invalid_api_key")
-
-  def _note(self, scope: Scope, status: int, seconds: float) -> None:
-    route = scope.get("route")
-    endpoint, seen = route.path if route else "other", scope["lladax"]
-    status = status or 499  # the client left before the first byte
-    self.metrics.requests.labels(endpoint, str(status)).inc()
-    self.metrics.seconds.labels(endpoint).observe(seconds)
-    asked: Asked | None = seen.get("asked")
-    used = asked.used() if asked else {}
-    if endpoint in ("/healthz", "/metrics") and status < 400:
-      return  # asked all the time
-    line = f"{scope['method']} {scope['path']:.200} {status}"
-    line += "".join(f" {name}={used[name]}" for name in ("prompt_tokens", "completion_tokens", "passes") if used)
-    line += f" {seconds:.3f} s" + " (the client left)" * bool(seen.get("left"))
-    log.info("%s", visible(line).replace("\n", "␊"))
-    if self.settings.log_text and asked:
-      for x in asked.choices:
-        log.info("%s -> %s", *(visible(json.dumps(t, ensure_ascii=False)) for t in (seen.get("text", ""), x.text)))
 
 
 class _Events(StreamingResponse):
@@ -238,9 +114,18 @@ class Serving:
       if kind != "application/json":
         raise Refused(f"Content-Type: {kind!r:.80}: send application/json", status=415)
       scheduler, protocol = self.ready()
-      body = decode(await self._body(request))
-      asked = protocol.chat(body) if chats else protocol.completions(body)
       seen = request.scope["lladax"]
+      try:
+        content = await self._body(request)
+      except ClientDisconnect:
+        seen["left"] = True
+        return Response(status_code=499)
+
+      def understood() -> tuple[dict[str, Any], Asked]:
+        body = decode(content)
+        return body, protocol.chat(body) if chats else protocol.completions(body)
+
+      body, asked = await asyncio.to_thread(understood)  # a long text is encoded for a while
       seen |= {"asked": asked, "text": body.get("messages" if chats else "prompt")}
       began = time.monotonic()
       job = scheduler.submit(asked.rows, timeout=self._seconds(asked), every=asked.canvas) if asked.rows else None
@@ -394,12 +279,12 @@ def make_app(
   async def other(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     what = {404: "there is nothing here", 405: "this method has no meaning here"}.get(error.status_code, error.detail)
-    refusal = Refused(f"{request.method} {request.url.path:.80}: {what}", status=error.status_code)
-    return _refusal(refusal, error.headers)
+    told = Refused(f"{request.method} {request.url.path:.80}: {what}", status=error.status_code)
+    return refusal(told, error.headers)
 
   app = Starlette(routes=routes, exception_handlers={HTTPException: other, Refused: _refused})
   app.router.redirect_slashes = False
-  return Gate(app, serving)
+  return Gate(app, serving, settings, serving.metrics)
 
 
 def make_server(gate: Gate) -> uvicorn.Server:
@@ -415,13 +300,7 @@ def make_server(gate: Gate) -> uvicorn.Server:
 
 async def _refused(request: Request, error: Exception) -> Response:
   assert isinstance(error, Refused)
-  return _refusal(error)
-
-
-def _refusal(error: Refused, headers: Mapping[str, str] | None = None) -> Response:
-  more = {"www-authenticate": "Bearer"} if error.status == 401 else {}
-  more |= {"retry-after": str(error.retry_after)} if error.retry_after else {}
-  return JSONResponse(error.json(), error.status, {**more, **(headers or {})})
+  return refusal(error)
 
 
 def _later(message: str, status: int, code: str, seconds: int) -> Refused:
@@ -446,25 +325,3 @@ async def _end(*tasks: asyncio.Future) -> None:
   for task in tasks:
     task.cancel()
   await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _headers(scope: Scope) -> dict[str, str]:
-  return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-
-
-def _name(host: str) -> str:
-  """The name in a Host header, without its port; "" if it is none."""
-  try:
-    return urlsplit(f"//{host}").hostname or ""
-  except ValueError:
-    return ""
-
-
-def is_loopback(host: str) -> bool:
-  """Whether a name or an address is this machine's alone."""
-  if host == "localhost" or host.endswith(".localhost"):
-    return True
-  try:
-    return ipaddress.ip_address(host.strip("[]")).is_loopback
-  except ValueError:
-    return False

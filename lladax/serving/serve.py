@@ -36,7 +36,8 @@ def run(config: Config, workdir: Path, settings: ServeConfig) -> None:
   Raises:
     Mistake: the port is taken, or there are no keys, or the model cannot be served; the extra is not installed.
   """
-  from lladax.serving.app import is_loopback, make_app, make_server  # an extra; it says so
+  from lladax.serving.app import make_app, make_server  # an extra; it says so
+  from lladax.serving.gate import is_loopback
 
   settings.keys()
   model, text = saved_model(workdir)

@@ -14,6 +14,7 @@ from served import OPTIONS, Book, serving, until
 
 from lladax import sampling
 from lladax.mistake import Mistake
+from lladax.sampling import SamplerConfig
 from lladax.serving.scheduler import Draining, Expired, Failed, Full, Scheduler
 from lladax.serving.settings import ServeConfig
 
@@ -50,8 +51,9 @@ def client(url):
 
 
 @pytest.fixture
-def served(llada):
+def served(llada, caplog):
   """served(**settings) -> (a client of a server that answers by the book, the book, its gate)."""
+  caplog.set_level(logging.INFO, "lladax.serving.gate")
   with contextlib.ExitStack() as stack:
 
     def start(book=None, **settings):
@@ -145,6 +147,17 @@ def test_masks_are_filled_in_and_what_stands_before_a_suffix(client, llada):
   assert said.choices[0].text == llada.infill("a[MASK][MASK]b", temperature=1.0, seed=[2]).text[0]
   said = client.completions.create(model="tiny", prompt="a", suffix="b", max_tokens=2, seed=2, temperature=1.0)
   assert f"a{said.choices[0].text}b" == llada.infill("a[MASK][MASK]b", temperature=1.0, seed=[2]).text[0]
+
+
+@pytest.mark.skipif("logit_bias" not in SamplerConfig.__dataclass_fields__, reason="the sampler has none yet")
+def test_logit_bias_is_a_field_as_openai_has_it(client):
+  said = client.completions.create(model="tiny", prompt="ab", logit_bias={"97": 100}, max_tokens=8)
+  assert said.choices[0].text == "a" * 8
+  openai = pytest.importorskip("openai")
+  for bias in ({"a": 1}, {"97": 101}, {"999": 1}):
+    with pytest.raises(openai.BadRequestError, match="logit_bias") as error:
+      client.completions.create(model="tiny", prompt="ab", logit_bias=bias)
+    assert error.value.param == "logit_bias"
 
 
 def test_the_options_of_the_sampler_are_fields(client, llada):
@@ -289,6 +302,49 @@ def test_a_client_that_leaves_lets_its_rows_go(served, stream):
   assert ask.post(CHAT, json=chat()).status_code == 200
 
 
+def raw(ask, content, wait=True):
+  """What the server answers to bytes."""
+  with socket.create_connection((ask.base_url.host, ask.base_url.port)) as connection:
+    connection.sendall(content)
+    connection.settimeout(20)
+    return connection.recv(1000) if wait else b""
+
+
+def test_bytes_that_are_no_request_and_bodies_that_do_not_come(served, monkeypatch, caplog):
+  from lladax.serving import app
+
+  monkeypatch.setattr(app, "PATIENCE", 0.1)
+  ask, book, _ = served()
+  head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n".encode()
+  assert raw(ask, b"\x16\x03\x01\x02\x00\x01\r\n\r\n").startswith(b"HTTP/1.1 400")
+  assert raw(ask, head + b"X: " + b"x" * 2**17 + b"\r\n\r\n").startswith(b"HTTP/1.1 4")
+  assert raw(ask, head + b'\r\n{"model"').startswith(b"HTTP/1.1 408")
+  monkeypatch.setattr(app, "PATIENCE", 60.0)
+  raw(ask, head + b"\r\n{", wait=False)
+  until(lambda: "the client left" in caplog.text)
+  assert ask.post(CHAT, json=chat()).status_code == 200 and len(book.jobs) == 1
+  assert "Traceback" not in caplog.text
+
+
+def test_a_client_that_does_not_read_lets_its_rows_go_when_it_leaves(served, llada):
+  ask, book, _ = served(Book(llada, "x" * 4000))
+  body = json.dumps(chat(stream=True, stream_options={"canvas": True})).encode()
+  head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+  with socket.create_connection((ask.base_url.host, ask.base_url.port)) as leaving:
+    leaving.sendall(head + body)
+    until(lambda: book.jobs)
+  until(lambda: all(book.jobs[0].cancelled))
+
+
+def test_more_connections_than_there_may_be_are_refused(served):
+  ask, _, _ = served(connections=2)
+  first = [socket.create_connection((ask.base_url.host, ask.base_url.port)) for _ in range(2)]
+  until(lambda: ask.get("/healthz").status_code == 503)
+  for connection in first:
+    connection.close()
+  until(lambda: ask.get("/healthz").status_code == 200)
+
+
 def test_a_silent_stream_is_kept_alive(served, monkeypatch):
   from lladax.serving import app
 
@@ -321,8 +377,13 @@ def test_rows_are_let_go_when_their_texts_are_whole(served):
   assert said["choices"][0]["text"] == "so b" and said["usage"]["passes"] == 4
 
 
+def test_texts_are_in_no_log_even_of_a_crash(served, llada, caplog):
+  ask, _, _ = served(Book(llada, error=KeyError("no")))
+  ask.post(TEXT, json=text(prompt="my secret"))
+  assert "an answer has crashed" in caplog.text and "my secret" not in caplog.text
+
+
 def test_counters_and_the_log_tell_no_text_unless_they_are_asked_to(served, caplog):
-  caplog.set_level(logging.INFO, "lladax.serving.app")
   ask, _, _ = served()
   ask.post(TEXT, json=text(prompt="secret"))
   ask.get("/v1/nothing%1b%0aforged")

@@ -11,7 +11,7 @@ from served import OPTIONS, snapshots
 
 from lladax import sampling
 from lladax.inference.slots import Snapshot
-from lladax.serving import protocol
+from lladax.serving import replies
 from lladax.serving.protocol import Protocol, Refused, decode
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -293,7 +293,7 @@ def test_the_models_list_says_what_can_be_asked(asks, llada):
 
 def test_tokens_stand_where_their_text_does_for_every_vocabulary(llada):
   ids = llada.tokenizer.encode("é, 秦川 and so on " * 4)
-  found = protocol.tokens(llada, ids, ids[:7], [0.0] * len(ids))
+  found = replies.tokens(llada, [*ids[:7], *ids], 7, [0.0] * len(ids))
   whole = llada.tokenizer.decode(ids, behind=ids[:7])
   for i, t in enumerate(found):
     assert t.offset == len(llada.tokenizer.decode(ids[:i], behind=ids[:7]).rstrip("\ufffd")), i
