@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
@@ -173,7 +173,8 @@ def _act(mode: str, given: ConfigDict | None, workdir: Path, target: Path, page:
 def _settings() -> "ServeConfig":
   from lladax.serving.settings import ServeConfig
 
-  return ServeConfig(**{flag.name: flag.value for flag in _SERVE if flag.value is not None})
+  said: dict[str, Any] = {flag.name: flag.value for flag in _SERVE if flag.value is not None}
+  return ServeConfig(**said)
 
 
 def _prepare(given: ConfigDict, beam_options: list[str]) -> int:

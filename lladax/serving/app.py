@@ -38,7 +38,9 @@ _PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"),
 
 
 class _Events(StreamingResponse):
-  """A stream that ends when the client is gone, even while nothing is sent."""
+  """A stream that ends when the client is gone, even while nothing is sent; the job ends with it."""
+
+  job: Job | None = None
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     """As ASGI asks."""
@@ -47,6 +49,8 @@ class _Events(StreamingResponse):
       await asyncio.wait({told, gone}, return_when=asyncio.FIRST_COMPLETED)
       scope["lladax"]["left"] = not told.done()
     finally:
+      if self.job:
+        self.job.cancel()
       await _end(told, gone)
       await self.body_iterator.aclose()  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -130,9 +134,10 @@ class Serving:
       began = time.monotonic()
       job = scheduler.submit(asked.rows, timeout=self._seconds(asked), every=asked.canvas) if asked.rows else None
       if asked.stream:
-        headers = {"x-accel-buffering": "no"}
         events = self._events(scheduler, protocol, job, asked, began)
-        return _Events(events, headers=headers, media_type="text/event-stream")
+        stream = _Events(events, headers={"x-accel-buffering": "no"}, media_type="text/event-stream")
+        stream.job = job
+        return stream
       told = asyncio.ensure_future(self._all(scheduler, protocol, job, asked, began))
       gone = asyncio.ensure_future(_gone(request.receive))
       try:
@@ -210,8 +215,6 @@ class Serving:
     finally:
       if not whole:
         self.metrics.disconnects.inc()
-      if job:
-        job.cancel()
       if coming:
         await _end(coming)
       await chunks.aclose()  # pyright: ignore[reportAttributeAccessIssue]
@@ -234,8 +237,7 @@ class Serving:
     except Expired:
       message = "the answer was not there in time: ask for less, or for a longer timeout"
       raise Refused(message, status=504, code="timeout", kind="server_error") from None
-    except Failed as error:
-      log.error("a batch has crashed", exc_info=error.__cause__ or error)
+    except Failed:  # which is logged
       raise Refused("the batch of this request has crashed: try again", status=500, kind="server_error") from None
     except HTTPException:
       raise
@@ -294,7 +296,7 @@ def make_server(gate: Gate) -> uvicorn.Server:
     server_header=False, proxy_headers=False, limit_concurrency=gate.settings.connections, timeout_keep_alive=30,
     timeout_graceful_shutdown=5, h11_max_incomplete_event_size=2**16,
   ))  # fmt: skip
-  server.capture_signals = contextlib.nullcontext
+  server.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]
   return server
 
 

@@ -96,7 +96,7 @@ class Gate:
       if message["type"] == "http.response.start":
         status = message["status"]
         more = [(name.encode(), value.encode()) for name, value in own]
-        message = message | {"headers": [*message.get("headers", ()), *more]}
+        message = {**message, "headers": [*message.get("headers", ()), *more]}
       await send(message)
 
     try:

@@ -4,6 +4,7 @@ The life of a request: bytes -> a body of known fields (`decode`) -> `Asked`: a 
 is wanted (`replies.py`). It knows neither HTTP nor a queue.
 """
 
+import collections
 import dataclasses
 import difflib
 import json
@@ -23,7 +24,7 @@ from lladax.mistake import Mistake
 from lladax.sampling import SamplerConfig
 from lladax.serving.replies import Asked, Choice
 
-CHOICES, STOPS = 32, 16  # at most
+CHOICES, STOPS, STOP = 32, 16, 1000  # at most; the last: characters of a stop string
 _KINDS = typing.get_type_hints(SamplerConfig)
 _SAMPLER = {name: kind for name, kind in _KINDS.items() if name not in ("seed", "logit_bias")}
 _BOTH = {
@@ -78,7 +79,7 @@ def decode(content: bytes) -> dict[str, Any]:
   def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-      twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+      twice = next(name for name, n in collections.Counter(name for name, _ in pairs).items() if n > 1)
       raise ValueError(f"the field {twice!r:.80} is there twice")
     return found
 
@@ -149,7 +150,7 @@ class Protocol:
     logprobs, best = _within(said, "logprobs", 0, 20), said.get("best_of")
     if best is not None and best != (said.get("n") or 1):
       raise Refused(f"best_of={best}: nothing is thrown away here; leave it out, or set n to it", param="best_of")
-    prompts, suffix, echo = _prompts(said["prompt"]), said.get("suffix"), bool(said.get("echo"))
+    prompts, suffix, echo = self._prompts(said), said.get("suffix"), bool(said.get("echo"))
     wanted, c, runs = [], self.defaults, True
     for prompt in prompts:
       ids = self._ids(prompt, canvas=suffix is None)
@@ -176,10 +177,7 @@ class Protocol:
   def _asked(self, said: dict[str, Any], chats: bool, wanted: list[tuple[Row, int, int | None, str]],
              c: SamplerConfig, logprobs: int | None) -> Asked:  # fmt: skip
     """The choices of all prompts: (row, where its text starts, tokens of it, what is echoed)."""
-    n = _within(said, "n", 1, CHOICES) or 1
-    if n * len(wanted) > self.most_rows:
-      name = "prompt" if len(wanted) > 1 else "n"
-      raise Refused(f"{name}: {n * len(wanted)} texts are more than the {self.most_rows} that may wait", param=name)
+    n = self._each(said, len(wanted))
     seed, until = said.get("seed"), _stops(said.get("stop"))
     if seed is None:
       seed = secrets.randbits(32)
@@ -204,6 +202,30 @@ class Protocol:
       chats, self.name, choices, seed, bool(said.get("stream")), bool(options.get("include_usage")),
       bool(options.get("canvas")), timeout, logprobs, given, n, False, self.llada.model.block or c.block_length,
     )  # fmt: skip
+
+  def _each(self, said: dict[str, Any], prompts: int) -> int:
+    """Choices of each of the prompts."""
+    n = _within(said, "n", 1, CHOICES) or 1
+    if n * prompts > self.most_rows:
+      name = "prompt" if prompts > 1 else "n"
+      raise Refused(f"{name}: {n * prompts} texts are more than the {self.most_rows} that may wait", param=name)
+    return n
+
+  def _prompts(self, said: dict[str, Any]) -> list[Any]:
+    """What a request gives as one (a text, ids) or as a list of these, as a list of texts or of lists of ids."""
+    prompt = said["prompt"]
+    if prompt == []:
+      raise Refused("prompt: the list is empty", param="prompt")
+    one = isinstance(prompt, str) or not isinstance(prompt[0], str | list)
+    every: list[Any] = [prompt] if one else [*prompt]
+    self._each(said, len(every))
+    for i, x in enumerate(every):
+      where = "prompt" if one else f"prompt[{i}]"
+      if not isinstance(x, str if isinstance(every[0], str) else list):
+        raise Refused(f"{where}={x!r:.80}: give texts alone, or lists of ids alone", param="prompt")
+      if isinstance(x, list):
+        self._read("prompt", lambda x=x, where=where: fields.typed(x, tuple[int, ...], where))
+    return every
 
   def _said(self, body: dict[str, Any], more: dict[str, Any], needed: str) -> dict[str, Any]:
     """The fields of a body that say something, of their types."""
@@ -351,27 +373,9 @@ def _most(said: dict[str, Any]) -> int | None:
 
 def _stops(stop: str | tuple[str, ...] | None) -> tuple[str, ...]:
   until = () if stop is None else (stop,) if isinstance(stop, str) else stop
-  if len(until) > STOPS or "" in until:
-    raise Refused(f"stop: give at most {STOPS} strings, none of them empty", param="stop")
+  if len(until) > STOPS or not all(0 < len(x) <= STOP for x in until):
+    raise Refused(f"stop: give at most {STOPS} strings, of 1 to {STOP} characters", param="stop")
   return until
-
-
-def _prompts(prompt: str | list[Any]) -> list[str | list[int]]:
-  """What a request gives as one (a text, ids) or as a list of these, as a list."""
-  if prompt == []:
-    raise Refused("prompt: the list is empty", param="prompt")
-  one = isinstance(prompt, str) or not isinstance(prompt[0], str | list)
-  every = [prompt] if one else prompt
-  for i, x in enumerate(every):
-    where = "prompt" if one else f"prompt[{i}]"
-    if not isinstance(x, str if isinstance(every[0], str) else list):
-      raise Refused(f"{where}={x!r:.80}: give texts alone, or lists of ids alone", param="prompt")
-    if isinstance(x, list):
-      try:
-        fields.typed(x, tuple[int, ...], where)
-      except Mistake as error:
-        raise refused(error, "prompt") from None
-  return every
 
 
 def _messages(messages: list[Any]) -> list[dict[str, str]]:

@@ -45,7 +45,8 @@ class Choice:
     self.tokens: list[Token] = []
     self.prompt: list[Token] = []  # those of what is echoed, where they are scored
     self._llada, self._sent, self._told, self._seen = llada, 0, 0, -1
-    self._behind, self._pieces = list(row.ids[:start]), {llada.mask_id: None}
+    self._behind = list(row.ids[:start])
+    self._pieces: dict[int, str | None] = {llada.mask_id: None}
 
   def see(self, x: Snapshot, *, logprobs: bool, lazy: bool = False) -> tuple[str, list[Token]]:
     """(text, tokens) that are new, and stay. `lazy`: nobody waits for a part."""
@@ -100,7 +101,7 @@ class Choice:
     ids_L, mask_id = x.tokens_L[own], self._llada.mask_id
     for i in {*ids_L.tolist()} - self._pieces.keys():
       self._pieces[i] = piece(self._llada, i)
-    confidence_L = np.where(ids_L == mask_id, 0.0, x.confidence_L[own].astype(float))
+    confidence_L = np.nan_to_num(np.where(ids_L == mask_id, 0.0, x.confidence_L[own].astype(float)))
     given = sum(i != mask_id for i in self.row.ids) if self.row.fills else self.start
     return {
       "index": index, "pass": x.passes, "block": block, "given": given,

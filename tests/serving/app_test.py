@@ -132,6 +132,40 @@ def test_completions_of_many_prompts_as_text_and_as_ids(client, llada):
   assert said.choices[0].text.startswith("ab") and said.usage.completion_tokens <= 5
 
 
+def test_an_echo_is_streamed_with_the_scores_of_its_tokens(served):
+  ask, _, _ = served()
+  body = text(prompt=["abc", "d"], echo=True, logprobs=1)
+  whole = ask.post(TEXT, json=body).json()["choices"]
+  with ask.stream("POST", TEXT, json=body | {"stream": True}) as answer:
+    chunks = [x["choices"][0] for x in events(list(answer.iter_lines()))]
+  for i, choice in enumerate(whole):
+    assert choice["text"] == "".join(x["text"] for x in chunks if x["index"] == i) == ["abc", "d"][i] + "so be it"
+    mine = [x["logprobs"] for x in chunks if x["index"] == i and x["logprobs"]]
+    assert choice["logprobs"] == {name: sum((x[name] for x in mine), []) for name in choice["logprobs"]}
+    assert choice["logprobs"]["text_offset"] == list(range(len(choice["text"])))
+  body = text(prompt="abc", echo=True, max_tokens=0, stream=True)
+  with ask.stream("POST", TEXT, json=body) as answer:
+    chunks = [x["choices"][0] for x in events(list(answer.iter_lines()))]
+  assert [(x["text"], x["finish_reason"]) for x in chunks] == [("abc", None), ("", "length")]
+
+
+@pytest.mark.parametrize("fields", [{}, {"max_tokens": 5}, {"gen_length": 12}, {"gen_length": None, "max_tokens": 9}])
+def test_a_model_of_blocks_answers_as_it_does_by_itself(fields):
+  blocks = tiny(block=4, max_length=64)
+  options = {"gen_length": None, "steps": 4, "temperature": 1.0}
+  with serving(blocks, Scheduler(blocks), options) as (url, _):
+    said = httpx.post(url + TEXT, json=text(seed=3, **fields), timeout=60).json()
+    (model,) = httpx.get(f"{url}/v1/models").json()["data"]
+  assert model["lladax"]["block"] == 4
+  asked = {**options, "gen_length": fields.get("gen_length")}
+  want = blocks.sample("ab", **asked, seed=[3], early_stop=True)
+  most = fields.get("max_tokens", fields.get("gen_length") or 62)
+  ids = want.tokens[0, -(want.tokens.shape[1] - want.padding[0] - 2) :][:most].tolist()
+  end = next((i for i, x in enumerate(ids) if x in blocks.ends), len(ids))
+  assert said["choices"][0]["text"] == blocks.tokenizer.decode(ids[:end], behind=b"ab")
+  assert said["choices"][0]["finish_reason"] == ("stop" if end < len(ids) else "length")
+
+
 def test_a_stop_string_ends_a_text_there(client, llada):
   whole = llada.sample("ab", **OPTIONS, early_stop=True).text[0]
   stop = next(x for i, x in enumerate(whole) if i and x != "\ufffd")

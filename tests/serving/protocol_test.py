@@ -117,6 +117,7 @@ FIELDS = [
   ({"seed": -1}, "seed"), ({"seed": 2**32}, "seed"), ({"seed": 1.5}, "seed"), ({"seed": [1, 2]}, "seed"),
   ({"n": 0}, "n"), ({"n": 33}, "n"), ({"n": 32, "prompt": ["a", "b", "c"]}, "prompt"), ({"best_of": 2}, "best_of"),
   ({"stop": [""]}, "stop"), ({"stop": ["a"] * 17}, "stop"), ({"stop": 3}, "stop"), ({"stop": [None]}, "stop"),
+  ({"stop": "a" * 1001}, "stop"), ({"prompt": ["a"] * 10**6}, "prompt"),
   ({"stream": "yes"}, "stream"), ({"stream_options": {}}, "stream_options"),
   ({"stream": True, "stream_options": {"more": True}}, "stream_options"),
   ({"stream": True, "stream_options": {"canvas": 1}}, "stream_options"), ({"timeout": 0}, "timeout"),
@@ -170,7 +171,7 @@ def test_fields_that_mean_nothing_here_are_taken_at_the_values_that_ask_for_noth
 @pytest.mark.parametrize("content", [
   b"", b"{", b"[]", b"3", b'"a"', b'{"a": NaN}', b'{"a": -Infinity}', b"\xff{}", b'{"a": "\\ud800"}', b'{"\\udfff": 1}',
   b"[" * 100_000, b'{"a":' * 50_000, b'{"a": 1, "a": 2}', b'{"b": {"a": 1, "a": 1}}', b'{"a": ' + b"1" * 5000 + b"}",
-  b'{"a": 1} {}', b"{'a': 1}",
+  b'{"a": 1} {}', b"{'a': 1}", b"{" + b",".join(b'"%d": 1' % (i % 10**5) for i in range(10**5 + 1)) + b"}",
 ], ids=lambda x: x[:20].decode("latin-1"))  # fmt: skip
 def test_what_is_no_json_is_one_line(content):
   with pytest.raises(Refused) as error:
