@@ -191,7 +191,7 @@ class Protocol:
       raise Refused(f"stream_options.{wrong[0]:.80}: use {', '.join(_STREAM)}, true or false", param="stream_options")
     choices = []
     for row, start, limit, before in wanted:
-      if until and row.fills and not start:
+      if until and row.fills and limit is None:
         raise Refused("stop: a text with [MASK]s has an end of its own; leave it out", param="stop")
       for k in range(n):
         own = dataclasses.replace(row, settings=dataclasses.replace(row.settings, seed=sampling.nth_seed(seed, k)))
@@ -281,16 +281,15 @@ class Protocol:
     """(settings, tokens of the text at most, those of a row that grows) of what continues a prompt."""
     options, asked = self._options(said), _most(said)
     limit = options.get("gen_length", self.defaults.gen_length)
-    if "gen_length" in options and None not in (limit, asked) and limit != asked:
-      raise Refused(f"gen_length={limit} and max_tokens={asked}: use one of them", param="max_tokens")
+    asked = limit if asked is None and "block_length" in options and "gen_length" not in options else asked
     if asked is not None:
       if limit is not None and "gen_length" not in options:
-        W = options.get("block_length", self.defaults.block_length)
+        W = max(options.get("block_length", self.defaults.block_length), 1)
         alone = "block_length" not in options and W == self.defaults.gen_length  # the whole canvas is one block
         free = alone or self.llada.model.block  # of whole blocks
         options["gen_length"] = asked if free or asked <= W else -(-asked // W) * W
         if not free:
-          options["block_length"] = W
+          options.setdefault("block_length", W)
       limit = asked
     c = self._read("max_tokens", lambda: self.llada._settings(options))
     return c, limit, asked if c.gen_length is None else None
@@ -310,10 +309,11 @@ class Protocol:
     options, start, limit, n = self._options(said), 0, None, _most(said)
     if suffix is not None:
       n = options.get("gen_length", self.defaults.gen_length) if n is None else n
-      if n is None:
+      if n is None or n < 1:
         raise Refused("max_tokens is missing: with a suffix it says how many tokens to fill in", param="max_tokens")
       start, limit = len(ids), n
-      ids = [*ids, *[self.llada.mask_id] * n, *self._read("suffix", lambda: self._encode(suffix, bool(ids or n)))]
+      gap = [self.llada.mask_id] * min(n, self.llada.model.max_length + 1)  # which is too long already
+      ids = [*ids, *gap, *self._read("suffix", lambda: self.llada._text().encode(suffix, begins=False))]
     elif n is not None or "gen_length" in options:
       name = next(x for x in ("max_tokens", "max_completion_tokens", "gen_length") if x in said)
       raise Refused(f"{name}={said[name]}: a text with [MASK]s has a length of its own; leave it out", param=name)
@@ -325,9 +325,6 @@ class Protocol:
     c = self._read("prompt", lambda: self.llada._settings(whole | options, canvas=ids.count(self.llada.mask_id)))
     self._read("prompt", lambda: self._engine.fill([ids], c))
     return Row(tuple(ids), c, fills=True), start, limit, ""
-
-  def _encode(self, text: str, behind: bool) -> list[int]:
-    return self.llada._text().encode(text, begins=not behind)
 
   def _ids(self, prompt: str | list[int], canvas: bool) -> list[int]:
     """Ids of a prompt; [MASK]s of a `canvas` are to be filled in."""
@@ -366,8 +363,10 @@ def _most(said: dict[str, Any]) -> int | None:
     if name in said and not 1 <= said[name] < 2**31:
       raise Refused(f"{name}={said[name]}: must be at least 1, and less than 2^31", param=name)
   found = {said[name] for name in ("max_tokens", "max_completion_tokens") if name in said}
-  if len(found) > 1:
-    raise Refused("max_tokens and max_completion_tokens are not the same: use one of them", param="max_tokens")
+  if len(found | {said["gen_length"]} if found and said.get("gen_length") else found) > 1:
+    raise Refused(
+      "max_tokens, max_completion_tokens and gen_length are not the same: use one of them", param="max_tokens"
+    )
   return found.pop() if found else None
 
 

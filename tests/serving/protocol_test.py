@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 from questions import tiny
@@ -11,7 +13,7 @@ from served import OPTIONS, snapshots
 
 from lladax import sampling
 from lladax.inference.slots import Snapshot
-from lladax.serving import replies
+from lladax.serving import protocol, replies
 from lladax.serving.protocol import Protocol, Refused, decode
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -65,7 +67,7 @@ def test_choices_have_seeds_of_their_own_and_prompts_the_same(asks):
 @pytest.mark.parametrize(
   ("fields", "length", "limit"),
   [({}, 16, 16), ({"max_tokens": 3}, 3, 3), ({"max_tokens": 9}, 16, 9), ({"gen_length": 24}, 24, 24),
-   ({"max_tokens": 20, "block_length": 16}, 32, 20), ({"gen_length": None}, None, None),
+   ({"max_tokens": 20, "block_length": 16}, 32, 20), ({"block_length": 3}, 18, 16), ({"gen_length": None}, None, None),
    ({"gen_length": None, "max_tokens": 9}, None, 9)],
 )  # fmt: skip
 def test_the_canvas_has_whole_blocks_and_the_text_as_many_tokens_as_are_asked_for(asks, fields, length, limit):
@@ -111,6 +113,8 @@ FIELDS = [
   ({"prompt": "a" * 125}, "prompt"), ({"prompt": "a", "max_tokens": 0}, "max_tokens"), ({"max_tokens": 127}, "prompt"),
   ({"max_tokens": "3"}, "max_tokens"), ({"max_tokens": 3, "gen_length": 8}, "max_tokens"),
   ({"max_tokens": True}, "max_tokens"),
+  ({"suffix": "b", "max_tokens": 2**31 - 1}, "prompt"), ({"suffix": "b", "gen_length": -3}, "max_tokens"),
+  ({"suffix": "b", "max_tokens": 3, "gen_length": 4}, "max_tokens"),
   ({"gen_length": 12, "block_length": 8}, "gen_length"), ({"temperature": -1}, "temperature"),
   ({"temperature": "hot"}, "temperature"), ({"temperature": math.inf}, "temperature"), ({"top_p": 0}, "top_p"),
   ({"threshold": 0.5, "factor": 1.0}, "threshold"), ({"steps": None}, "steps"), ({"remasking": "no"}, "remasking"),
@@ -136,6 +140,26 @@ FIELDS = [
 def test_what_cannot_be_is_told_by_field(asks, fields, param):
   status, named, message = refusal(asks.completions, text(**fields))
   assert (status, named) == (400, param) and param in message
+
+
+VALUES = st.one_of(
+  st.none(), st.booleans(), st.integers(-3, 40), st.sampled_from([2**31, -(2**63), 2**64, 0.5, -0.0, math.inf, 1e-9]),
+  st.sampled_from(["", "a", "[MASK]", "prefix", "random", "system"]), st.lists(st.integers(-1, 300), max_size=3),
+  st.lists(st.sampled_from(["", "a"]), max_size=2), st.just({}), st.just([{}]), st.just({"a": [None]}),
+)  # fmt: skip
+NAMES = sorted({*protocol._SAMPLER, *protocol._BOTH, *protocol._CHAT, *protocol._TEXT, *protocol._NEUTRAL} - {"model"})
+
+
+@hypothesis.settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@hypothesis.given(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=4), st.booleans())
+def test_whatever_is_asked_becomes_rows_or_one_line(asks, fields, chats):
+  body = chat(**fields) if chats else text(**fields)
+  try:
+    rows = (asks.chat if chats else asks.completions)(body).rows
+  except Refused as error:
+    assert "\n" not in str(error) and error.body["param"] in {*NAMES, *body}
+  else:
+    assert all(len(row.ids) + (0 if row.fills else row.settings.gen_length or 8) <= 128 for row in rows)
 
 
 @pytest.mark.parametrize("messages", [
@@ -268,6 +292,11 @@ def test_what_is_filled_in_before_a_suffix_is_told_alone(asks, llada):
   chunk = asked.see(0, Snapshot(tokens, at, np.ones(6, np.float32), None, 0, 6, 2, True))
   assert chunk["choices"][0]["text"] == "cd" and asked.used()["completion_tokens"] == 2
   assert asked.used()["prompt_tokens"] == 4
+  asked = asks.completions(text(prompt="", suffix="yz", max_tokens=3, stop="d"))
+  tokens, at = np.array([99, 100, 101, 121, 122], np.int32), np.array([2, 1, 3, 0, 0], np.int32)
+  asked.see(0, Snapshot(tokens, at, np.ones(5, np.float32), None, 0, 5, 3, True))
+  (choice,) = asked.answer()["choices"]
+  assert (choice["text"], choice["finish_reason"]) == ("c", "stop")
 
 
 def test_scores_of_a_prompt_are_as_the_harness_reads_them(asks, llada):
