@@ -233,7 +233,8 @@ class Engine:
   ) -> State:  # fmt: skip
     """Further, up to a pass or a block (see `sampling.run`); `within`: a pass further in a block that has begun.
 
-    `layers`: `Engine.layers`. What the passes of a block only read of the cache is made once for them, and no program hands the cache through.
+    `layers`: `Engine.layers`. What the passes of a block only read of the cache is made once for them, and no program
+    hands the cache through.
     """
     cache, read = (state.cache.cache, state.cache.read) if isinstance(state.cache, Read) else (state.cache, None)
     within &= cache is not None
