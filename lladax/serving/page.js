@@ -144,7 +144,7 @@ class Reply {
       const names = it
         ? [
           !it.pass && "given",
-          it.pass === k && k && "new",
+          it.pass === k && k && "just",
           it !== place[0] && place.length > 1 && "edited",
           it.piece === END && "end",
           text.includes("\n") && "n",
@@ -191,7 +191,10 @@ class Reply {
     const tokens = this.usage?.completion_tokens ?? this.tokens, passes = this.usage?.passes ?? this.passes;
     const facts = [`${tokens} tokens`, `${passes} passes`];
     if (passes) facts.push(`${(tokens / passes).toFixed(1)} tokens/pass`);
-    facts.push(`${(tokens / seconds).toFixed(tokens < 10 * seconds ? 1 : 0)} tokens/s`, `${seconds.toFixed(1)} s`);
+    facts.push(
+      `${(tokens / seconds).toFixed(tokens < 10 * seconds ? 1 : 0)} tokens/s`,
+      `${seconds.toFixed(seconds < 10 ? 2 : 0)} s`,
+    );
     if (this.first) facts.push(`first token after ${((this.first - this.began) / 1000).toFixed(2)} s`);
     if (this.seed !== undefined) facts.push(`seed ${this.seed}`);
     this.facts.replaceChildren(
@@ -417,9 +420,10 @@ function refresh() {
   }
   $("#tab-talk").textContent = chat ? "Chat" : "Continue";
   $(".masks").hidden = !filling;
-  $(".welcome", $(`#${mode.name}`)).hidden = log(mode).childElementCount > 0;
-  $(".new").textContent = filling ? "Clear" : chat ? "New conversation" : "New text";
-  $(".new").hidden = !log(mode).childElementCount;
+  $(`#${mode.name} .welcome`).hidden = log(mode).childElementCount > 0;
+  $(".new", form).ariaLabel = filling ? "Clear" : chat ? "New conversation" : "New text";
+  $(".new", form).textContent = filling ? "Clear" : "New";
+  $(".new", form).hidden = !log(mode).childElementCount;
   $(".stop").hidden = !mode.run;
   $(".composer .send").hidden = !!mode.run;
   $(".composer .send").disabled = !model;
@@ -474,7 +478,7 @@ $(".stop").onclick = () => {
   mode.run?.abort();
   box.focus();
 };
-$(".new").onclick = () => {
+$(".new", form).onclick = () => {
   const run = mode.run;
   Object.assign(mode, { run: null, said: [] });
   run?.abort();
@@ -528,7 +532,9 @@ function offer(defaults) {
 /** What the page is about, drawn as a reply is; pass 0 is given. */
 function welcome(mode, text, unmasked_at) {
   const pieces = text.split(/(?=[ .,;:])/), confidence = [];
-  mode.demo = new Reply($(".welcome", $(`#${mode.name}`)));
+  const where = $(`#${mode.name} .welcome`);
+  mode.demo = new Reply(where);
+  where.prepend(mode.demo.box);
   mode.demo.take({ pass: Math.max(...unmasked_at), pieces, unmasked_at, confidence });
   mode.demo.end();
 }
