@@ -3,38 +3,15 @@
 // stood there, and `Reply.draw` shows any pass of it. What a model writes is text: nothing here makes markup of it.
 const $ = (css, box = document) => box.querySelector(css);
 const make = (name) => $(`#${name}`).content.firstElementChild.cloneNode(true);
+const element = (name, textContent) => Object.assign(document.createElement(name), { textContent });
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
-
-// What the sampler can be told, by the names of the API; choices where they are few.
-const YES = ["true", "false"];
-const OPTIONS = [
-  { name: "max_tokens", label: "length", of: "gen_length" },
-  { name: "steps" },
-  { name: "block_length" },
-  { name: "temperature" },
-  { name: "threshold" },
-  { name: "remasking", choices: ["low_confidence", "low_margin", "high_entropy", "random", "sequential"] },
-  { name: "cache", choices: ["none", "prefix", "dual"] },
-  { name: "edit_threshold", label: "edit above" },
-  { name: "guidance_scale", label: "guidance" },
-  { name: "top_p" },
-  { name: "top_k" },
-  { name: "seed" },
-  { name: "factor" },
-  { name: "block_steps" },
-  { name: "tokens_per_step" },
-  { name: "max_post_passes" },
-  { name: "eps" },
-  { name: "early_stop", choices: YES },
-  { name: "logits_eos_inf", label: "never EOS", choices: YES },
-  { name: "confidence_eos_eot_inf", label: "EOS last", choices: YES },
-];
 
 /** What went wrong, in a line; `param`: the field that it is about. */
 class Fault extends Error {
-  constructor(message, param) {
+  constructor(message, param, wait) {
     super(message);
     this.param = param;
+    this.wait = wait; // seconds until there is sense in another try
   }
 }
 
@@ -79,7 +56,7 @@ class Reply {
     this.box = make("reply");
     for (const name of ["text", "tip", "order", "play", "at", "facts", "error"]) this[name] = $("." + name, this.box);
     this.slider = $("input", this.box);
-    if (prompt) this.text.append(Object.assign(document.createElement("b"), { textContent: visible(prompt) }));
+    if (prompt) this.text.append(element("b", visible(prompt)));
     this.play.onclick = () => this.timer ? this.pause() : this.replay();
     this.slider.oninput = () => {
       this.pause();
@@ -125,7 +102,7 @@ class Reply {
 
   /** The canvas behind the pass where the slider stands. */
   draw() {
-    const k = +this.slider.value, n = this.places.length;
+    const k = +this.slider.value, n = this.places.length, last = this.ended && k === this.passes;
     const now = this.places.map((place) => place.findLast((x) => x.pass <= k));
     const pieces = now.map((x) => x?.piece), shown = pieces.map((x) => x && visible(x)), hidden = new Set();
     for (const [i, j, text] of characters(pieces)) {
@@ -133,36 +110,29 @@ class Reply {
       now[i] = now.slice(i, j + 1).reduce((x, y) => y.pass > x.pass ? y : x);
       for (let x = i + 1; x <= j; x++) hidden.add(x);
     }
-    let end = n; // what ends a text is drawn once, however long it is
-    while (end && pieces[end - 1] === END) end--;
+    let end = n; // the end of a text, and what is left masked behind it, are one sign
+    while (end && (pieces[end - 1] === END || (last && !now[end - 1]))) end--;
     for (let x = end + 1; x < n; x++) hidden.add(x);
-    while (this.items.length < n) this.items.push(this.text.appendChild(document.createElement("i")));
+    while (this.items.length < n) this.items.push(this.text.appendChild(element("i", "")));
     this.text.style.setProperty("--n", Math.max(1, this.passes - 1));
     for (const [i, item] of this.items.entries()) {
-      const it = now[i], place = this.places[i];
+      const it = now[i], place = this.places[i], pass = it?.pass ?? 0;
+      // What is masked now is as wide as what will stand there.
       const text = it ? shown[i] : (place.at(-1)?.piece ?? "░").replace(/\S/gu, "░").replace(/^\s*$/, "$&░");
-      const names = it
-        ? [
-          !it.pass && "given",
-          it.pass === k && k && "just",
-          it !== place[0] && place.length > 1 && "edited",
-          it.piece === END && "end",
-          text.includes("\n") && "n",
-        ]
-        : ["m"];
-      const key = [text, names.filter(Boolean).join(" "), it?.pass, hidden.has(i), i === end && n - end].join("|");
-      if (item.key === key) continue;
-      item.key = key;
-      item.textContent = text;
-      item.className = names.filter(Boolean).join(" ");
-      item.style.setProperty("--t", Math.max(0, (it?.pass ?? 0) - 1));
-      item.hidden = hidden.has(i);
-      if (i === end && n - end > 1) item.dataset.times = `×${n - end}`;
-      else delete item.dataset.times;
+      const is = { m: !it, given: it && !pass, just: pass && pass === k, edited: pass > place[0]?.pass };
+      Object.assign(is, { end: it?.piece === END, n: it && text.includes("\n") });
+      const names = Object.keys(is).filter((x) => is[x]).join(" "),
+        times = i === end && n - end > 1 ? `×${n - end}` : "";
+      const drawn = [text, names, pass, times, hidden.has(i)].join("|");
+      if (item.drawn === drawn) continue;
+      Object.assign(item, { drawn, textContent: text, className: names, hidden: hidden.has(i) });
+      item.dataset.times = times;
+      item.style.setProperty("--t", Math.max(0, pass - 1));
     }
     for (const path of this.order.children) path.classList.toggle("m", +path.dataset.pass > k);
     const left = now.filter((x) => !x).length;
     this.at.textContent = `pass ${k} of ${this.passes}` + (left ? ` · ${left} masked` : "");
+    this.slider.ariaValueText = this.at.textContent;
     if (this.on !== undefined) this.point(this.on);
   }
 
@@ -197,9 +167,7 @@ class Reply {
     );
     if (this.first) facts.push(`first token after ${((this.first - this.began) / 1000).toFixed(2)} s`);
     if (this.seed !== undefined) facts.push(`seed ${this.seed}`);
-    this.facts.replaceChildren(
-      ...facts.map((text) => Object.assign(document.createElement("span"), { textContent: text })),
-    );
+    this.facts.replaceChildren(...facts.map((text) => element("span", text)));
   }
 
   end() {
@@ -244,11 +212,11 @@ class Reply {
     if (!item) return;
     item.classList.add("on");
     const k = +this.slider.value, was = place.filter((x) => x.pass <= k);
-    this.tip.textContent = was.map((x, n) =>
-      !x.pass ? "given" : `${n ? "edited at pass" : "pass"} ${x.pass}` +
-        (x.p === undefined ? "" : ` · ${(100 * x.p).toFixed(1)}%`) +
-        (n ? ` · was “${visible(was[n - 1].piece).trim()}”` : "")
-    ).join(" · ") || "masked";
+    this.tip.textContent = was.map(({ pass, p }, n) => {
+      const sure = p === undefined ? "" : ` · ${(100 * p).toFixed(1)}%`;
+      if (n) return `edited at pass ${pass}${sure} · was “${visible(was[n - 1].piece).trim()}”`;
+      return pass ? `pass ${pass}${sure}` : "given";
+    }).join(" · ") || "masked";
     const all = this.box.getBoundingClientRect(), it = item.getClientRects()[0] ?? all;
     const left = Math.min(it.left - all.left, all.width - this.tip.offsetWidth);
     this.tip.style.left = `${Math.max(0, left)}px`;
@@ -280,16 +248,17 @@ async function call(path, body, signal) {
       signal,
     })
       .catch((error) => {
-        throw error.name === "AbortError" ? error : new Fault("The server cannot be reached: is it running?");
+        throw error.name === "AbortError" ? error : new Fault("The server cannot be reached: is it running?", null, 3);
       });
     if (answer.ok) return answer;
     const { message, param } = (await answer.json().catch(() => ({}))).error ?? {}, said = message ?? answer.statusText;
-    if (answer.status === 401 && await askKey(key ? said : "")) continue;
+    if (answer.status === 401) {
+      if (await askKey(key ? said : "")) continue;
+      throw new Fault("The server wants a key: load the page again to give one.");
+    }
     const wait = +answer.headers.get("retry-after");
     const again = wait && !/again/.test(said) ? `: try again in ${wait} s` : "";
-    throw Object.assign(new Fault(`${said || `The server answers ${answer.status}`}${again}`, param), {
-      wait: answer.status === 503 && (wait || 1),
-    });
+    throw new Fault(`${said || `The server answers ${answer.status}`}${again}`, param, wait || 3);
   }
 }
 
@@ -337,6 +306,11 @@ async function* chunks(answer) {
 const form = $(".composer"), box = $("textarea"), log = (mode) => $(`#${mode.name} .log`);
 const talk = { name: "talk", draft: "", said: [] }, fill = { name: "fill", draft: "", said: [] };
 let mode = talk, model = null;
+const BOOLEANS = ["true", "false"];
+const CHOICES = { // of the settings whose values are names
+  remasking: ["low_confidence", "low_margin", "high_entropy", "random", "sequential"],
+  cache: ["none", "prefix", "dual"],
+};
 
 /** What was changed of the sampler's settings, as the API takes it. */
 function changed() {
@@ -345,7 +319,7 @@ function changed() {
     const text = field.value.trim(), { name } = field;
     if (!text || (name === "max_tokens" && mode === fill)) continue;
     if (text === "none") body[name === "max_tokens" ? "gen_length" : name] = null;
-    else body[name] = YES.includes(text) ? text === "true" : Number.isNaN(+text) ? text : +text;
+    else body[name] = BOOLEANS.includes(text) ? text === "true" : Number.isNaN(+text) ? text : +text;
   }
   return body;
 }
@@ -357,7 +331,7 @@ function complain(message = "", param = null) {
   error.hidden = !message;
   for (const field of form.querySelectorAll("[name]")) {
     const bad = field.name === param || (param === "gen_length" && field.name === "max_tokens");
-    field.toggleAttribute("aria-invalid", bad);
+    field.ariaInvalid = String(bad);
     if (bad) {
       error.textContent = message.includes(param) ? message : `${param}: ${message}`;
       unfold(true);
@@ -371,10 +345,10 @@ async function ask(mode, text) {
   const chat = mode === talk && model.lladax.chats, before = mode === talk && !chat ? mode.said.join("") + text : text;
   const asked = chat ? log(mode).appendChild(make("asked")) : null;
   if (asked) asked.textContent = visible(text);
-  const reply = new Reply(log(mode), mode === talk && !chat ? before : ""), run = mode.run = new AbortController();
+  const reply = new Reply(log(mode), mode === talk && !chat ? text : ""), run = mode.run = new AbortController();
   const what = chat ? { messages: [...mode.said, { role: "user", content: text }] } : { prompt: before };
   refresh();
-  reply.box.scrollIntoView({ block: "end" });
+  document.documentElement.scrollTop = document.documentElement.scrollHeight;
   try {
     const answer = await call(chat ? "v1/chat/completions" : "v1/completions", {
       model: model.id,
@@ -404,8 +378,9 @@ async function ask(mode, text) {
     asked?.remove();
     reply.box.remove();
     mode.draft ||= text;
-  } else if (chat) mode.said.push(what.messages.at(-1), { role: "assistant", content: reply.written });
-  else if (mode === talk) mode.said = [before + reply.written];
+  } else if (chat && reply.written) {
+    mode.said.push(what.messages.at(-1), { role: "assistant", content: reply.written });
+  } else if (mode === talk && !chat) mode.said = [before + reply.written];
   refresh();
 }
 
@@ -512,20 +487,20 @@ for (const [one, other] of [[talk, fill], [fill, talk]]) {
   };
 }
 
-/** A field for every setting that this server has. */
+/** A field for every setting that the server has, its default in it. */
 function offer(defaults) {
-  for (const { name, label = name.replaceAll("_", " "), of = name, choices } of OPTIONS) {
-    if (!(of in defaults)) continue;
-    const it = make("option"), field = document.createElement(choices ? "select" : "input");
-    const text = name === "seed" ? "random" : String(defaults[of] ?? "none");
-    $("span", it).textContent = label;
-    field.name = name;
-    if (choices) {
-      field.add(new Option(text, ""));
-      for (const x of choices) if (x !== text) field.add(new Option(x, x));
-    } else Object.assign(field, { placeholder: text, inputMode: "decimal", spellcheck: false });
-    it.append(field);
-    $(".options").append(it);
+  for (const [setting, value] of Object.entries(defaults)) {
+    if (value !== null && typeof value === "object") continue;
+    const name = setting === "gen_length" ? "max_tokens" : setting, label = make("option");
+    const choices = typeof value === "boolean" ? BOOLEANS : CHOICES[name];
+    const placeholder = name === "seed" ? "random" : String(value ?? "none");
+    const field = Object.assign(element(choices ? "select" : "input", ""), { name, placeholder, inputMode: "decimal" });
+    for (const x of choices ? new Set([placeholder, ...choices]) : []) {
+      field.add(new Option(x, x === placeholder ? "" : x));
+    }
+    $("span", label).textContent = name.replaceAll("_", " ");
+    label.append(field);
+    $(".options").append(label);
   }
 }
 
@@ -543,12 +518,12 @@ function welcome(mode, text, unmasked_at) {
 async function meet() {
   while (!model) {
     try {
-      const answer = await call("v1/models");
-      model = (await answer.json()).data[0];
+      model = (await (await call("v1/models")).json()).data[0];
       complain();
     } catch (error) {
       complain(error.message);
-      await new Promise((wake) => setTimeout(wake, 1000 * Math.min(5, error.wait || 3)));
+      if (!error.wait) return;
+      await new Promise((wake) => setTimeout(wake, 1000 * Math.min(5, error.wait)));
     }
   }
   $(".model").textContent = model.id;

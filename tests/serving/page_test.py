@@ -216,7 +216,7 @@ def test_a_question_is_asked_and_tokens_appear_in_the_order_they_are_unmasked(vi
   finished(page)
   # What ends the text is one sign, whatever its length; bytes are characters; a tag is text.
   assert shown(page) == ["It", " is", " <script>", "alert(1)", "</script>", " caf", "é", " four", "\n", ".", "⏎"]
-  assert page.locator(".text [data-times]").first.get_attribute("data-times") == "×3"
+  assert reply(page).locator(".end:not([hidden])").get_attribute("data-times") == "×3"
   assert page.locator("[aria-live]").text_content() == TEXT
   facts = reply(page).locator(".facts").text_content()
   assert all(x in facts for x in ("12 tokens", "6 passes", "2.0 tokens/pass", "tokens/s", "first token", "seed 7"))
@@ -263,6 +263,26 @@ def test_the_slider_goes_back_to_every_pass_and_to_what_stood_before_an_edit(vis
   assert shown(page) == last
 
 
+def test_what_an_edit_replaced_before_anybody_saw_it_is_shown_as_such(visit, server):
+  server.answer = list(chunks())[5:]
+  page = visit()
+  ask(page, "?")
+  finished(page)
+  assert shown(page)[7] == " four"
+  slide(page, 5)
+  assert shown(page)[7] == "▒"
+  slide(page, 2)
+  assert shown(page)[:3] == ["It", " is", " ░░░░░░░░"]
+
+
+def test_places_that_stay_masked_behind_the_end_are_one_sign(visit, server):
+  server.answer = chunks((("Yes", 1), ("⏎", 2), *[("x", 9)] * 20), edited=None, text="Yes")
+  page = visit()
+  ask(page, "?")
+  finished(page)
+  assert shown(page) == ["Yes", "⏎"]
+
+
 def test_colours_tell_the_passes(visit, server):
   page = visit()
   ask(page, "?")
@@ -304,7 +324,7 @@ def test_stop_ends_a_reply_and_the_conversation_goes_on(visit, server):
   server.answer, server.gate = chunks(), None
   ask(page, "two")
   page.get_by_text("12 tokens").wait_for()
-  assert [x["content"] for x in server.bodies[1][1]["messages"]] == ["one", "", "two"]
+  assert [x["content"] for x in server.bodies[1][1]["messages"]] == ["two"]  # of one nothing was final
 
 
 def test_only_settings_that_were_changed_are_sent(visit, server):
@@ -314,7 +334,7 @@ def test_only_settings_that_were_changed_are_sent(visit, server):
   assert page.get_by_label("steps", exact=True).get_attribute("placeholder") == "64"
   assert page.get_by_label("threshold").first.get_attribute("placeholder") == "none"
   page.get_by_label("temperature").fill("0.5")
-  page.get_by_label("length", exact=True).fill("none")
+  page.get_by_label("max tokens").fill("none")
   page.get_by_label("remasking").select_option("random")
   page.get_by_label("early stop").select_option("true")
   page.get_by_text("Sampler · 4 changed").click()
@@ -334,7 +354,7 @@ def test_a_bad_value_is_told_beside_its_field_and_the_question_is_not_lost(visit
   ask(page, "my question")
   page.get_by_text("steps='many': must be a whole number").wait_for()
   field = page.get_by_label("steps", exact=True)
-  assert field.is_visible() and field.get_attribute("aria-invalid") is not None
+  assert field.is_visible() and field.get_attribute("aria-invalid") == "true"
   assert server.bodies[0][1]["steps"] == "many"
   assert page.locator("textarea").input_value() == "my question" and page.locator(".log .reply").count() == 0
   field.fill("8")
