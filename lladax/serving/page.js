@@ -6,12 +6,11 @@ const make = (name) => $(`#${name}`).content.firstElementChild.cloneNode(true);
 const element = (name, textContent) => Object.assign(document.createElement(name), { textContent });
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 
-/** What went wrong, in a line; `param`: the field that it is about. */
+/** What went wrong, in a line; the field that it is about; seconds until there is sense in another try. */
 class Fault extends Error {
   constructor(message, param, wait) {
     super(message);
-    this.param = param;
-    this.wait = wait; // seconds until there is sense in another try
+    Object.assign(this, { param, wait });
   }
 }
 
@@ -119,10 +118,10 @@ class Reply {
       const it = now[i], place = this.places[i], pass = it?.pass ?? 0;
       // What is masked now is as wide as what will stand there.
       const text = it ? shown[i] : (place.at(-1)?.piece ?? "░").replace(/\S/gu, "░").replace(/^\s*$/, "$&░");
-      const is = { m: !it, given: it && !pass, just: pass && pass === k, edited: pass > place[0]?.pass };
-      Object.assign(is, { end: it?.piece === END, n: it && text.includes("\n") });
-      const names = Object.keys(is).filter((x) => is[x]).join(" "),
-        times = i === end && n - end > 1 ? `×${n - end}` : "";
+      const edited = it && place[1]?.pass <= k, just = pass && pass === k && !last;
+      const is = { m: !it, given: it && !pass, just, edited, end: it?.piece === END, n: it && text.includes("\n") };
+      const names = Object.keys(is).filter((x) => is[x]).join(" ");
+      const times = i === end && n - end > 1 ? `×${n - end}` : "";
       const drawn = [text, names, pass, times, hidden.has(i)].join("|");
       if (item.drawn === drawn) continue;
       Object.assign(item, { drawn, textContent: text, className: names, hidden: hidden.has(i) });
@@ -161,10 +160,8 @@ class Reply {
     const tokens = this.usage?.completion_tokens ?? this.tokens, passes = this.usage?.passes ?? this.passes;
     const facts = [`${tokens} tokens`, `${passes} passes`];
     if (passes) facts.push(`${(tokens / passes).toFixed(1)} tokens/pass`);
-    facts.push(
-      `${(tokens / seconds).toFixed(tokens < 10 * seconds ? 1 : 0)} tokens/s`,
-      `${seconds.toFixed(seconds < 10 ? 2 : 0)} s`,
-    );
+    facts.push(`${(tokens / seconds).toFixed(tokens < 10 * seconds ? 1 : 0)} tokens/s`);
+    facts.push(`${seconds.toFixed(seconds < 10 ? 2 : 0)} s`);
     if (this.first) facts.push(`first token after ${((this.first - this.began) / 1000).toFixed(2)} s`);
     if (this.seed !== undefined) facts.push(`seed ${this.seed}`);
     this.facts.replaceChildren(...facts.map((text) => element("span", text)));
@@ -241,15 +238,10 @@ async function call(path, body, signal) {
   for (;;) {
     const key = sessionStorage.getItem("key"), headers = key ? { authorization: `Bearer ${key}` } : {};
     if (body) headers["content-type"] = "application/json";
-    const answer = await fetch(path, {
-      method: body ? "POST" : "GET",
-      body: body && JSON.stringify(body),
-      headers,
-      signal,
-    })
-      .catch((error) => {
-        throw error.name === "AbortError" ? error : new Fault("The server cannot be reached: is it running?", null, 3);
-      });
+    const how = { method: body ? "POST" : "GET", body: body && JSON.stringify(body), headers, signal };
+    const answer = await fetch(path, how).catch((error) => {
+      throw error.name === "AbortError" ? error : new Fault("The server cannot be reached: is it running?", null, 3);
+    });
     if (answer.ok) return answer;
     const { message, param } = (await answer.json().catch(() => ({}))).error ?? {}, said = message ?? answer.statusText;
     if (answer.status === 401) {
@@ -342,17 +334,18 @@ function complain(message = "", param = null) {
 
 /** Asks the server for what `text` wants, in this mode, and shows the reply as it comes. */
 async function ask(mode, text) {
-  const chat = mode === talk && model.lladax.chats, before = mode === talk && !chat ? mode.said.join("") + text : text;
-  const asked = chat ? log(mode).appendChild(make("asked")) : null;
+  const chat = mode === talk && model.lladax.chats, goesOn = mode === talk && !chat;
+  const message = { role: "user", content: text }, prompt = goesOn ? mode.said.join("") + text : text;
+  const asked = chat && log(mode).appendChild(make("asked"));
   if (asked) asked.textContent = visible(text);
-  const reply = new Reply(log(mode), mode === talk && !chat ? text : ""), run = mode.run = new AbortController();
-  const what = chat ? { messages: [...mode.said, { role: "user", content: text }] } : { prompt: before };
+  const reply = new Reply(log(mode), goesOn ? text : ""), run = mode.run = new AbortController();
   refresh();
   document.documentElement.scrollTop = document.documentElement.scrollHeight;
+  $(".told").textContent = "The model writes.";
   try {
     const answer = await call(chat ? "v1/chat/completions" : "v1/completions", {
       model: model.id,
-      ...what,
+      ...(chat ? { messages: [...mode.said, message] } : { prompt }),
       ...changed(),
       stream: true,
       stream_options: { canvas: true, include_usage: true },
@@ -375,12 +368,11 @@ async function ask(mode, text) {
   if (mode.run !== run) return; // the conversation was left
   mode.run = null;
   if (!reply.passes) { // nothing came: what was asked goes back into the box
-    asked?.remove();
+    if (asked) asked.remove();
     reply.box.remove();
     mode.draft ||= text;
-  } else if (chat && reply.written) {
-    mode.said.push(what.messages.at(-1), { role: "assistant", content: reply.written });
-  } else if (mode === talk && !chat) mode.said = [before + reply.written];
+  } else if (goesOn) mode.said = [prompt + reply.written];
+  else if (chat && reply.written) mode.said.push(message, { role: "assistant", content: reply.written });
   refresh();
 }
 
@@ -393,22 +385,24 @@ function refresh() {
     tab.ariaSelected = String(here);
     tab.tabIndex = here ? 0 : -1;
   }
-  $("#tab-talk").textContent = chat ? "Chat" : "Continue";
-  $(".masks").hidden = !filling;
-  $(`#${mode.name} .welcome`).hidden = log(mode).childElementCount > 0;
-  $(".new", form).ariaLabel = filling ? "Clear" : chat ? "New conversation" : "New text";
-  $(".new", form).textContent = filling ? "Clear" : "New";
-  $(".new", form).hidden = !log(mode).childElementCount;
+  const [tab, act, wants, anew] = filling
+    ? ["", "Fill in", "A text with [MASK]s to fill in", "Clear"]
+    : chat
+    ? ["Chat", "Send", "Ask something", "New conversation"]
+    : ["Continue", "Continue", "A text to continue", "New text"];
+  if (tab) $("#tab-talk").textContent = tab;
+  if (model) box.placeholder = box.ariaLabel = wants;
+  const fresh = $(".new", form), sends = $(".send", form), empty = !log(mode).childElementCount;
+  Object.assign(sends, { textContent: act, disabled: !model, hidden: !!mode.run });
+  Object.assign(fresh, { textContent: anew.split(" ")[0], ariaLabel: anew, hidden: empty });
   $(".stop").hidden = !mode.run;
-  $(".composer .send").hidden = !!mode.run;
-  $(".composer .send").disabled = !model;
-  $(".composer .send").textContent = filling ? "Fill in" : chat ? "Send" : "Continue";
-  if (model) {
-    box.placeholder = filling ? "A text with [MASK]s to fill in" : chat ? "Ask something" : "A text to continue";
-    box.ariaLabel = box.placeholder;
-  }
+  $(".masks").hidden = !filling;
+  $(`#${mode.name} .welcome`).hidden = !empty;
   const n = Object.keys(changed()).length;
-  $("button.sampler").textContent = n ? `Sampler · ${n} changed` : "Sampler";
+  Object.assign($("button.sampler"), {
+    textContent: n ? `Sampler · ${n}` : "Sampler",
+    ariaLabel: n ? `Sampler · ${n} changed` : "Sampler",
+  });
   for (const label of $(".options").children) label.hidden = filling && label.lastElementChild.name === "max_tokens";
   if (box.value !== mode.draft) box.value = mode.draft;
   box.style.height = "auto";
@@ -433,6 +427,7 @@ function send() {
   complain();
   if (mode === fill && !text.includes("[MASK]")) return complain("There is no [MASK] in the text: insert one.");
   if (mode === talk) mode.draft = "";
+  unfold(false);
   ask(mode, text);
 }
 
@@ -540,8 +535,8 @@ welcome(
 );
 welcome(
   fill,
-  "What is given stays; every [MASK] between is filled in, and both sides are seen at once.",
-  [0, 0, 0, 0, 0, 0, 0, 4, 3, 2, 2, 1, 5, 0, 0, 0, 6, 3, 0, 0],
+  "What is given stays, and what lies between is filled in, with both sides in view.",
+  [0, 0, 0, 0, 0, 0, 3, 5, 4, 1, 6, 2, 0, 0, 0, 0, 0, 0, 0],
 );
 turn(talk);
 meet();

@@ -25,7 +25,7 @@ KINDS = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/j
 
 # (token, the pass that unmasked it); six passes, out of order. Pass 6 makes " four" of " five".
 TOKENS = (
-  ("It", 2), (" is", 1), (" <script>", 4), ("alert(1)", 3), ("</script>", 5), (" caf", 2), ("⟨C3⟩", 5), ("⟨A9⟩", 3),
+  ("It", 2), (" is", 1), (" <script>", 4), ("alert(1)", 3), ("</script>", 5), (" caf", 2), ("⟨C3⟩", 3), ("⟨A9⟩", 5),
   (" four", 4), ("\n", 1), (".", 5), ("⏎", 3), ("⏎", 3), ("⏎", 4),
 )  # fmt: skip
 EDITED = 8
@@ -211,7 +211,7 @@ def test_a_question_is_asked_and_tokens_appear_in_the_order_they_are_unmasked(vi
   assert page.locator(".running").count() == 1 and page.get_by_role("button", name="Stop").is_visible()
   server.go(2)
   reply(page).get_by_text("pass 3 of 3").wait_for()
-  assert shown(page)[:8] == ["It", " is", "░", "alert(1)", "░", " caf", "░", "⟨A9⟩"]  # half a character
+  assert shown(page)[:8] == ["It", " is", "░", "alert(1)", "░", " caf", "⟨C3⟩", "░"]  # half a character
   server.go(4)
   finished(page)
   # What ends the text is one sign, whatever its length; bytes are characters; a tag is text.
@@ -337,7 +337,7 @@ def test_only_settings_that_were_changed_are_sent(visit, server):
   page.get_by_label("max tokens").fill("none")
   page.get_by_label("remasking").select_option("random")
   page.get_by_label("early stop").select_option("true")
-  page.get_by_text("Sampler · 4 changed").click()
+  page.get_by_role("button", name="Sampler · 4 changed").click()
   ask(page, "?")
   finished(page)
   always = ("model", "messages", "stream", "stream_options")
