@@ -57,14 +57,18 @@ def chunks(tokens=TOKENS, passes=6, edited=EDITED, text=TEXT, key="delta"):
 
 
 class Server(http.server.ThreadingHTTPServer):
-  """Serves the page's files, and answers every question with `answer`: chunks, or (status, headers, error)."""
+  """Serves the page's files, and answers every question with `answer`: chunks, or (status, headers, error).
+
+  A chunk of None breaks the answer off.
+  """
 
   daemon_threads = True
 
   def __init__(self):
     super().__init__(("127.0.0.1", 0), Handler)
     self.url = f"http://127.0.0.1:{self.server_address[1]}/"
-    self.chats, self.key, self.gate, self.bodies, self.answer = True, None, None, [], chunks()
+    self.chats, self.key, self.loading, self.gate, self.bodies = True, None, 0, None, []
+    self.answer = chunks()
     self.sampler = dataclasses.asdict(SamplerConfig())
 
   def go(self, n=1):
@@ -95,7 +99,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
   def do_GET(self):
     name = "page.html" if self.path == "/" else self.path[1:]
     if self.path == "/v1/models":
-      if not self.refused():
+      if self.server.loading:
+        self.server.loading -= 1
+        self.say(503, {"error": {"message": "the model is being loaded"}}, Retry_After="1")
+      elif not self.refused():
         about = {"max_length": 128, "block": 0, "sampler": self.server.sampler, "chats": self.server.chats}
         self.say(200, {"object": "list", "data": [{"id": "tiny", "object": "model", "lladax": about}]})
     elif (ROOM / name).is_file():
@@ -115,6 +122,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
       return
     self.say(200, b": hello\n\n", "text/event-stream")
     for chunk in answer:
+      if chunk is None:
+        return
       if gate is not None:
         gate.acquire(timeout=10)
       line = f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode()
@@ -149,11 +158,11 @@ def server():
 
 @pytest.fixture
 def visit(browser, server):
-  """Opens the page; what goes wrong in it fails the test, but answers with these statuses."""
-  wrong, contexts, expected = [], [], []
+  """Opens the page; what goes wrong in it fails the test, but for what is excused."""
+  wrong, contexts, excused = [], [], []
 
-  def open(*statuses, width=1000, height=700, **options):
-    expected.extend(f"status of {status}" for status in statuses)
+  def open(*excuses, width=1000, height=700, **options):
+    excused.extend(excuses)
     context = browser.new_context(viewport={"width": width, "height": height}, reduced_motion="reduce", **options)
     contexts.append(context)
     page = context.new_page()
@@ -163,7 +172,7 @@ def visit(browser, server):
     page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
     page.on("request", lambda request: None if elsewhere(request.url) else wrong.append(f"asked for {request.url}"))
     page.goto(server.url)
-    if server.key is None and not statuses:
+    if server.key is None:
       page.get_by_text("tiny", exact=True).wait_for()
     return page
 
@@ -173,7 +182,7 @@ def visit(browser, server):
   yield open
   for context in contexts:
     context.close()
-  assert [x for x in wrong if not any(status in x for status in expected)] == []
+  assert [x for x in wrong if not any(excuse in x for excuse in excused)] == []
 
 
 def ask(page, text):
@@ -346,7 +355,7 @@ def test_only_settings_that_were_changed_are_sent(visit, server):
 
 
 def test_a_bad_value_is_told_beside_its_field_and_the_question_is_not_lost(visit, server):
-  page = visit(400)
+  page = visit("status of 400")
   page.get_by_role("button", name="Sampler").click()
   page.get_by_label("steps", exact=True).fill("many")
   page.get_by_role("button", name="Sampler").click()
@@ -375,9 +384,8 @@ def test_a_bad_value_is_told_beside_its_field_and_the_question_is_not_lost(visit
   ],
 )
 def test_an_error_is_one_line_and_the_conversation_goes_on(visit, server, answer, told):
-  page = visit(*(answer[:1] if isinstance(answer, tuple) else ()))
+  page = visit("status of")
   server.answer = answer
-  page.get_by_text("tiny", exact=True).wait_for()
   ask(page, "once")
   error = page.locator(".composer .error")
   error.wait_for()
@@ -388,17 +396,47 @@ def test_an_error_is_one_line_and_the_conversation_goes_on(visit, server, answer
   assert not error.is_visible() and len(server.bodies) == 2
 
 
-def test_an_error_halfway_stands_below_what_was_written(visit, server):
+@pytest.mark.parametrize(
+  "last, told",
+  [({"error": {"message": "the batch has crashed"}}, "the batch has crashed"), (None, "The answer broke off.")],
+)
+def test_an_error_halfway_stands_below_what_was_written(visit, server, last, told):
   page = visit()
-  server.answer = [*list(chunks())[:3], {"error": {"message": "the batch has crashed"}}]
+  server.answer = [*list(chunks())[:3], last]
   ask(page, "?")
-  page.get_by_text("the batch has crashed").wait_for()
-  assert "alert(1)" in shown(finished(page).page)
+  reply(page).get_by_text(told).wait_for()
+  finished(page)
+  assert "alert(1)" in shown(page) and page.locator("textarea").input_value() == ""
+
+
+def test_a_server_that_is_gone_is_told_and_the_question_is_kept(visit, server):
+  page = visit("ERR_INTERNET_DISCONNECTED")
+  page.context.set_offline(True)
+  ask(page, "once")
+  page.get_by_text("The server cannot be reached").wait_for()
+  page.context.set_offline(False)
+  page.get_by_role("button", name="Send").click()
+  finished(page)
+  assert server.bodies[0][1]["messages"][0]["content"] == "once"
+
+
+def test_the_page_waits_for_a_model_that_is_being_loaded(visit, server):
+  server.loading = 1
+  page = visit("status of 503")
+  assert page.get_by_role("button", name="Send").is_enabled() and not page.locator(".composer .error").is_visible()
+
+
+def test_what_turns_text_around_is_shown_and_not_obeyed(visit, server):
+  server.answer = chunks((("\u202eab\x1b", 1), (" ok\t", 2)), edited=None)
+  page = visit()
+  ask(page, "\u202e?")
+  finished(page)
+  assert shown(page) == ["\\u202eab␛", " ok\t"] and page.locator(".asked").text_content() == "\\u202e?"
 
 
 def test_a_server_that_wants_a_key_gets_it(visit, server):
   server.key = "sesame"
-  page = visit(401)
+  page = visit("status of 401")
   page.get_by_label("API key").fill("wrong")
   page.get_by_role("button", name="Use it").click()
   page.get_by_text("the API key is not known").wait_for()
