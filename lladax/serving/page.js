@@ -311,7 +311,7 @@ function changed() {
     const text = field.value.trim(), { name } = field;
     if (!text || (name === "max_tokens" && mode === fill)) continue;
     if (text === "none") body[name === "max_tokens" ? "gen_length" : name] = null;
-    else body[name] = BOOLEANS.includes(text) ? text === "true" : Number.isNaN(+text) ? text : +text;
+    else body[name] = BOOLEANS.includes(text) ? text === "true" : Number.isFinite(+text) ? +text : text;
   }
   return body;
 }
@@ -385,12 +385,12 @@ function refresh() {
     tab.ariaSelected = String(here);
     tab.tabIndex = here ? 0 : -1;
   }
-  const [tab, act, wants, anew] = filling
-    ? ["", "Fill in", "A text with [MASK]s to fill in", "Clear"]
+  const [act, wants, anew] = filling
+    ? ["Fill in", "A text with [MASK]s to fill in", "Clear"]
     : chat
-    ? ["Chat", "Send", "Ask something", "New conversation"]
-    : ["Continue", "Continue", "A text to continue", "New text"];
-  if (tab) $("#tab-talk").textContent = tab;
+    ? ["Send", "Ask something", "New conversation"]
+    : ["Continue", "A text to continue", "New text"];
+  $("#tab-talk").textContent = chat ? "Chat" : "Continue";
   if (model) box.placeholder = box.ariaLabel = wants;
   const fresh = $(".new", form), sends = $(".send", form), empty = !log(mode).childElementCount;
   Object.assign(sends, { textContent: act, disabled: !model, hidden: !!mode.run });
