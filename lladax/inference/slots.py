@@ -14,7 +14,7 @@ Numbers of rows and lengths are rounded up (`rows_of`, `length_of`), so that pro
 
 import dataclasses
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -301,6 +301,34 @@ class Slots:
       now.cache = state.cache.cache if isinstance(state.cache, engines.Read) else state.cache
       now.at, self._state, self._order = now.at + W, None, []
     return goes_on
+
+  def warm(self, c: SamplerConfig, rows: int, longest: int, say: Callable[[str], None] = str) -> int:
+    """Compiles what rows of these settings need, up to so many at once and canvases of so many tokens.
+
+    Args:
+      c: of the rows.
+      rows: at once, at most.
+      longest: tokens of a canvas, at most.
+      say: is told what comes next.
+
+    Returns:
+      How many programs.
+    """
+    c = dataclasses.replace(c, seed=0, steps=2, block_steps=None, tokens_per_step=None, eps=None, threshold=None)
+    W = Seat(self._engine, Row((), c)).W
+    lengths = sorted({length_of(n, W) for n in (*range(W, longest, W), longest)})
+    each = sorted({rows_of(n + 1) for n in range(rows)})
+    for L in lengths:
+      for B in each:
+        say(f"rows: {B}, length: {L}")
+        ids = (self._engine.ends[0],) * max(L - W, 0)
+        for n in range(B):
+          self.add(-1 - n, Row(ids, dataclasses.replace(c, gen_length=W)))
+        self.begin([-1 - n for n in range(B)])
+        while self.step():
+          pass
+        self.drop([-1 - n for n in range(B)])
+    return len(lengths) * len(each)
 
   def score(self, row: Sequence[int]) -> Any:
     """What `Engine.chain` says of a row of ids."""

@@ -115,7 +115,7 @@ class Scheduler:
     self.state = "ready"  # "ready" | "draining"
     # Counted from the start, but for the first two, which are now.
     self.stats = dict.fromkeys(("running", "waiting", "passes", "row_passes", "tokens", "turns", "crashes"), 0)
-    self._slots = slots or Slots(llada.engine)
+    self.slots = slots or Slots(llada.engine)
     self._jobs: dict[int, tuple[Job, int]] = {}  # number of a row that is not done -> its job, and which of its rows
     self._numbers, self._rates = itertools.count(), collections.deque[float](maxlen=32)
     self._new: collections.deque[tuple[int, Job, int]] = collections.deque()
@@ -197,9 +197,9 @@ class Scheduler:
         new, scoring = list(self._new), self._scores.popleft() if self._scores else None
         self._new.clear()
       for n, job, i in new:
-        self._slots.add(n, job.rows[i])
+        self.slots.add(n, job.rows[i])
         self._jobs[n] = job, i
-        if self._slots.seats[n].done:  # there is nothing to fill
+        if self.slots.seats[n].done:  # there is nothing to fill
           self._tell(n)
       if scoring:
         self._score(*scoring)
@@ -223,7 +223,7 @@ class Scheduler:
 
   def _turn(self) -> list[int]:
     """The rows whose block is next."""
-    seats = self._slots.seats
+    seats = self.slots.seats
     staying = [n for n in self._jobs if n in self._staying]
     free = self.rows - len(staying)
     others = self._in_turn([n for n in self._jobs if n not in self._staying])
@@ -253,14 +253,14 @@ class Scheduler:
   def _block(self, rows: list[int]) -> None:
     for n in rows:
       self._jobs[n][0].began_at = self._jobs[n][0].began_at or time.monotonic()
-    before = {n: self._slots.seats[n].passes for n in rows}
-    self._slots.begin(rows)
+    before = {n: self.slots.seats[n].passes for n in rows}
+    self.slots.begin(rows)
     goes_on = True
     while goes_on:
-      goes_on = self._slots.step()
+      goes_on = self.slots.step()
       self.stats["passes"] += 1
       for n in rows:
-        if (seat := self._slots.seats.get(n)) is not None:
+        if (seat := self.slots.seats.get(n)) is not None:
           job = self._jobs[n][0]
           self.stats["row_passes"] += seat.passes - before[n]
           job.passes += seat.passes - before[n]
@@ -272,7 +272,7 @@ class Scheduler:
 
   def _tell(self, n: int) -> None:
     """The row's job of where it stands; a row that is done leaves."""
-    (job, i), snapshot = self._jobs[n], self._slots.seats[n].snapshot()
+    (job, i), snapshot = self._jobs[n], self.slots.seats[n].snapshot()
     if snapshot.done:
       self.stats["tokens"] += int((snapshot.unmasked_at_L > 0).sum())
       self._rates.append(time.monotonic())
@@ -302,14 +302,14 @@ class Scheduler:
 
   def _drop(self, rows: Sequence[int]) -> None:
     if rows:
-      self._slots.drop(rows)
+      self.slots.drop(rows)
       self._staying.difference_update(rows)
       for n in rows:
         del self._jobs[n]
 
   def _score(self, row: tuple[int, ...], tell: Callable[[Any], None]) -> None:
     try:
-      tell(self._slots.score(row))
+      tell(self.slots.score(row))
     except Exception as error:
       logging.getLogger("lladax").exception("the score of %d tokens crashed", len(row))
       self.stats["crashes"] += 1

@@ -4,7 +4,6 @@ A signal ends it: nothing more is taken (503), what runs and waits is finished w
 A second one ends it at once.
 """
 
-import asyncio
 import contextlib
 import dataclasses
 import logging
@@ -13,15 +12,17 @@ import signal
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from lladax.config import Config
-from lladax.devices import interrupts, sharding
+from lladax.devices import distributed, interrupts, sharding
 from lladax.inference.llada import LLaDA
 from lladax.inference.load import asked, load, saved_model
-from lladax.inference.slots import Row
+from lladax.inference.slots import Slots
 from lladax.mistake import Mistake
+from lladax.serving import orders
 from lladax.serving.scheduler import Scheduler
 from lladax.serving.settings import ServeConfig
 from lladax.storage.writing import reason
@@ -45,8 +46,8 @@ def run(config: Config, workdir: Path, settings: ServeConfig) -> None:
     raise Mistake(f"--workdir={workdir}: a causal model is not served: use --mode=sample")
   if text is None:
     raise Mistake(f"--workdir={workdir}: this model has no tokenizer, and so no text to answer with")
-  if interrupts.many():
-    raise Mistake("--mode=serve runs in one process: leave --num_processes out")
+  if not distributed.is_first():
+    return _follow(config, workdir)
   options = dataclasses.asdict(config.sample)
   del options["early_stop"]  # on, unless a request says otherwise
   with contextlib.closing(_listen(settings.host, settings.port)) as listener:
@@ -58,10 +59,10 @@ def run(config: Config, workdir: Path, settings: ServeConfig) -> None:
       """In a thread: the model, and its queue."""
       try:
         llada = load(workdir, mesh=sharding.make_mesh(config.mesh), **asked(config.model))
-        scheduler = Scheduler(llada, rows=settings.rows, waiting=settings.queue)
+        slots = orders.Leader(llada.engine) if interrupts.many() else Slots(llada.engine)
         if settings.warmup:
-          asyncio.run(_warm(scheduler, llada, options))
-        gate.serving.open(scheduler, llada, options)
+          _warm(slots, llada, options, settings.rows)
+        gate.serving.open(Scheduler(llada, rows=settings.rows, waiting=settings.queue, slots=slots), llada, options)
         print(visible(f"lladax: {gate.serving.name} is served at {_url(listener)}"), flush=True)
       except BaseException as error:
         failed.append(error)
@@ -76,6 +77,8 @@ def run(config: Config, workdir: Path, settings: ServeConfig) -> None:
     if failed:
       raise failed[0]
     scheduler = gate.serving.scheduler
+    if interrupts.many():
+      orders.end(scheduler and scheduler.slots)
     if loader.is_alive() or (scheduler and scheduler.stats["running"]):  # a thread in a library cannot be ended
       sys.stdout.flush()
       sys.stderr.flush()
@@ -98,12 +101,27 @@ def _url(listener: socket.socket) -> str:
   return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-async def _warm(scheduler: Scheduler, llada: LLaDA, options: dict[str, Any]) -> None:
-  """Compiles what a short prompt needs."""
+def _warm(slots: Slots, llada: LLaDA, options: dict[str, Any], rows: int) -> None:
+  """Compiles all that requests without options of their own can need, and says what."""
   c = dataclasses.replace(llada, defaults={**llada.defaults, **options, "early_stop": True})._settings({})
-  most = (llada.model.block or c.block_length) if c.gen_length is None else None
-  async for _ in scheduler.submit([Row(tuple(llada._text().encode("a")), c, most=most)]).watch():
-    pass
+  began, console = time.monotonic(), distributed.console()
+  with console.status("compiling") as status:
+    n = slots.warm(c, rows, llada.model.max_length, lambda what: status.update(f"compiling for {what}"))
+  console.print(f"lladax: compiled {n} programs in {time.monotonic() - began:.0f} s", highlight=False)
+
+
+def _follow(config: Config, workdir: Path) -> None:
+  """Another process than the first one: its part of the model, and whatever the first one does."""
+
+  def note(number: int, frame: Any) -> None:
+    for x in interrupts.SIGNALS:
+      signal.signal(x, signal.SIG_DFL)  # a second one ends it at once
+    orders.stop_all()
+
+  llada = load(workdir, mesh=sharding.make_mesh(config.mesh), **asked(config.model))
+  for number in interrupts.SIGNALS:
+    signal.signal(number, note)
+  orders.follow(Slots(llada.engine))
 
 
 @contextlib.contextmanager
@@ -128,6 +146,8 @@ def _signals(server: Any, serving: Any, seconds: float):
     print(f"lladax: {name}: finishing what runs, {seconds:g} s at most", file=sys.stderr, flush=True)
     threading.Thread(target=drain, name="drain", daemon=True).start()
 
+  if interrupts.many():
+    orders.stop_with(lambda: signal.raise_signal(signal.SIGTERM))
   old = {number: signal.signal(number, note) for number in interrupts.SIGNALS}
   try:
     yield
