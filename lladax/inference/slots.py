@@ -190,6 +190,13 @@ class Kept:
   length: int = 0  # ... of how many positions
 
 
+def length_together(seats: Sequence[Seat]) -> int:
+  """Of the program for a block of all of these, of a model without blocks."""
+  W = seats[0].W
+  at, right = max(-(-seat.next // W) * W for seat in seats), max(seat.laid - seat.next for seat in seats)
+  return length_of(at + -(-right // W) * W, W)
+
+
 class Slots:
   """Rows by number, of any kinds. `begin` lays a block of some of one kind out, `step` fills it, pass by pass.
 
@@ -236,11 +243,11 @@ class Slots:
     self._now = now = self._kept.setdefault(kind, Kept())
     W = shape.block_length
     at = max(-(-seat.next // W) * W for seat in seats)
-    right = -(-max(seat.laid - seat.next for seat in seats) // W) * W
     if shape.of_blocks:
+      right = -(-max(seat.laid - seat.next for seat in seats) // W) * W
       self._keep_up(now, rows, shape, max(at, W), right)
     else:
-      now.order, now.at, now.length = list(rows), at, length_of(at + right, W)
+      now.order, now.at, now.length = list(rows), at, length_together(seats)
     at, B, L = now.at, rows_of(len(now.order)), now.length
     tokens_BL, segment_BL = np.full((B, L), engine.ends[0], np.int32), np.zeros((B, L), np.int32)
     unmasked_at_BL, edited_at_BL = np.zeros((B, L), np.int32), np.zeros((B, L), np.int32)
@@ -316,7 +323,7 @@ class Slots:
     """
     c = dataclasses.replace(c, seed=0, steps=2, block_steps=None, tokens_per_step=None, eps=None, threshold=None)
     W = Seat(self._engine, Row((), c)).W
-    lengths = sorted({length_of(n, W) for n in (*range(W, longest, W), longest)})
+    lengths = sorted({length_of(n, W) for n in range(W, longest + W, W)})
     each = sorted({rows_of(n + 1) for n in range(rows)})
     for L in lengths:
       for B in each:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from lladax.inference.llada import LLaDA
-from lladax.inference.slots import Row, Seat, Slots, Snapshot
+from lladax.inference.slots import Row, Seat, Slots, Snapshot, length_of, length_together
 from lladax.mistake import Mistake
 
 _KEPT = 1024  # snapshots that wait for a slow client; of more the oldest are dropped
@@ -239,10 +239,14 @@ class Scheduler:
     self._turns = {x: at for x, at in self._turns.items() if x in kinds} | {kind: self.stats["turns"]}
     self.stats["turns"] += 1
     rows = [n for n in candidates if seats[n].kind == kind]
-    if not self.llada.model.block:  # a row beside one of many times its length costs as much as that
-      length = seats[rows[0]].laid
-      rows = [n for n in rows if length <= 2 * seats[n].laid <= 4 * length][: self.rows]
-    return rows
+    if self.llada.model.block:
+      return rows
+    batch = rows[:1]  # all cost what the longest does, laid out as they are together
+    most = min(2 * length_together([seats[rows[0]]]), length_of(self.llada.model.max_length, seats[rows[0]].W))
+    for n in rows[1:]:
+      if len(batch) < self.rows and length_together([seats[x] for x in (*batch, n)]) <= most:
+        batch.append(n)
+    return batch
 
   def _in_turn(self, rows: Sequence[int]) -> list[int]:
     """Who came first, who has had least, who came next, ...; in every other block the other way round."""

@@ -1,5 +1,6 @@
 """The page at /, in a browser, before a server that says what a test wants, when it wants it."""
 
+import contextlib
 import dataclasses
 import http.server
 import json
@@ -7,10 +8,14 @@ import pathlib
 import shutil
 import threading
 
+import numpy as np
 import pytest
+import questions
+import served
 
 import lladax
 from lladax.sampling import SamplerConfig
+from lladax.serving import scheduler
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium")
@@ -500,3 +505,57 @@ def test_a_phone_scrolls_in_one_direction(visit, server, scheme):
   assert page.evaluate(width) == 360
   small = """all => all.map((x) => x.getBoundingClientRect()).filter((r) => r.height && r.height < 36).length"""
   assert page.locator("button, input, select, textarea").evaluate_all(small) == 0
+
+
+@pytest.fixture
+def real(server):
+  """real(scheduler) -> `visit` sees the page of the real server, with a tiny random model."""
+  pytest.importorskip("starlette")
+  pytest.importorskip("uvicorn")
+  pytest.importorskip("prometheus_client")
+  llada = questions.tiny(max_length=256)
+  with contextlib.ExitStack() as stack:
+
+    def start(scheduler, **more):
+      options = served.OPTIONS | {"temperature": 0.7} | more
+      url, _ = stack.enter_context(served.serving(llada, scheduler(llada), options))
+      server.url = f"{url}/"
+      return llada, options
+
+    yield start
+
+
+def test_the_real_server_fills_a_reply_out_of_order_and_a_canvas(visit, real):
+  llada, options = real(scheduler.Scheduler)
+  page = visit()
+  page.set_default_timeout(30_000)  # it compiles
+  page.get_by_role("button", name="Sampler").click()
+  page.get_by_label("seed").fill("5")
+  ask(page, "Hi")
+  finished(page)
+  facts = reply(page).locator(".facts").text_content()
+  assert "seed 5" in facts and "16 passes" in facts
+  messages = [{"role": "user", "content": "Hi"}]
+  expected = llada.sample([messages], **options | {"early_stop": True, "seed": [5]})
+  assert page.locator("[aria-live]").text_content() == expected.text[0]
+  at = expected.unmasked_at[0, -16:]
+  assert (np.diff(at[:8]) < 0).any()
+  slide(page, 3)
+  reply(page).get_by_text("pass 3 of 16").wait_for()
+  assert "".join(shown(page)).count("░") >= 16 - 3
+  page.get_by_role("tab", name="Infill").click()
+  page.locator("textarea").fill("The [MASK][MASK] end")
+  page.get_by_role("button", name="Fill in").click()
+  page.locator("#fill .log .reply:not(.running)").wait_for()
+  text = "".join(shown(page))
+  assert text.startswith("The ") and text.endswith(" end") and "░" not in text
+
+
+def test_a_tag_that_the_real_server_sends_is_text(visit, real):
+  real(lambda llada: served.Book(llada, "<script>alert(1)</script><img src=x onerror=alert(2)>"), gen_length=64)
+  page = visit()
+  page.set_default_timeout(30_000)  # it compiles
+  ask(page, "?")
+  finished(page)
+  assert page.locator("[aria-live]").text_content() == "<script>alert(1)</script><img src=x onerror=alert(2)>"
+  assert page.locator(".log script, .log img").count() == 0
