@@ -202,14 +202,7 @@ class Engine:
         until_nfe = np.int32(host.canvas.nfe + 1) if every == "step" else _NEVER
         until_block = np.int32(host.block + 1) if every == "block" else _NEVER
         state = self.advance(
-          state,
-          segment_BL if padded else None,
-          job.settings,
-          np.int32(job.origin),
-          until_nfe,
-          until_block,
-          shape,
-          first,
+          state, segment_BL if padded else None, job.settings, np.int32(job.origin), until_nfe, until_block, shape, first
         )
         host = jax.device_get(state._replace(cache=None))
         end = first + int(host.block + (host.step > 0)) * W if shape.grows else L
@@ -473,22 +466,8 @@ def laid_out(x: Any) -> Any:
 
 @functools.partial(sharding.jit, static_argnames=("model", "shape", "mask_id", "ends", "vocab_size", "first"))
 def unmask_until(
-  params,
-  state,
-  segment_BL,
-  settings,
-  origin,
-  until_nfe,
-  until_block,
-  read=None,
-  layers=None,
-  *,
-  model,
-  shape,
-  mask_id,
-  ends,
-  vocab_size,
-  first,
+  params, state, segment_BL, settings, origin, until_nfe, until_block, read=None, layers=None, *, model, shape, mask_id,
+  ends, vocab_size, first
 ) -> State:
   """`segment_BL` None: no row is padded, attention needs no mask. If canvases grow nothing behind a block is seen."""
   bound, (B, L) = model.bind(params), state.canvas.tokens_BL.shape
