@@ -1,4 +1,4 @@
-"""A server of a model on a port of this machine, in a thread or by its command; a scheduler that answers by the book."""
+"""A server of a model on a port of this machine, in a thread or by its command; a scheduler that goes by the book."""
 
 import asyncio
 import collections
