@@ -1,9 +1,14 @@
-"""A server of a model, on a port of this machine, in a thread; a scheduler that answers by the book."""
+"""A server of a model on a port of this machine, in a thread or by its command; a scheduler that goes by the book."""
 
 import asyncio
 import collections
 import contextlib
+import os
+import pathlib
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from typing import Any
@@ -33,6 +38,22 @@ def serving(llada, scheduler, options=OPTIONS, **settings):
     server.should_exit = True
     thread.join()
     listener.close()
+
+
+@contextlib.contextmanager
+def command(workdir, *flags):
+  """(a process that serves, its address); killed if the test has not ended it."""
+  line = [sys.executable, "-m", "lladax.main", "--mode=serve", f"--workdir={workdir}", "--port=0", *flags]
+  root, env = pathlib.Path(__file__).parent.parent, {**os.environ, "XLA_FLAGS": ""}
+  with subprocess.Popen(line, cwd=root, stdout=-1, stderr=-1, text=True, env=env) as process:
+    try:
+      assert process.stdout
+      said = process.stdout.readline()
+      address = re.search(r"http://\S+", said)
+      assert address, said + process.stderr.read()
+      yield process, address[0]
+    finally:
+      process.kill()
 
 
 def until(true, seconds=20.0):

@@ -1,7 +1,7 @@
 """`--mode=serve`: what can be checked at once is, the port opens, the model is loaded behind it, and it answers.
 
-A signal ends it: nothing more is taken (503), what runs and waits is finished within `drain_seconds`; exit code 0.
-A second one ends it at once.
+A signal ends it: nothing more is taken, what waits is refused (503), what runs is finished within `drain_seconds`; exit
+code 0. A second one ends it at once.
 """
 
 import contextlib

@@ -1,19 +1,16 @@
 """The command itself: what it refuses at once, that it answers, and how it ends."""
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import json
-import os
 import pathlib
-import re
 import signal
 import socket
 import subprocess
 import sys
 
 import pytest
-from served import until
+from served import command, until
 
 from lladax import config
 from lladax.mistake import Mistake
@@ -28,23 +25,6 @@ pytest.importorskip("httpx")
 import httpx  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[2]
-
-
-@contextlib.contextmanager
-def command(workdir, *flags):
-  """(a process that serves, its address); killed if the test has not ended it."""
-  line = [sys.executable, "-m", "lladax.main", "--mode=serve", f"--workdir={workdir}", "--port=0", *flags]
-  with subprocess.Popen(
-    line, cwd=ROOT, stdout=-1, stderr=-1, text=True, env={**os.environ, "XLA_FLAGS": ""}
-  ) as process:
-    try:
-      assert process.stdout
-      said = process.stdout.readline()
-      address = re.search(r"http://\S+", said)
-      assert address, said + process.stderr.read()
-      yield process, address[0]
-    finally:
-      process.kill()
 
 
 def test_it_answers_finishes_what_runs_and_ends_well(tiny_workdir):
