@@ -89,9 +89,9 @@ def make(a: dict[str, Any], block: int) -> Any:
   model = MaskPredictorConfig(**sizes, G=a["H"], block=block, max_length=a["max_length"], dtype="float32")
   params = jax.jit(model.init)(jax.random.key(0))
   head_DV = params["head"] * 16  # else all tokens are about as probable, and rounding has a say
-  if a["mode"] == "throughput":  # of thousands of logits the greatest is more than 0
-    head_DV = head_DV.at[:, np.array(text.ends)].set(0.0)
-  params["head"] = head_DV
+  # Of many logits the greatest is more than 0. Rows behind the vocabulary are as improbable where a model has learnt.
+  never = [*range(text.vocab_size, model.V), *(text.ends if a["mode"] == "throughput" else ())]
+  params["head"] = head_DV.at[:, np.array(never, int)].set(0.0)
   return LLaDA(model, params, text, text.mask_id, text.eos_id, text.vocab_size, text.eot_id)
 
 
@@ -329,19 +329,22 @@ def question(rng: random.Random, block: int) -> Question:
   text = " ".join(rng.choices("red green blue yellow sun moon sea hill".split(), k=rng.randint(2, 8)))
   if length == "long":
     text = " ".join([text] * 3)
-  samplers = [{}, {"temperature": 0.7}, {"temperature": 1.0, "remasking": "random"}, {"threshold": 0.9}]
-  samplers.append({"temperature": 0.5, "top_p": 0.9} if block else {"cache": "dual"})
+  # What a program is compiled for is one of three: each of them exists for each number of rows, and each length.
+  samplers = [{}, {"temperature": 0.7}, {"temperature": 1.0, "tokens_per_step": 2}, {"threshold": 0.9}]
+  samplers.append({"temperature": 0.5, "top_p": 0.9})
+  samplers += [] if block else [{"cache": "dual"}]
   body: dict[str, Any] = {"model": "random", "n": rng.choice((1, 1, 1, 1, 2, 3)), **rng.choice(samplers)}
   body |= {"seed": rng.randrange(2**32)} if rng.random() < 0.5 else {}
-  tokens = {"max_tokens": rng.choice((4, 8, 16)) if length == "short" else rng.choice((32, 48))}
+  whole = {} if block else {"block_length": 16}
+  tokens = {"max_tokens": 16 if length == "short" else rng.choice((32, 48))}
   if kind == "chat":
     body |= {"messages": [{"role": "user", "content": text}], **tokens, "logprobs": rng.random() < 0.2}
   elif kind == "completion":
     body |= {"prompt": text, **tokens, "logprobs": rng.choice((None, None, None, 1))}
   elif kind == "suffix":
-    body |= {"prompt": text, "suffix": " end", "max_tokens": rng.choice((4, 12))}
+    body |= {"prompt": text, "suffix": " end", "max_tokens": rng.choice((4, 12))} | whole
   elif kind == "masks":
-    body |= {"prompt": text + "[MASK]" * rng.choice((3, 9)) + text}
+    body |= {"prompt": text + "[MASK]" * rng.choice((3, 9)) + text} | whole
   else:
     body |= {"prompt": text[:40], "echo": True, "logprobs": 1, "max_tokens": 0}
   if kind in ("chat", "completion") and rng.random() < 0.2:
@@ -445,7 +448,7 @@ class Load:
     began, seconds, tasks = time.monotonic(), 60 * self.a["minutes"], set()
     task = self.progress.add_task("under load", total=seconds)
     watch = asyncio.ensure_future(self.watch(began, task))
-    at, burst = self.rng.expovariate(rate), self.a["burst"]
+    at, burst = 0.0, self.a["burst"]
     while at < seconds:
       await asyncio.sleep(max(0.0, began + at - time.monotonic()))
       many = 1
