@@ -511,7 +511,7 @@ def load(a: dict[str, Any]) -> None:
     f"of {again:,} answers to {len(same)} questions with their seeds, with another text": (differing, not differing),
     "batches that crashed": (end["crashes"], not end["crashes"]),
     "rows that the server still has in the end": (end["running"] + end["waiting"], not end["running"] + end["waiting"]),
-    f"growth of the memory in the second half, MiB of {memory_MiB:,.0f} ({compiled} programs were compiled in it)":
+    f"growth of the memory in the second half, MiB of {memory_MiB:,.0f} ({compiled} programs were compiled in it){', too short to judge' * (len(half) < 60)}":
       (round(grown, 1), flat),
     "refusals of a full queue (429), all asked again": (sum(x["tries"] - 1 for x in rows), True),
   }  # fmt: skip
