@@ -502,7 +502,8 @@ def load(a: dict[str, Any]) -> None:
   slope = float(np.polyfit([x["at"] for x in half], [x["rss"] for x in half], 1)[0]) if len(half) > 1 else 0.0
   grown, compiled = slope * (half[-1]["at"] - half[0]["at"]), half[-1]["programs"] - half[0]["programs"]
   memory_MiB = statistics.median(x["rss"] for x in half)
-  flat = len(half) < 60 or grown < 0.03 * memory_MiB
+  short = ", too short to judge" * (len(half) < 60)
+  flat = bool(short) or grown < 0.03 * memory_MiB
   print(f"{hardware()}\n\n{warmed} requests to warm up; capacity {capacity:.1f} requests/s; {a['minutes']:g} minutes at"
         f" {rate:.1f} a second ({a['load']:.0%}) and bursts: {len(rows):,} requests\n")  # fmt: skip
   print("\n".join(table(rows)))
@@ -511,7 +512,7 @@ def load(a: dict[str, Any]) -> None:
     f"of {again:,} answers to {len(same)} questions with their seeds, with another text": (differing, not differing),
     "batches that crashed": (end["crashes"], not end["crashes"]),
     "rows that the server still has in the end": (end["running"] + end["waiting"], not end["running"] + end["waiting"]),
-    f"growth of the memory in the second half, MiB of {memory_MiB:,.0f} ({compiled} programs were compiled in it){', too short to judge' * (len(half) < 60)}":
+    f"growth of the memory in the second half, MiB of {memory_MiB:,.0f} ({compiled} programs compiled in it){short}":
       (round(grown, 1), flat),
     "refusals of a full queue (429), all asked again": (sum(x["tries"] - 1 for x in rows), True),
   }  # fmt: skip
