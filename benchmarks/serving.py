@@ -269,10 +269,10 @@ def throughput(a: dict[str, Any]) -> None:
         progress.update(task, description=f"{'warming up' if r < 0 else f'round {r + 1}'}: {name}, {N} at once")
         if r < 0:  # two passes a block, until all programs are there
           W = int(name.split()[-1]) if name.startswith("blocks") else a["block_length"]
-          any(not measured(name, N, r, max(2 * a["gen"] // W, 1))["programs"] for _ in range(4))
+          any(not measured(name, N, 0, max(2 * a["gen"] // W, 1))["programs"] for _ in range(4))
         else:
           for _ in range(3):  # which rows meet is a matter of chance: a round that had to compile is made again
-            if not (found := measured(name, N, r, a["steps"] or a["gen"]))["programs"]:
+            if not (found := measured(name, N, r + 1, a["steps"] or a["gen"]))["programs"]:
               break
           seen[name, N].append(found)
         progress.advance(task)
