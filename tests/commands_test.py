@@ -251,6 +251,18 @@ RULES = [
     r"soak.py", ["--minutes=0.1", "--", "--config.checkpoint.keep=99", *[x for x in TINY if x != "--config.steps=3"]],
     {"pip install -e '.[figures]' && ": ""}, "runs/soak/soak.svg", needs="matplotlib",
   ),
+  Rule(r"serving.py throughput --ragged", "with prompts of one length, in the command above it"),
+  Rule(
+    r"serving.py throughput",
+    shlex.split("--blocks 0 4 --concurrency 1 2 --rounds 1 --requests 1 --V 384 --D 16 --N 1 --H 2 --K 8 --F 32"
+                " --prompt 8 --gen 8 --block_length 8"),
+    makes="runs/serving/throughput.json", needs="uvicorn starlette prometheus_client",
+  ),
+  Rule(
+    r"serving.py load",
+    shlex.split("--minutes=0.05 --burst=1 --rows=2 --queue=4 --warm=6 --warmup=1 --D 16 --N 1 --H 2 --K 8 --F 32"),
+    makes="runs/serving/serving.svg", needs="uvicorn starlette prometheus_client matplotlib",
+  ),
   Rule(r"launch/local.sh", "launch_test.py trains with it"),
 ]  # fmt: skip
 
