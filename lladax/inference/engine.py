@@ -202,7 +202,14 @@ class Engine:
         until_nfe = np.int32(host.canvas.nfe + 1) if every == "step" else _NEVER
         until_block = np.int32(host.block + 1) if every == "block" else _NEVER
         state = self.advance(
-          state, segment_BL if padded else None, job.settings, np.int32(job.origin), until_nfe, until_block, shape, first
+          state,
+          segment_BL if padded else None,
+          job.settings,
+          np.int32(job.origin),
+          until_nfe,
+          until_block,
+          shape,
+          first,
         )
         host = jax.device_get(state._replace(cache=None))
         end = first + int(host.block + (host.step > 0)) * W if shape.grows else L
@@ -376,7 +383,7 @@ class Engine:
       with sharding.on_mesh_of(self.params):
         told = _chain(
           self.params, tokens_1L, segment_1L, np.resize(batch, size).astype(np.int32), model=self.model,
-          mask_id=self.mask_id,
+          mask_id=self.mask_id, vocab_size=self.vocab_size,
         )  # fmt: skip
       found.append([np.asarray(x)[: len(batch)] for x in told])
     log_p, top, top_log_p = (np.concatenate(x) for x in zip(*found, strict=True))
@@ -466,8 +473,22 @@ def laid_out(x: Any) -> Any:
 
 @functools.partial(sharding.jit, static_argnames=("model", "shape", "mask_id", "ends", "vocab_size", "first"))
 def unmask_until(
-  params, state, segment_BL, settings, origin, until_nfe, until_block, read=None, layers=None, *, model, shape, mask_id,
-  ends, vocab_size, first
+  params,
+  state,
+  segment_BL,
+  settings,
+  origin,
+  until_nfe,
+  until_block,
+  read=None,
+  layers=None,
+  *,
+  model,
+  shape,
+  mask_id,
+  ends,
+  vocab_size,
+  first,
 ) -> State:
   """`segment_BL` None: no row is padded, attention needs no mask. If canvases grow nothing behind a block is seen."""
   bound, (B, L) = model.bind(params), state.canvas.tokens_BL.shape
@@ -621,8 +642,8 @@ def _next(params, tokens_BL, segment_BL, at_B, guidance, *, model, mask_id, guid
   return laid_out(jax.nn.log_softmax(found_BV))
 
 
-@functools.partial(sharding.jit, static_argnames=("model", "mask_id"))
-def _chain(params, tokens_1L, segment_1L, at_B, *, model, mask_id):
+@functools.partial(sharding.jit, static_argnames=("model", "mask_id", "vocab_size"))
+def _chain(params, tokens_1L, segment_1L, at_B, *, model, mask_id, vocab_size):
   """`Engine.chain` at some places of one row."""
   bound, (B, L) = model.bind(params), (len(at_B), tokens_1L.shape[1])
   segment_BL = jnp.broadcast_to(segment_1L, (B, L))
@@ -630,7 +651,8 @@ def _chain(params, tokens_1L, segment_1L, at_B, *, model, mask_id):
   hidden_BLD = bound.hidden(masked_BL, model.visible(L, segment_BL, right_padded=True))[0]
   log_p_BV = jax.nn.log_softmax(bound.logits(jnp.take_along_axis(hidden_BLD, at_B[:, None, None], axis=1)[:, 0]))
   found_B1 = jnp.take_along_axis(log_p_BV, tokens_1L[0, at_B][:, None], axis=1)
-  return laid_out((found_B1[:, 0], jnp.argmax(log_p_BV, axis=1).astype(jnp.int32), log_p_BV.max(axis=1)))
+  drawn_BV = jnp.where(_allowed(model.V, mask_id, vocab_size)[None], log_p_BV, -jnp.inf)
+  return laid_out((found_B1[:, 0], jnp.argmax(drawn_BV, axis=1).astype(jnp.int32), drawn_BV.max(axis=1)))
 
 
 @functools.partial(sharding.jit, static_argnames=("model", "eos_id"))

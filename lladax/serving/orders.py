@@ -21,7 +21,7 @@ from lladax.inference.slots import Row, Seat, Slots
 from lladax.sampling import SamplerConfig
 
 _KEY = "lladax/serve"
-_WAIT = 60_000  # milliseconds until it is asked again
+_WAIT = 1_000  # milliseconds until it is asked again: a signal is not noted before
 
 
 class Leader(Slots):

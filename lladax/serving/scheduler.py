@@ -22,7 +22,7 @@ from lladax.inference.llada import LLaDA
 from lladax.inference.slots import Row, Seat, Slots, Snapshot, length_of, length_together
 from lladax.mistake import Mistake
 
-_KEPT = 1024  # snapshots that wait for a slow client; of more the oldest are dropped
+_KEPT = 1024  # snapshots that wait for a slow client; of more the oldest are dropped, but for a row's last
 
 
 class Full(Exception):
@@ -55,7 +55,7 @@ class Job:
     self.error: Exception | None = None
     self.passes = 0  # of all its rows
     self.stable = [-1] * len(rows)  # as it was last told of each
-    self._news: collections.deque[tuple[int, Snapshot]] = collections.deque(maxlen=_KEPT)
+    self._news: list[tuple[int, Snapshot]] = []
     self._lock, self._loop, self._event = threading.Lock(), asyncio.get_running_loop(), asyncio.Event()
 
   def cancel(self, index: int | None = None) -> None:
@@ -74,8 +74,7 @@ class Job:
     while True:
       self._event.clear()
       with self._lock:
-        error, news = self.error, list(self._news)
-        self._news.clear()
+        error, news, self._news = self.error, self._news, []
       for i, snapshot in news:
         if i in left and not self.cancelled[i]:
           yield i, snapshot
@@ -91,7 +90,9 @@ class Job:
     """Of a row, from the engine's thread."""
     with self._lock:
       if not self.every:  # the newest of each row is enough
-        self._news = collections.deque((x for x in self._news if x[0] != index), maxlen=_KEPT)
+        self._news = [x for x in self._news if x[0] != index]
+      elif len(self._news) >= _KEPT:
+        del self._news[next(i for i, (_, x) in enumerate(self._news) if not x.done)]
       self._news.append((index, snapshot))
     self._wake()
 

@@ -44,7 +44,7 @@ def test_two_processes_are_one_server(tiny_workdir, told):
     assert processes[0].stdout
     lines = itertools.takewhile(bool, iter(processes[0].stdout.readline, None))  # of Gloo, too
     url = next((x for line in lines if (x := re.search(r"http://\S+", line))), None)
-    assert url, processes[0].communicate()[1]
+    assert url, [(x.wait(60), x.stderr and x.stderr.read()) for x in processes]
     for seed, prompt in enumerate(["red", "blue and", "x" * 40]):
       body = {"model": "unbroken", "prompt": prompt, "seed": seed, "max_tokens": 16, "temperature": 0.8, "n": 1 + seed}
       text = [x["text"] for x in httpx.post(f"{url[0]}/v1/completions", json=body, timeout=120).json()["choices"]]

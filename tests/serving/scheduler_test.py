@@ -283,6 +283,27 @@ def test_scores_are_the_chain_rule(scheduler):
     assert ((top == np.array(ids)) == (top_log_p == log_p)).all()
 
 
+def test_the_most_probable_id_of_a_score_is_one_that_can_be_drawn(llada):
+  params = dict(llada.params)
+  params["head"] = params["head"].at[:, [MASK, 31]].set(100 * params["head"][:, :1])  # [MASK], and behind the words
+  params["head"] = jnp.where(jnp.arange(32)[None] == 31, -params["head"], params["head"])
+  worse = LLaDA(llada.model, params, None, MASK, EOS, 31)
+  _, top, top_log_p = worse.engine.chain(tuple(range(12)))
+  assert (top < MASK).all() and np.isfinite(top_log_p).all()
+
+
+def test_a_slow_listener_misses_passes_and_never_the_last(scheduler, monkeypatch):
+  monkeypatch.setattr("lladax.serving.scheduler._KEPT", 5)
+
+  async def run():
+    job = scheduler.submit([row(i) for i in range(4)], every=True)
+    await until(lambda: not scheduler._jobs and scheduler.stats["tokens"] == 64)
+    seen = [(i, x.done) async for i, x in job.watch()]
+    assert len(seen) <= 5 and {i for i, done in seen if done} == {0, 1, 2, 3}
+
+  asyncio.run(run())
+
+
 def test_what_the_model_does_not_take_is_said_at_once(scheduler):
   async def run(asked):
     scheduler.submit([asked])
