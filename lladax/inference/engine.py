@@ -201,16 +201,8 @@ class Engine:
       for _ in range({"block": blocks, "step": blocks * most}.get(every, 1)):
         until_nfe = np.int32(host.canvas.nfe + 1) if every == "step" else _NEVER
         until_block = np.int32(host.block + 1) if every == "block" else _NEVER
-        state = self.advance(
-          state,
-          segment_BL if padded else None,
-          job.settings,
-          np.int32(job.origin),
-          until_nfe,
-          until_block,
-          shape,
-          first,
-        )
+        segments, origin = segment_BL if padded else None, np.int32(job.origin)
+        state = self.advance(state, segments, job.settings, origin, until_nfe, until_block, shape, first)
         host = jax.device_get(state._replace(cache=None))
         end = first + int(host.block + (host.step > 0)) * W if shape.grows else L
         shown = jax.tree.map(lambda x, end=end: x[:, :end] if x.ndim == 2 else x, host.canvas)
@@ -235,8 +227,8 @@ class Engine:
       return jax.jit(lambda params: self.model.bind(params).layers())(self.params)
 
   def advance(
-    self, state: State, segment_BL: Any, settings: Settings, origin: Any, until_nfe: Any, until_block: Any, shape: Shape,
-    first: int, within: bool = False, layers: Any = None,
+    self, state: State, segment_BL: Any, settings: Settings, origin: Any, until_nfe: Any, until_block: Any,
+    shape: Shape, first: int, within: bool = False, layers: Any = None,
   ) -> State:  # fmt: skip
     """Further, up to a pass or a block (see `sampling.run`); `within`: a pass further in a block that has begun.
 
