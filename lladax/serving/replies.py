@@ -64,15 +64,17 @@ class Choice:
       return "", []
     text = self._decode(ids)
     firm = text if whole else text.rstrip(_HALF)
-    said = cut(firm, self.until)
-    if stopped := said != firm:
-      whole, n = True, 1 + bisect.bisect_left(range(1, len(ids) + 1), True, key=lambda n: self._holds_stop(ids[:n]))
+    said, begun = cut(firm, self.until), len(firm)
+    if not whole:  # of a stop string, which may be there before another one
+      lengths = (n for stop in self.until for n in range(min(len(stop) - 1, begun), 0, -1) if firm.endswith(stop[:n]))
+      begun -= max(lengths, default=0)
+    stopped = said != firm and len(said) <= begun
+    if stopped:
+      whole, n = True, 1 + bisect.bisect_left(range(1, len(ids) + 1), True, key=lambda n: self._stops(ids[:n], said))
       ids = ids[:n]
+    said = said[:begun]
     if whole:
       self.finish = "stop" if len(ends) or stopped else "length"
-    else:  # a stop string may have begun
-      held = (n for stop in self.until for n in range(min(len(stop) - 1, len(said)), 0, -1) if said.endswith(stop[:n]))
-      said = said[: len(said) - max(held, default=0)]
     self.text = said
     committed_L = x.unmasked_at_L[self.start : self.start + len(ids)] > 0
     self.count = int(committed_L.sum()) if self.row.fills else len(ids)
@@ -91,9 +93,10 @@ class Choice:
   def _decode(self, ids: Any) -> str:
     return self._llada._text().decode(ids.tolist(), behind=self._behind)
 
-  def _holds_stop(self, ids: Any) -> bool:
+  def _stops(self, ids: Any, said: str) -> bool:
+    """Whether the stop string behind what is said is there."""
     text = self._decode(ids)
-    return cut(text, self.until) != text
+    return len(cut(text, self.until)) == len(said) < len(text)
 
   def canvas(self, index: int, x: Snapshot, block: int) -> dict[str, Any]:
     """The canvas as it stands: what is behind the prompt, or all of one that is filled in."""

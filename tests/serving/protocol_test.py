@@ -328,3 +328,25 @@ def test_tokens_stand_where_their_text_does_for_every_vocabulary(llada):
   for i, t in enumerate(found):
     assert t.offset == len(llada.tokenizer.decode(ids[:i], behind=ids[:7]).rstrip("\ufffd")), i
   assert found[-1].offset == len(whole) - 1
+
+
+@pytest.mark.parametrize(("stop", "said", "count"), [
+  (["ne two", "t"], "o", 7), (["e twx", "tw"], "one ", 6), (["one two t", "e", "two"], "", 9), (["two x", "o t"], "one tw", 9),
+])  # fmt: skip
+@pytest.mark.parametrize("every", [1, 3, 13])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_text_is_the_same_however_often_it_is_looked_at(asks, llada, stop, said, count, every, stream):
+  """The first of the stop strings ends it, though another one, within it, is there before."""
+  asked = asks.completions(text(stop=stop, stream=stream))
+  passes = enumerate(snapshots(llada, asked.rows[0], llada.tokenizer.encode("one two three")), 1)
+  chunks = [x for k, s in passes if (k % every == 0 or s.done) and (x := asked.see(0, s))]
+  answer = asked.answer()
+  assert (answer["choices"][0]["text"], answer["choices"][0]["finish_reason"]) == (said, "stop")
+  assert answer["usage"]["completion_tokens"] == count
+  assert not stream or "".join(x["choices"][0]["text"] for x in chunks) == said
+
+
+def test_biases_are_not_so_many_that_it_takes_long(asks):
+  bias = {str(300 + i): 1 for i in range(20000)}
+  status, param, message = refusal(asks.completions, text(logit_bias=bias))
+  assert (status, param) == (400, "logit_bias") and "300" in message
