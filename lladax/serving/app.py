@@ -11,7 +11,7 @@ from typing import Any
 
 from lladax.inference.llada import LLaDA
 from lladax.mistake import Mistake
-from lladax.serving.gate import Gate, Metrics, refusal
+from lladax.serving.gate import PATIENCE, Connection, Gate, Metrics, refusal
 from lladax.serving.protocol import Protocol, Refused, decode, refused
 from lladax.serving.replies import Asked
 from lladax.serving.scheduler import Draining, Expired, Failed, Full, Job, Scheduler
@@ -32,7 +32,6 @@ except ModuleNotFoundError as error:
 log = logging.getLogger(__name__)
 
 KEEP_ALIVE = 15.0  # seconds of silence in a stream
-PATIENCE = 60.0  # seconds in which the body of a request has to come
 _PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"),
          "/page.js": ("page.js", "text/javascript")}  # fmt: skip
 
@@ -106,7 +105,7 @@ class Serving:
 
   async def page(self, request: Request) -> Response:
     """GET / and its files."""
-    name, kind = _PAGE[request.url.path]
+    name, kind = _PAGE[request.scope["path"]]
     try:
       return Response((Path(__file__).parent / name).read_bytes(), media_type=kind)
     except FileNotFoundError:
@@ -281,7 +280,7 @@ def make_app(
   async def other(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     what = {404: "there is nothing here", 405: "this method has no meaning here"}.get(error.status_code, error.detail)
-    told = Refused(f"{request.method} {request.url.path:.80}: {what}", status=error.status_code)
+    told = Refused(f"{request.method} {request.scope['path']:.80}: {what}", status=error.status_code)
     return refusal(told, error.headers)
 
   app = Starlette(routes=routes, exception_handlers={HTTPException: other, Refused: _refused})
@@ -292,7 +291,7 @@ def make_app(
 def make_server(gate: Gate) -> uvicorn.Server:
   """What speaks HTTP; its `run(sockets=...)` ends when `should_exit` is set. Signals are not its own."""
   server = uvicorn.Server(uvicorn.Config(
-    gate, http="h11", ws="none", loop="asyncio", lifespan="off", log_config=None, access_log=False,
+    gate, http=Connection, ws="none", loop="asyncio", lifespan="off", log_config=None, access_log=False,
     server_header=False, proxy_headers=False, limit_concurrency=gate.settings.connections, timeout_keep_alive=30,
     timeout_graceful_shutdown=5, h11_max_incomplete_event_size=2**16,
   ))  # fmt: skip
