@@ -7,6 +7,7 @@ be replaced.
 import bisect
 import dataclasses
 import math
+import os
 import re
 import secrets
 import time
@@ -116,8 +117,8 @@ class Choice:
 
 
 def piece(llada: LLaDA, id: int) -> str:
-  """A token as it is shown; what ends a text is ⏎."""
-  return "⏎" if id in llada.ends else llada._piece(id)
+  """A token as it is shown; what ends a text is ⏎, and a row of the embedding that is no token its number."""
+  return "⏎" if id in llada.ends else llada._piece(id) if id < llada.vocab_size else f"⟨{id}⟩"
 
 
 def tokens(llada: LLaDA, ids: list[int], first: int, log_p: Sequence[float | None], at: int = 0) -> list[Token]:
@@ -129,8 +130,9 @@ def tokens(llada: LLaDA, ids: list[int], first: int, log_p: Sequence[float | Non
   for i, p in enumerate(log_p, first):
     low = max(0, i - _WINDOW)
     before, text = (spell(ids[low:n], behind=ids[max(0, low - 2 * _WINDOW) : low]) for n in (i, i + 1))
-    half = min(len(before) - len(before.rstrip(_HALF)), at)
-    found.append(Token(piece(llada, ids[i]), p, at - half, at := at + len(text) - len(before)))
+    same = len(os.path.commonprefix((before, text)))
+    same -= same == len(text) and text.endswith(_HALF)  # it adds to a character that is not whole yet
+    found.append(Token(piece(llada, ids[i]), p, max(at - len(before) + same, 0), at := at + len(text) - len(before)))
   return found
 
 

@@ -331,7 +331,8 @@ def test_tokens_stand_where_their_text_does_for_every_vocabulary(llada):
 
 
 @pytest.mark.parametrize(("stop", "said", "count"), [
-  (["ne two", "t"], "o", 7), (["e twx", "tw"], "one ", 6), (["one two t", "e", "two"], "", 9), (["two x", "o t"], "one tw", 9),
+  (["ne two", "t"], "o", 7), (["e twx", "tw"], "one ", 6), (["one two t", "e", "two"], "", 9),
+  (["two x", "o t"], "one tw", 9),
 ])  # fmt: skip
 @pytest.mark.parametrize("every", [1, 3, 13])
 @pytest.mark.parametrize("stream", [False, True])
@@ -350,3 +351,16 @@ def test_biases_are_not_so_many_that_it_takes_long(asks):
   bias = {str(300 + i): 1 for i in range(20000)}
   status, param, message = refusal(asks.completions, text(logit_bias=bias))
   assert (status, param) == (400, "logit_bias") and "300" in message
+
+
+def test_tokens_stand_behind_what_is_no_character(llada):
+  ids = [0xFF, 10, 0xE7, 0xA7, 0x41, 0xC3, 0xC3, 0xA9, 98]  # "\ufffd\n\ufffdA\ufffd\u00e9b"
+  found = replies.tokens(llada, ids, 0, [0.0] * len(ids))
+  assert [t.offset for t in found] == [0, 1, 2, 2, 3, 4, 5, 5, 6]
+
+
+def test_a_row_of_the_embedding_that_is_no_token_may_score_best(asks, llada):
+  asked = asks.completions(text(prompt="ab", echo=True, logprobs=1, max_tokens=0))
+  asked.score([(np.array([0.0, -1.0]), np.array([0, llada.vocab_size]), np.array([0.0, -0.5]))], llada)
+  (choice,) = asked.answer()["choices"]
+  assert choice["logprobs"]["top_logprobs"][1] == {"b": -1.0, "⟨261⟩": -0.5}
