@@ -133,6 +133,8 @@ def tokens(llada: LLaDA, ids: list[int], first: int, log_p: Sequence[float | Non
     same = len(os.path.commonprefix((before, text)))
     same -= same == len(text) and text.endswith(_HALF)  # it adds to a character that is not whole yet
     found.append(Token(piece(llada, ids[i]), p, max(at - len(before) + same, 0), at := at + len(text) - len(before)))
+  for i in range(len(found) - 1, 0, -1):  # bytes may be characters of their own until all of one are there
+    found[i - 1] = found[i - 1]._replace(offset=min(found[i - 1].offset, found[i].offset))
   return found
 
 

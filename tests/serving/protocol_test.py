@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import types
 
 import hypothesis
 import hypothesis.strategies as st
@@ -116,8 +117,8 @@ FIELDS = [
   ({"suffix": "b", "max_tokens": 2**31 - 1}, "prompt"), ({"suffix": "b", "gen_length": -3}, "max_tokens"),
   ({"suffix": "b", "max_tokens": 3, "gen_length": 4}, "max_tokens"),
   ({"gen_length": 12, "block_length": 8}, "gen_length"), ({"temperature": -1}, "temperature"),
-  ({"temperature": "hot"}, "temperature"), ({"temperature": math.inf}, "temperature"), ({"temperature": 1e308}, "temperature"),
-  ({"guidance_scale": 1e308}, "guidance_scale"), ({"top_p": 0}, "top_p"),
+  ({"temperature": "hot"}, "temperature"), ({"temperature": math.inf}, "temperature"),
+  ({"temperature": 1e308}, "temperature"), ({"guidance_scale": 1e308}, "guidance_scale"), ({"top_p": 0}, "top_p"),
   ({"threshold": 0.5, "factor": 1.0}, "threshold"), ({"steps": None}, "steps"), ({"remasking": "no"}, "remasking"),
   ({"seed": -1}, "seed"), ({"seed": 2**32}, "seed"), ({"seed": 1.5}, "seed"), ({"seed": [1, 2]}, "seed"),
   ({"n": 0}, "n"), ({"n": 33}, "n"), ({"n": 32, "prompt": ["a", "b", "c"]}, "prompt"), ({"best_of": 2}, "best_of"),
@@ -365,3 +366,15 @@ def test_a_row_of_the_embedding_that_is_no_token_may_score_best(asks, llada):
   asked.score([(np.array([0.0, -1.0]), np.array([0, llada.vocab_size]), np.array([0.0, -0.5]))], llada)
   (choice,) = asked.answer()["choices"]
   assert choice["logprobs"]["top_logprobs"][1] == {"b": -1.0, "⟨261⟩": -0.5}
+
+
+def test_bytes_of_a_character_stand_together_where_each_alone_is_spelt_as_one(llada, monkeypatch):
+  def decode(ids, behind=()):
+    try:
+      return bytes(ids).decode()
+    except UnicodeDecodeError:
+      return "\ufffd" * len(ids)
+
+  monkeypatch.setattr(type(llada), "_text", lambda self: types.SimpleNamespace(decode=decode))
+  found = replies.tokens(llada, [*"\u202e".encode()], 0, [0.0] * 3)
+  assert [(t.offset, t.end) for t in found] == [(0, 1), (0, 2), (0, 1)]
