@@ -130,19 +130,18 @@ class Serving:
 
       body, asked = await asyncio.to_thread(understood)  # a long text is encoded for a while
       seen |= {"asked": asked, "text": body.get("messages" if chats else "prompt")}
-      began = time.monotonic()
       job = scheduler.submit(asked.rows, timeout=self._seconds(asked), every=asked.canvas) if asked.rows else None
+      chunks = self._chunks(scheduler, protocol, job, asked)
       if asked.stream:
-        events = self._events(scheduler, protocol, job, asked, began)
-        stream = _Events(events, headers={"x-accel-buffering": "no"}, media_type="text/event-stream")
+        stream = _Events(self._events(chunks), headers={"x-accel-buffering": "no"}, media_type="text/event-stream")
         stream.job = job
         return stream
-      told = asyncio.ensure_future(self._all(scheduler, protocol, job, asked, began))
-      gone = asyncio.ensure_future(_gone(request.receive))
+      told, gone = (asyncio.ensure_future(x) for x in (_through(chunks), _gone(request.receive)))
       try:
         await asyncio.wait({told, gone}, return_when=asyncio.FIRST_COMPLETED)
         if told.done():
-          return JSONResponse(told.result())
+          told.result()
+          return JSONResponse(asked.answer())
         seen["left"] = True
         self.metrics.disconnects.inc()
         return Response(status_code=499)
@@ -155,17 +154,11 @@ class Serving:
     """That an answer may take."""
     return min(asked.timeout or self.settings.timeout, self.settings.timeout)
 
-  async def _all(
-    self, scheduler: Scheduler, protocol: Protocol, job: Job | None, asked: Asked, began: float
-  ) -> dict[str, Any]:
-    async for _ in self._chunks(scheduler, protocol, job, asked, began):
-      pass
-    return asked.answer()
-
   async def _chunks(
-    self, scheduler: Scheduler, protocol: Protocol, job: Job | None, asked: Asked, began: float
+    self, scheduler: Scheduler, protocol: Protocol, job: Job | None, asked: Asked
   ) -> AsyncIterator[dict[str, Any]]:
     """The chunks of a stream; rows whose texts are whole are let go."""
+    began, waits = time.monotonic(), True
     if asked.scores:
       try:
         async with asyncio.timeout(self._seconds(asked)):
@@ -174,7 +167,6 @@ class Serving:
         raise Expired from None
     for chunk in asked.begin() if asked.stream else ():
       yield chunk
-    waits = True
     if job:
       async for i, snapshot in job.watch():
         chunk = asked.see(i, snapshot)
@@ -188,11 +180,8 @@ class Serving:
     for chunk in asked.end() if asked.stream else ():
       yield chunk
 
-  async def _events(
-    self, scheduler: Scheduler, protocol: Protocol, job: Job | None, asked: Asked, began: float
-  ) -> AsyncIterator[bytes]:
+  async def _events(self, chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
     """The bytes of a stream; what goes wrong is an event of it, too."""
-    chunks = self._chunks(scheduler, protocol, job, asked, began)
     coming, whole = None, False
     try:
       with self._told():
@@ -313,6 +302,11 @@ def _later(message: str, status: int, code: str, seconds: int) -> Refused:
 
 def _event(told: dict[str, Any]) -> bytes:
   return b"data: " + json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+async def _through(chunks: AsyncIterator[Any]) -> None:
+  async for _ in chunks:
+    pass
 
 
 async def _gone(receive: Receive) -> None:
