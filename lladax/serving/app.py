@@ -11,7 +11,7 @@ from typing import Any
 
 from lladax.inference.llada import LLaDA
 from lladax.mistake import Mistake
-from lladax.serving.gate import Gate, Metrics, refusal
+from lladax.serving.gate import PATIENCE, Connection, Gate, Metrics, refusal
 from lladax.serving.protocol import Protocol, Refused, decode, refused
 from lladax.serving.replies import Asked
 from lladax.serving.scheduler import Draining, Expired, Failed, Full, Job, Scheduler
@@ -32,7 +32,6 @@ except ModuleNotFoundError as error:
 log = logging.getLogger(__name__)
 
 KEEP_ALIVE = 15.0  # seconds of silence in a stream
-PATIENCE = 60.0  # seconds in which the body of a request has to come
 _PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"),
          "/page.js": ("page.js", "text/javascript")}  # fmt: skip
 
@@ -106,7 +105,7 @@ class Serving:
 
   async def page(self, request: Request) -> Response:
     """GET / and its files."""
-    name, kind = _PAGE[request.url.path]
+    name, kind = _PAGE[request.scope["path"]]
     try:
       return Response((Path(__file__).parent / name).read_bytes(), media_type=kind)
     except FileNotFoundError:
@@ -131,19 +130,18 @@ class Serving:
 
       body, asked = await asyncio.to_thread(understood)  # a long text is encoded for a while
       seen |= {"asked": asked, "text": body.get("messages" if chats else "prompt")}
-      began = time.monotonic()
       job = scheduler.submit(asked.rows, timeout=self._seconds(asked), every=asked.canvas) if asked.rows else None
+      chunks = self._chunks(scheduler, protocol, job, asked)
       if asked.stream:
-        events = self._events(scheduler, protocol, job, asked, began)
-        stream = _Events(events, headers={"x-accel-buffering": "no"}, media_type="text/event-stream")
+        stream = _Events(self._events(chunks), headers={"x-accel-buffering": "no"}, media_type="text/event-stream")
         stream.job = job
         return stream
-      told = asyncio.ensure_future(self._all(scheduler, protocol, job, asked, began))
-      gone = asyncio.ensure_future(_gone(request.receive))
+      told, gone = (asyncio.ensure_future(x) for x in (_through(chunks), _gone(request.receive)))
       try:
         await asyncio.wait({told, gone}, return_when=asyncio.FIRST_COMPLETED)
         if told.done():
-          return JSONResponse(told.result())
+          told.result()
+          return JSONResponse(asked.answer())
         seen["left"] = True
         self.metrics.disconnects.inc()
         return Response(status_code=499)
@@ -156,17 +154,11 @@ class Serving:
     """That an answer may take."""
     return min(asked.timeout or self.settings.timeout, self.settings.timeout)
 
-  async def _all(
-    self, scheduler: Scheduler, protocol: Protocol, job: Job | None, asked: Asked, began: float
-  ) -> dict[str, Any]:
-    async for _ in self._chunks(scheduler, protocol, job, asked, began):
-      pass
-    return asked.answer()
-
   async def _chunks(
-    self, scheduler: Scheduler, protocol: Protocol, job: Job | None, asked: Asked, began: float
+    self, scheduler: Scheduler, protocol: Protocol, job: Job | None, asked: Asked
   ) -> AsyncIterator[dict[str, Any]]:
     """The chunks of a stream; rows whose texts are whole are let go."""
+    began, waits = time.monotonic(), True
     if asked.scores:
       try:
         async with asyncio.timeout(self._seconds(asked)):
@@ -175,7 +167,6 @@ class Serving:
         raise Expired from None
     for chunk in asked.begin() if asked.stream else ():
       yield chunk
-    waits = True
     if job:
       async for i, snapshot in job.watch():
         chunk = asked.see(i, snapshot)
@@ -189,11 +180,8 @@ class Serving:
     for chunk in asked.end() if asked.stream else ():
       yield chunk
 
-  async def _events(
-    self, scheduler: Scheduler, protocol: Protocol, job: Job | None, asked: Asked, began: float
-  ) -> AsyncIterator[bytes]:
+  async def _events(self, chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
     """The bytes of a stream; what goes wrong is an event of it, too."""
-    chunks = self._chunks(scheduler, protocol, job, asked, began)
     coming, whole = None, False
     try:
       with self._told():
@@ -281,7 +269,7 @@ def make_app(
   async def other(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     what = {404: "there is nothing here", 405: "this method has no meaning here"}.get(error.status_code, error.detail)
-    told = Refused(f"{request.method} {request.url.path:.80}: {what}", status=error.status_code)
+    told = Refused(f"{request.method} {request.scope['path']:.80}: {what}", status=error.status_code)
     return refusal(told, error.headers)
 
   app = Starlette(routes=routes, exception_handlers={HTTPException: other, Refused: _refused})
@@ -292,7 +280,7 @@ def make_app(
 def make_server(gate: Gate) -> uvicorn.Server:
   """What speaks HTTP; its `run(sockets=...)` ends when `should_exit` is set. Signals are not its own."""
   server = uvicorn.Server(uvicorn.Config(
-    gate, http="h11", ws="none", loop="asyncio", lifespan="off", log_config=None, access_log=False,
+    gate, http=Connection, ws="none", loop="asyncio", lifespan="off", log_config=None, access_log=False,
     server_header=False, proxy_headers=False, limit_concurrency=gate.settings.connections, timeout_keep_alive=30,
     timeout_graceful_shutdown=5, h11_max_incomplete_event_size=2**16,
   ))  # fmt: skip
@@ -314,6 +302,11 @@ def _later(message: str, status: int, code: str, seconds: int) -> Refused:
 
 def _event(told: dict[str, Any]) -> bytes:
   return b"data: " + json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+async def _through(chunks: AsyncIterator[Any]) -> None:
+  async for _ in chunks:
+    pass
 
 
 async def _gone(receive: Receive) -> None:

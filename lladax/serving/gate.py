@@ -1,5 +1,6 @@
 """Before all routes: who may ask, from where, by which name; behind them: headers, counters, a line in the log."""
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
@@ -22,6 +23,7 @@ try:
   from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
   from starlette.responses import JSONResponse, Response
   from starlette.types import ASGIApp, Message, Receive, Scope, Send
+  from uvicorn.protocols.http.h11_impl import H11Protocol
 except ModuleNotFoundError as error:
   raise Mistake(f"--mode=serve needs an extra ({error}): pip install 'lladax[serve]'") from error
 
@@ -32,6 +34,7 @@ POLICY = (
   " form-action 'none'; frame-ancestors 'none'"
 )
 OPEN = ("/", "/page.css", "/page.js", "/healthz")  # to those without a key
+PATIENCE = 60.0  # seconds in which a request has to come, and a part of an answer has to be read
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 
 
@@ -68,6 +71,54 @@ class Metrics:
     for name, what in (("passes", "Forward passes."), ("tokens", "Tokens that were generated."),
                        ("crashes", "Batches that have crashed.")):  # fmt: skip
       yield CounterMetricFamily(f"lladax_{name}", what, stats.get(name, 0))
+
+
+class Connection(H11Protocol):
+  """A connection that is cut where no request comes, or nobody reads its answer; it speaks HTTP alone."""
+
+  _late: asyncio.TimerHandle | None = None
+
+  def connection_made(self, transport: asyncio.Transport) -> None:
+    """As asyncio asks, like the others."""
+    super().connection_made(transport)
+    self._watch()
+
+  def connection_lost(self, exc: Exception | None) -> None:
+    """..."""
+    self._watch(on=False)
+    super().connection_lost(exc)
+
+  def data_received(self, data: bytes) -> None:
+    """..."""
+    super().data_received(data)
+    if self._busy() and not self.flow.write_paused:
+      self._watch(on=False)
+
+  def pause_writing(self) -> None:
+    """..."""
+    super().pause_writing()
+    self._watch()
+
+  def resume_writing(self) -> None:
+    """..."""
+    super().resume_writing()
+    self._watch(on=not self._busy())
+
+  def on_response_complete(self) -> None:
+    """As uvicorn asks."""
+    super().on_response_complete()
+    self._watch(on=not self._busy() or self.flow.write_paused)
+
+  def _busy(self) -> bool:
+    return self.cycle is not None and not self.cycle.response_complete
+
+  def _should_upgrade(self) -> bool:
+    return False
+
+  def _watch(self, *, on: bool = True) -> None:
+    if self._late:
+      self._late.cancel()
+    self._late = self.loop.call_later(PATIENCE, self.transport.abort) if on else None
 
 
 class Gate:
@@ -122,7 +173,7 @@ class Gate:
     if origin is not None and origin not in (self.settings.cors or None, f"http://{host}", f"https://{host}"):
       message = f"Origin: {origin!r:.80}: pages of another origin may not ask, unless the server is started with --cors"
       raise Refused(message, status=403)
-    if self.keys and path not in (*OPEN, "/healthz") and method != "OPTIONS":
+    if self.keys and path not in OPEN and method != "OPTIONS":
       kind, _, key = headers.get("authorization", "").partition(" ")
       digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
       known = [hmac.compare_digest(digest, x) for x in self.keys]

@@ -24,7 +24,7 @@ from lladax.mistake import Mistake
 from lladax.sampling import SamplerConfig
 from lladax.serving.replies import Asked, Choice
 
-CHOICES, STOPS, STOP = 32, 16, 1000  # at most; the last: characters of a stop string
+CHOICES, STOPS, STOP, BIASES, HOT = 32, 16, 1000, 300, 100.0  # at most; STOP: characters of a stop string
 _KINDS = typing.get_type_hints(SamplerConfig)
 _SAMPLER = {name: kind for name, kind in _KINDS.items() if name not in ("seed", "logit_bias")}
 _BOTH = {
@@ -264,11 +264,13 @@ class Protocol:
 
   def _options(self, said: dict[str, Any]) -> dict[str, Any]:
     """Those of `SamplerConfig` that a request says."""
+    for name in ("temperature", "guidance_scale"):  # of far larger ones no logit stays a number
+      _within(said, name, 0, HOT)
     options = {name: said[name] for name in _SAMPLER if name in said}
     if not (bias := said.get("logit_bias")):
       return options
-    if "logit_bias" not in _KINDS:
-      raise Refused("logit_bias: this server has none; leave it out", param="logit_bias")
+    if len(bias) > BIASES:
+      raise Refused(f"logit_bias: {len(bias)} ids: give at most {BIASES}", param="logit_bias")
     pairs = []
     for id, x in bias.items():
       number = isinstance(x, int | float) and not isinstance(x, bool)
@@ -350,10 +352,10 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
   return fields.typed(value, kind, name)
 
 
-def _within(said: dict[str, Any], name: str, least: int, most: int) -> int | None:
+def _within(said: dict[str, Any], name: str, least: float, most: float) -> Any:
   """A number of a request, if it says one."""
   if (n := said.get(name)) is not None and not least <= n <= most:
-    raise Refused(f"{name}={n}: must be from {least} to {most}", param=name)
+    raise Refused(f"{name}={n}: must be from {least:g} to {most:g}", param=name)
   return n
 
 

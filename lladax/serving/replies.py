@@ -7,6 +7,7 @@ be replaced.
 import bisect
 import dataclasses
 import math
+import os
 import re
 import secrets
 import time
@@ -64,15 +65,17 @@ class Choice:
       return "", []
     text = self._decode(ids)
     firm = text if whole else text.rstrip(_HALF)
-    said = cut(firm, self.until)
-    if stopped := said != firm:
-      whole, n = True, 1 + bisect.bisect_left(range(1, len(ids) + 1), True, key=lambda n: self._holds_stop(ids[:n]))
+    said, begun = cut(firm, self.until), len(firm)
+    if not whole:  # of a stop string, which may be there before another one
+      lengths = (n for stop in self.until for n in range(min(len(stop) - 1, begun), 0, -1) if firm.endswith(stop[:n]))
+      begun -= max(lengths, default=0)
+    stopped = said != firm and len(said) <= begun
+    if stopped:
+      whole, n = True, 1 + bisect.bisect_left(range(1, len(ids) + 1), True, key=lambda n: self._stops(ids[:n], said))
       ids = ids[:n]
+    said = said[:begun]
     if whole:
       self.finish = "stop" if len(ends) or stopped else "length"
-    else:  # a stop string may have begun
-      held = (n for stop in self.until for n in range(min(len(stop) - 1, len(said)), 0, -1) if said.endswith(stop[:n]))
-      said = said[: len(said) - max(held, default=0)]
     self.text = said
     committed_L = x.unmasked_at_L[self.start : self.start + len(ids)] > 0
     self.count = int(committed_L.sum()) if self.row.fills else len(ids)
@@ -91,9 +94,10 @@ class Choice:
   def _decode(self, ids: Any) -> str:
     return self._llada._text().decode(ids.tolist(), behind=self._behind)
 
-  def _holds_stop(self, ids: Any) -> bool:
+  def _stops(self, ids: Any, said: str) -> bool:
+    """Whether the stop string behind what is said is there."""
     text = self._decode(ids)
-    return cut(text, self.until) != text
+    return len(cut(text, self.until)) == len(said) < len(text)
 
   def canvas(self, index: int, x: Snapshot, block: int) -> dict[str, Any]:
     """The canvas as it stands: what is behind the prompt, or all of one that is filled in."""
@@ -113,8 +117,8 @@ class Choice:
 
 
 def piece(llada: LLaDA, id: int) -> str:
-  """A token as it is shown; what ends a text is ⏎."""
-  return "⏎" if id in llada.ends else llada._piece(id)
+  """A token as it is shown; what ends a text is ⏎, and a row of the embedding that is no token its number."""
+  return "⏎" if id in llada.ends else llada._piece(id) if id < llada.vocab_size else f"⟨{id}⟩"
 
 
 def tokens(llada: LLaDA, ids: list[int], first: int, log_p: Sequence[float | None], at: int = 0) -> list[Token]:
@@ -126,8 +130,11 @@ def tokens(llada: LLaDA, ids: list[int], first: int, log_p: Sequence[float | Non
   for i, p in enumerate(log_p, first):
     low = max(0, i - _WINDOW)
     before, text = (spell(ids[low:n], behind=ids[max(0, low - 2 * _WINDOW) : low]) for n in (i, i + 1))
-    half = min(len(before) - len(before.rstrip(_HALF)), at)
-    found.append(Token(piece(llada, ids[i]), p, at - half, at := at + len(text) - len(before)))
+    same = len(os.path.commonprefix((before, text)))
+    same -= same == len(text) and text.endswith(_HALF)  # it adds to a character that is not whole yet
+    found.append(Token(piece(llada, ids[i]), p, max(at - len(before) + same, 0), at := at + len(text) - len(before)))
+  for i in range(len(found) - 1, 0, -1):  # bytes may be characters of their own until all of one are there
+    found[i - 1] = found[i - 1]._replace(offset=min(found[i - 1].offset, found[i].offset))
   return found
 
 

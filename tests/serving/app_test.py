@@ -15,6 +15,7 @@ from served import OPTIONS, Book, serving, until
 from lladax import sampling
 from lladax.mistake import Mistake
 from lladax.sampling import SamplerConfig
+from lladax.serving import replies
 from lladax.serving.scheduler import Draining, Expired, Failed, Full, Scheduler
 from lladax.serving.settings import ServeConfig
 
@@ -491,3 +492,43 @@ def test_the_harness_asks_for_likelihoods(harness, llada, url, book, monkeypatch
     logprobs = httpx.post(address.rstrip("/") + TEXT, json=body).json()["choices"][0]["logprobs"]
     assert logprobs["token_logprobs"][2] == max(logprobs["top_logprobs"][2].values())
     assert len(logprobs["tokens"]) == 4
+
+
+@pytest.mark.parametrize("host", ["[", "x/page.js?", "a:b", "\xff"])
+def test_no_host_makes_another_path_of_one(served, host):
+  ask, _, _ = served(host="0.0.0.0")
+  for path, said in (("/page.css", b"200"), ("/nothing", b"404")):
+    answer = raw(ask, f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode("latin-1"))
+    assert answer.startswith(b"HTTP/1.1 " + said), answer
+
+
+def test_a_connection_on_which_no_request_comes_is_closed(served, monkeypatch):
+  from lladax.serving import gate
+
+  monkeypatch.setattr(gate, "PATIENCE", 0.2)
+  ask, _, _ = served()
+  whole = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+  for said in (b"", whole[:20], whole, whole + whole[:20]):
+    with socket.create_connection((ask.base_url.host, ask.base_url.port)) as slow:
+      slow.sendall(said)
+      slow.settimeout(10)
+      heard = b"".join(iter(lambda slow=slow: slow.recv(1000), b""))  # until it is closed
+    assert heard.count(b"HTTP/1.1 200") == said.count(whole)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_nobody_reads_is_given_up(served, llada, monkeypatch, stream):
+  from lladax.serving import gate
+
+  monkeypatch.setattr(gate, "PATIENCE", 0.2)
+  ask, book, _ = served(Book(llada, "x" * 200), connections=2)
+  monkeypatch.setattr(replies.Asked, "answer", lambda self: {"a": "x" * 2**24})
+  body = json.dumps(
+    text(max_tokens=200, n=32, stream=stream, **({"stream_options": {"canvas": True}} if stream else {}))
+  )
+  head = f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+  with socket.create_connection((ask.base_url.host, ask.base_url.port)) as idle:
+    idle.sendall((head + body).encode())
+    until(lambda: book.jobs)
+    until(lambda: all(book.jobs[0].cancelled), 60)
+    until(lambda: ask.get("/healthz").status_code == 200)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import types
 
 import hypothesis
 import hypothesis.strategies as st
@@ -116,7 +117,8 @@ FIELDS = [
   ({"suffix": "b", "max_tokens": 2**31 - 1}, "prompt"), ({"suffix": "b", "gen_length": -3}, "max_tokens"),
   ({"suffix": "b", "max_tokens": 3, "gen_length": 4}, "max_tokens"),
   ({"gen_length": 12, "block_length": 8}, "gen_length"), ({"temperature": -1}, "temperature"),
-  ({"temperature": "hot"}, "temperature"), ({"temperature": math.inf}, "temperature"), ({"top_p": 0}, "top_p"),
+  ({"temperature": "hot"}, "temperature"), ({"temperature": math.inf}, "temperature"),
+  ({"temperature": 1e308}, "temperature"), ({"guidance_scale": 1e308}, "guidance_scale"), ({"top_p": 0}, "top_p"),
   ({"threshold": 0.5, "factor": 1.0}, "threshold"), ({"steps": None}, "steps"), ({"remasking": "no"}, "remasking"),
   ({"seed": -1}, "seed"), ({"seed": 2**32}, "seed"), ({"seed": 1.5}, "seed"), ({"seed": [1, 2]}, "seed"),
   ({"n": 0}, "n"), ({"n": 33}, "n"), ({"n": 32, "prompt": ["a", "b", "c"]}, "prompt"), ({"best_of": 2}, "best_of"),
@@ -328,3 +330,51 @@ def test_tokens_stand_where_their_text_does_for_every_vocabulary(llada):
   for i, t in enumerate(found):
     assert t.offset == len(llada.tokenizer.decode(ids[:i], behind=ids[:7]).rstrip("\ufffd")), i
   assert found[-1].offset == len(whole) - 1
+
+
+@pytest.mark.parametrize(("stop", "said", "count"), [
+  (["ne two", "t"], "o", 7), (["e twx", "tw"], "one ", 6), (["one two t", "e", "two"], "", 9),
+  (["two x", "o t"], "one tw", 9),
+])  # fmt: skip
+@pytest.mark.parametrize("every", [1, 3, 13])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_text_is_the_same_however_often_it_is_looked_at(asks, llada, stop, said, count, every, stream):
+  """The first of the stop strings ends it, though another one, within it, is there before."""
+  asked = asks.completions(text(stop=stop, stream=stream))
+  passes = enumerate(snapshots(llada, asked.rows[0], llada.tokenizer.encode("one two three")), 1)
+  chunks = [x for k, s in passes if (k % every == 0 or s.done) and (x := asked.see(0, s))]
+  answer = asked.answer()
+  assert (answer["choices"][0]["text"], answer["choices"][0]["finish_reason"]) == (said, "stop")
+  assert answer["usage"]["completion_tokens"] == count
+  assert not stream or "".join(x["choices"][0]["text"] for x in chunks) == said
+
+
+def test_biases_are_not_so_many_that_it_takes_long(asks):
+  bias = {str(300 + i): 1 for i in range(20000)}
+  status, param, message = refusal(asks.completions, text(logit_bias=bias))
+  assert (status, param) == (400, "logit_bias") and "300" in message
+
+
+def test_tokens_stand_behind_what_is_no_character(llada):
+  ids = [0xFF, 10, 0xE7, 0xA7, 0x41, 0xC3, 0xC3, 0xA9, 98]  # "\ufffd\n\ufffdA\ufffd\u00e9b"
+  found = replies.tokens(llada, ids, 0, [0.0] * len(ids))
+  assert [t.offset for t in found] == [0, 1, 2, 2, 3, 4, 5, 5, 6]
+
+
+def test_a_row_of_the_embedding_that_is_no_token_may_score_best(asks, llada):
+  asked = asks.completions(text(prompt="ab", echo=True, logprobs=1, max_tokens=0))
+  asked.score([(np.array([0.0, -1.0]), np.array([0, llada.vocab_size]), np.array([0.0, -0.5]))], llada)
+  (choice,) = asked.answer()["choices"]
+  assert choice["logprobs"]["top_logprobs"][1] == {"b": -1.0, "⟨261⟩": -0.5}
+
+
+def test_bytes_of_a_character_stand_together_where_each_alone_is_spelt_as_one(llada, monkeypatch):
+  def decode(ids, behind=()):
+    try:
+      return bytes(ids).decode()
+    except UnicodeDecodeError:
+      return "\ufffd" * len(ids)
+
+  monkeypatch.setattr(type(llada), "_text", lambda self: types.SimpleNamespace(decode=decode))
+  found = replies.tokens(llada, [*"\u202e".encode()], 0, [0.0] * 3)
+  assert [(t.offset, t.end) for t in found] == [(0, 1), (0, 2), (0, 1)]
