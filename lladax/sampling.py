@@ -71,8 +71,8 @@ class SamplerConfig:
     if not 0 <= self.max_post_passes < 2**16:
       raise Mistake(f"sample.max_post_passes={self.max_post_passes}: must be at least 0, and less than 2^16")
     for name in ("temperature", "guidance_scale"):
-      if not 0 <= getattr(self, name) < math.inf:
-        raise Mistake(f"sample.{name}={getattr(self, name)}: must be at least 0, and finite")
+      if not 0 <= getattr(self, name) <= 1e6:  # products with logits must be numbers
+        raise Mistake(f"sample.{name}={getattr(self, name)}: must be at least 0, and at most a million")
     if self.eps is not None and not 0 <= self.eps < 1:
       raise Mistake(f"sample.eps={self.eps}: must be at least 0, and less than 1")
     if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -80,9 +80,10 @@ class SamplerConfig:
     for name in ("threshold", "factor", "edit_threshold"):
       if getattr(self, name) is not None and math.isnan(getattr(self, name)):
         raise Mistake(f"sample.{name}={getattr(self, name)}: must be a number")
+    once = len(dict(self.logit_bias)) == len(self.logit_bias)
     for id, bias in self.logit_bias:
-      if not math.isfinite(bias) or [x for x, _ in self.logit_bias].count(id) > 1:
-        raise Mistake(f"sample.logit_bias: id {id}, {bias}: give each id once, and a finite number")
+      if not abs(bias) <= 1e6 or not once:
+        raise Mistake(f"sample.logit_bias: id {id}, {bias}: give every id once, and numbers up to a million")
     for seed in self.seed if isinstance(self.seed, tuple) else (self.seed,):
       fields.check_seed(seed, "sample.seed")
     for name, known in (("remasking", REMASKING), ("cache", (None, *CACHES))):

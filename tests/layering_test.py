@@ -20,7 +20,7 @@ ORDER = [
     ("storage", "writing metrics digest together checkpoint near safetensors layout published transfer"),
     ("", "config recipes"),
     ("inference", "engine slots llada load convert verify show chat"),
-    ("serving", "settings scheduler replies protocol gate app serve"),
+    ("serving", "settings scheduler orders replies protocol gate app serve"),
     ("evaluation", "reversal fences sandbox tasks.local answers presets kwargs adapter harness held_out evaluate"),
     ("training", "history step setup loop trainer roofline explanation plan"),
     ("", "harness main __init__"),

@@ -239,7 +239,7 @@ class Engine:
     within &= cache is not None
     with sharding.on_mesh_of(self.params):
       if within and read is None:
-        read = _reading(cache, model=self.model)
+        read = reading(cache, model=self.model)
       state = unmask_until(
         self.params, state._replace(cache=None if within else cache), segment_BL, settings, origin, until_nfe,
         until_block, read if within else None, layers, model=self.model, shape=shape, mask_id=self.mask_id,
@@ -386,7 +386,7 @@ class Engine:
     with sharding.on_mesh_of(self.params):
       return np.asarray(_logits(self.params, tokens_BL, segment_BL, model=self.model, eos_id=self.ends[0]))
 
-  def check_ids(self, ids: Ids, where: str, masks: bool = False) -> None:
+  def check_ids(self, ids: Sequence[int], where: str, masks: bool = False) -> None:
     """Raises Mistake for what is not in the vocabulary, and for [MASK] unless there may be `masks`."""
     for i, x in enumerate(ids):
       if x == self.mask_id and not masks:
@@ -429,7 +429,7 @@ def _allowed(rows: int, mask_id: int, vocab_size: int) -> jax.Array:
 
 
 new_cache = jax.jit(MaskPredictorConfig.new_cache, static_argnums=(0, 1, 2))
-_reading = jax.jit(lambda cache, *, model: model.reading(cache), static_argnames="model")
+reading = jax.jit(lambda cache, *, model: model.reading(cache), static_argnames="model")
 _start = jax.jit(sampling.start, static_argnames=("shape", "mask_id", "first"))  # one program, not one a line
 
 

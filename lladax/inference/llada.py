@@ -118,7 +118,7 @@ class LLaDA:
     if isinstance(until, str) or not isinstance(until, Collection) or not all(isinstance(x, str) and x for x in until):
       raise Mistake(f"until={until!r}: give a list of strings, none of them empty")
     if until:
-      self._text()
+      self.reader()
     job = self._job(prompts, options)
     for filled in self.engine.run(job, "block" if until else "canvas"):
       if until and all(self._has_ended(filled, i, until) for i in range(len(job.tokens_BL))):
@@ -157,14 +157,14 @@ class LLaDA:
     rows = self._canvases(canvases, "unmask")
     whole = {} if self.model.block else {"block_length": bucket(max(map(len, rows)))}
     masks = max(row.count(self.mask_id) for row in rows)
-    c = self._settings(whole | options, canvas=masks)
+    c = self.settings(whole | options, canvas=masks)
     (filled,) = self.engine.run(self.engine.fill(rows, c))
     return self._sampled(filled, ())
 
   def infill(self, texts: str | Sequence[str], **options) -> Sampled:
     """Fills every "[MASK]" (one token each) of the texts."""
     texts = fields.typed([texts] if isinstance(texts, str) else texts, tuple[str, ...], "texts")
-    return self.unmask([self._text().encode_canvas(text) for text in texts], **options)
+    return self.unmask([self.reader().encode_canvas(text) for text in texts], **options)
 
   def log_likelihood(
     self, prompt, answer, *, num_samples: int = 128, guidance_scale: float = 0.0, seed: int = 0,
@@ -245,9 +245,9 @@ class LLaDA:
       raise Mistake("there is nothing to sample: the list of prompts is empty")
     for i, row in enumerate(rows):
       self.engine.check_ids(row, f"prompts[{i}]")
-    return self.engine.extend(rows, self._settings(options))
+    return self.engine.extend(rows, self.settings(options))
 
-  def _settings(self, options: Mapping[str, Any], canvas: int | None = None) -> SamplerConfig:
+  def settings(self, options: Mapping[str, Any], canvas: int | None = None) -> SamplerConfig:
     """A call's options, and the model's `defaults` where it says nothing; `canvas`: the length of one that is given."""
     left = {name: x for name, x in self.defaults.items() if name not in options}
     for one, others in _INSTEAD.items():  # of what is said
@@ -279,7 +279,7 @@ class LLaDA:
     """Whether a row has met EOS or a stop string; its text on the way would spell [MASK]s, too."""
     tokens_L, at_L = filled.canvas.tokens_BL[i], filled.canvas.unmasked_at_BL[i]
     given, ids = tokens_L[filled.padding_B[i] : filled.first], tokens_L[at_L > 0]  # of the blocks that are filled
-    said = self._text().decode(ids.tolist(), behind=given.tolist())
+    said = self.reader().decode(ids.tolist(), behind=given.tolist())
     return bool(np.isin(ids, self.ends).any()) or cut(said, until) != said
 
   def _sampled(self, filled: Filled, ends: tuple[int, ...]) -> Sampled:
@@ -301,22 +301,23 @@ class LLaDA:
       return "⏎"
     return self.tokenizer.piece(i) if self.tokenizer else f"{i} "
 
-  def _text(self) -> tokenizers.Tokenizer:
+  def reader(self) -> tokenizers.Tokenizer:
+    """The tokenizer; raises Mistake where there is none."""
     if self.tokenizer is None:
       raise Mistake("this model has no tokenizer: use unmask(), and lists of ids")
     return self.tokenizer
 
   def _pair(self, prompt: Prompt, answer: Prompt) -> tuple[list[int], list[int]]:
     if isinstance(prompt, str) and isinstance(answer, str):
-      return self._text().pair(prompt, answer)
+      return self.reader().pair(prompt, answer)
     ids = self._ids(prompt)
-    return ids, self._text().behind(ids, answer) if isinstance(answer, str) else self._ids(answer)
+    return ids, self.reader().behind(ids, answer) if isinstance(answer, str) else self._ids(answer)
 
   def _ids(self, prompt: Prompt, where: str = "ids") -> list[int]:
     if isinstance(prompt, str):
-      return self._text().encode(prompt)
+      return self.reader().encode(prompt)
     if isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping):
-      return self._text().chat(cast(Sequence[Mapping[str, str]], prompt))
+      return self.reader().chat(cast(Sequence[Mapping[str, str]], prompt))
     return _row(prompt, where)
 
 

@@ -29,6 +29,8 @@ from lladax.inference.engine import Engine, bucket
 from lladax.mistake import Mistake
 from lladax.sampling import Canvas, SamplerConfig, Settings, Shape, State
 
+_PROGRAMS = 512  # that may be compiled at once
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -209,6 +211,7 @@ class Slots:
     self._state: State | None = None  # of the block that has begun
     self._order: list[int] = []  # its rows
     self._now = Kept()  # of its kind
+    self._programs: set[Any] = set()  # that have been compiled
 
   def add(self, n: int, row: Row) -> Seat:
     """A row that `begin` may name from now on."""
@@ -265,14 +268,15 @@ class Slots:
       if seat.edited_at_L is not None:
         edited_at_BL[own] = seat.edited_at_L[:laid]
       step_B[b], origin_B[b], steps_BN[b], each[b] = seat.passes, offset + seat.origin, seat.steps, seat.settings
-    self._settings = Settings(*(np.concatenate(x) for x in zip(*each, strict=True)))
-    canvas: Any = (tokens_BL, unmasked_at_BL, confidence_BL, step_B, np.int32(0))
-    canvas = Canvas(*canvas, edited_at_BL if shape.edits else None)
+    self._settings = Settings._make(np.concatenate(x) for x in zip(*each, strict=True))
+    arrays = (tokens_BL, unmasked_at_BL, confidence_BL, step_B, np.int32(0), edited_at_BL if shape.edits else None)
+    canvas = Canvas._make(arrays)
     more = (np.zeros(B, bool), np.zeros(B, np.int32)) if shape.edits else (None, None)
     if shape.cache and (now.cache is None or jax.tree.leaves(now.cache)[0].shape[1:3] != (B * (1 + shape.guided), L)):
       with sharding.on_mesh_of(engine.params):
         now.cache = engines.new_cache(engine.model, B * (1 + shape.guided), L)
-    state = self._put(State(canvas, steps_BN, np.int32(at // W), np.int32(0), None, *more))  # type: ignore[arg-type]
+    state = self._put(State._make((canvas, steps_BN, np.int32(at // W), np.int32(0), None, *more)))
+    self._bound((kind, B, L))
     self._state, self._order, self._shape = state._replace(cache=now.cache), now.order, shape
     self._segment_BL, self._origin_B, self._passes = segment_BL, origin_B, 0
     self._most = 2 + int(sampling.most_passes(W, steps_BN, self._settings, shape))
@@ -309,7 +313,7 @@ class Slots:
       now.at, self._state, self._order = now.at + W, None, []
     return goes_on
 
-  def warm(self, c: SamplerConfig, rows: int, longest: int, say: Callable[[str], None] = str) -> int:
+  def warm(self, c: SamplerConfig, rows: int, longest: int, say: Callable[[str], Any] = str) -> int:
     """Compiles what rows of these settings need, up to so many at once and canvases of so many tokens.
 
     Args:
@@ -340,6 +344,13 @@ class Slots:
   def score(self, row: Sequence[int]) -> Any:
     """What `Engine.chain` says of a row of ids."""
     return self._engine.chain(row)
+
+  def _bound(self, program: Any) -> None:
+    """Lets go of all programs when there are too many: whoever asks may ask for ever new ones."""
+    self._programs.add(program)
+    if len(self._programs) > _PROGRAMS:
+      self._programs = {program}
+      jax.clear_caches()
 
   def _put(self, tree: Any) -> Any:
     where = jax.tree.leaves(self._engine.params)[0].sharding
@@ -380,7 +391,7 @@ class Slots:
     tokens_BL, segment_BL = np.full((1, L), engine.ends[0], np.int32), np.zeros((1, L), np.int32)
     tokens_BL[0, L - n :], segment_BL[0, L - n :] = seat.tokens_L[:n], 1
     zeros_BL = np.zeros((1, L), np.int32)
-    canvas: Any = Canvas(*(tokens_BL, zeros_BL, np.ones((1, L), np.float32), np.zeros(1, np.int32), np.int32(0)))
+    canvas = Canvas._make((tokens_BL, zeros_BL, np.ones((1, L), np.float32), zeros_BL[:, 0], np.int32(0), None))
     cache = engines.prefill(
       engine.params, engines.new_cache(engine.model, 1 + guided, L), canvas, segment_BL, engine.layers,
       model=engine.model, known=L, guided=guided, mask_id=engine.mask_id,

@@ -109,7 +109,7 @@ class Protocol:
     self.llada = dataclasses.replace(llada, defaults={**llada.defaults, **options})
     self.name, self.most_rows = name, most_rows
     self._engine, self._created = self.llada.engine, int(time.time())
-    self.defaults = self.llada._settings({})
+    self.defaults = self.llada.settings({})
 
   def models(self) -> dict[str, Any]:
     """The list of the one model."""
@@ -119,7 +119,7 @@ class Protocol:
     """The one model."""
     self._check_name(name)
     try:
-      self.llada._text().check_chat()
+      self.llada.reader().check_chat()
       chats = True
     except Mistake:
       chats = False
@@ -136,7 +136,7 @@ class Protocol:
       Refused: a field that does not exist, or means nothing here, or is out of its range.
     """
     said = self._said(body, _CHAT, "messages")
-    ids = self._read("messages", lambda: self.llada._text().chat(_messages(said["messages"])))
+    ids = self._read("messages", lambda: self.llada.reader().chat(_messages(said["messages"])))
     top = _within(said, "top_logprobs", 0, 20)
     if top is not None and not said.get("logprobs"):
       raise Refused(f"top_logprobs={top}: it needs logprobs=true", param="top_logprobs")
@@ -166,7 +166,7 @@ class Protocol:
       else:
         row, limit = Row(tuple(ids), c), 0
         self._read("prompt", lambda ids=ids: self._engine.check_length(len(ids), "a prompt"))
-      before = "" if not echo else prompt if isinstance(prompt, str) else self.llada._text().decode(ids)
+      before = "" if not echo else prompt if isinstance(prompt, str) else self.llada.reader().decode(ids)
       wanted.append((row, len(ids), limit, before))
     asked = self._asked(said, False, wanted, c, logprobs)
     asked.scores, asked.runs = echo and logprobs is not None, runs
@@ -293,7 +293,7 @@ class Protocol:
         if not free:
           options.setdefault("block_length", W)
       limit = asked
-    c = self._read("max_tokens", lambda: self.llada._settings(options))
+    c = self._read("max_tokens", lambda: self.llada.settings(options))
     return c, limit, asked if c.gen_length is None else None
 
   def _row(self, ids: list[int], c: SamplerConfig, most: int | None, param: str) -> Row:
@@ -315,7 +315,7 @@ class Protocol:
         raise Refused("max_tokens is missing: with a suffix it says how many tokens to fill in", param="max_tokens")
       start, limit = len(ids), n
       gap = [self.llada.mask_id] * min(n, self.llada.model.max_length + 1)  # which is too long already
-      ids = [*ids, *gap, *self._read("suffix", lambda: self.llada._text().encode(suffix, begins=False))]
+      ids = [*ids, *gap, *self._read("suffix", lambda: self.llada.reader().encode(suffix, begins=False))]
     elif n is not None or "gen_length" in options:
       name = next(x for x in ("max_tokens", "max_completion_tokens", "gen_length") if x in said)
       raise Refused(f"{name}={said[name]}: a text with [MASK]s has a length of its own; leave it out", param=name)
@@ -324,13 +324,13 @@ class Protocol:
       message = f"prompt: a canvas of {len(ids)} tokens is longer than the {room} that this model takes: shorten it"
       raise Refused(message, param="prompt", code="context_length_exceeded")
     whole = {} if self.llada.model.block else {"block_length": bucket(len(ids))}
-    c = self._read("prompt", lambda: self.llada._settings(whole | options, canvas=ids.count(self.llada.mask_id)))
+    c = self._read("prompt", lambda: self.llada.settings(whole | options, canvas=ids.count(self.llada.mask_id)))
     self._read("prompt", lambda: self._engine.fill([ids], c))
     return Row(tuple(ids), c, fills=True), start, limit, ""
 
   def _ids(self, prompt: str | list[int], canvas: bool) -> list[int]:
     """Ids of a prompt; [MASK]s of a `canvas` are to be filled in."""
-    text = self.llada._text()
+    text = self.llada.reader()
     if isinstance(prompt, str):
       if not canvas and "[MASK]" in prompt:
         raise Refused("suffix: this prompt holds [MASK]s, and says itself what is to be filled in", param="suffix")

@@ -92,7 +92,7 @@ class Choice:
     return new
 
   def _decode(self, ids: Any) -> str:
-    return self._llada._text().decode(ids.tolist(), behind=self._behind)
+    return self._llada.reader().decode(ids.tolist(), behind=self._behind)
 
   def _stops(self, ids: Any, said: str) -> bool:
     """Whether the stop string behind what is said is there."""
@@ -126,7 +126,7 @@ def tokens(llada: LLaDA, ids: list[int], first: int, log_p: Sequence[float | Non
 
   A token within a character stands where that begins.
   """
-  found, spell = [], llada._text().decode
+  found, spell = [], llada.reader().decode
   for i, p in enumerate(log_p, first):
     low = max(0, i - _WINDOW)
     before, text = (spell(ids[low:n], behind=ids[max(0, low - 2 * _WINDOW) : low]) for n in (i, i + 1))

@@ -13,7 +13,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from lladax.inference.llada import LLaDA
 from lladax.inference.slots import Row, Seat, Slots, Snapshot, length_of, length_together
 from lladax.mistake import Mistake
 
-_KEPT = 1024  # snapshots that wait for a slow client; of more the oldest are dropped, but for a row's last
+_KEPT = 128  # snapshots that wait for a slow client; of more the oldest are dropped, but for a row's last
 
 
 class Full(Exception):
@@ -51,10 +51,10 @@ class Job:
   def __init__(self, rows: Sequence[Row], deadline: float | None, every: bool):
     self.rows, self.deadline, self.every = tuple(rows), deadline, every
     self.cancelled = [False] * len(rows)
-    self.queued_at, self.began_at, self.block_at = time.monotonic(), 0.0, 0.0  # the last: its first block was there
+    self.began_at = 0.0
     self.error: Exception | None = None
     self.passes = 0  # of all its rows
-    self.stable = [-1] * len(rows)  # as it was last told of each
+    self.stands: list[Any] = [None] * len(rows)  # as it was last told of each
     self._news: list[tuple[int, Snapshot]] = []
     self._lock, self._loop, self._event = threading.Lock(), asyncio.get_running_loop(), asyncio.Event()
 
@@ -115,12 +115,13 @@ class Scheduler:
     self.llada, self.rows, self.waiting = llada, rows, waiting
     self.state = "ready"  # "ready" | "draining"
     # Counted from the start, but for the first two, which are now.
-    self.stats = dict.fromkeys(("running", "waiting", "passes", "row_passes", "tokens", "turns", "crashes"), 0)
+    names = ("running", "waiting", "passes", "row_passes", "tokens", "turns", "crashes")
+    self.stats: dict[str, int] = dict.fromkeys(names, 0)
     self.slots = slots or Slots(llada.engine)
     self._jobs: dict[int, tuple[Job, int]] = {}  # number of a row that is not done -> its job, and which of its rows
     self._numbers, self._rates = itertools.count(), collections.deque[float](maxlen=32)
     self._new: collections.deque[tuple[int, Job, int]] = collections.deque()
-    self._scores: collections.deque[tuple[tuple[int, ...], Callable[[Any], None]]] = collections.deque()
+    self._scores: collections.deque[tuple[tuple[int, ...], asyncio.Future]] = collections.deque()
     self._staying: set[int] = set()  # rows of models of blocks that have begun
     self._turns: dict[Any, int] = {}  # kind -> when it had its last block
     self._until = float("inf")
@@ -162,7 +163,7 @@ class Scheduler:
       As `submit`; and Failed.
     """
     for i, row in enumerate(rows):
-      self.llada.engine.check_ids(row, f"prompt[{i}]")
+      self.llada.engine.check_ids(list(row), f"prompt[{i}]")
       self.llada.engine.check_length(len(row), f"prompt {i}")
     loop, futures = asyncio.get_running_loop(), []
     with self._condition:
@@ -172,7 +173,7 @@ class Scheduler:
         raise Full(self._retry_after())
       for row in rows:
         futures.append(future := loop.create_future())
-        self._scores.append((row, _teller(loop, future)))
+        self._scores.append((row, future))
       self._condition.notify()
     return await asyncio.gather(*futures)
 
@@ -208,8 +209,8 @@ class Scheduler:
         late = time.monotonic() > self._until
         self._end({job for job, _ in self._jobs.values() if late or not job.began_at}, Draining())
         if not self._jobs and not self._new:
-          for _, tell in self._scores:
-            tell(Draining())
+          for _, future in self._scores:
+            _tell(future, Draining())
           return
       self._let_go()
       if rows := self._turn():
@@ -266,24 +267,23 @@ class Scheduler:
       self.stats["passes"] += 1
       for n in rows:
         if (seat := self.slots.seats.get(n)) is not None:
-          job = self._jobs[n][0]
-          self.stats["row_passes"] += seat.passes - before[n]
-          job.passes += seat.passes - before[n]
-          before[n] = seat.passes
-          if not goes_on:
-            job.block_at = job.block_at or time.monotonic()
-          self._tell(n)
+          job, more, before[n] = self._jobs[n][0], seat.passes - before[n], seat.passes
+          self.stats["row_passes"] += more
+          job.passes += more
+          if more or not goes_on:
+            self._tell(n)
       self._let_go()
 
   def _tell(self, n: int) -> None:
-    """The row's job of where it stands; a row that is done leaves."""
+    """The row's job of where it stands, if that is news; a row that is done leaves."""
     (job, i), snapshot = self._jobs[n], self.slots.seats[n].snapshot()
     if snapshot.done:
       self.stats["tokens"] += int((snapshot.unmasked_at_L > 0).sum())
       self._rates.append(time.monotonic())
       self._drop([n])
-    if job.every or snapshot.done or snapshot.stable != job.stable[i]:
-      job.stable[i] = snapshot.stable
+    stands = snapshot.passes * job.every, snapshot.stable, snapshot.done
+    if stands != job.stands[i]:
+      job.stands[i] = stands
       job.tell(i, snapshot)
 
   def _let_go(self) -> None:
@@ -312,22 +312,25 @@ class Scheduler:
       for n in rows:
         del self._jobs[n]
 
-  def _score(self, row: tuple[int, ...], tell: Callable[[Any], None]) -> None:
+  def _score(self, row: tuple[int, ...], future: asyncio.Future) -> None:
+    if future.cancelled():
+      return
     try:
-      tell(self.slots.score(row))
+      _tell(future, self.slots.score(row))
     except Exception as error:
       logging.getLogger("lladax").exception("the score of %d tokens crashed", len(row))
       self.stats["crashes"] += 1
       failed = Failed("the batch of this request crashed")
       failed.__cause__ = error
-      tell(failed)
+      _tell(future, failed)
 
 
-def _teller(loop: asyncio.AbstractEventLoop, future: asyncio.Future) -> Callable[[Any], None]:
+def _tell(future: asyncio.Future, x: Any) -> None:
   """Gives a future what it waits for, from another thread."""
 
-  def put(x: Any) -> None:
+  def put() -> None:
     if not future.done():
       future.set_exception(x) if isinstance(x, Exception) else future.set_result(x)
 
-  return lambda x: None if loop.is_closed() else loop.call_soon_threadsafe(put, x) and None
+  if not (loop := future.get_loop()).is_closed():
+    loop.call_soon_threadsafe(put)

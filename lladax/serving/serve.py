@@ -103,7 +103,7 @@ def _url(listener: socket.socket) -> str:
 
 def _warm(slots: Slots, llada: LLaDA, options: dict[str, Any], rows: int) -> None:
   """Compiles all that requests without options of their own can need, and says what."""
-  c = dataclasses.replace(llada, defaults={**llada.defaults, **options, "early_stop": True})._settings({})
+  c = dataclasses.replace(llada, defaults={**llada.defaults, **options, "early_stop": True}).settings({})
   began, console = time.monotonic(), distributed.console()
   with console.status("compiling") as status:
     n = slots.warm(c, rows, llada.model.max_length, lambda what: status.update(f"compiling for {what}"))

@@ -49,7 +49,7 @@ def refusal(ask, body):
 def test_a_row_is_what_sample_would_be_asked_for(asks, llada):
   (row,) = asks.completions(text(seed=7, steps=4, max_tokens=24, temperature=0.5)).rows
   assert row.ids == (104, 105) and not row.fills and row.most is None
-  c = llada._settings({**OPTIONS, "early_stop": True, "seed": 7, "steps": 4, "gen_length": 24, "temperature": 0.5})
+  c = llada.settings({**OPTIONS, "early_stop": True, "seed": 7, "steps": 4, "gen_length": 24, "temperature": 0.5})
   assert row.settings == c
   (row,) = asks.chat(chat(seed=7)).rows
   assert list(row.ids) == llada.tokenizer.chat([{"role": "user", "content": "hi"}]) and row.settings.early_stop
@@ -98,7 +98,7 @@ def test_a_message_is_text_whatever_it_spells(asks, llada):
 
 def test_a_prompt_with_masks_is_a_canvas(asks, llada):
   (row,) = asks.completions(text(prompt="a[MASK][MASK]b", seed=1)).rows
-  c = llada._settings({**OPTIONS, "early_stop": True, "seed": 1, "block_length": 32, "gen_length": 64})
+  c = llada.settings({**OPTIONS, "early_stop": True, "seed": 1, "block_length": 32, "gen_length": 64})
   assert row.fills and row.ids == (97, llada.mask_id, llada.mask_id, 98)
   assert row.settings.block_length == c.block_length
   (row,) = asks.completions(text(prompt=[97, llada.mask_id])).rows

@@ -327,6 +327,17 @@ def test_a_canvas_without_a_mask_is_done_at_once(scheduler):
   assert snapshot.done and snapshot.passes == 0 and snapshot.tokens_L.tolist() == [1, 2]
 
 
+def test_programs_are_let_go_of_before_they_are_too_many(scheduler, monkeypatch):
+  monkeypatch.setattr("lladax.inference.slots._PROGRAMS", 3)
+
+  async def run():
+    for W in (1, 2, 4, 8, 16):
+      same(scheduler.llada, (await last(scheduler.submit([row(1, block_length=W)])))[0], row(1, block_length=W))
+      assert len(scheduler.gated._programs) <= 3
+
+  asyncio.run(run())
+
+
 def test_memory_stays_flat(scheduler):
   """What the queue holds after many requests is what it held before."""
 
