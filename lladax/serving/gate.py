@@ -126,7 +126,7 @@ class Gate:
 
   def __init__(self, app: ASGIApp, serving: Any, settings: ServeConfig, metrics: Metrics):
     self.app, self.serving, self.settings, self.metrics = app, serving, settings, metrics
-    self.keys = [hashlib.sha256(key).digest() for key in settings.keys()]
+    self.keys = [hashlib.sha256(key).digest() for key in settings.keys]
     self.loopback = is_loopback(settings.host)
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -40,7 +40,7 @@ def run(config: Config, workdir: Path, settings: ServeConfig) -> None:
   from lladax.serving.app import make_app, make_server  # an extra; it says so
   from lladax.serving.gate import is_loopback
 
-  settings.keys()
+  _ = settings.keys  # before anything takes long
   model, text = saved_model(workdir)
   if not model.objective.fills:
     raise Mistake(f"--workdir={workdir}: a causal model is not served: use --mode=sample")

@@ -1,6 +1,7 @@
 """How the server is to be: its address, its keys, its limits."""
 
 import dataclasses
+import functools
 import math
 import re
 from pathlib import Path
@@ -41,8 +42,9 @@ class ServeConfig:
     if self.cors and not re.fullmatch(r"https?://[\w.\-\[\]:]+", self.cors):
       raise Mistake(f"--cors={self.cors}: give one origin, as http://localhost:3000")
 
+  @functools.cached_property
   def keys(self) -> list[bytes]:
-    """The API keys; raises Mistake if the file has none, or cannot be read."""
+    """The API keys, read once; raises Mistake if the file has none, or cannot be read."""
     if not self.api_key_file:
       return []
     try:

@@ -260,9 +260,9 @@ def test_keys_are_needed_where_there_are_any(served, tmp_path):
   assert ask.get("/healthz").status_code == 200 and ask.get("/").status_code in (200, 404)
   file.write_text("# none\n")
   with pytest.raises(Mistake, match="there is no key in it"):
-    ServeConfig(api_key_file=str(file)).keys()
+    _ = ServeConfig(api_key_file=str(file)).keys
   with pytest.raises(Mistake, match="cannot be read"):
-    ServeConfig(api_key_file=str(tmp_path)).keys()
+    _ = ServeConfig(api_key_file=str(tmp_path)).keys
 
 
 def test_pages_of_one_other_origin_may_ask_if_that_is_said(served):
