@@ -375,6 +375,6 @@ def test_bytes_of_a_character_stand_together_where_each_alone_is_spelt_as_one(ll
     except UnicodeDecodeError:
       return "\ufffd" * len(ids)
 
-  monkeypatch.setattr(type(llada), "_text", lambda self: types.SimpleNamespace(decode=decode))
+  monkeypatch.setattr(type(llada), "reader", lambda self: types.SimpleNamespace(decode=decode))
   found = replies.tokens(llada, [*"\u202e".encode()], 0, [0.0] * 3)
   assert [(t.offset, t.end) for t in found] == [(0, 1), (0, 2), (0, 1)]
