@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lladax.inference import engine as engines
 from lladax.inference.engine import Engine
 from lladax.inference.slots import Row, Slots
 from lladax.model.mask_predictor import MaskPredictorConfig
@@ -96,10 +97,15 @@ def assert_as_alone(engine, asked, seed=0):
     assert x.first == (0 if row.fills else len(row.ids))
 
 
-COMMON = [
-  {}, {"cache": "dual"}, {"cache": "prefix"}, {"guidance_scale": 0.7}, {"remasking": "random"},
-  {"gen_length": None, "steps": 3}, {"edit_threshold": 0.4}, {"top_p": 0.8}, {"logit_bias": ((3, 2.0), (5, -9.0))},
-]  # fmt: skip
+def often(*each, of):
+  """The first so many are tried by default, the rest with the slow tests."""
+  return [pytest.param(x, marks=[pytest.mark.slow] * (i >= of)) for i, x in enumerate(each)]
+
+
+COMMON = often(
+  {"cache": "dual"}, {"gen_length": None, "steps": 3}, {"edit_threshold": 0.4}, {}, {"cache": "prefix"},
+  {"guidance_scale": 0.7}, {"remasking": "random"}, {"top_p": 0.8}, {"logit_bias": ((3, 2.0), (5, -9.0))}, of=3,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("common", COMMON, ids=str)
@@ -107,19 +113,19 @@ def test_rows_that_come_and_go_answer_as_each_would_alone(common):
   assert_as_alone(make(), rows(common))
 
 
-BLOCKS = [
-  {}, {"gen_length": 13, "threshold": 0.4}, {"guidance_scale": 0.7}, {"gen_length": None, "steps": 3},
-  {"edit_threshold": 0.4, "threshold": 0.6},
-]  # fmt: skip
+BLOCKS = often(
+  {"gen_length": 13, "threshold": 0.4}, {"guidance_scale": 0.7}, {}, {"gen_length": None, "steps": 3},
+  {"edit_threshold": 0.4, "threshold": 0.6}, of=2,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("common", BLOCKS, ids=str)
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_rows_of_a_model_of_blocks_answer_as_each_would_alone(common, seed):
   assert_as_alone(make(block=8), rows(common), seed)
 
 
-@pytest.mark.parametrize("block", [0, 8])
+@pytest.mark.parametrize("block", [pytest.param(0, marks=pytest.mark.slow), 8])
 def test_canvases_answer_as_each_would_alone(block):
   rng, asked = np.random.default_rng(3), []
   for n in (5, 8, 21, 40, 64):
@@ -129,3 +135,39 @@ def test_canvases_answer_as_each_would_alone(block):
   gap = [*range(8), *[MASK] * 3, *range(29), MASK]  # whole blocks that are given
   asked.append(Row(tuple(gap), SamplerConfig(steps=6, block_length=8, seed=1), fills=True))
   assert_as_alone(make(block=block), asked)
+
+
+@pytest.mark.parametrize("block", [0, pytest.param(8, marks=pytest.mark.slow)])
+def test_what_is_warm_compiles_nothing_more(block):
+  """Whatever the lengths, who shares a batch, and what is a number to the sampler."""
+  engine = make(block=block, F=17, max_length=48)  # which no other test compiles
+  asked = rows({}, each=EACH[:4] * 2, lengths=[1, 5, 8, 9, 16, 20, 30, 32])
+  said = []
+  count = Slots(engine).warm(SamplerConfig(**BASE), rows=8, longest=48, say=said.append)
+  assert count == len(said) == len(set(said))
+  before = [x._cache_size() for x in (engines.unmask_until, engines.prefill)]
+  assert len(served(engine, asked)) == len(asked)
+  assert [x._cache_size() for x in (engines.unmask_until, engines.prefill)] == before
+
+
+@pytest.mark.parametrize("W", [1, 4, 32, 160])
+def test_lengths_are_few_and_whole_blocks(W):
+  lengths = [length_of(n, W) for n in range(1, 4097)]
+  assert all(L >= n and L % W == 0 for n, L in enumerate(lengths, 1)) and len(set(lengths)) <= 14
+  assert all(L <= max(64, 1.5 * n) + W for n, L in enumerate(lengths, 1))
+  assert [rows_of(n) for n in (1, 2, 3, 5, 8, 9)] == [1, 2, 4, 8, 8, 16]
+
+
+def test_a_causal_model_and_a_canvas_that_grows_are_refused():
+  for engine, row, said in (
+    (make(causal=True), Row((1,), SamplerConfig()), "a causal model is not served"),
+    (
+      make(),
+      Row((1, MASK), SamplerConfig(gen_length=None), fills=True),
+      "sample.gen_length=None: a canvas has a length",
+    ),
+    (make(), Row((1,) * 250, SamplerConfig(gen_length=None)), "leaves no block of 32 within model.max_length=256"),
+    (make(), Row((1,) * 250, SamplerConfig()), "a canvas of 314 tokens is longer than model.max_length=256"),
+  ):
+    with pytest.raises(Mistake, match=said):
+      Seat(engine, row)

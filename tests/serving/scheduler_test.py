@@ -93,8 +93,14 @@ def same(llada, snapshot, asked):
   assert snapshot.passes == out.nfe
 
 
-@pytest.mark.parametrize("fields", [{}, {"block": 8}], ids=str)
-@pytest.mark.parametrize("N", [1, 4, 16])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+  ("N", "fields"),
+  [(16, {}), (16, {"block": 8}), *(pytest.param(N, x, marks=SLOW) for N in (1, 4) for x in ({}, {"block": 8}))],
+  ids=str,
+)
 def test_concurrent_requests_answer_as_each_would_alone(N, fields):
   llada, rng = make(**fields), random.Random(N)
   common = {} if fields else {"cache": "dual"}

@@ -28,10 +28,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_it_answers_finishes_what_runs_and_ends_well(tiny_workdir):
-  with command(tiny_workdir, "--warmup", "--config.sample.gen_length=8", "--config.sample.block_length=8") as (
-    process,
-    url,
-  ):
+  options = ("--rows=2", "--config.sample.gen_length=8", "--config.sample.block_length=8")
+  with command(tiny_workdir, "--warmup", *options) as (process, url):
     assert httpx.get(f"{url}/healthz").json() == {"status": "ready"}
     name = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
     assert name == "unbroken"
@@ -45,8 +43,10 @@ def test_it_answers_finishes_what_runs_and_ends_well(tiny_workdir):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert "SIGTERM: finishing what runs" in err and "Traceback" not in err
+    assert re.search(r"compiled \d+ programs in \d+ s", err)
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_it_at_once(tiny_workdir):
   with command(tiny_workdir) as (process, _):
     process.send_signal(signal.SIGINT)
