@@ -10,7 +10,8 @@ import pytest
 
 from lladax.inference import engine as engines
 from lladax.inference.engine import Engine
-from lladax.inference.slots import Row, Slots
+from lladax.inference.slots import Row, Seat, Slots, length_of, rows_of
+from lladax.mistake import Mistake
 from lladax.model.mask_predictor import MaskPredictorConfig
 from lladax.sampling import SamplerConfig
 
