@@ -1,8 +1,8 @@
 """A server of a model, measured from outside: what rows that share a pass bring, and a mixed load for minutes on end.
 
   pip install -e '.[serve,figures]'
-  python benchmarks/serving.py throughput --blocks 0 4 32 --concurrency 1 2 4 8 16 --out=runs/serving
-  python benchmarks/serving.py throughput --ragged --blocks 0 4 32 --concurrency 1 8 --out=runs/serving_ragged
+  python benchmarks/serving.py throughput --steps=16 --requests=1 --rounds=2 --concurrency 1 2 4 8 --out=runs/serving
+  python benchmarks/serving.py throughput --blocks 4 --prompt=32 --concurrency 1 2 4 8 16 --out=runs/serving_short
   python benchmarks/serving.py load --minutes=10 --out=runs/serving
 
 Every model is random, float32, and lives in a server in a process of its own; this process is all clients.
@@ -344,7 +344,7 @@ def question(rng: random.Random, block: int) -> Question:
   elif kind == "suffix":
     body |= {"prompt": text, "suffix": " end", "max_tokens": rng.choice((4, 12))} | whole
   elif kind == "masks":
-    body |= {"prompt": text + "[MASK]" * rng.choice((3, 9)) + text} | whole
+    body |= {"prompt": text + "[MASK]" * rng.choice((3, 9)) + text[:60]} | whole
   else:
     body |= {"prompt": text[:40], "echo": True, "logprobs": 1, "max_tokens": 0}
   if kind in ("chat", "completion") and rng.random() < 0.2:

@@ -251,7 +251,7 @@ RULES = [
     r"soak.py", ["--minutes=0.1", "--", "--config.checkpoint.keep=99", *[x for x in TINY if x != "--config.steps=3"]],
     {"pip install -e '.[figures]' && ": ""}, "runs/soak/soak.svg", needs="matplotlib",
   ),
-  Rule(r"serving.py throughput --ragged", "with prompts of one length, in the command above it"),
+  Rule(r"serving.py throughput .*--prompt=32", "with other numbers, the command above it"),
   Rule(
     r"serving.py throughput",
     shlex.split("--blocks 0 4 --concurrency 1 2 --rounds 1 --requests 1 --V 384 --D 16 --N 1 --H 2 --K 8 --F 32"

@@ -277,7 +277,8 @@ class Slots:
         now.cache = engines.new_cache(engine.model, B * (1 + shape.guided), L)
     state = self._put(State._make((canvas, steps_BN, np.int32(at // W), np.int32(0), None, *more)))
     self._bound((kind, B, L))
-    self._state, self._order, self._shape = state._replace(cache=now.cache), now.order, shape
+    cache = jax.device_put(now.cache, jax.tree.map(lambda x: x.sharding, now.cache))  # said to be there: one program
+    self._state, self._order, self._shape = state._replace(cache=cache), now.order, shape
     self._segment_BL, self._origin_B, self._passes = segment_BL, origin_B, 0
     self._most = 2 + int(sampling.most_passes(W, steps_BN, self._settings, shape))
 
@@ -327,18 +328,19 @@ class Slots:
     """
     c = dataclasses.replace(c, seed=0, steps=2, block_steps=None, tokens_per_step=None, eps=None, threshold=None)
     W = Seat(self._engine, Row((), c)).W
-    lengths = sorted({length_of(n, W) for n in range(W, longest + W, W)})
+    lengths = {length_of(n, W): n for n in range(W, max(longest, W) + 1, W)}  # of a program: the longest canvas for it
     each = sorted({rows_of(n + 1) for n in range(rows)})
-    for L in lengths:
+    for L, n in lengths.items():
+      ids = (self._engine.ends[0],) * (n - W)
       for B in each:
         say(f"rows: {B}, length: {L}")
-        ids = (self._engine.ends[0],) * max(L - W, 0)
-        for n in range(B):
-          self.add(-1 - n, Row(ids, dataclasses.replace(c, gen_length=W)))
-        self.begin([-1 - n for n in range(B)])
+        rows_here = [-1 - b for b in range(B)]
+        for b in rows_here:
+          self.add(b, Row(ids, dataclasses.replace(c, gen_length=W)))
+        self.begin(rows_here)
         while self.step():
           pass
-        self.drop([-1 - n for n in range(B)])
+        self.drop(rows_here)
     return len(lengths) * len(each)
 
   def score(self, row: Sequence[int]) -> Any:
