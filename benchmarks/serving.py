@@ -2,7 +2,7 @@
 
   pip install -e '.[serve,figures]'
   python benchmarks/serving.py throughput --steps=16 --requests=1 --rounds=2 --concurrency 1 2 4 8 --out=runs/serving
-  python benchmarks/serving.py throughput --blocks 4 --prompt=32 --concurrency 1 8 --rounds=1 --requests=1 --out=runs/serving_short
+  python benchmarks/serving.py throughput --blocks 4 --prompt=32 --concurrency 1 8 --rounds=1 --requests=1
   python benchmarks/serving.py load --minutes=10 --out=runs/serving
 
 Every model is random, float32, and lives in a server in a process of its own; this process is all clients.
