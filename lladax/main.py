@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
@@ -21,6 +22,9 @@ from lladax.mistake import Missing, Mistake
 from lladax.storage.writing import check_writable
 from lladax.terminal import Console, visible
 
+if TYPE_CHECKING:
+  from lladax.serving.settings import ServeConfig
+
 # `parse` puts the config itself, with the fields that the command line sets, in the place of its name.
 _CONFIG = flags.DEFINE_string(
   "config", None,
@@ -31,7 +35,8 @@ _WORKDIR = flags.DEFINE_string(
 )
 _MODE = flags.DEFINE_enum(
   "mode", "train",
-  ["train", "prepare", "evaluate", "sample", "chat", "import", "export", "plan", "show", "verify"], "What to do.",
+  ["train", "prepare", "evaluate", "sample", "chat", "serve", "import", "export", "plan", "show", "verify"],
+  "What to do.",
 )  # fmt: skip
 _PROMPT = flags.DEFINE_multi_string(
   "prompt", [], "mode=sample: text to continue, or text with [MASK]s to fill in; repeat for several (default: stdin)."
@@ -69,6 +74,21 @@ _ALLOW = flags.DEFINE_list(
   "allow", [], "mode=train: fields that may be other than the run in the workdir has had, as in optimizer.schedule."
 )
 _SYSTEM = flags.DEFINE_string("system", "", "mode=chat: the system prompt.")
+_SERVE = [
+  define(name, None, f"mode=serve: {what}.")
+  for define, name, what in (
+    (flags.DEFINE_integer, "port", "where it listens (default: 8000; 0: any that is free)"),
+    (flags.DEFINE_string, "host", "the address that it listens at (default: 127.0.0.1, for this machine alone)"),
+    (flags.DEFINE_string, "api_key_file", "file of the keys that requests need, one a line"),
+    (flags.DEFINE_string, "cors", "origin of other pages that may ask, as http://localhost:3000"),
+    (flags.DEFINE_integer, "rows", "texts that are generated at once (default: 8)"),
+    (flags.DEFINE_integer, "queue", "texts that may wait (default: 64)"),
+    (flags.DEFINE_float, "timeout", "seconds that an answer may take (default: 600)"),
+    (flags.DEFINE_float, "drain_seconds", "seconds that answers may still take when it is to end (default: 30)"),
+    (flags.DEFINE_bool, "warmup", "compile before the first request"),
+    (flags.DEFINE_bool, "log_text", "write what is asked and answered into the log"),
+  )
+]
 
 
 def main(argv: list[str]) -> int:
@@ -87,6 +107,10 @@ def main(argv: list[str]) -> int:
   for flag in _SAID:
     if flag.value is not None and mode != "import":
       raise Mistake(f"--{flag.name}={flag.value}: only --mode=import is told so; leave it out")
+  if mode != "serve" and (flag := next((x for x in _SERVE if x.value is not None), None)) is not None:
+    raise Mistake(f"--{flag.name}={flag.value}: only --mode=serve has it; leave it out")
+  if mode == "serve":
+    _settings()
   for name, flag, modes in (("source", _SOURCE, of_import), ("target", _TARGET, ("export", "prepare"))):
     if mode in modes and not flag.value:
       raise Mistake(f"--{name} is missing: --mode={mode} needs it")
@@ -102,8 +126,8 @@ def main(argv: list[str]) -> int:
   page = _page() if mode == "sample" else None
 
   distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-  # Training knows what is to be saved, and a conversation takes Ctrl-C for the end of a reply.
-  with contextlib.nullcontext() if mode in ("train", "chat") else interrupts.Interrupt():
+  # Training knows what is to be saved, a conversation takes Ctrl-C for the end of a reply, and a server finishes first.
+  with contextlib.nullcontext() if mode in ("train", "chat", "serve") else interrupts.Interrupt():
     _act(mode, given, workdir, target, page)
   return 0
 
@@ -114,6 +138,7 @@ def _act(mode: str, given: ConfigDict | None, workdir: Path, target: Path, page:
   from lladax.devices.sharding import MeshConfig
   from lladax.evaluation import evaluate
   from lladax.inference import chat, convert, show, verify
+  from lladax.serving import serve
   from lladax.storage import published
   from lladax.training import trainer
 
@@ -137,10 +162,19 @@ def _act(mode: str, given: ConfigDict | None, workdir: Path, target: Path, page:
     evaluate.evaluate_last(c, workdir)
   elif mode == "chat":
     chat.run(c, workdir, _SYSTEM.value)
+  elif mode == "serve":
+    serve.run(c, workdir, _settings())
   else:
     if page:
       page.parent.mkdir(parents=True, exist_ok=True)
     show.show_samples(c, workdir, _PROMPT.value, page and str(page))
+
+
+def _settings() -> "ServeConfig":
+  from lladax.serving.settings import ServeConfig
+
+  said: dict[str, Any] = {flag.name: flag.value for flag in _SERVE if flag.value is not None}
+  return ServeConfig(**said)
 
 
 def _prepare(given: ConfigDict, beam_options: list[str]) -> int:
@@ -277,7 +311,7 @@ def _config(fields: list[str]) -> ConfigDict | None:
     raise Mistake(f"--config.{fields[0]}: --mode={mode} takes the run as it is, and no config")
   if mode == "import":
     return configs.load("base")
-  if mode not in ("evaluate", "sample", "chat") and not (mode == "show" and _WORKDIR.value):
+  if mode not in ("evaluate", "sample", "chat", "serve") and not (mode == "show" and _WORKDIR.value):
     raise Mistake("--config is missing: name a recipe or a file, as in --config=quickstart")
   workdir = _workdir()
   _check_run(workdir)

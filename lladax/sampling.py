@@ -60,6 +60,7 @@ class SamplerConfig:
   early_stop: bool = False  # a block with an EOS ends its row: the rest becomes EOS, and costs nothing
   logits_eos_inf: bool = False  # EOS is never drawn
   confidence_eos_eot_inf: bool = False  # EOS and EoT wait until the last
+  logit_bias: tuple[tuple[int, float], ...] = ()  # (id, what is added to its logit)
   seed: int | tuple[int, ...] = 0  # of all noise, 0 to 2^32 - 1; a row draws by (seed, its number), or has its own seed
 
   def __post_init__(self):
@@ -70,8 +71,8 @@ class SamplerConfig:
     if not 0 <= self.max_post_passes < 2**16:
       raise Mistake(f"sample.max_post_passes={self.max_post_passes}: must be at least 0, and less than 2^16")
     for name in ("temperature", "guidance_scale"):
-      if not 0 <= getattr(self, name) < math.inf:
-        raise Mistake(f"sample.{name}={getattr(self, name)}: must be at least 0, and finite")
+      if not 0 <= getattr(self, name) <= 1e6:  # products with logits must be numbers
+        raise Mistake(f"sample.{name}={getattr(self, name)}: must be at least 0, and at most a million")
     if self.eps is not None and not 0 <= self.eps < 1:
       raise Mistake(f"sample.eps={self.eps}: must be at least 0, and less than 1")
     if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -79,6 +80,10 @@ class SamplerConfig:
     for name in ("threshold", "factor", "edit_threshold"):
       if getattr(self, name) is not None and math.isnan(getattr(self, name)):
         raise Mistake(f"sample.{name}={getattr(self, name)}: must be a number")
+    once = len(dict(self.logit_bias)) == len(self.logit_bias)
+    for id, bias in self.logit_bias:
+      if not abs(bias) <= 1e6 or not once:
+        raise Mistake(f"sample.logit_bias: id {id}, {bias}: give every id once, and numbers up to a million")
     for seed in self.seed if isinstance(self.seed, tuple) else (self.seed,):
       fields.check_seed(seed, "sample.seed")
     for name, known in (("remasking", REMASKING), ("cache", (None, *CACHES))):
@@ -122,7 +127,7 @@ class Shape(NamedTuple):
 
 
 class Settings(NamedTuple):
-  """What a program reads: arrays [B], a number for each row. A change of them compiles nothing."""
+  """What a program reads: arrays [B], a number for each row (and [B, biases]). A change of them compiles nothing."""
 
   steps: jax.Array  # int32
   block_steps: jax.Array  # int32; 0: none
@@ -141,6 +146,8 @@ class Settings(NamedTuple):
   confidence_eos_eot_inf: jax.Array
   seed: jax.Array  # uint32
   number: jax.Array  # int32: which of the rows of its seed it is; 0 where that is its own
+  bias_id: jax.Array  # int32 [B, biases]; what is not needed has a bias of 0
+  bias: jax.Array  # float32, likewise
 
 
 def split(given: SamplerConfig | Sequence[SamplerConfig], rows: int) -> tuple[Shape, Settings]:
@@ -161,8 +168,11 @@ def split(given: SamplerConfig | Sequence[SamplerConfig], rows: int) -> tuple[Sh
     raise Mistake(f"sample.seed={list(seeds)}: give one seed, or one for each of the {rows} rows")
   c = each[0]
   chooses = any(c.top_k is not None or c.top_p not in (None, 1.0) for c in each)
+  most = max(len(c.logit_bias) for c in each)
+  biases = next(n for n in (0, 8, 64, 512, most) if n >= most)  # few programs
   shape = Shape(c.block_length, c.remasking, c.cache, any(c.guidance_scale > 0 for c in each), c.gen_length is None,
                 any(c.edit_threshold is not None for c in each), chooses=chooses)  # fmt: skip
+  bias = [[*c.logit_bias, *[(0, 0.0)] * (biases - len(c.logit_bias))] for c in each]
 
   def column(values: Iterable[Any], dtype: Any = np.float32) -> Any:
     with np.errstate(over="ignore"):
@@ -186,7 +196,17 @@ def split(given: SamplerConfig | Sequence[SamplerConfig], rows: int) -> tuple[Sh
     confidence_eos_eot_inf=column((c.confidence_eos_eot_inf for c in each), bool),
     seed=column([seeds] * rows if isinstance(seeds, int) else seeds, np.uint32),
     number=column(range(rows) if isinstance(seeds, int) else [0] * rows, np.int32),
+    bias_id=column(([id for id, _ in x] for x in bias), np.int32),
+    bias=column([x for _, x in row] for row in bias),
   )
+
+
+def biases(settings: Settings, V: int) -> jax.Array | None:
+  """What is added to the logits, [B, V]; None: nothing."""
+  if not settings.bias.shape[1]:
+    return None
+  at_B1 = jnp.arange(len(settings.bias))[:, None]
+  return jnp.zeros((len(at_B1), V)).at[at_B1, settings.bias_id].add(settings.bias)
 
 
 def keys(settings: Settings) -> jax.Array:
@@ -403,7 +423,7 @@ def run(
   allowed_V: jax.Array, ends: tuple[int, ...], origin: jax.Array | int, first: int = 0,
   alike: Callable[[jax.Array], jax.Array] = lambda tokens_BL: jnp.zeros(len(tokens_BL), bool),
   until_nfe: jax.Array | int = 2**30, until_block: jax.Array | int = 2**30,
-  reading: Callable[[Any], Any] = lambda cache: cache, begin: Predict | None = None,
+  reading: Callable[[Any], Any] = lambda cache: cache, begin: Predict | None = None, read: Any = None,
 ) -> State:  # fmt: skip
   """Fills the canvas up to a forward pass or a block; jit it with `predict`, `shape` and the ids static.
 
@@ -417,13 +437,15 @@ def run(
     mask_id: id of [MASK].
     allowed_V: bool, the ids that may be committed: neither [MASK] nor rows behind the vocabulary.
     ends: ids that end a row, EOS first. Where it stops early the rest is filled with EOS.
-    origin: the position from which the noise counts the others.
+    origin: the position from which the noise counts the others; a number, or one a row [B].
     first: where the blocks begin (static).
     alike: tokens_BL -> bool [B], the rows whose masked places the model cannot tell apart; those are filled in order.
     until_nfe: stop when so many forward passes have been spent in all.
     until_block: stop when so many blocks are filled.
     reading: what to make of a block's cache once, for the passes that only read it.
     begin: of a model of blocks, the first pass over a block, which leaves in the cache what the block before it is now.
+    read: what `reading` made of the cache behind the first pass over a block, and the state comes without: the passes
+      that are left of the block are run.
 
   Returns:
     The state, finished if neither limit was met.
@@ -431,7 +453,8 @@ def run(
   B, L = state.canvas.tokens_BL.shape
   W = min(shape.block_length, L - first)
   num_blocks = (L - first) // W
-  place_L = jnp.abs(jnp.arange(L) - origin)
+  place_BL = jnp.abs(jnp.arange(L)[None] - jnp.broadcast_to(jnp.asarray(origin), (B,))[:, None])
+  bias_BV = biases(settings, len(allowed_V))
 
   def window(array_BL, at):
     return jax.lax.dynamic_slice_in_dim(array_BL, at, W, axis=1)
@@ -442,11 +465,13 @@ def run(
     step_B = canvas.step_B + open_B
 
     def noise():  # a key for each place
-      at_W = jax.lax.dynamic_slice_in_dim(place_L, at, W)
       step_key_B = jax.vmap(jax.random.fold_in)(key_B, step_B)
-      return jax.vmap(lambda key: jax.vmap(functools.partial(jax.random.fold_in, key))(at_W))(step_key_B)
+      return jax.vmap(lambda key, at_W: jax.vmap(functools.partial(jax.random.fold_in, key))(at_W))(
+        step_key_B, window(place_BL, at)
+      )
 
     logits_BWV, cache = predict(canvas.tokens_BL, at, W, cache)
+    logits_BWV = logits_BWV if bias_BV is None else logits_BWV + bias_BV[:, None]
     token_BW, probability_BW, score_BW = candidates(
       logits_BWV, noise, settings, remasking=shape.remasking, allowed_V=allowed_V, ends=ends,
       alike_B=alike(canvas.tokens_BL), chooses=shape.chooses,
@@ -517,7 +542,9 @@ def run(
 
   def fill_block(state):
     cache = state.cache if begin else None
-    if begin:  # also where a block is given: it is in nobody's cache yet
+    if read is not None:
+      pass
+    elif begin:  # also where a block is given: it is in nobody's cache yet
 
       def beginning(state):
         return (state.step < 1) & (state.canvas.nfe < until_nfe)
@@ -528,8 +555,8 @@ def run(
       state = jax.lax.while_loop(lambda s: (s.step < 1) & unfinished(s), lambda s: step(s, None), state)
       cache = state.cache
     bare = state._replace(cache=None)  # what is only read stays out of the loop
-    read = reading(cache) if shape.cache or begin else None
-    bare = jax.lax.while_loop(unfinished, lambda s: step(s, read)._replace(cache=None), bare)
+    of_block = reading(cache) if read is None and (shape.cache or begin) else read
+    bare = jax.lax.while_loop(unfinished, lambda s: step(s, of_block)._replace(cache=None), bare)
     state = bare._replace(cache=cache)
     filled = ~unfilled(state)
     if begin:

@@ -143,7 +143,7 @@ def test_what_is_lowered_for_a_plan_is_what_samples(llada):
     lambda: sampling.start(jnp.zeros((2, 40), jnp.int32), settings.steps, shape, mask_id=0, first=32)
   )
   params = jax.eval_shape(lambda: llada.params)
-  for causal, name in ((True, "_autoregressive_sample"), (False, "_run")):
+  for causal, name in ((True, "_autoregressive_sample"), (False, "unmask_until")):
     model = dataclasses.replace(llada.model, causal=causal)
     lowered = lower_sampler(model, params, state, c, first=32, mask_id=0, ends=(1,))
     assert f"module @jit_{name} " in lowered.as_text()

@@ -6,6 +6,8 @@ one folder that looks like a checkout: what one makes, a later one finds.
 """
 
 import ast
+import contextlib
+import functools
 import json
 import lzma
 import os
@@ -21,6 +23,7 @@ import conftest
 import numpy as np
 import prose
 import pytest
+import served
 import tokenizers
 
 from lladax.data import reading
@@ -71,6 +74,7 @@ class Rule(NamedTuple):
   makes: str = ""  # is there afterwards
   inside: Sequence[str] = ()  # flags of every `lladax`
   needs: str = ""  # packages, without which it is skipped
+  asks: str = ""  # a workdir: that is served where the command thinks that a server is
 
 
 RULES = [
@@ -96,6 +100,12 @@ RULES = [
   Rule(r"--config=runs/quickstart/config.json", RUN, makes="runs/again/samples.html"),
   Rule(r"^lladax --workdir=runs/quickstart --mode=sample", makes="out.html"),
   Rule(r"^lladax --workdir=runs/quickstart --mode=evaluate", makes="runs/quickstart/evaluation.html"),
+  Rule(r"--mode=serve", "serve_test.py starts servers, and what follows asks one"),
+  Rule(r"^curl .*127.0.0.1:8000", shlex.split("-s --fail-with-body"), asks="runs/quickstart", needs="uvicorn"),
+  Rule(
+    r"lladax.harness --model local", shlex.split("--gen_kwargs max_gen_toks=16"), {"--limit 10": "--limit 1"},
+    asks="runs/quickstart", needs="lm_eval tenacity aiohttp uvicorn",
+  ),
   Rule(r"^python docs/unmasking.py", change={" docs/unmasking.svg": " unmasking.svg"}, makes="unmasking.svg"),
   Rule(r"--workdir=runs/mine --config.data", TINY, makes="runs/mine/samples.html"),
   Rule(r"--workdir=runs/mine --mode=sample|--mode=verify"),
@@ -241,6 +251,18 @@ RULES = [
     r"soak.py", ["--minutes=0.1", "--", "--config.checkpoint.keep=99", *[x for x in TINY if x != "--config.steps=3"]],
     {"pip install -e '.[figures]' && ": ""}, "runs/soak/soak.svg", needs="matplotlib",
   ),
+  Rule(r"serving.py throughput .*--prompt=32", "with other numbers, the command above it"),
+  Rule(
+    r"serving.py throughput",
+    shlex.split("--blocks 0 4 --concurrency 1 2 --rounds 1 --requests 1 --V 384 --D 16 --N 1 --H 2 --K 8 --F 32"
+                " --prompt 8 --gen 8 --block_length 8"),
+    makes="runs/serving/throughput.json", needs="uvicorn starlette prometheus_client",
+  ),
+  Rule(
+    r"serving.py load",
+    shlex.split("--minutes=0.05 --burst=1 --rows=2 --queue=4 --warm=6 --warmup=1 --D 16 --N 1 --H 2 --K 8 --F 32"),
+    makes="runs/serving/serving.svg", needs="uvicorn starlette prometheus_client matplotlib",
+  ),
   Rule(r"launch/local.sh", "launch_test.py trains with it"),
 ]  # fmt: skip
 
@@ -348,6 +370,13 @@ def write(path, rows):
     file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+@pytest.fixture(scope="module")
+def serve(checkout):
+  """The address at which a workdir of the checkout is served, by its name."""
+  with contextlib.ExitStack() as stack:
+    yield functools.cache(lambda workdir: stack.enter_context(served.command(checkout / workdir))[1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_it_runs(checkout, command, request):
@@ -357,6 +386,8 @@ def test_it_runs(checkout, command, request):
   if x.needs == "libtpu":
     request.getfixturevalue("quick_plans")
   command = as_run(command)
+  if x.asks:
+    command = command.replace("http://127.0.0.1:8000", request.getfixturevalue("serve")(x.asks))
   env = os.environ | {
     "PATH": f"{checkout / 'bin'}{os.pathsep}{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     "PYTHONPATH": str(ROOT), "XLA_FLAGS": conftest.XLA_FLAGS, "INSIDE": "\n".join(x.inside), "MPLBACKEND": "agg",

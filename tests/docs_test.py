@@ -1,5 +1,6 @@
 """The pages are true: their commands, fields, Python and links; the table of files; and they can be built."""
 
+import contextlib
 import itertools
 import pathlib
 import re
@@ -9,6 +10,7 @@ import sys
 
 import prose
 import pytest
+import served
 from absl import flags
 
 from lladax import configs
@@ -111,9 +113,18 @@ def test_python_marked_to_be_run_runs(page, request, tmp_path, monkeypatch):
   (tmp_path / "runs").mkdir()
   (tmp_path / "runs/quickstart").symlink_to(request.getfixturevalue("quickstart_workdir"))
   monkeypatch.chdir(tmp_path)
-  namespace = {}
-  for marks, code in python(prose.PAGES[page]):
-    if marks == "run":
+  blocks, namespace, server = (
+    [code for marks, code in python(prose.PAGES[page]) if marks == "run"],
+    {},
+    "http://127.0.0.1:8000",
+  )
+  with contextlib.ExitStack() as stack:
+    if any(server in code for code in blocks):
+      for name in ("openai", "uvicorn"):
+        pytest.importorskip(name)
+      address = stack.enter_context(served.command(tmp_path / "runs/quickstart"))[1]
+      blocks = [code.replace(server, address) for code in blocks]
+    for code in blocks:
       exec(compile(code, page, "exec"), namespace)
 
 

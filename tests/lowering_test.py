@@ -197,8 +197,8 @@ def lower_sampler(model, c, platform, *, segments, first=512, L=1024, B=2):
       rows = B * (2 if c.guidance_scale else 1)
       state = state._replace(cache=shapes(jax.eval_shape(lambda: model.new_cache(rows, L))))
     return lower(
-      platform, engine._run, params_of(model), state, None if segments == "none" else array(B, L), shapes(settings), 0,
-      0, 0, model=model, shape=shape, mask_id=0, ends=(1, 2), vocab_size=model.V, first=first,
+      platform, engine.unmask_until, params_of(model), state, None if segments == "none" else array(B, L),
+      shapes(settings), 0, 0, 0, model=model, shape=shape, mask_id=0, ends=(1, 2), vocab_size=model.V, first=first,
     )  # fmt: skip
 
 
@@ -225,6 +225,27 @@ def test_a_canvas_without_a_prompt_whose_window_is_all_of_it(platform):
   c = SamplerConfig(block_length=512, cache="prefix")
   text = lower_sampler(config_of("llada_1b").model, c, platform, segments="none", first=0)
   assert kernels(text) == [meant(platform, "none"), set()]
+
+
+@pytest.mark.parametrize("platform", DEVICES)
+@pytest.mark.parametrize("cache", [None, "dual", "blocks"])
+def test_a_pass_of_the_server_within_a_block(cache, platform):
+  """What the passes read comes from outside: no program writes a cache, nor hands it through."""
+  B, L, model = 2, 256, config_of("llada_1b").model
+  model = dataclasses.replace(model, block=32) if cache == "blocks" else model
+  c = SamplerConfig(cache="dual" if cache == "dual" else None)
+  with on(platform):
+    shape, settings = engine.compiled_for(model, *sampling.split(c, B))
+    tokens_BL = jnp.zeros((B, L), jnp.int32)
+    state = shapes(jax.eval_shape(lambda: sampling.start(tokens_BL, settings.steps, shape, mask_id=0)))
+    read = cache and shapes(jax.eval_shape(lambda: model.reading(model.new_cache(B, L))))
+    text = lower(
+      platform, engine.unmask_until, params_of(model), state, array(B, L), shapes(settings), array(B), 0, 0, read,
+      model=model, shape=shape, mask_id=0, ends=(1, 2), vocab_size=model.V, first=0,
+    )  # fmt: skip
+  assert kernels(text) == [set() if cache else meant(platform, "run"), set()]
+  of_cache = f"{model.N}x{B}x{L}x{model.G}x{model.K}"  # among what comes in, and not among what is returned
+  assert of_cache not in text.partition("->")[2].partition("{\n")[0]
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ PAGES = {
 _FENCED = re.compile(r"^(```+)([^\n]*)\n(.*?)^\1\s*$", re.MULTILINE | re.DOTALL)
 _STARTS = re.compile(
   r"(?:[A-Z_]+=\S+ )*(?:pip install|lladax --|python3? |pytest|benchmarks/\w+\.sh|launch/\w+\.sh|sbatch|gcloud|kubectl"
-  r"|sphinx-build|ruff |deno |\.ci/run|docker |xpk |tail |scancel |export \w+=)"
+  r"|sphinx-build|ruff |deno |curl |\.ci/run|docker |xpk |tail |scancel |export \w+=)"
 )
 
 

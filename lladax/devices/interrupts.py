@@ -198,15 +198,15 @@ class Interrupt:
     if not self._key:
       return False
     try:
-      _client().key_value_set(self._key, str(number))
+      service().key_value_set(self._key, str(number))
     except jax.errors.JaxRuntimeError as error:
       return "ALREADY_EXISTS" in str(error)
     return True
 
   def _hear(self) -> None:
     """In a thread: what reached any process."""
-    client, key = _client(), self._key
-    number = int(_patiently(lambda: client.blocking_key_value_get(key, 3_600_000)) or 0)
+    client, key = service(), self._key
+    number = int(patiently(lambda: client.blocking_key_value_get(key, 3_600_000)) or 0)
     if not number:  # one has come to its end
       self._key = ""
       return
@@ -217,7 +217,7 @@ class Interrupt:
       os.kill(self._pid, number)  # a signal of its own frees the main thread from what it waits for
 
   def _agree(self, number: int) -> None:
-    client, at = _client(), f"{self._key}/at"
+    client, at = service(), f"{self._key}/at"
     with self._lock:  # nobody moves on meanwhile
       mine = [self._stepping, self._began, self._position, self._idle]
       client.key_value_set(f"{at}/{global_state.process_id}", json.dumps(mine))
@@ -246,17 +246,19 @@ def many() -> bool:
 def abandon(number: int) -> None:
   """Of a signal that ends this process before `Interrupt` listens: the others, which wait for it, are told."""
   if many():
-    client, key = _client(), f"lladax/stop/{next(_runs)}"
+    client, key = service(), f"lladax/stop/{next(_runs)}"
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # they have ended, or another was faster
       client.key_value_set(f"{key}/at/{global_state.process_id}", json.dumps([False, False, 0, False]))
       client.key_value_set(key, str(number))
 
 
-def _client() -> Any:
+def service() -> Any:
+  """Of JAX's coordination service, which has a store of keys and values."""
   return global_state.client
 
 
-def _patiently(get: Callable[[], str]) -> str | None:
+def patiently(get: Callable[[], str]) -> str | None:
+  """What `get` waits for, however often its time is over; None: the job is."""
   while True:
     try:
       return get()
@@ -280,7 +282,7 @@ def depart(patience: float = PATIENCE) -> None:
   """
   if not many():
     return
-  client, others = _client(), place()[1] - 1
+  client, others = service(), place()[1] - 1
   with contextlib.suppress(jax.errors.JaxRuntimeError):
     if global_state.process_id:
       client.key_value_set(f"{_GONE}/{global_state.process_id}", "", allow_overwrite=True)

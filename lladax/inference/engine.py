@@ -50,6 +50,13 @@ class Job(NamedTuple):
   own_B: np.ndarray | None = None  # and so many are a row's own, with its prompt; None: all that are not padding
 
 
+class Read(NamedTuple):
+  """A cache within a block."""
+
+  cache: Any
+  read: Any  # as `MaskPredictorConfig.reading` makes it
+
+
 class Filled(NamedTuple):
   """A batch as it stands; [MASK] where it is not filled yet."""
 
@@ -73,7 +80,7 @@ class Engine:
     each = [settings] if isinstance(settings, SamplerConfig) else settings
     shape, numbers = compiled_for(self.model, *sampling.split(settings, len(rows)))
     for c in each:
-      self.model.objective.check_sampler(c)
+      self.check_sampler(c)
     if self.model.block:
       return self._extend_blocks(rows, shape, numbers, each[0].gen_length)
     longest, n, W = max(map(len, rows)), each[0].gen_length, shape.block_length
@@ -113,7 +120,7 @@ class Engine:
       own_B = length_B + gen_length
       behind_B = -(-(given_B + gen_length) // n) * n
       lengths = [int(behind_B.max())]
-      settings = settings._replace(steps=_of_a_block(settings.steps, n, gen_length))
+      settings = settings._replace(steps=of_a_block(settings.steps, n, gen_length))
     tokens_BL = np.full((len(rows), first + int(behind_B.max())), self.ends[0], np.int32)
     padding_B = first - (length_B - given_B)
     for row, tokens_L, padding, behind in zip(rows, tokens_BL, padding_B, behind_B, strict=True):
@@ -133,7 +140,7 @@ class Engine:
       tokens_L[padding : padding + len(row)] = row
     masks_BL = tokens_BL == self.mask_id
     first = max(int(np.argmax(masks_BL.any(axis=0))) // n * n, n)  # what stands before is read in one pass
-    steps = _of_a_block(settings.steps, n, np.maximum(masks_BL.sum(axis=1), 1))
+    steps = of_a_block(settings.steps, n, np.maximum(masks_BL.sum(axis=1), 1))
     return Job(tokens_BL, padding_B, first, L, [L - first], shape, settings._replace(steps=steps), None, own_B)
 
   def fill(self, rows: Sequence[Ids], settings: SamplerConfig | Sequence[SamplerConfig]) -> Job:
@@ -141,9 +148,9 @@ class Engine:
     shape, numbers = compiled_for(self.model, *sampling.split(settings, len(rows)))
     if shape.grows:
       raise Mistake("sample.gen_length=None: a canvas has a length; leave it out")
+    for c in [settings] if isinstance(settings, SamplerConfig) else settings:
+      self.check_sampler(c)
     if self.model.block:
-      for c in [settings] if isinstance(settings, SamplerConfig) else settings:
-        self.model.objective.check_sampler(c)
       return self._fill_blocks(rows, shape, numbers)
     longest = bucket(max(map(len, rows)))
     W = min(shape.block_length, longest)
@@ -175,10 +182,10 @@ class Engine:
       segment_BL = segment_BL.astype(np.int32)
       padded = job.padding_B.any() or shape.grows or shape.of_blocks
       with sharding.on_mesh_of(self.params):
-        cache = _new_cache(self.model, B * (1 + shape.guided), L) if shape.cache or shape.of_blocks else None
+        cache = new_cache(self.model, B * (1 + shape.guided), L) if shape.cache or shape.of_blocks else None
         if shape.of_blocks:
           known = first + int(block) * W
-          cache = _prefill(
+          cache = prefill(
             self.params, cache, canvas, segment_BL, model=self.model, known=known, guided=shape.guided,
             mask_id=self.mask_id,
           )  # fmt: skip
@@ -194,12 +201,8 @@ class Engine:
       for _ in range({"block": blocks, "step": blocks * most}.get(every, 1)):
         until_nfe = np.int32(host.canvas.nfe + 1) if every == "step" else _NEVER
         until_block = np.int32(host.block + 1) if every == "block" else _NEVER
-        with sharding.on_mesh_of(self.params):
-          state = _run(
-            self.params, state, segment_BL if padded else None, job.settings, np.int32(job.origin), until_nfe,
-            until_block, model=self.model, shape=shape, mask_id=self.mask_id, ends=self.ends,
-            vocab_size=self.vocab_size, first=first,
-          )  # fmt: skip
+        segments, origin = segment_BL if padded else None, np.int32(job.origin)
+        state = self.advance(state, segments, job.settings, origin, until_nfe, until_block, shape, first)
         host = jax.device_get(state._replace(cache=None))
         end = first + int(host.block + (host.step > 0)) * W if shape.grows else L
         shown = jax.tree.map(lambda x, end=end: x[:, :end] if x.ndim == 2 else x, host.canvas)
@@ -211,6 +214,38 @@ class Engine:
       canvas, block = host.canvas, host.block
       if self._ended(canvas, first).all():
         return
+
+  @functools.cached_property
+  def layers(self) -> Any:
+    """The layers cut apart, for those who enter a program again and again: on a CPU each entry copies them.
+
+    They are there a second time, then. None: they need not be cut.
+    """
+    if not self.model.unrolled:
+      return None
+    with sharding.on_mesh_of(self.params):
+      return jax.jit(lambda params: self.model.bind(params).layers())(self.params)
+
+  def advance(
+    self, state: State, segment_BL: Any, settings: Settings, origin: Any, until_nfe: Any, until_block: Any,
+    shape: Shape, first: int, within: bool = False, layers: Any = None,
+  ) -> State:  # fmt: skip
+    """Further, up to a pass or a block (see `sampling.run`); `within`: a pass further in a block that has begun.
+
+    `layers`: `Engine.layers`. What the passes of a block only read of the cache is made once for them, and no program
+    hands the cache through.
+    """
+    cache, read = (state.cache.cache, state.cache.read) if isinstance(state.cache, Read) else (state.cache, None)
+    within &= cache is not None
+    with sharding.on_mesh_of(self.params):
+      if within and read is None:
+        read = reading(cache, model=self.model)
+      state = unmask_until(
+        self.params, state._replace(cache=None if within else cache), segment_BL, settings, origin, until_nfe,
+        until_block, read if within else None, layers, model=self.model, shape=shape, mask_id=self.mask_id,
+        ends=self.ends, vocab_size=self.vocab_size, first=first,
+      )  # fmt: skip
+    return state._replace(cache=Read(cache, read)) if within else state
 
   def _ended(self, canvas: Any, first: int) -> np.ndarray:
     """Which rows have met an end behind their prompts, bool [B]."""
@@ -331,18 +366,38 @@ class Engine:
         mask_id=self.mask_id, guided=guidance_scale > 0,
       ))  # fmt: skip
 
+  def chain(self, row: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each token of a row, given those before it, the rest masked: (log p, the most probable id, its log p)."""
+    L, found = bucket(len(row)), []
+    tokens_1L, segment_1L = np.full((1, L), self.ends[0], np.int32), np.zeros((1, L), np.int32)
+    tokens_1L[0, : len(row)], segment_1L[0, : len(row)] = row, 1
+    for batch, size in _batched(list(range(len(row))), L):
+      with sharding.on_mesh_of(self.params):
+        told = _chain(
+          self.params, tokens_1L, segment_1L, np.resize(batch, size).astype(np.int32), model=self.model,
+          mask_id=self.mask_id, vocab_size=self.vocab_size,
+        )  # fmt: skip
+      found.append([np.asarray(x)[: len(batch)] for x in told])
+    log_p, top, top_log_p = (np.concatenate(x) for x in zip(*found, strict=True))
+    return log_p, top, top_log_p
+
   def logits(self, tokens_BL: np.ndarray, segment_BL: np.ndarray | None) -> np.ndarray:
     """Float32 logits [B, L, V]; `segment_BL` 0 = padding, None: there is none."""
     with sharding.on_mesh_of(self.params):
       return np.asarray(_logits(self.params, tokens_BL, segment_BL, model=self.model, eos_id=self.ends[0]))
 
-  def check_ids(self, ids: Ids, where: str, masks: bool = False) -> None:
+  def check_ids(self, ids: Sequence[int], where: str, masks: bool = False) -> None:
     """Raises Mistake for what is not in the vocabulary, and for [MASK] unless there may be `masks`."""
     for i, x in enumerate(ids):
       if x == self.mask_id and not masks:
         raise Mistake(f"{where}[{i}]={x} is [MASK], which has no place here: unmask() is what fills a canvas in")
       if x != self.mask_id and not 0 <= x < self.vocab_size:
         raise Mistake(f"{where}[{i}]={x}: the ids of this model's vocabulary are 0 to {self.vocab_size - 1}")
+
+  def check_sampler(self, c: SamplerConfig) -> None:
+    """Raises Mistake for options that are not for this model."""
+    self.model.objective.check_sampler(c)
+    self.check_ids([id for id, _ in c.logit_bias], "sample.logit_bias")
 
   def check_length(self, length: int, what: str = "a canvas") -> None:
     """Raises Mistake for more tokens than the model takes."""
@@ -373,7 +428,8 @@ def _allowed(rows: int, mask_id: int, vocab_size: int) -> jax.Array:
   return (id_V != mask_id) & (id_V < vocab_size)
 
 
-_new_cache = jax.jit(MaskPredictorConfig.new_cache, static_argnums=(0, 1, 2))
+new_cache = jax.jit(MaskPredictorConfig.new_cache, static_argnums=(0, 1, 2))
+reading = jax.jit(lambda cache, *, model: model.reading(cache), static_argnames="model")
 _start = jax.jit(sampling.start, static_argnames=("shape", "mask_id", "first"))  # one program, not one a line
 
 
@@ -382,7 +438,7 @@ def compiled_for(model: MaskPredictorConfig, shape: Shape, settings: Settings) -
   return (shape._replace(block_length=model.block, of_blocks=True) if model.block else shape), settings
 
 
-def _of_a_block(steps_B: Any, block: int, asked: Any) -> np.ndarray:
+def of_a_block(steps_B: Any, block: int, asked: Any) -> np.ndarray:
   """The steps of a whole block, where all that is asked for has so many; int32 [B]."""
   return np.maximum(-(-np.asarray(steps_B, np.int64) * block // asked), 1).astype(np.int32)
 
@@ -393,27 +449,42 @@ def _twice(canvas_BL: jax.Array, given_BL: jax.Array, mask_id: int) -> jax.Array
 
 
 @functools.partial(sharding.jit, static_argnames=("model", "known", "guided", "mask_id"), donate_argnames="cache")
-def _prefill(params, cache, canvas, segment_BL, *, model, known, guided, mask_id):
+def prefill(params, cache, canvas, segment_BL, layers=None, *, model, known, guided, mask_id):
   """The cache of a model of blocks with the keys and values of the first `known` positions, whole blocks."""
   given_BL = (canvas.tokens_BL != mask_id) & (canvas.unmasked_at_BL == 0)
   canvas_BL = _twice(canvas.tokens_BL, given_BL, mask_id) if guided else canvas.tokens_BL
   segment_BL = jnp.tile(segment_BL, (1 + guided, 1))
   visible = model.visible(segment_BL.shape[1], segment_BL, W=known)
-  return _laid_out(model.bind(params).hidden(canvas_BL[:, :known], visible, _positions(segment_BL), cache)[1])
+  return laid_out(model.bind(params).hidden(canvas_BL[:, :known], visible, _positions(segment_BL), cache, layers)[1])
 
 
-def _laid_out(x: Any) -> Any:
+def laid_out(x: Any) -> Any:
   """How a program leaves what it returns on a mesh: caches sliced along rows and heads, all else whole everywhere."""
   return jax.tree.map(lambda x: sharding.constrain(x, ".B.G." if x.ndim == 5 else "." * x.ndim), x)
 
 
 @functools.partial(sharding.jit, static_argnames=("model", "shape", "mask_id", "ends", "vocab_size", "first"))
-def _run(
-  params, state, segment_BL, settings, origin, until_nfe, until_block, *, model, shape, mask_id, ends, vocab_size, first
+def unmask_until(
+  params,
+  state,
+  segment_BL,
+  settings,
+  origin,
+  until_nfe,
+  until_block,
+  read=None,
+  layers=None,
+  *,
+  model,
+  shape,
+  mask_id,
+  ends,
+  vocab_size,
+  first,
 ) -> State:
   """`segment_BL` None: no row is padded, attention needs no mask. If canvases grow nothing behind a block is seen."""
   bound, (B, L) = model.bind(params), state.canvas.tokens_BL.shape
-  layers, at_L = bound.layers(), jnp.arange(L)
+  layers, at_L = bound.layers() if layers is None else layers, jnp.arange(L)
   position_BL = None if segment_BL is None else _positions(segment_BL)
   given_BL = (state.canvas.tokens_BL != mask_id) & (state.canvas.unmasked_at_BL == 0)
 
@@ -461,9 +532,9 @@ def _run(
     predict, state, sampling.keys(settings), settings, shape, mask_id=mask_id,
     allowed_V=_allowed(model.V, mask_id, vocab_size), ends=ends, origin=origin, first=first, alike=alike,
     until_nfe=until_nfe, until_block=until_block, reading=model.reading,
-    begin=functools.partial(predict, begins=True) if shape.of_blocks else None,
+    begin=functools.partial(predict, begins=True) if shape.of_blocks else None, read=read,
   )  # fmt: skip
-  return _laid_out(state)
+  return laid_out(state)
 
 
 def lower_sampler(
@@ -479,7 +550,7 @@ def lower_sampler(
       params, tokens, segment, settings, model=model, prompt_length=first, eos_id=ends[0], mask_id=mask_id,
       vocab_size=model.V, chooses=shape.chooses,
     )  # fmt: skip
-  return _run.lower(
+  return unmask_until.lower(
     params, state, segment, settings, np.int32(first), 0, 0, model=model, shape=shape, mask_id=mask_id, ends=ends,
     vocab_size=model.V, first=first,
   )  # fmt: skip
@@ -495,11 +566,13 @@ def _autoregressive_sample(
   position_BL = _positions(segment_BL)
   never_BV = settings.logits_eos_inf[:, None] & (jnp.arange(model.V) == eos_id)[None]
   allowed_BV = _allowed(model.V, mask_id, vocab_size)[None] & ~never_BV
+  bias_BV = sampling.biases(settings, model.V)
 
   def step(tokens_BW, cache, start):
     visible = model.visible(L, segment_BL, W=tokens_BW.shape[1], start=start)
     hidden_BWD, cache = bound.hidden(tokens_BW, visible, position_BL, cache)
-    logits_BV = jnp.where(allowed_BV, bound.logits(hidden_BWD[:, -1]), -jnp.inf)
+    logits_BV = bound.logits(hidden_BWD[:, -1])
+    logits_BV = jnp.where(allowed_BV, logits_BV if bias_BV is None else logits_BV + bias_BV, -jnp.inf)
     if chooses:
       logits_BV = jnp.where(sampling.probable(logits_BV[:, None], settings)[:, 0], logits_BV, -jnp.inf)
     return logits_BV, cache
@@ -507,7 +580,7 @@ def _autoregressive_sample(
   def draw(logits_BV, noise):
     return sampling.draw(logits_BV[:, None], lambda: noise()[:, None], settings.temperature)[:, 0]
 
-  return _laid_out(autoregressive.sample(
+  return laid_out(autoregressive.sample(
     step, draw, model.new_cache(B, L), tokens_BL, segment_BL, sampling.keys(settings), prompt_length=prompt_length,
     start_id=eos_id, eos_id=eos_id,
   ))  # fmt: skip
@@ -538,9 +611,9 @@ def _likelihood(
     return jax.lax.map(row, (cond_BLD, un_BLD, target_BL))
 
   if method == "chain_rule":
-    return _laid_out(diffusion.chain_rule(nll, tokens_BL, scored_BL, sample_B, mask_id=mask_id))
+    return laid_out(diffusion.chain_rule(nll, tokens_BL, scored_BL, sample_B, mask_id=mask_id))
   key_B = jnp.broadcast_to(jax.random.key(seed), tokens_BL.shape[:1])  # every pair meets the same masks
-  return _laid_out(model.objective.log_likelihood(
+  return laid_out(model.objective.log_likelihood(
     nll, tokens_BL, scored_BL, segment_BL, key_B, sample_B, samples_B, mask_id=mask_id, eos_id=eos_id
   ))  # fmt: skip
 
@@ -558,11 +631,24 @@ def _next(params, tokens_BL, segment_BL, at_B, guidance, *, model, mask_id, guid
   if guided:
     un_BV = logits_BV(jnp.full_like(tokens_BL, mask_id))
     found_BV = un_BV + guidance * (found_BV - un_BV)
-  return _laid_out(jax.nn.log_softmax(found_BV))
+  return laid_out(jax.nn.log_softmax(found_BV))
+
+
+@functools.partial(sharding.jit, static_argnames=("model", "mask_id", "vocab_size"))
+def _chain(params, tokens_1L, segment_1L, at_B, *, model, mask_id, vocab_size):
+  """`Engine.chain` at some places of one row."""
+  bound, (B, L) = model.bind(params), (len(at_B), tokens_1L.shape[1])
+  segment_BL = jnp.broadcast_to(segment_1L, (B, L))
+  masked_BL = jnp.where(jnp.arange(L)[None] < at_B[:, None], tokens_1L, mask_id)
+  hidden_BLD = bound.hidden(masked_BL, model.visible(L, segment_BL, right_padded=True))[0]
+  log_p_BV = jax.nn.log_softmax(bound.logits(jnp.take_along_axis(hidden_BLD, at_B[:, None, None], axis=1)[:, 0]))
+  found_B1 = jnp.take_along_axis(log_p_BV, tokens_1L[0, at_B][:, None], axis=1)
+  drawn_BV = jnp.where(_allowed(model.V, mask_id, vocab_size)[None], log_p_BV, -jnp.inf)
+  return laid_out((found_B1[:, 0], jnp.argmax(drawn_BV, axis=1).astype(jnp.int32), drawn_BV.max(axis=1)))
 
 
 @functools.partial(sharding.jit, static_argnames=("model", "eos_id"))
 def _logits(params, tokens_BL, segment_BL, *, model, eos_id):
   if model.causal:
     tokens_BL = autoregressive.shift(tokens_BL, jnp.ones_like(tokens_BL) if segment_BL is None else segment_BL, eos_id)
-  return _laid_out(model.bind(params)(tokens_BL, model.visible(tokens_BL.shape[1], segment_BL)))
+  return laid_out(model.bind(params)(tokens_BL, model.visible(tokens_BL.shape[1], segment_BL)))

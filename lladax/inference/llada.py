@@ -5,6 +5,7 @@ the first that ends a text -> text (`Sampled`), or a picture of how it was unmas
 """
 
 import dataclasses
+import functools
 import math
 import numbers
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -117,9 +118,9 @@ class LLaDA:
     if isinstance(until, str) or not isinstance(until, Collection) or not all(isinstance(x, str) and x for x in until):
       raise Mistake(f"until={until!r}: give a list of strings, none of them empty")
     if until:
-      self._text()
+      self.reader()
     job = self._job(prompts, options)
-    for filled in self._engine.run(job, "block" if until else "canvas"):
+    for filled in self.engine.run(job, "block" if until else "canvas"):
       if until and all(self._has_ended(filled, i, until) for i in range(len(job.tokens_BL))):
         break
     out = self._sampled(filled, self.ends)
@@ -134,7 +135,7 @@ class LLaDA:
       raise Mistake(f"every={every!r}: use block or step")
     if not self.model.objective.fills:
       raise Mistake("a causal model is not streamed: use sample()")
-    return (self._sampled(filled, self.ends) for filled in self._engine.run(self._job(prompts, options), every))
+    return (self._sampled(filled, self.ends) for filled in self.engine.run(self._job(prompts, options), every))
 
   def chat(self, messages: Sequence[Mapping[str, str]], **options) -> Sampled:
     """The assistant's reply to a conversation, `out.text[0]`; ends at EOS or EoT (`early_stop`) unless told otherwise.
@@ -156,14 +157,14 @@ class LLaDA:
     rows = self._canvases(canvases, "unmask")
     whole = {} if self.model.block else {"block_length": bucket(max(map(len, rows)))}
     masks = max(row.count(self.mask_id) for row in rows)
-    c = self._settings(whole | options, canvas=masks)
-    (filled,) = self._engine.run(self._engine.fill(rows, c))
+    c = self.settings(whole | options, canvas=masks)
+    (filled,) = self.engine.run(self.engine.fill(rows, c))
     return self._sampled(filled, ())
 
   def infill(self, texts: str | Sequence[str], **options) -> Sampled:
     """Fills every "[MASK]" (one token each) of the texts."""
     texts = fields.typed([texts] if isinstance(texts, str) else texts, tuple[str, ...], "texts")
-    return self.unmask([self._text().encode_canvas(text) for text in texts], **options)
+    return self.unmask([self.reader().encode_canvas(text) for text in texts], **options)
 
   def log_likelihood(
     self, prompt, answer, *, num_samples: int = 128, guidance_scale: float = 0.0, seed: int = 0,
@@ -193,9 +194,9 @@ class LLaDA:
       raise Mistake("log_likelihood: an answer is empty")
     fills = self.model.objective.fills
     for i, (p, a) in enumerate(pairs):
-      self._engine.check_ids(p, f"prompts[{i}]", masks=fills)
-      self._engine.check_ids(a, f"answers[{i}]")
-      self._engine.check_length(len(p) + len(a), f"pair {i}")
+      self.engine.check_ids(p, f"prompts[{i}]", masks=fills)
+      self.engine.check_ids(a, f"answers[{i}]")
+      self.engine.check_length(len(p) + len(a), f"pair {i}")
     num_samples = fields.typed(num_samples, int, "num_samples")
     guidance_scale = fields.typed(guidance_scale, float, "guidance_scale")
     seed = fields.typed(seed, int, "seed")
@@ -208,7 +209,7 @@ class LLaDA:
     if method not in ("monte_carlo", "chain_rule"):
       raise Mistake(f"method={method!r}: use monte_carlo or chain_rule")
     options = {"num_samples": num_samples, "guidance_scale": guidance_scale, "seed": seed, "method": method}
-    found = self._engine.log_likelihood(pairs, **options).tolist()
+    found = self.engine.log_likelihood(pairs, **options).tolist()
     return found if many else found[0]
 
   def logits(self, tokens_BL, segment_BL=None) -> np.ndarray:
@@ -230,10 +231,11 @@ class LLaDA:
           f"segment_BL: {segment.dtype} {segment.shape}: give numbers of segments {tokens.shape}, 0 = padding"
         )
       segment = segment.astype(np.int32)
-    return self._engine.logits(tokens, segment)
+    return self.engine.logits(tokens, segment)
 
-  @property
-  def _engine(self) -> Engine:
+  @functools.cached_property
+  def engine(self) -> Engine:
+    """What runs it, on ids alone."""
     return Engine(self.model, self.params, self.mask_id, self.ends, self.vocab_size)
 
   def _job(self, prompts: Prompt | Sequence[Prompt], options: Mapping[str, Any]) -> Job:
@@ -242,10 +244,10 @@ class LLaDA:
     if not rows:
       raise Mistake("there is nothing to sample: the list of prompts is empty")
     for i, row in enumerate(rows):
-      self._engine.check_ids(row, f"prompts[{i}]")
-    return self._engine.extend(rows, self._settings(options))
+      self.engine.check_ids(row, f"prompts[{i}]")
+    return self.engine.extend(rows, self.settings(options))
 
-  def _settings(self, options: Mapping[str, Any], canvas: int | None = None) -> SamplerConfig:
+  def settings(self, options: Mapping[str, Any], canvas: int | None = None) -> SamplerConfig:
     """A call's options, and the model's `defaults` where it says nothing; `canvas`: the length of one that is given."""
     left = {name: x for name, x in self.defaults.items() if name not in options}
     for one, others in _INSTEAD.items():  # of what is said
@@ -267,17 +269,17 @@ class LLaDA:
   def _canvases(self, canvases: Any, name: str) -> list[list[int]]:
     rows = [_row(row, f"{name}[{i}]") for i, row in enumerate(_many(canvases, name))]
     for i, row in enumerate(rows):
-      self._engine.check_ids(row, f"{name}[{i}]", masks=True)
+      self.engine.check_ids(row, f"{name}[{i}]", masks=True)
     if not rows or [] in rows:
       raise Mistake(f"{name}[{rows.index([])}] is empty" if rows else f"{name}: the canvases are empty")
-    self._engine.check_length(max(map(len, rows)))
+    self.engine.check_length(max(map(len, rows)))
     return rows
 
   def _has_ended(self, filled: Filled, i: int, until: Sequence[str]) -> bool:
     """Whether a row has met EOS or a stop string; its text on the way would spell [MASK]s, too."""
     tokens_L, at_L = filled.canvas.tokens_BL[i], filled.canvas.unmasked_at_BL[i]
     given, ids = tokens_L[filled.padding_B[i] : filled.first], tokens_L[at_L > 0]  # of the blocks that are filled
-    said = self._text().decode(ids.tolist(), behind=given.tolist())
+    said = self.reader().decode(ids.tolist(), behind=given.tolist())
     return bool(np.isin(ids, self.ends).any()) or cut(said, until) != said
 
   def _sampled(self, filled: Filled, ends: tuple[int, ...]) -> Sampled:
@@ -299,22 +301,23 @@ class LLaDA:
       return "⏎"
     return self.tokenizer.piece(i) if self.tokenizer else f"{i} "
 
-  def _text(self) -> tokenizers.Tokenizer:
+  def reader(self) -> tokenizers.Tokenizer:
+    """The tokenizer; raises Mistake where there is none."""
     if self.tokenizer is None:
       raise Mistake("this model has no tokenizer: use unmask(), and lists of ids")
     return self.tokenizer
 
   def _pair(self, prompt: Prompt, answer: Prompt) -> tuple[list[int], list[int]]:
     if isinstance(prompt, str) and isinstance(answer, str):
-      return self._text().pair(prompt, answer)
+      return self.reader().pair(prompt, answer)
     ids = self._ids(prompt)
-    return ids, self._text().behind(ids, answer) if isinstance(answer, str) else self._ids(answer)
+    return ids, self.reader().behind(ids, answer) if isinstance(answer, str) else self._ids(answer)
 
   def _ids(self, prompt: Prompt, where: str = "ids") -> list[int]:
     if isinstance(prompt, str):
-      return self._text().encode(prompt)
+      return self.reader().encode(prompt)
     if isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping):
-      return self._text().chat(cast(Sequence[Mapping[str, str]], prompt))
+      return self.reader().chat(cast(Sequence[Mapping[str, str]], prompt))
     return _row(prompt, where)
 
 

@@ -48,9 +48,9 @@ def last(model, rows, given):
 
 def test_a_session_of_ten_settings_compiles_two_programs():
   """Unguided and guided."""
-  model, before = make(F=17), engine._run._cache_size()  # which no other test compiles
+  model, before = make(F=17), engine.unmask_until._cache_size()  # which no other test compiles
   nfe = [int(last(model, ROWS, settings(**options)).canvas.nfe) for options in SESSION]
-  assert engine._run._cache_size() - before == 2
+  assert engine.unmask_until._cache_size() - before == 2
   assert len(set(nfe)) >= 4, nfe  # they are heeded
 
 
@@ -132,7 +132,7 @@ def test_noise_is_drawn_in_a_branch_that_greedy_batches_do_not_enter():
   model = make()
   job = model.extend(ROWS, settings())
   state = sampling.start(jnp.zeros((3, 48), jnp.int32), job.settings.steps, job.shape, mask_id=MASK, first=32)
-  text = engine._run.lower(
+  text = engine.unmask_until.lower(
     model.params, state, None, job.settings, 32, 9, 9, model=model.model, shape=job.shape, mask_id=MASK,
     ends=model.ends, vocab_size=31, first=32,
   ).compile().as_text()  # fmt: skip

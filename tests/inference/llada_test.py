@@ -286,7 +286,7 @@ def test_log_likelihood_of_an_answer_to_nothing(llada):
     ),
     (
       lambda llada: llada.sample("a", temperature=float("nan")),
-      "sample.temperature=nan: must be at least 0, and finite",
+      "sample.temperature=nan: must be at least 0, and at most a million",
     ),
     (lambda llada: llada.sample("a", threshold=float("nan")), "sample.threshold=nan: must be a number"),
     (lambda llada: llada.sample("a", until=None), "until=None: give a list of strings"),

@@ -135,9 +135,9 @@ def test_caches_are_an_approximation_in_the_steps_between(llada):
 def test_stream_is_sample_seen_on_its_way(ending, every, options):
   options = {"gen_length": 24, "block_length": 8, "steps": 9, "temperature": 0.5} | options
   last = ending.sample(PROMPTS, **options)
-  compiled = engine._run._cache_size()
+  compiled = engine.unmask_until._cache_size()
   seen = list(ending.stream(PROMPTS, every=every, **options))
-  assert engine._run._cache_size() == compiled
+  assert engine.unmask_until._cache_size() == compiled
   for i in range(len(PROMPTS)):
     assert_same(seen[-1], i, last, i)
   assert seen[-1].text == last.text
@@ -159,10 +159,10 @@ def test_stream_is_sample_seen_on_its_way(ending, every, options):
 def test_stop_strings_cut_texts_and_spare_the_blocks_behind(llada, options):
   options = {"gen_length": 24, "block_length": 8, "steps": 24} | options
   whole = llada.sample(PROMPTS, **options)
-  compiled = engine._run._cache_size()
+  compiled = engine.unmask_until._cache_size()
   stops = sorted({text[3] for text in whole.text})  # all texts hold one in their first block
   out = llada.sample(PROMPTS, until=stops, **options)
-  assert engine._run._cache_size() == compiled
+  assert engine.unmask_until._cache_size() == compiled
   assert out.text == [cut(text, stops) for text in whole.text] and max(map(len, out.text)) <= 3
   first = next(iter(llada.stream(PROMPTS, **options)))
   assert out.nfe == first.nfe < whole.nfe
@@ -388,7 +388,7 @@ def test_a_seed_is_told_from_its_number_in_the_batch_or_given_with_the_row():
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_row_with_a_seed_of_its_own_has_the_same_noise_in_any_batch(causal):
   llada, options = make(eos_bias=-9.0, causal=causal), {"gen_length": 16, "block_length": 8, "temperature": 2.0}
-  program = engine._autoregressive_sample if causal else engine._run
+  program = engine._autoregressive_sample if causal else engine.unmask_until
   together = llada.sample([*PROMPTS, PROMPTS[1]], seed=[3, 4, 5, 6], **options)
   compiled = program._cache_size()
   assert_same(llada.sample([*PROMPTS, PROMPTS[1]], seed=3, **options), 0, together, 0)
@@ -430,7 +430,7 @@ def blind(masked_W, *args):
 @pytest.mark.parametrize("broken", ["program", "commit"])
 def test_masks_that_never_vanish_end_every_loop(monkeypatch, broken, options):
   if broken == "program":
-    monkeypatch.setattr(engine, "_run", stalled)
+    monkeypatch.setattr(engine, "unmask_until", stalled)
   else:
     monkeypatch.setattr(engine.sampling, "commit", blind)
   llada = make(max_length=72, N=1, F=15)  # which no other test compiles
