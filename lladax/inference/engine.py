@@ -166,8 +166,6 @@ class Engine:
       yield self._continue(job)
       return
     first, shape, (B, L) = job.first, job.shape, job.tokens_BL.shape
-    where = jax.tree.leaves(self.params)[0].sharding  # where the program leaves the canvas, too: it is compiled once
-    where = NamedSharding(where.mesh, sharding.spec("")) if isinstance(where, NamedSharding) else where
     zeros_BL = np.zeros((B, L), np.int32)
     canvas = (job.tokens_BL, zeros_BL, np.ones((B, L), np.float32), np.zeros(B, np.int32), np.int32(0))
     canvas += (zeros_BL if shape.edits else None,)
@@ -194,7 +192,7 @@ class Engine:
         block_steps_B=job.settings.block_steps,
       )  # fmt: skip
       host = jax.device_get(begun)._replace(canvas=canvas, block=block)
-      state = jax.device_put(host, where)
+      state = self.put(host)
       state = state._replace(cache=jax.device_put(cache, jax.tree.map(lambda x: x.sharding, cache)))
       blocks = length // W - int(block)
       most = int(sampling.most_passes(W, host.steps_BN, job.settings, shape))
@@ -214,6 +212,12 @@ class Engine:
       canvas, block = host.canvas, host.block
       if self._ended(canvas, first).all():
         return
+
+  def put(self, tree: Any) -> Any:
+    """Arrays where a program leaves the canvas, too: it is compiled once."""
+    where = jax.tree.leaves(self.params)[0].sharding
+    where = NamedSharding(where.mesh, sharding.spec("")) if isinstance(where, NamedSharding) else where
+    return jax.device_put(tree, where)
 
   @functools.cached_property
   def layers(self) -> Any:
@@ -465,23 +469,9 @@ def laid_out(x: Any) -> Any:
 
 @functools.partial(sharding.jit, static_argnames=("model", "shape", "mask_id", "ends", "vocab_size", "first"))
 def unmask_until(
-  params,
-  state,
-  segment_BL,
-  settings,
-  origin,
-  until_nfe,
-  until_block,
-  read=None,
-  layers=None,
-  *,
-  model,
-  shape,
-  mask_id,
-  ends,
-  vocab_size,
-  first,
-) -> State:
+  params, state, segment_BL, settings, origin, until_nfe, until_block, read=None, layers=None, *, model, shape, mask_id,
+  ends, vocab_size, first,
+) -> State:  # fmt: skip
   """`segment_BL` None: no row is padded, attention needs no mask. If canvases grow nothing behind a block is seen."""
   bound, (B, L) = model.bind(params), state.canvas.tokens_BL.shape
   layers, at_L = bound.layers() if layers is None else layers, jnp.arange(L)

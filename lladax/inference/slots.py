@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from lladax import sampling
 from lladax.devices import sharding
@@ -231,11 +230,11 @@ class Slots:
       return
     tokens_BL = np.array(jax.device_get(self._state.canvas.tokens_BL))
     tokens_BL[at] = np.where(tokens_BL[at] == self._engine.mask_id, self._engine.ends[0], tokens_BL[at])
-    state = self._state._replace(canvas=self._state.canvas._replace(tokens_BL=self._put(tokens_BL)))
+    state = self._state._replace(canvas=self._state.canvas._replace(tokens_BL=self._engine.put(tokens_BL)))
     if state.open_B is not None:
       open_B = np.array(jax.device_get(state.open_B))
       open_B[at] = False
-      state = state._replace(open_B=self._put(open_B))
+      state = state._replace(open_B=self._engine.put(open_B))
     self._state = state
 
   def begin(self, rows: Sequence[int]) -> None:
@@ -275,7 +274,7 @@ class Slots:
     if shape.cache and (now.cache is None or jax.tree.leaves(now.cache)[0].shape[1:3] != (B * (1 + shape.guided), L)):
       with sharding.on_mesh_of(engine.params):
         now.cache = engines.new_cache(engine.model, B * (1 + shape.guided), L)
-    state = self._put(State._make((canvas, steps_BN, np.int32(at // W), np.int32(0), None, *more)))
+    state = self._engine.put(State._make((canvas, steps_BN, np.int32(at // W), np.int32(0), None, *more)))
     self._bound((kind, B, L))
     cache = jax.device_put(now.cache, jax.tree.map(lambda x: x.sharding, now.cache))  # said to be there: one program
     self._state, self._order, self._shape = state._replace(cache=cache), now.order, shape
@@ -353,11 +352,6 @@ class Slots:
     if len(self._programs) > _PROGRAMS:
       self._programs = {program}
       jax.clear_caches()
-
-  def _put(self, tree: Any) -> Any:
-    where = jax.tree.leaves(self._engine.params)[0].sharding
-    where = NamedSharding(where.mesh, sharding.spec("")) if isinstance(where, NamedSharding) else where
-    return jax.device_put(tree, where)
 
   def _keep_up(self, now: Kept, rows: Sequence[int], shape: Shape, least: int, right: int) -> None:
     """The cache of a model of blocks: of its rows what is kept, moved to where they are laid out, and new ones'."""
