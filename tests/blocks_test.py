@@ -1,6 +1,7 @@
 """Block diffusion: the mathematics on a table of arbitrary predictions, and the pass over [x_t, x_0] of the model."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import math
@@ -145,10 +146,11 @@ def by_block(c, params, noised_BL, clean_BL, target_BL, weight_BL):
   return total
 
 
+@pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("n", [1, 3, 4, 5, 12, 32])
-def test_one_pass_over_both_halves_is_the_loop_over_blocks(n):
+def test_one_pass_over_both_halves_is_the_loop_over_blocks(n, shift):
   """Loss and gradient; also where the last block is short, or there is one alone."""
-  c, params = model(n)
+  c, params = model(n, shift=shift)
   clean_BL, noised_BL = canvases()
   target_BL = np.where(noised_BL == 11, clean_BL, -1)
   weight_BL = np.random.default_rng(2).random(clean_BL.shape).astype(np.float32)
@@ -160,7 +162,7 @@ def test_one_pass_over_both_halves_is_the_loop_over_blocks(n):
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
   if n >= 12:  # one block: a mask predictor of whole canvases
-    whole, _ = model(0)
+    whole, _ = model(0, shift=shift)
     np.testing.assert_allclose(found[0], whole.bind(params).weighted_nll(noised_BL, target_BL, weight_BL)[0], rtol=1e-5)
 
 
@@ -186,6 +188,16 @@ def test_blocks_of_one_are_the_chain_rule_whatever_the_noise():
   assert -float(found_B.sum()) == pytest.approx(expected, rel=1e-5)
 
 
+def test_shifted_blocks_of_one_are_the_causal_model():
+  """The state before each token is that of the clean ones before it: nothing noised is looked at but a first token."""
+  c, params = model(1, shift=True)
+  causal = dataclasses.replace(c, block=0, causal=True, shift=False)
+  clean_BL, _ = canvases()
+  found_BL = c.bind(params).nll(np.full_like(clean_BL, 11), clean_BL, clean_BL=clean_BL)
+  expected_BL = causal.bind(params).nll(clean_BL, np.roll(clean_BL, -1, axis=1))
+  np.testing.assert_allclose(found_BL[:, 1:], expected_BL[:, :-1], rtol=1e-5)
+
+
 @pytest.mark.parametrize("n", [2, 3])
 def test_the_likelihood_is_the_enumeration(n):
   """Of an answer behind a prompt that ends within a block."""
@@ -199,10 +211,11 @@ def test_the_likelihood_is_the_enumeration(n):
   assert_mean(found_B, -enumerated(tokens_L, scored_L.astype(float), n))
 
 
+@pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("n", [2, 4])
-def test_packed_documents_are_those_of_rows_of_their_own(n):
+def test_packed_documents_are_those_of_rows_of_their_own(n, shift):
   """Documents begin at multiples of the block; between them lies padding."""
-  c, params = model(n)
+  c, params = model(n, shift=shift)
   clean_BL, noised_BL = canvases(rows=1)
   segment_BL = np.array([[1, 1, 1, 0, 2, 2, 2, 2, 2, 0, 0, 0]])
   target_BL = np.where((noised_BL == 11) & (segment_BL > 0), clean_BL, -1)

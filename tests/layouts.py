@@ -70,6 +70,7 @@ CONFIGS = {
   "Dream": _named("Dream", "DreamModel", {"mask_token_id": 5, "use_mrope": False}),
   "SDAR": _named("sdar", "SDARForCausalLM", _WIDE, {"block_size": 4, "mask_token_id": 5, "debug": False}),
   "SDAR-MoE": _named("sdar_moe", "SDARMoeForCausalLM", _WIDE, _ROUTED, {"block_size": 4, "mask_token_id": 5}),
+  "Fast-dLLM v2": _named("Fast_dLLM_Qwen", "Fast_dLLM_QwenForCausalLM", {"bd_size": 8, "mask_token_id": 5}),
   "Llama": _named("llama", "LlamaForCausalLM", _WIDE, {"mlp_bias": False, "pretraining_tp": 1}),
   "Qwen2": _named("qwen2", "Qwen2ForCausalLM", {"layer_types": ["full_attention"] * 3}),
   "Qwen3": _named("qwen3", "Qwen3ForCausalLM", _WIDE),
@@ -141,7 +142,7 @@ def shapes(config, merged=False):
       widths = {"q": Q, "k": G, "v": G}
       found |= {at + f"self_attn.{x}_proj.weight": (width, D) for x, width in widths.items()}
       found |= {at + "self_attn.o_proj.weight": (D, Q)}
-      if kind in ("Dream", "qwen2"):
+      if kind in ("Dream", "Fast_dLLM_Qwen", "qwen2"):
         found |= {at + f"self_attn.{x}_proj.bias": (width,) for x, width in widths.items()}
       if "qwen3" in kind or "sdar" in kind or config.get("qk_layernorm"):
         found |= {at + f"self_attn.{x}_norm.weight": (K,) for x in "qk"}

@@ -487,7 +487,7 @@ def unmask_until(
       segment, position = jax.tree.map(lambda x: jnp.tile(x, (2, 1)), (segment, position))
 
     def hidden(size, window_start, reuse_L):  # of the block, from a window that holds it
-      if model.shift:  # and what is before it, where its first token is predicted
+      if model.shift and not begins:  # and what is before it, where its first token is predicted
         size, window_start = min(size + 1, L), jnp.maximum(window_start - 1, 0)
       tokens_BW = jax.lax.dynamic_slice_in_dim(canvas_BL, window_start, size, axis=1)
       visible = model.visible(L, segment, W=size, start=window_start, reuse_L=reuse_L)

@@ -129,6 +129,11 @@ class Visible:
     """Bool: where a document begins, or padding (B may be 1)."""
     return jnp.arange(self.L)[None] == 0 if self.segment_BL is None else _begins(jnp.asarray(self.segment_BL))
 
+  def opens_BL(self) -> jax.Array:
+    """Bool: where a block begins, of the canvas once (B may be 1)."""
+    block_BL = self.blocks_BL()[:, : self.once]
+    return (block_BL != jnp.roll(block_BL, 1, axis=1)) | self.begins_BL()[:, : self.once]
+
   def begun_apart(self) -> "Visible":
     """The same, but the first position of a document sees itself alone, and is seen by nobody else."""
     segment_BL = jnp.ones((1, self.L), jnp.int32) if self.segment_BL is None else jnp.asarray(self.segment_BL)

@@ -116,11 +116,6 @@ class MaskPredictorConfig:
     self._check_experts()
     object.__setattr__(self, "rope_turns", tuple(self.rope_turns))  # JSON knows lists alone
     rope.check(self)
-    if self.shift and self.block:
-      raise Mistake(
-        f"model.shift=True, model.block={self.block}: what is predicted for the first token of a block would stand in"
-        " the block before it: a model of blocks has no shift"
-      )
     if self.remat not in REMAT:
       raise Mistake(f"model.remat={self.remat!r}: use one of {', '.join(REMAT)}")
     if self.attention not in attention.KERNELS:
@@ -665,6 +660,10 @@ class MaskPredictor(nnx.Module):
     hidden_BWD = rms_norm(x_BWD, final_norm_D, c.norm_eps).astype(c.compute_dtype)
     if c.shift and not c.causal:
       before_BWD = jnp.concatenate([hidden_BWD[:, :1], hidden_BWD[:, :-1]], axis=1)
+      if visible.order == "noised blocks":  # a block's first token is predicted where the clean one before it ends
+        noised_BLD, clean_BLD = jnp.split(before_BWD, 2, axis=1)
+        noised_BLD = jnp.where(visible.opens_BL()[..., None], clean_BLD, noised_BLD)
+        before_BWD = jnp.concatenate([noised_BLD, clean_BLD], axis=1)
       begins_BW = visible.window(visible.begins_BL())
       hidden_BWD = sharding.constrain(jnp.where(begins_BW[..., None], hidden_BWD, before_BWD), "BLD")
     return hidden_BWD, cache if reads else written, statistics

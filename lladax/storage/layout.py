@@ -79,6 +79,11 @@ class Family(NamedTuple):
   options: dict[str, tuple] = {}  # what config.json may say beside them: the values that change nothing
   block: int | None = None  # tokens of a block where config.json does not say; 0: it must be told; None: there are none
   also: dict[str, str] = {}  # names in config.json, and others for the same
+  block_name: str = "block_size"  # in config.json
+
+  def block_of(self, config: dict[str, Any]) -> Any:
+    """What config.json says of a block, or else the family; 0 or None: nothing."""
+    return 0 if self.block is None else config.get(self.block_name) or self.block
 
 
 _CAUSAL = {"causal": True, "shift": True}
@@ -123,6 +128,10 @@ FAMILIES = (
   Family("Dream", "Dream", "DreamModel", 1, {"shift": True, "qkv_bias": True}),
   Family("SDAR", "sdar", "SDARForCausalLM", 1, {"qk_norm": True}, block=0),
   Family("SDAR-MoE", "sdar_moe", "SDARMoeForCausalLM", 1, {"qk_norm": True}, _QWEN3_MOE, _ROUTED, block=0, also=_ALSO),
+  Family(
+    "Fast-dLLM v2", "Fast_dLLM_Qwen", "Fast_dLLM_QwenForCausalLM", 1, {"shift": True, "qkv_bias": True}, block=32,
+    block_name="bd_size",
+  ),
   Family("Llama", "llama", "LlamaForCausalLM", 1, _CAUSAL),
   Family("Qwen2", "qwen2", "Qwen2ForCausalLM", 1, _CAUSAL | {"qkv_bias": True}),
   Family("Qwen3", "qwen3", "Qwen3ForCausalLM", 1, _CAUSAL | {"qk_norm": True}),
@@ -323,7 +332,7 @@ def model_of(config: dict[str, Any], family: Family, problems: list[str]) -> Mas
   if config.get("use_sliding_window") is False:
     config.pop("sliding_window", None)
   known = {name for _, *names in FIELDS for name in names} | {*family.fields.values(), *family.also.values()}
-  known |= {*_USED, *_HARMLESS}
+  known |= {*_USED, *_HARMLESS, family.block_name}
   known |= {name for name, allowed in family.options.items() if allowed is None}
   known |= {"LLaDA2": {"num_shared_experts"}, "LLaDA-MoE": {"moe_layer_freq"}}.get(family.name, set())
   if family.name == "Llama":  # it is what its class does
@@ -335,7 +344,7 @@ def model_of(config: dict[str, Any], family: Family, problems: list[str]) -> Mas
       problems.append(f"{name}={shown(value)} is not supported, only {shown(allowed[0])}")
     elif not (allowed or value is None or name in known):
       problems.append(f"{named(name)}={shown(value)} is not known: it may change what the model computes")
-  for name in ("vocab_size", "mask_token_id", "eos_token_id", "pad_token_id", "block_size"):
+  for name in ("vocab_size", "mask_token_id", "eos_token_id", "pad_token_id", family.block_name):
     value = config.get(name)
     ids = value if name == "eos_token_id" and isinstance(value, list) and value else [value]
     if not all(x is None or type(x) is int for x in ids):
@@ -468,7 +477,7 @@ def says(config: dict[str, Any], model: MaskPredictorConfig) -> bool:
   """Whether a config.json that a model was imported with says it still: it may be trained for something else since."""
   family = family_of(config, model.objective.fills)
   theirs = model_of(config, family, [])
-  if theirs is None or model.block != (0 if family.block is None else config.get("block_size") or family.block):
+  if theirs is None or model.block != family.block_of(config):
     return False
   return all(getattr(theirs, name) == getattr(model, name) for name in ("causal", *SHAPE))
 
@@ -512,7 +521,7 @@ def new_config(model: MaskPredictorConfig, text: tokenizers.Tokenizer) -> dict[s
     config |= {name: getattr(model, field) for field, name in family.fields.items()}
     config |= {"partial_rotary_factor": model.rotary / model.K} if model.rotary else {}
     config |= _scaling(model)
-    config |= {"block_size": model.block} if model.block and model.block != family.block else {}
+    config |= {family.block_name: model.block} if model.block and model.block != family.block else {}
   if family.name == "LLaDA2":
     config["num_shared_experts"] = model.S // model.X
   if family.name == "LLaDA-MoE":

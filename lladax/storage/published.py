@@ -165,11 +165,11 @@ def _block(folder: Path, config: dict[str, Any], family: layout.Family, said: Sa
     if said.block is not None:
       raise Mistake(f"{folder}: block={said.block}: {family.name} has no blocks; leave it out")
     return 0
-  block = said.block or config.get("block_size") or family.block
+  block = said.block or family.block_of(config)
   if not block or block < 0:
     raise Mistake(
-      f"{folder}/config.json: block_size={shown(config.get('block_size'))}: {family.name} generates by blocks: say of"
-      " how many tokens, as block=4"
+      f"{folder}/config.json: {family.block_name}={shown(config.get(family.block_name))}: {family.name} generates by"
+      " blocks: say of how many tokens, as block=4"
     )
   return block
 
@@ -239,6 +239,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "remasking": "high_entropy",
   },
   "SDAR": {"gen_length": 2048, "block_steps": 4, "threshold": 0.9, "early_stop": True},
+  "Fast-dLLM v2": {"gen_length": 2048, "block_steps": 32, "threshold": 0.9, "early_stop": True},
 }  # fmt: skip
 
 
@@ -256,7 +257,7 @@ def _defaults(folder: Path, config: dict[str, Any], model: MaskPredictorConfig) 
     if named_so or any("editing_threshold" in path.read_text("utf-8", "replace") for path in folder.glob("*.py")):
       name = "LLaDA2.1"
   found = dict(_DEFAULTS.get(name, {}))
-  if name == "SDAR":
+  if name in ("SDAR", "Fast-dLLM v2"):
     found["block_steps"] = model.block
   if "gen_length" in found:  # and there is room for a prompt
     unit = model.block or 1
@@ -307,7 +308,7 @@ def _mask_id(path: Path) -> int | None:
   """The token that a vocabulary calls a mask; None where there is no such token, or no file."""
   if not path.is_file():
     return None
-  found = map(_vocabulary(path).token_to_id, ("<|mdm_mask|>", "<[MASK]>", "<|mask|>", "<|MASK|>"))
+  found = map(_vocabulary(path).token_to_id, ("<|mdm_mask|>", "<[MASK]>", "<|mask|>", "<|MASK|>", "|<MASK>|"))
   return next((i for i in found if i is not None), None)
 
 

@@ -20,14 +20,15 @@ MASK, EOS = 15, 14
 def models():
   found = {}
 
-  def make(n, scale=1.0):
-    if (n, scale) not in found:
-      c = MaskPredictorConfig(D=16, N=2, H=2, G=1, K=8, F=24, V=17, block=n, dtype="float32", max_length=128)
+  def make(n, scale=1.0, **fields):
+    key = n, scale, *fields.items()
+    if key not in found:
+      c = MaskPredictorConfig(D=16, N=2, H=2, G=1, K=8, F=24, V=17, block=n, dtype="float32", max_length=128, **fields)
       shapes = jax.eval_shape(c.init, jax.random.key(0))
       rng = np.random.default_rng(n)
       params = jax.tree.map(lambda x: jax.device_put(np.float32(scale * rng.standard_normal(x.shape))), shapes)
-      found[n, scale] = LLaDA(c, params, None, mask_id=MASK, eos_id=EOS, vocab_size=15)
-    return found[n, scale]
+      found[key] = LLaDA(c, params, None, mask_id=MASK, eos_id=EOS, vocab_size=15)
+    return found[key]
 
   return make
 
@@ -103,10 +104,13 @@ CASES = {
 }  # fmt: skip
 
 
+SHIFTED = ("threshold", "edits", "stops", "steps of a block")
+
+
 @pytest.mark.parametrize("n", [1, 4, 8])
-@pytest.mark.parametrize("case", CASES)
-def test_the_cache_and_the_batch_change_nothing(models, n, case):
-  llada, options = models(n), CASES[case]
+@pytest.mark.parametrize("case, shift", [*((case, False) for case in CASES), *((case, True) for case in SHIFTED)])
+def test_the_cache_and_the_batch_change_nothing(models, n, case, shift):
+  llada, options = models(n, shift=shift), CASES[case]
   gen_length = 24
   out = llada.sample(prompts(), gen_length=gen_length, **({"steps": gen_length} | options))
   told = {{"edit_threshold": "edit", "max_post_passes": "most"}.get(name, name): x for name, x in options.items()}
@@ -142,9 +146,10 @@ def test_what_a_model_of_blocks_has_decided(models):
     SamplerConfig(edit_threshold=0.5, cache="dual")
 
 
-def test_canvases_with_gaps(models):
+@pytest.mark.parametrize("shift", [False, True])
+def test_canvases_with_gaps(models, shift):
   """Blocks are filled from left to right; a given block behind a gap sees what was filled in."""
-  llada = models(4)
+  llada = models(4, shift=shift)
   rows = [[1, MASK, 3, 4, 5, 6, 7, 8, 9, MASK], [MASK] * 6, [1, 2, 3, 4, 5, 6, 7, MASK, 9, 10, 11, 12, MASK]]
   out = llada.unmask(rows, steps=99)
   for i, row in enumerate(rows):

@@ -50,6 +50,7 @@ CASES = {
   "Qwen3, tied, by blocks, with free rows": ("Qwen3", FREE | {"tie_word_embeddings": True}, {"noise.block": 4}, "SDAR"),
   "Qwen3-MoE, by blocks": ("Qwen3-MoE", FREE, {"noise.block": 8}, "SDAR-MoE"),
   "Qwen2, shifted": ("Qwen2", FULL, {"model.shift": True}, "Dream"),
+  "Qwen2, shifted, by blocks": ("Qwen2", FULL, {"model.shift": True, "noise.block": 8}, "Fast-dLLM v2"),
   "Llama": ("Llama", FULL, {}, "iLLaDA"),
   "Llama with free rows": ("Llama", FREE, {}, "iLLaDA"),
   "SDAR, longer blocks": ("SDAR", FREE | {"mask_token_id": 258}, {"noise.block": 8}, "SDAR"),
@@ -76,7 +77,7 @@ def test_what_is_exported_is_what_it_has_become(case, tiny, tmp_path):
   assert theirs.tokenizer.fingerprint == ours.tokenizer.fingerprint
   tokens_BL = np.random.default_rng(0).integers(0, theirs.vocab_size, (2, 16))
   np.testing.assert_array_equal(theirs.logits(tokens_BL), ours.logits(tokens_BL))
-  options = {"gen_length": 8, "steps": 8} | ({} if theirs.model.block else {"block_length": 8})
+  options = theirs.defaults | {"gen_length": 8} | ({} if theirs.model.block else {"steps": 8, "block_length": 8})
   assert theirs.sample("red", **options).text == ours.sample("red", **options).text
   said = json.loads((tmp_path / "target" / "config.json").read_text())
   if case == "Dream, as it was":

@@ -126,6 +126,10 @@ def test_rows_of_a_model_of_blocks_answer_as_each_would_alone(common, seed):
   assert_as_alone(make(block=8), rows(common), seed)
 
 
+def test_rows_of_shifted_blocks_answer_as_each_would_alone():
+  assert_as_alone(make(block=8, shift=True), rows({"gen_length": 13, "threshold": 0.4}))
+
+
 @pytest.mark.parametrize("block", [pytest.param(0, marks=pytest.mark.slow), 8])
 def test_canvases_answer_as_each_would_alone(block):
   rng, asked = np.random.default_rng(3), []

@@ -25,8 +25,8 @@ def geometry(seed):
   fields |= dict(V=any_of(11, 17), tied=any_of(False, True), qk_norm=any_of(False, True), qkv_bias=any_of(False, True))
   fields |= dict(norm_eps=any_of(1e-6, 1e-2), rope_theta=any_of(20.0, 1e4), dtype="float32", max_length=32)
   fields["rotary"] = K // 2 // 2 * 2 if K % 2 or any_of(False, True) else 0
-  kind = ("mask", "shift", "causal", "causal shift", "blocks")[seed % 5]
-  fields |= {"shift": "shift" in kind, "causal": "causal" in kind, "block": any_of(2, 3) if kind == "blocks" else 0}
+  kind = ("mask", "shift", "causal", "causal shift", "blocks", "blocks shift")[seed % 6]
+  fields |= {"shift": "shift" in kind, "causal": "causal" in kind, "block": any_of(2, 3) if "blocks" in kind else 0}
   scaling = rope.SCALINGS[seed % 4]
   if scaling != "none":
     few = any_of(0.05, 0.2)
@@ -43,13 +43,14 @@ def geometry(seed):
   return MaskPredictorConfig(**fields)
 
 
-SEEDS = range(20)
+SEEDS = range(24)
 
 
 def test_the_random_shapes_have_everything():
   found = [geometry(seed) for seed in SEEDS]
   for name in ("shift", "causal", "block", "qk_norm", "qkv_bias", "rotary", "tied", "S", "dense", "router_groups"):
     assert {bool(getattr(c, name)) for c in found} == {False, True}, name
+  assert {(c.shift, bool(c.block)) for c in found} == {(x, y) for x in (False, True) for y in (False, True)}
   routed = [c for c in found if c.E]
   assert {c.rope_scaling for c in found} == set(rope.SCALINGS)
   assert {(c.router, c.router_bias) for c in routed} == {(x, y) for x in ("softmax", "sigmoid") for y in (False, True)}

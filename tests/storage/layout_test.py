@@ -112,7 +112,7 @@ def test_every_key_of_a_config_counts_or_is_harmless(name):
   """Taken away or set to something else, a key changes the model, or is refused, or is on the list of the harmless."""
   model, problems = model_of(name)
   assert model is not None and not problems
-  identity = {"mask_token_id", "eos_token_id", "pad_token_id", "block_size", "vocab_size"}  # published.py's
+  identity = {"mask_token_id", "eos_token_id", "pad_token_id", "block_size", "bd_size", "vocab_size"}  # published.py's
   for key, value in CONFIGS[name].items():
     if key in layout._HARMLESS or key in identity or key in ("model_type", "architectures"):
       continue

@@ -186,6 +186,7 @@ def test_what_no_published_layout_says(model, said):
   ("model", "name"),
   [
     ({}, "LLaDA"), ({"K": 8}, "iLLaDA"), ({"rotary": 8}, "iLLaDA"), ({"shift": True, "qkv_bias": True}, "Dream"),
+    ({"block": 4, "shift": True, "qkv_bias": True}, "Fast-dLLM v2"),
     ({"block": 4, "qk_norm": True}, "SDAR"), ({"causal": True, "shift": True}, "Llama"),
     ({"causal": True, "shift": True, "qkv_bias": True}, "Qwen2"),
     ({"causal": True, "shift": True, "qk_norm": True, "K": 8}, "Qwen3"),
