@@ -33,12 +33,23 @@ from lladax.model.attention import Visible
 Params = dict[str, Any]
 Cache = dict[str, jax.Array]  # {"k": k_NBLGK, "v": v_NBLGK}
 
+# What makes a whole weight of a device's part of it, filled up for its GPU.
+_GATHERS = ("sharding_constraint", "all_gather", "reshape", "pad")
+
+
+def _all_but_gathered(primitive, *_, **params) -> bool:
+  """As JAX's `save_anything_except_these_names`, which in 0.10.2 is true of everything."""
+  inner = getattr(params.get("call_jaxpr"), "eqns", ())  # of `sharding.gather`, which has a gradient of its own
+  gathers = primitive.name in _GATHERS or (inner and all(x.primitive.name in _GATHERS for x in inner))
+  return not gathers and params.get("name") != "gathered"
+
+
 # What the backward pass finds ready; the rest is computed again. Gathered weights are gathered again in every case.
 # Only fused kernels name what they leave: of XLA's attention nothing is worth its place; and experts the products of
 # their rows, which no policy for matmuls sees.
 _ATTENTION = jax.checkpoint_policies.save_only_these_names("attention", "grouped")
 REMAT = {
-  "none": jax.checkpoint_policies.save_anything_except_these_names("gathered"),
+  "none": _all_but_gathered,
   "dots": jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _ATTENTION
   ),

@@ -250,6 +250,27 @@ def test_what_saves_memory_or_time_changes_neither_loss_nor_gradient(fields, per
   chex.assert_trees_all_close(actual, expected, atol=2e-5)
 
 
+@pytest.mark.parametrize("experts", [{}, {"E": 4, "J": 2, "X": 256}], ids=["dense", "experts"])
+def test_gathered_weights_do_not_wait_for_the_backward_pass(experts):
+  """What a layer more takes of a device that has an eighth of each matrix is less than its matrices (it was more than twice that)."""
+  mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=8))
+  tokens_BL = jax.ShapeDtypeStruct((8, 2), jnp.int32, sharding=sharding.shardings(mesh, "BL"))
+
+  def of(N):
+    """(temporary bytes, bytes of a layer's matrices) of the loss's gradient by a loop over N layers."""
+    c = MaskPredictorConfig(D=128, N=N, H=4, G=4, K=32, F=512, V=16, dtype="bfloat16", **experts)
+    loss = lambda params, x_BL: c.bind(params).weighted_nll(x_BL, x_BL, jnp.ones((8, 2)))[0]  # noqa: E731
+    with jax.set_mesh(mesh):
+      at = sharding.shardings(mesh, c.letters())
+      shapes = jax.eval_shape(c.init, jax.random.key(0))
+      shapes = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, at)
+      program = jax.jit(jax.grad(loss), out_shardings=at).lower(shapes, tokens_BL).compile()
+    return program.memory_analysis().temp_size_in_bytes, 2 * sum(x.size for x in jax.tree.leaves(shapes["blocks"])) / N
+
+  (few, layer), (more, _) = of(9), of(13)
+  assert few < more < few + 4 * layer
+
+
 def test_bfloat16_computes_float32_logits():
   c = dataclasses.replace(TINY, dtype="bfloat16")
   params, tokens_BL = random_params(c), random_tokens(c, 2, 6)
