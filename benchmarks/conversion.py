@@ -2,16 +2,16 @@
 
   python benchmarks/conversion.py [--workdir=runs/conversion] [--causal_steps=300] [--config.steps=...]
 
-Trains a causal model, and from it (`init_from`), and from nothing, a model of blocks (of `noise.block`) and one of the
-whole canvas with `model.shift`, whose state at a token still predicts the next one; from the causal one also without.
-All see the same batches with the same noise. Those from nothing go on for `causal_steps` more: as many steps as the
-others have had in all.
+Trains a causal model, and from nothing, and from it (`init_from`), a model of blocks (of `noise.block`) and one of the
+whole canvas; those from it twice, with `model.shift`, where the state at a token still predicts the next one, and
+without. All see the same batches with the same noise. Those from nothing go on for `causal_steps` more: as many steps
+as the others have had in all.
 
 The learning rate of mask predictors stays at its peak after warming up, so that every point of a curve is what a run of
 so many steps gives; the causal model's is the config's.
 
-Writes WORKDIR/conversion.json, .md and .svg; the runs are in WORKDIR/causal, blocks_nothing, blocks_converted,
-whole_nothing, whole_converted and whole_unshifted, and go on where they were stopped.
+Writes WORKDIR/conversion.json, .md and .svg; the runs are in WORKDIR/causal, and blocks_nothing, blocks_shifted,
+blocks_unshifted and likewise whole_*, and go on where they were stopped.
 """
 
 import importlib.util
@@ -31,7 +31,7 @@ from lladax.training import trainer
 flags.DEFINE_integer("causal_steps", 300, "Steps of the causal model.", lower_bound=1)
 
 Curve = list[tuple[int, float, float]]  # (step, held-out bits per byte, their standard error)
-BEGAN = {"nothing": "from nothing", "converted": "from the causal model", "unshifted": "from the causal model"}
+BEGAN = {"nothing": "from nothing", "shifted": "from the causal model", "unshifted": "from the causal model"}
 
 
 def main(argv: list[str]) -> None:
@@ -55,16 +55,12 @@ def main(argv: list[str]) -> None:
     "optimizer": values["optimizer"] | {"schedule": ((max(steps // 20, 1), peak), (-1, peak))},
   }  # fmt: skip
   for way in ("blocks", "whole"):
-    own |= {
-      "noise": values["noise"] | {"block": block if way == "blocks" else 0},
-      "model": values["model"] | {"shift": way == "whole"},
-    }
-    found[way] = {
-      "nothing": trained(own | {"steps": steps + before}, workdir / f"{way}_nothing"),
-      "converted": trained(own | {"init_from": str(workdir / "causal")}, workdir / f"{way}_converted"),
-    }
-  own["model"] = values["model"] | {"shift": False}
-  found["whole"]["unshifted"] = trained(own | {"init_from": str(workdir / "causal")}, workdir / "whole_unshifted")
+    own["noise"] = values["noise"] | {"block": block if way == "blocks" else 0}
+    found[way] = {"nothing": trained(own | {"steps": steps + before}, workdir / f"{way}_nothing")}
+    for name in ("shifted", "unshifted"):
+      model = values["model"] | {"shift": name == "shifted"}
+      converted = own | {"model": model, "init_from": str(workdir / "causal")}
+      found[way][name] = trained(converted, workdir / f"{way}_{name}")
   rows = table(found)
   (workdir / "conversion.json").write_text(json.dumps(found, indent=1))
   (workdir / "conversion.md").write_text("\n".join(rows) + "\n", encoding="utf-8")
@@ -108,7 +104,7 @@ def needed(curve: Curve, bound: float, before: int, instead_of: int) -> str:
 
 def words(found: dict[str, Any], way: str, name: str) -> str:
   """What a model predicts."""
-  return f"blocks of {found['block']}" if way == "blocks" else "the whole canvas" + ", shifted" * (name != "unshifted")
+  return (f"blocks of {found['block']}" if way == "blocks" else "the whole canvas") + ", shifted" * (name == "shifted")
 
 
 def table(found: dict[str, Any]) -> list[str]:
@@ -145,12 +141,12 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
   figure, both = pyplot.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
   labels = BEGAN | {"unshifted": "the same, not shifted"}
+  looks = {"nothing": ("#d55e00", "s"), "shifted": ("#0072b2", "o"), "unshifted": ("#56b4e9", "^")}
   for way, axes in zip(("blocks", "whole"), both, strict=True):
-    looks = {"nothing": ("#d55e00", "s"), "converted": ("#0072b2", "o"), "unshifted": ("#56b4e9", "^")}
     for name, curve in found[way].items():
       (colour, marker), (steps, bits, _) = looks[name], zip(*curve, strict=True)
       axes.plot(steps, bits, marker, ls="-", markersize=3, color=colour, label=labels[name])
-      if name == "converted":
+      if name == "shifted":
         late = [step + found["causal_steps"] for step in steps]
         axes.plot(late, bits, ls=":", color=colour, label="the same, causal steps counted")
     axes.axhline(found["causal"][1], color="#808080", linestyle="--", label="the causal model itself")

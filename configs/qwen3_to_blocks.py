@@ -6,9 +6,10 @@
   python -m lladax.main --workdir=/shared/runs/qwen3_blocks --mode=export --target=/shared/runs/qwen3_blocks_published
 
 [MASK] is the first row of the embedding behind the vocabulary, as SDAR's; its embedding is drawn like the words'.
-Targets stand where their masks do: the causal model's shift is dropped (`model.shift` keeps it, for a canvas that is
-one block, as Dream does). Documents see only themselves. `:grow` warms up through blocks of 1 and 4 to 32, as LLaDA2.0
-does (arXiv 2512.15745), and `:dream` is a canvas of one block with the shift kept.
+Targets stand where their masks do: the causal model's shift is dropped. Documents see only themselves. `:grow` warms up
+through blocks of 1 and 4 to 32, as LLaDA2.0 does (arXiv 2512.15745). The shift is kept by `:dream`, a canvas of one
+block, and by `:fast`, blocks of 32 whose tokens are each masked in one of two passes, as Fast-dLLM v2 does it with
+Qwen2.5 (arXiv 2509.26328).
 
 What is SDAR's here: the model, blocks of 4, the mask, the loss. Its batches and learning rates are not published as
 far as we know, and these are ours. Not run by us: what is tested here is that it builds, its parameter count, and its
@@ -20,6 +21,7 @@ from lladax.configs import base, llada_8b
 VARIANTS = {
   "grow": {"noise.block": 0, "noise.blocks": ((0.02, 1), (0.05, 4), (-1, 32))},
   "dream": {"noise.block": 0, "model.shift": True},
+  "fast": {"noise.block": 32, "noise.complements": True, "noise.weights": "flat", "model.shift": True},
   "h100_8": {"micro_batches": 16, "model.remat": "full"},
   "v5p_4x4x4": {"mesh.fsdp": 16, "mesh.data": -1, "model.head_chunk": 4096},
 }  # fmt: skip

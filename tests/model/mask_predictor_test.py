@@ -252,7 +252,7 @@ def test_what_saves_memory_or_time_changes_neither_loss_nor_gradient(fields, per
 
 @pytest.mark.parametrize("experts", [{}, {"E": 4, "J": 2, "X": 256}], ids=["dense", "experts"])
 def test_gathered_weights_do_not_wait_for_the_backward_pass(experts):
-  """What a layer more takes of a device that has an eighth of each matrix is less than its matrices (it was more than twice that)."""
+  """What a layer more takes of a device that has an eighth of each matrix is less than its matrices; it was twice."""
   mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=8))
   tokens_BL = jax.ShapeDtypeStruct((8, 2), jnp.int32, sharding=sharding.shardings(mesh, "BL"))
 
