@@ -1,6 +1,7 @@
 """Values from outside, held against the types that fields declare: one rule for configs, options and arguments."""
 
 import ast
+import collections
 import dataclasses
 import difflib
 import inspect
@@ -42,6 +43,15 @@ def parse(values: dict[str, Any], cls: Any, path: str) -> Any:
     else:
       fields[field.name] = typed(values[field.name], kind, where)
   return cls(**fields)
+
+
+def json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """`json.loads`'s `object_pairs_hook`; ValueError for a name that stands twice, of which others keep the last."""
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    twice = next(name for name, n in collections.Counter(name for name, _ in pairs).items() if n > 1)
+    raise ValueError(f"the field {twice!r:.80} stands twice in one object")
+  return found
 
 
 def check(group: Any, path: str) -> None:

@@ -85,6 +85,8 @@ _SERVE = [
     (flags.DEFINE_integer, "queue", "texts that may wait (default: 64)"),
     (flags.DEFINE_float, "timeout", "seconds that an answer may take (default: 600)"),
     (flags.DEFINE_float, "drain_seconds", "seconds that answers may still take when it is to end (default: 30)"),
+    (flags.DEFINE_integer, "max_body", "bytes of a request (default: 4 MiB)"),
+    (flags.DEFINE_integer, "connections", "that may be open at once (default: 1024)"),
     (flags.DEFINE_bool, "warmup", "compile before the first request"),
     (flags.DEFINE_bool, "log_text", "write what is asked and answered into the log"),
   )

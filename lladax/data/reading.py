@@ -31,6 +31,7 @@ from typing import Any
 
 import fsspec
 
+from lladax import fields
 from lladax.mistake import Missing, Mistake
 
 if sys.version_info >= (3, 14):
@@ -254,19 +255,11 @@ def _json(file: io.BufferedReader, where: str, tally: Tally) -> Iterator[Record]
 
 def _parse(text: str, where: str) -> Any:
   try:
-    return json.loads(text, object_pairs_hook=_object)
+    return json.loads(text, object_pairs_hook=fields.json_object)
   except RecursionError:
     raise Mistake(f"{where} is not JSON that can be read: it is nested too deeply") from None
   except ValueError as error:  # also of a number of more digits than Python takes
     raise Mistake(f"{where} is not JSON: {error}") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  found = dict(pairs)
-  if len(found) < len(pairs):
-    twice = next(name for name, count in collections.Counter(name for name, _ in pairs).items() if count > 1)
-    raise ValueError(f"the field {short(twice)} stands twice in one object")
-  return found
 
 
 def _rows(file: Any, where: str, columns: tuple[str, ...], tally: Tally) -> Iterator[Record]:

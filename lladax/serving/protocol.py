@@ -4,7 +4,6 @@ The life of a request: bytes -> a body of known fields (`decode`) -> `Asked`: a 
 is wanted (`replies.py`). It knows neither HTTP nor a queue.
 """
 
-import collections
 import dataclasses
 import difflib
 import json
@@ -76,18 +75,11 @@ def decode(content: bytes) -> dict[str, Any]:
     Refused: it is no JSON, or no object, or one whose readers would not agree: names twice, NaN, half characters.
   """
 
-  def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-      twice = next(name for name, n in collections.Counter(name for name, _ in pairs).items() if n > 1)
-      raise ValueError(f"the field {twice!r:.80} is there twice")
-    return found
-
   def constant(name: str) -> Any:
     raise ValueError(f"{name} is no number of JSON")
 
   try:
-    body = json.loads(content.decode("utf-8"), object_pairs_hook=once, parse_constant=constant)
+    body = json.loads(content.decode("utf-8"), object_pairs_hook=fields.json_object, parse_constant=constant)
     json.dumps(body, ensure_ascii=False).encode()
   except RecursionError:
     raise Refused("the body's lists and objects are too deep") from None

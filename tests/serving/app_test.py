@@ -276,7 +276,8 @@ def test_pages_of_one_other_origin_may_ask_if_that_is_said(served):
 
 
 @pytest.mark.parametrize("fields", [{"host": ""}, {"port": 70000}, {"rows": 0}, {"timeout": 0.0}, {"cors": "*"},
-                                    {"drain_seconds": -1.0}, {"queue": 0}])  # fmt: skip
+                                    {"drain_seconds": -1.0}, {"queue": 0}, {"max_body": 0},
+                                    {"connections": 0}])  # fmt: skip
 def test_settings_that_cannot_be(fields):
   (name,) = fields
   with pytest.raises(Mistake, match=f"--{name}"):
