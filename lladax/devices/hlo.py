@@ -96,8 +96,9 @@ class Program:
     return {name: {x.name: x for x in lines} for name, lines in self.computations.items()}
 
   def trips(self, loop: Instruction) -> int:
-    """How often a loop runs: what the compiler knows, or what its condition and its counter say; 1 if they do not."""
-    if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
+    """How often a loop runs: what the compiler knows, `rounds` says, or condition and counter do; 1 if none does."""
+    said = r'op_name="[^"]*\brounds:(\d+)\b[^"]*/while"'
+    if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"') or loop.attribute(said):
       return int(known)
     condition, body = (self.named.get(loop.attribute(rf"{name}=%?([\w.\-]+)"), {}) for name in ("condition", "body"))
     limits = [int(x.literal) for x in condition.values() if x.op == "constant" and re.match(r"[su]32\[\]", x.result)]
@@ -123,6 +124,11 @@ class Program:
       frame, at = self.frames[at]
       found.append(frame)
     return found
+
+
+def rounds(n: int) -> str:
+  """The scope of a loop whose rounds are counted as it runs, and that has about so many: for `Program.trips`."""
+  return f"rounds:{n}"
 
 
 def parse(text: str) -> Program:

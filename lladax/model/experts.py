@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lladax.devices import sharding
+from lladax.devices import hlo, sharding
 
 LETTERS = {"router": "DE", "choice": "E", "experts_gate": "EDX", "experts_up": "EDX", "experts_down": "EXD"}
 MATRICES = {"experts_gate": "D", "experts_up": "D", "experts_down": "X"}  # what may have adapters, and its input
@@ -314,11 +314,18 @@ def feed_forward(
     first = jax.lax.axis_index(own) * E if own else 0
     layout = lay_out(expert_TJ.reshape(-1) - first, E, tile, chunk)
 
+    # Where loads are even; of an expert's last tile a half is filled.
+    tiles = expert_TJ.size * E // c.E // tile + E // 2
+
+    def multiply(x_PI, name, dtype):
+      with jax.named_scope(hlo.rounds(-(-tiles // max(chunk, 1)))):
+        return grouped_matmul(x_PI, gathered(name), layout, chunk, dtype)
+
     def project(x_PI, name):
-      out = grouped_matmul(x_PI, gathered(name), layout, chunk, stream_dtype)
+      out = multiply(x_PI, name, stream_dtype)
       if name + "_a" in held:
-        low = grouped_matmul(x_PI, gathered(name + "_a"), layout, chunk, dtype)
-        high = grouped_matmul(low, gathered(name + "_b"), layout, chunk, stream_dtype)
+        low = multiply(x_PI, name + "_a", dtype)
+        high = multiply(low, name + "_b", stream_dtype)
         out += (c.lora_alpha / c.lora_rank) * high
       return out
 

@@ -143,7 +143,12 @@ ENTRY %main (p: (u32[], f32[8])) -> (u32[], f32[8]) {
 
 @pytest.mark.parametrize(
   ("step", "known", "trips"),
-  [("1", "", 9), ("2", "", 5), ("1", ', backend_config={"known_trip_count":{"n":"22"},"x":"1"}', 22)],
+  [
+    ("1", "", 9),
+    ("2", "", 5),
+    ("1", ', backend_config={"known_trip_count":{"n":"22"},"x":"1"}', 22),
+    ("1", f', metadata={{op_name="jit(f)/transpose(jvp({hlo.rounds(7)}))/while"}}', 7),
+  ],
 )
 def test_how_often_a_loop_runs(step, known, trips):
   program = hlo.parse(LOOP.replace("STEP", step).replace("KNOWN", known))

@@ -423,6 +423,26 @@ def test_no_array_of_all_tokens_times_all_experts_times_a_width():
   assert largest <= 2 * c.J * T * c.X < c.E * T * c.D / 5  # rows of tiles that are half empty
 
 
+@pytest.mark.parametrize("parts", [1, 4])
+def test_what_the_plan_is_told_of_the_loops_over_tiles(parts):
+  """Of a device's experts, forward and backward, where loads are even."""
+  c = Config(E=8, J=2, D=32, X=24)
+  mesh, n_BWD, weights = on_mesh(c, {"data": 8 // parts, "fsdp": 1, "tensor": parts}, W=64)
+  tokens = n_BWD.shape[0] * n_BWD.shape[1] // (8 // parts)  # of a device
+  with jax.set_mesh(mesh):
+    text = jax.jit(functools.partial(found, c=c)).lower(n_BWD, weights, n_BWD).compile().as_text()
+  program, (tile, chunk) = hlo.parse(text), experts.tiling(tokens, c)
+  own = c.E // parts
+  loops = [
+    program.trips(x)
+    for lines in program.computations.values()
+    for x in lines
+    if x.op == "while" and "rounds:" in x.rest
+  ]
+  expected = (tokens * c.J // parts // tile + own // 2) // chunk
+  assert 1 < expected < tokens and len(loops) >= 9 and set(loops) == {expected}
+
+
 def loops(policy):
   c = LLADA_MOE
 
