@@ -140,7 +140,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
   from matplotlib import pyplot
 
   figure, both = pyplot.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
-  labels = BEGAN | {"unshifted": "the same, not shifted"}
+  labels = BEGAN | {"shifted": "from the causal model, shift kept", "unshifted": "and dropped"}
   looks = {"nothing": ("#d55e00", "s"), "shifted": ("#0072b2", "o"), "unshifted": ("#56b4e9", "^")}
   for way, axes in zip(("blocks", "whole"), both, strict=True):
     for name, curve in found[way].items():
@@ -148,7 +148,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
       axes.plot(steps, bits, marker, ls="-", markersize=3, color=colour, label=labels[name])
       if name == "shifted":
         late = [step + found["causal_steps"] for step in steps]
-        axes.plot(late, bits, ls=":", color=colour, label="the same, causal steps counted")
+        axes.plot(late, bits, ls=":", color=colour, label="kept, causal steps counted")
     axes.axhline(found["causal"][1], color="#808080", linestyle="--", label="the causal model itself")
     axes.set_title(words(found, way, "nothing"), fontsize="medium")
     axes.set_xlabel("steps")
