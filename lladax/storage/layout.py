@@ -15,13 +15,13 @@ from lladax.model.mask_predictor import SHAPE, Block, MaskPredictorConfig
 from lladax.storage.safetensors import named, shown
 
 ROWS = 8192  # of the vocabulary that are moved at once
-_LLADA, _LLAMA, _LLADA2 = "model.transformer.blocks.{}.", "model.layers.{}.", "model.layers.{}."
+_LLADA, _LLAMA = "model.transformer.blocks.{}.", "model.layers.{}."
 
 
 def _layer(name: str, disk: str, *names: str) -> tuple[str, str, str, str, str]:
   """A row of `NAMES` for a parameter of the layers; of two names the second is LLaDA2's, too."""
   llada, llama, llada2 = (*names, names[1])[:3]
-  return name, disk, _LLADA + llada if llada else "", _LLAMA + llama, _LLADA2 + llada2
+  return name, disk, _LLADA + llada if llada else "", _LLAMA + llama, _LLAMA + llada2
 
 
 _QKV = "attention.query_key_value"  # of LLaDA2: q, k and v, one behind the other
@@ -215,7 +215,7 @@ def _rope(config: dict[str, Any], plain: bool, problems: list[str]) -> dict[str,
 
   Transformers 5 writes `rope_parameters`: theta, the kind, and its settings; or one such object per type of layer.
   """
-  found: dict[str, dict[str, Any]] = {"rope_theta": {"rope_theta": config.get("rope_theta")}}
+  thetas = {"rope_theta": config.get("rope_theta")}
   stretched: dict[str, dict[str, Any]] = {}
   for part, settings in _rope_parts(config):
     if not isinstance(settings, dict):
@@ -223,7 +223,7 @@ def _rope(config: dict[str, Any], plain: bool, problems: list[str]) -> dict[str,
       continue
     kind = settings.get("rope_type") or settings.get("type") or "default"
     known = _ROPE_KINDS.get(kind, ()) if isinstance(kind, str) and not plain else ()
-    found["rope_theta"][f"{part}.rope_theta"] = settings.get("rope_theta")
+    thetas[f"{part}.rope_theta"] = settings.get("rope_theta")
     for key, x in settings.items():
       harmless = (None, "default") if key in ("rope_type", "type") else (None, 1.0)
       harmless = (None,) if key.startswith("mscale") else harmless  # two of them take the place of YaRN's magnitude
@@ -237,7 +237,7 @@ def _rope(config: dict[str, Any], plain: bool, problems: list[str]) -> dict[str,
         problems.append(f"{named(part)}.{named(key)}={shown(x)} is not supported{kinds}")
     if known:
       stretched[part] = {key: settings.get(key) for key in known} | {"kind": kind}
-  given = {name: x for name, x in found["rope_theta"].items() if x is not None}
+  given = {name: x for name, x in thetas.items() if x is not None}
   theta = next(iter(given.values()), None)
   if any(x != theta for x in given.values()):
     problems.append(" and ".join(f"{name}={shown(x)}" for name, x in given.items()) + " disagree")
