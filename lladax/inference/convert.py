@@ -43,6 +43,12 @@ def from_published(
   checkpoint.check_workdir(workdir, ["config.json"], ["checkpoints", "tokenizer", "published"])
   theirs = published.read(published.find(source), said.check())
   dataclasses.replace(theirs.model, weights=values["model"].get("weights", "full"))  # must go together
+  c = sharding.MeshConfig(**values.get("mesh", {}))
+  at, step_at = None, None
+  if (c.fsdp, c.tensor) != (1, 1):  # copies of the parameters would help nobody here
+    mesh = sharding.make_mesh(c)
+    theirs.model.check_mesh(mesh)
+    at, step_at = sharding.shardings(mesh, theirs.model.letters()), sharding.shardings(mesh, "")
   text = theirs.identity["tokenizer"]
   for path in theirs.folder.iterdir():
     if path.is_file() and path.suffix in published.KEPT and path.name != safetensors.INDEX:
@@ -56,11 +62,6 @@ def from_published(
     special |= {"kind": settings["kind"], "path": "".join(map(address.of, files))}
     values = values | {"tokenizer": values["tokenizer"] | special}
   saver = checkpoint.Checkpoints(workdir)
-  c = sharding.MeshConfig(**values.get("mesh", {}))
-  at, step_at = None, None
-  if (c.fsdp, c.tensor) != (1, 1):  # copies of the parameters would help nobody here
-    mesh = sharding.make_mesh(c)
-    at, step_at = sharding.shardings(mesh, theirs.model.letters()), sharding.shardings(mesh, "")
   params = transfer.load_params(theirs, at)
   saver.save(0, {"step": jax.device_put(np.int32(0), step_at), "params": params})
   saver.close()

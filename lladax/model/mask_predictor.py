@@ -119,7 +119,7 @@ class MaskPredictorConfig:
   lora_targets: tuple[str, ...] = ("q", "k", "v", "out", "gate", "up", "down")  # the matrices that have adapters
 
   def __post_init__(self):
-    for name in "DNHGKF":
+    for name in (*"DNHGKF", "max_length"):
       if getattr(self, name) < 1:
         raise Mistake(f"model.{name}={getattr(self, name)}: must be at least 1")
     if self.H % self.G:

@@ -22,6 +22,8 @@ def check(c: Any) -> None:
     raise Mistake(f"model.K={c.K}: RoPE rotates pairs, the head width must be even")
   if c.rotary % 2 or not 0 <= c.rotary <= c.K:
     raise Mistake(f"model.rotary={c.rotary}: RoPE rotates pairs of a head's model.K={c.K}: use an even part; 0: all")
+  if not 1 < c.rope_theta < math.inf:
+    raise Mistake(f"model.rope_theta={c.rope_theta}: must be above 1, or all pairs turn alike")
   if c.rope_scaling not in SCALINGS:
     raise Mistake(f"model.rope_scaling={c.rope_scaling!r}: use one of {', '.join(SCALINGS)}")
   if c.rope_scaling == "none":

@@ -5,6 +5,7 @@ Llama's (iLLaDA, LLaDA-MoE, Dream, SDAR, Qwen), 2 as LLaDA2's.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,13 +15,13 @@ from lladax.model.mask_predictor import SHAPE, Block, MaskPredictorConfig
 from lladax.storage.safetensors import named, shown
 
 ROWS = 8192  # of the vocabulary that are moved at once
-_LLADA, _LLAMA, _LLADA2 = "model.transformer.blocks.{}.", "model.layers.{}.", "model.layers.{}."
+_LLADA, _LLAMA = "model.transformer.blocks.{}.", "model.layers.{}."
 
 
 def _layer(name: str, disk: str, *names: str) -> tuple[str, str, str, str, str]:
   """A row of `NAMES` for a parameter of the layers; of two names the second is LLaDA2's, too."""
   llada, llama, llada2 = (*names, names[1])[:3]
-  return name, disk, _LLADA + llada if llada else "", _LLAMA + llama, _LLADA2 + llada2
+  return name, disk, _LLADA + llada if llada else "", _LLAMA + llama, _LLAMA + llada2
 
 
 _QKV = "attention.query_key_value"  # of LLaDA2: q, k and v, one behind the other
@@ -105,7 +106,9 @@ _LLADA2_OPTIONS = {
   "output_router_logits": (False,), "moe_router_topk_scaling_factor": None, "num_nextn_predict_layers": (0,),
 }  # fmt: skip
 FAMILIES = (
-  Family("LLaDA", "llada", "LLaDAModelLM", 0),
+  Family(
+    "LLaDA", "llada", "LLaDAModelLM", 0, options={"partial_rotary_factor": (1.0, None), "rotary_dim": (None,)},
+  ),
   Family(
     "LLaDA-MoE", "llada", "LLaDAMoEModelLM", 1, {"router": "softmax"},
     {
@@ -157,8 +160,8 @@ _OPTIONS = _LLADA_OPTIONS | {
   "is_causal": (False,), "is_encoder_decoder": (False,), "add_cross_attention": (False,), "pruned_heads": ({},),
 }  # fmt: skip
 # Read beside FIELDS: by `_rope`, `_others` and `model_of`, and in published.py.
-_USED = """model_type architectures rope_scaling rope_parameters head_dim mlp_ratio vocab_size rotary_dim block_size
-partial_rotary_factor eos_token_id mask_token_id pad_token_id""".split()
+_USED = """model_type architectures rope_scaling rope_parameters head_dim vocab_size rotary_dim partial_rotary_factor
+eos_token_id mask_token_id pad_token_id""".split()
 # What no answer depends on, whatever it says: records, how it began, how it is to be run, defaults of generation.
 _HARMLESS = """auto_map transformers_version torch_dtype dtype tokenizer_class bos_token_id cls_token_id sep_token_id
 unk_token_id decoder_start_token_id finetuning_task task_specific_params problem_type id2label label2id num_labels
@@ -212,7 +215,7 @@ def _rope(config: dict[str, Any], plain: bool, problems: list[str]) -> dict[str,
 
   Transformers 5 writes `rope_parameters`: theta, the kind, and its settings; or one such object per type of layer.
   """
-  found: dict[str, dict[str, Any]] = {"rope_theta": {"rope_theta": config.get("rope_theta")}}
+  thetas = {"rope_theta": config.get("rope_theta")}
   stretched: dict[str, dict[str, Any]] = {}
   for part, settings in _rope_parts(config):
     if not isinstance(settings, dict):
@@ -220,21 +223,21 @@ def _rope(config: dict[str, Any], plain: bool, problems: list[str]) -> dict[str,
       continue
     kind = settings.get("rope_type") or settings.get("type") or "default"
     known = _ROPE_KINDS.get(kind, ()) if isinstance(kind, str) and not plain else ()
-    found["rope_theta"][f"{part}.rope_theta"] = settings.get("rope_theta")
+    thetas[f"{part}.rope_theta"] = settings.get("rope_theta")
     for key, x in settings.items():
       harmless = (None, "default") if key in ("rope_type", "type") else (None, 1.0)
       harmless = (None,) if key.startswith("mscale") else harmless  # two of them take the place of YaRN's magnitude
       if key in ("rope_type", "type") and known or key == "rope_theta" or key == "partial_rotary_factor" and not plain:
         continue
-      if key in known and (isinstance(x, bool) or not isinstance(x, int | float) or not 0 < x < math.inf):
-        problems.append(f"{named(part)}.{named(key)}={shown(x)}: must be a number above 0")
+      if key in known and not _positive(x):
+        problems.append(f"{named(part)}.{named(key)}={shown(x)}: {_POSITIVE}")
       elif key not in known and x not in harmless and (kind == "default" or known or key in ("rope_type", "type")):
         kinds = ("default", *(() if plain else _ROPE_KINDS)) if key in ("rope_type", "type") else ()
         kinds = f", only {', '.join(kinds)}" if kinds else ""
         problems.append(f"{named(part)}.{named(key)}={shown(x)} is not supported{kinds}")
     if known:
       stretched[part] = {key: settings.get(key) for key in known} | {"kind": kind}
-  given = {name: x for name, x in found["rope_theta"].items() if x is not None}
+  given = {name: x for name, x in thetas.items() if x is not None}
   theta = next(iter(given.values()), None)
   if any(x != theta for x in given.values()):
     problems.append(" and ".join(f"{name}={shown(x)}" for name, x in given.items()) + " disagree")
@@ -262,15 +265,25 @@ def _rope(config: dict[str, Any], plain: bool, problems: list[str]) -> dict[str,
 
 def _number(x: Any) -> float:
   """A number of config.json; 0 where it is none, which has been said, or is not there."""
-  return float(x) if isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < math.inf else 0.0
+  return float(x) if _positive(x) else 0.0
+
+
+_POSITIVE = "must be a number above 0, and less than 2^128"
+
+
+def _positive(x: Any) -> bool:
+  """Whether it is a number above 0, and not above what float32 has."""
+  return isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < 2.0**128
 
 
 def _typed(name: str, value: Any, kind: type, problems: list[str]) -> Any:
   """A value of config.json as our field's kind; None where it is none, which is said."""
   if isinstance(value, bool) != (kind is bool) or not isinstance(value, int | kind):
     problems.append(f"{name}={shown(value)}: expected {kind.__name__}")
-  elif kind is float and not 0 < value < math.inf:
-    problems.append(f"{name}={shown(value)}: must be a number above 0")
+  elif kind is float and not _positive(value):
+    problems.append(f"{name}={shown(value)}: {_POSITIVE}")
+  elif kind is int and abs(value) >= 2**31:
+    problems.append(f"{name}={shown(value)}: must be less than 2^31")
   else:
     return kind(value)
   return None
@@ -293,26 +306,28 @@ def _others(config: dict[str, Any], family: Family, K: int, fields: dict[str, An
       problems.append(f"{name} is missing")
   if not family.column:
     return found
-  shares = {"partial_rotary_factor": config.get("partial_rotary_factor")}
+  turned = {name: config.get(name) for name in ("rotary_dim", "partial_rotary_factor")}
   for part, settings in _rope_parts(config):
     if isinstance(settings, dict):
-      shares[f"{part}.partial_rotary_factor"] = settings.get("partial_rotary_factor")
-  widths = {"rotary_dim": config.get("rotary_dim")}
-  for name, share in shares.items():
-    if share is not None and (value := _typed(name, share, float, problems)) is not None:
-      widths[name] = int(K * value)
-  widths = {name: width for name, width in widths.items() if width is not None}
+      turned[f"{part}.partial_rotary_factor"] = settings.get("partial_rotary_factor")
+  widths = {}
+  for name, x in turned.items():
+    value = None if x is None else _typed(name, x, int if name == "rotary_dim" else float, problems)
+    if value is not None:
+      widths[name] = value if name == "rotary_dim" else int(K * value)
+  said = [f"{name}={shown(turned[name])}" for name in widths]
   if len(set(widths.values())) > 1:
-    problems.append(
-      " and ".join(f"{name}={shown(shares.get(name, config.get(name)))}" for name in widths) + " disagree"
-    )
+    problems.append(" and ".join(said) + " disagree")
   elif widths:
-    width = next(iter(widths.values()))
+    width = widths.popitem()[1]
+    if width < 1:
+      problems.append(f"{said[0]} turns none of a head's {K} numbers, and two of them are the least")
     found["rotary"] = 0 if width == K else width
   if family.name == "LLaDA2" and (shared := config.get("num_shared_experts")):
     found["S"] = (_typed("num_shared_experts", shared, int, problems) or 0) * found.get("X", 0)
   layers = config.get("moe_layer_freq")
-  if isinstance(layers, list) and layers and layers == sorted(layers) and set(layers) <= {0, 1} and layers[-1] == 1:
+  zeros_and_ones = isinstance(layers, list) and all(type(x) is int and x in (0, 1) for x in layers)
+  if zeros_and_ones and layers == sorted(layers) and 1 in layers:
     found["dense"] = layers.count(0)
     if len(layers) != fields["N"]:
       problems.append(f"moe_layer_freq names {len(layers)} layers, and num_hidden_layers={fields['N']}")
@@ -332,12 +347,13 @@ def model_of(config: dict[str, Any], family: Family, problems: list[str]) -> Mas
   if config.get("use_sliding_window") is False:
     config.pop("sliding_window", None)
   known = {name for _, *names in FIELDS for name in names} | {*family.fields.values(), *family.also.values()}
-  known |= {*_USED, *_HARMLESS, family.block_name}
+  known |= {*_USED, *_HARMLESS} | ({"mlp_ratio"} if family.column == 0 else set())
+  known |= {family.block_name} if family.block is not None else set()
   known |= {name for name, allowed in family.options.items() if allowed is None}
   known |= {"LLaDA2": {"num_shared_experts"}, "LLaDA-MoE": {"moe_layer_freq"}}.get(family.name, set())
   if family.name == "Llama":  # it is what its class does
     known |= {"is_causal"} if config.get("is_causal") else set()
-  options = _OPTIONS | family.options | ({} if family.column else {"partial_rotary_factor": (1.0, None)})
+  options = _OPTIONS | family.options
   for name, value in config.items():
     allowed = None if name in family.fields.values() else options.get(name)
     if allowed and value not in allowed and (value is not None or any(allowed)):  # null is not true
@@ -372,18 +388,20 @@ def model_of(config: dict[str, Any], family: Family, problems: list[str]) -> Mas
       fields[field] = typed
   if len(fields) < len(FIELDS):
     return None
-  K = config.get("head_dim") or fields["D"] // max(fields["H"], 1)
-  free = bool(config.get("head_dim")) and column
-  if type(K) is not int or (K * fields["H"] != fields["D"] and not free):
-    names = [names[column] for field, *names in FIELDS if field in ("D", "H")]
-    width = f"of head_dim={shown(config['head_dim'])}" if config.get("head_dim") else "of one width"
-    problems.append(f"{names[0]}={fields['D']} is not {names[1]}={fields['H']} heads {width}")
+  given = config.get("head_dim")
+  K = fields["D"] // max(fields["H"], 1) if given is None else _typed("head_dim", given, int, problems)
+  names = {field: names[column] for field, *names in FIELDS} | family.fields | {"K": "head_dim"}
+  if K is None:
+    return None
+  if K * fields["H"] != fields["D"] and (given is None or not column):
+    width = "of one width" if given is None else f"of head_dim={K}"
+    problems.append(f"{names['D']}={fields['D']} is not {names['H']}={fields['H']} heads {width}")
     return None
   fields |= {"K": K} | of_rope | _others(config, family, K, fields, problems)
   try:
     return MaskPredictorConfig(**fields)
   except Mistake as error:
-    problems.append(f"config.json: {error}")
+    problems.append("config.json: " + re.sub(r"model\.(\w+)", lambda field: names.get(field[1], field[0]), str(error)))
     return None
 
 

@@ -155,12 +155,12 @@ def read(folder: Path, said: Said = NOTHING) -> Published:
     _compare(model, family, merged, tensors, problems)
   if problems or model is None:
     raise Mistake(f"{folder}: {_listed(problems)}")
-  model = dataclasses.replace(model, block=_block(folder, config, family, said))
+  model = dataclasses.replace(model, block=_block(folder, config, family, said, model.max_length))
   return Published(folder, family, model, merged, tensors, identity(folder, model, said=said))
 
 
-def _block(folder: Path, config: dict[str, Any], family: layout.Family, said: Said) -> int:
-  """Tokens of a block; 0 where the family has none."""
+def _block(folder: Path, config: dict[str, Any], family: layout.Family, said: Said, most: int) -> int:
+  """Tokens of a block, which are `most` at most; 0 where the family has none."""
   if family.block is None:
     if said.block is not None:
       raise Mistake(f"{folder}: block={said.block}: {family.name} has no blocks; leave it out")
@@ -171,6 +171,9 @@ def _block(folder: Path, config: dict[str, Any], family: layout.Family, said: Sa
       f"{folder}/config.json: {family.block_name}={shown(config.get(family.block_name))}: {family.name} generates by"
       " blocks: say of how many tokens, as block=4"
     )
+  if block > most:
+    where = f"block={block}" if said.block else f"{folder}/config.json: {family.block_name}={block}"
+    raise Mistake(f"{where}: a block is longer than the longest text, of {most} tokens")
   return block
 
 
@@ -222,6 +225,8 @@ def identity(
       raise Mistake(f"{folder}/config.json: {field}={value}, and the embedding has {model.V} rows{instead}")
   ends = [i for i in (found["eos_id"], found["eot_id"], *ends) if i is not None]
   _check_ends(folder, "token {} ends a text", ends, model)
+  if found["mask_id"] in ends:
+    raise Mistake(f"{folder}: token {found['mask_id']} is [MASK], and ends a text: say which is which, as mask_id=5")
   defaults = _defaults(folder, config, model)
   return {"tokenizer": text, "ends": tuple(dict.fromkeys(ends)), "defaults": defaults} | found
 
@@ -260,10 +265,12 @@ def _defaults(folder: Path, config: dict[str, Any], model: MaskPredictorConfig) 
   if name in ("SDAR", "Fast-dLLM v2"):
     found["block_steps"] = model.block
   if "gen_length" in found:  # and there is room for a prompt
-    unit = model.block or 1
+    unit = model.block or (found["block_length"] if name == "LLaDA-MoE" else 1)
     found["gen_length"] = max(min(found["gen_length"], model.max_length // 2 // unit * unit), unit)
+  if "steps" in found:
+    found["steps"] = found["gen_length"]
   if name == "Dream":
-    found |= {"steps": found["gen_length"], "block_length": found["gen_length"]}
+    found["block_length"] = found["gen_length"]
   return found
 
 
@@ -285,7 +292,8 @@ def _tokenizer_config(path: Path, eos_id, mask_id, pad_id, masks: bool = True) -
   for field, id in (("eos_token_id", eos_id), ("mask_token_id", mask_id), ("pad_token_id", pad_id)):
     name = vocabulary.id_to_token(id) if isinstance(id, int) and 0 <= id < 2**32 else None
     if name is None and not (id is None and (field == "pad_token_id" or field == "mask_token_id" and not masks)):
-      raise Mistake(f"{path.parent}/config.json: {field}={id} is no token of {path.name}")
+      advice = "leave it out" if field == "pad_token_id" else f"say which it is, as {field.replace('_token', '')}=5"
+      raise Mistake(f"{path.parent}: {field}={shown(id)} is no token of {path.name}: {advice}")
     names[field] = name or ""
   eos, mask, pad = names.values()
   special = {"eos": eos, "pad": pad if pad != eos else ""} | ({"mask": mask} if mask else {})
@@ -340,10 +348,21 @@ def _refusal(config: dict[str, Any]) -> str | None:
     close = dict.fromkeys(family.name for kind in near for family in layout.FAMILIES if family.kind.lower() == kind)
     hint = f"; near it {'are' if close.keys() - {next(iter(close))} else 'is'} {', '.join(close)}" if close else ""
     why = f"this family is not known{hint}; known are {', '.join(known)}"
+  elif disagree := _disagreement(kind, names):
+    why = disagree
   elif not config.keys() & {"d_model", "hidden_size"}:
     why = "there is neither d_model nor hidden_size in it"
   said = f"config.json is of model_type={shown(kind)}, architectures={shown(classes)}"
   return why and f"{said}: {why}"
+
+
+def _disagreement(kind: Any, names: list[str]) -> str | None:
+  """What model_type and architectures say, where the one is a family's and the other another's."""
+  by_kind = {family.name: family.architecture for family in layout.FAMILIES if family.kind == kind}
+  by_class = [family.name for family in layout.FAMILIES if family.architecture in names]
+  if not by_kind or not by_class or by_kind.keys() & set(by_class):
+    return None
+  return f"the one is {' or '.join(by_kind)}, and the other {' or '.join(by_class)}: say in it which it is"
 
 
 def _compare(

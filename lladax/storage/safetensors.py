@@ -49,7 +49,7 @@ def headers(folder: Path, problems: list[str]) -> dict[str, Tensor]:
   files = sorted(path.name for path in folder.glob("*.safetensors"))
   if os.path.lexists(folder / INDEX):
     listed = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+    if not listed or not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
       problems.append(f"{INDEX} has no weight_map from tensors to files")
       return {}
     files = sorted(set(listed.values()))

@@ -141,6 +141,15 @@ def test_import_and_export_from_the_command_line(with_text, tmp_path):
     assert (code, stdout, stderr) == (1, "", f"lladax: {said}\n")
 
 
+def test_a_mesh_that_does_not_divide_the_model_leaves_nothing_behind(with_text, tmp_path):
+  for mesh, said in (({"tensor": 8}, "mesh.tensor=8 does not divide model.F=100"), ({"fsdp": 3}, "do not multiply")):
+    source = publish(tmp_path / f"{mesh}", WITH_TEXT | {"mlp_hidden_size": 100})
+    add_tokenizer(source)
+    with pytest.raises(ValueError, match=said):
+      convert.from_published(source, tmp_path / "workdir", {"model": {}, "tokenizer": {}, "mesh": mesh})
+    assert not (tmp_path / "workdir").exists()
+
+
 def test_fine_tuning_can_start_from_an_import(tmp_path):
   """The parameters alone, cast to float32, onto any mesh."""
   source, workdir = publish(tmp_path / "source", LLADA), tmp_path / "workdir"

@@ -10,7 +10,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from layouts import BF16, GOLDEN, ILLADA, LLADA, WITH_TEXT, add_tokenizer, complaint, publish
+from layouts import BF16, CONFIGS, GOLDEN, ILLADA, LLADA, WITH_TEXT, add_tokenizer, complaint, publish
 
 import lladax
 from lladax.mistake import Mistake
@@ -48,6 +48,8 @@ LLAMA = ILLADA | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     ({"model_type": "llada3_moe", "hidden_size": 64}, "this family is not known; near it are LLaDA2, SDAR-MoE"),
     ({"model_type": "sdar_v", "architectures": ["SDARV"]}, "near it are SDAR, SDAR-MoE; known are LLaDA, LLaDA-MoE"),
     ({"model_type": "qwen3"}, "there is neither d_model nor hidden_size in it"),
+    ({"model_type": "qwen2", "architectures": ["SDARForCausalLM"]}, "the one is Qwen2, and the other SDAR: say in it"),
+    ({"model_type": "llama", "architectures": ["LLaDAModelLM"]}, "the one is Llama, and the other LLaDA: say in it"),
     ({}, "neither a workdir's nor a published model's"),
   ],
 )  # fmt: skip
@@ -199,6 +201,40 @@ def test_what_ends_a_text_without_tokenizer_files(tmp_path):
   assert lladax.load(source).ends == (1, 7, 9)
   (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 256]}))
   assert "eos_token_id=256, and the embedding has 256 rows" in complaint(source)
+
+
+def test_a_token_that_is_none_or_two(tmp_path):
+  source = publish(tmp_path / "source", WITH_TEXT)
+  add_tokenizer(source)
+
+  def said(**changes):
+    (source / "config.json").write_text(json.dumps({k: x for k, x in (WITH_TEXT | changes).items() if x is not None}))
+    return complaint(source)
+
+  assert said(eos_token_id=None).endswith(
+    "eos_token_id=null is no token of tokenizer.json: say which it is, as eos_id=5"
+  )
+  assert said(pad_token_id=300).endswith("pad_token_id=300 is no token of tokenizer.json: leave it out")
+  assert "token 258 is [MASK], and ends a text: say which is which, as mask_id=5" in said(eos_token_id=[257, 258])
+  (source / "tokenizer.json").unlink()
+  assert "token 258 is [MASK], and ends a text" in said(eos_token_id=258)
+
+
+def test_a_block_is_no_longer_than_a_text(tmp_path):
+  source = publish(tmp_path / "source", CONFIGS["SDAR"] | {"block_size": 129})
+  assert complaint(source).endswith(
+    "config.json: block_size=129: a block is longer than the longest text, of 128 tokens"
+  )
+  with pytest.raises(Mistake, match="^block=1000: a block is longer than the longest text, of 128 tokens"):
+    lladax.load(source, block=1000)
+
+
+@pytest.mark.parametrize("name", ["LLaDA-MoE", "Dream"])
+def test_the_authors_options_fit_a_short_model(tmp_path, name):
+  source = publish(tmp_path / "source", CONFIGS[name] | {"max_position_embeddings": 100})
+  c = lladax.load(source).defaults
+  assert c["gen_length"] == c["steps"] == (32 if name == "LLaDA-MoE" else 50)
+  assert c["gen_length"] % c["block_length"] == 0
 
 
 def test_hub_names(monkeypatch):
