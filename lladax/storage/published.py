@@ -358,9 +358,9 @@ def _refusal(config: dict[str, Any]) -> str | None:
 
 def _disagreement(kind: Any, names: list[str]) -> str | None:
   """What model_type and architectures say, where the one is a family's and the other another's."""
-  by_kind = {family.name: family.architecture for family in layout.FAMILIES if family.kind == kind}
-  by_class = [family.name for family in layout.FAMILIES if family.architecture in names]
-  if not by_kind or not by_class or by_kind.keys() & set(by_class):
+  by_kind = [x.name for x in layout.FAMILIES if x.kind == kind or (kind, x.name) == ("llada", "iLLaDA")]
+  by_class = [x.name for x in layout.FAMILIES if x.architecture in names]
+  if not by_kind or not by_class or {*by_kind} & {*by_class}:
     return None
   return f"the one is {' or '.join(by_kind)}, and the other {' or '.join(by_class)}: say in it which it is"
 

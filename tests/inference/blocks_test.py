@@ -107,7 +107,7 @@ CASES = {
 SHIFTED = ("threshold", "edits", "stops", "steps of a block")
 
 
-@pytest.mark.parametrize("n", [1, 4, 8])
+@pytest.mark.parametrize("n", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 8))])
 @pytest.mark.parametrize("case, shift", [*((case, False) for case in CASES), *((case, True) for case in SHIFTED)])
 def test_the_cache_and_the_batch_change_nothing(models, n, case, shift):
   llada, options = models(n, shift=shift), CASES[case]

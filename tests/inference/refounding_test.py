@@ -59,7 +59,7 @@ CASES = {
 }
 
 
-QUICK = ("Qwen3, by blocks", "Llama with free rows", "LLaDA2, shorter blocks")
+QUICK = ("Qwen3, by blocks", "Llama with free rows")
 
 
 @pytest.mark.parametrize("case", [pytest.param(x, marks=[pytest.mark.slow] * (x not in QUICK)) for x in CASES])
