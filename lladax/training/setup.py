@@ -74,6 +74,11 @@ def prepare(config: Config, workdir: Path, allow: Sequence[str] = ()) -> Run:
         f"model.lora_rank={config.model.lora_rank}: {base} is autoregressive, and what it knows of [MASK] is not in the"
         " adapters: train all of it, and adapters over that"
       )
+    if config.model.shift and not becomes and not shape["shift"]:
+      raise Mistake(
+        f"model.shift=True: {base} has none, its states predict their own places: leave it out, or begin from an"
+        " autoregressive model"
+      )
     shape |= {"shift": config.model.shift} if becomes else {}  # what to do about it is the config's to say
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **shape))
     console.print(f"parameters, their shape and the tokenizer are those of {base}")

@@ -238,6 +238,8 @@ def test_a_causal_model_becomes_a_mask_predictor(causal, tiny, tmp_path, changes
 
 def test_what_a_causal_model_cannot_become(causal, tiny, tmp_path):
   base = {"init_from": str(causal), "data.segments": True}
+  with pytest.raises(Mistake, match="model.shift=True: .* has none, its states predict their own places"):
+    setup.prepare(tiny(base | {"model.shift": True, "objective": "autoregressive"}), tmp_path)
   with pytest.raises(Mistake, match="model.lora_rank=2: .* is autoregressive, and what it knows of"):
     setup.prepare(tiny(base | {"model.lora_rank": 2}), tmp_path)
 
