@@ -326,11 +326,11 @@ def _others(config: dict[str, Any], family: Family, K: int, fields: dict[str, An
   if family.name == "LLaDA2" and (shared := config.get("num_shared_experts")):
     found["S"] = (_typed("num_shared_experts", shared, int, problems) or 0) * found.get("X", 0)
   layers = config.get("moe_layer_freq")
-  zeros_and_ones = isinstance(layers, list) and all(type(x) is int and x in (0, 1) for x in layers)
-  if zeros_and_ones and layers == sorted(layers) and 1 in layers:
-    found["dense"] = layers.count(0)
-    if len(layers) != fields["N"]:
-      problems.append(f"moe_layer_freq names {len(layers)} layers, and num_hidden_layers={fields['N']}")
+  ones = layers if isinstance(layers, list) and all(type(x) is int and x in (0, 1) for x in layers) else []
+  if 1 in ones and ones == sorted(ones):
+    found["dense"] = ones.count(0)
+    if len(ones) != fields["N"]:
+      problems.append(f"moe_layer_freq names {len(ones)} layers, and num_hidden_layers={fields['N']}")
   elif layers not in (None, 1):
     problems.append(f"moe_layer_freq={shown(layers)} is not supported, only 1 for all layers behind the dense ones")
   if family.name == "LLaDA-MoE" and found.get("router_bias"):
