@@ -6,6 +6,7 @@ import gc
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import pathlib
 import random
@@ -63,8 +64,12 @@ MAPS = pathlib.Path("/proc/self/maps")  # of Linux
 def pytest_runtest_teardown(item):
   """Programs are let go of before there are too many: each is mapped, and a process may have 65,530 maps, no more.
 
-  Behind that XLA crashes, wherever it is. What is needed again comes from the cache on disk.
+  Behind that XLA crashes, wherever it is. What is needed again comes from the cache on disk. And a command that was run
+  here (`guard`) leaves no log behind, whose stream is closed by now.
   """
+  for handler in logging.root.handlers[:]:
+    if type(handler.formatter).__module__ == "lladax.terminal":
+      logging.root.removeHandler(handler)
   if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 30_000:
     jax.clear_caches()
     gc.collect()

@@ -49,7 +49,6 @@ def command(monkeypatch, capsys):
 
   monkeypatch.setattr(lm_eval.utils, "setup_logging", lambda: None)
   monkeypatch.setattr(distributed.logging, "basicConfig", lambda **_: None)
-  monkeypatch.setattr(distributed.logging, "raiseExceptions", False)  # of handlers that other tests have left behind
   monkeypatch.setenv(harness.DATA, "")
 
   def run(flags):
