@@ -305,8 +305,8 @@ def test_noise_that_makes_no_sense(field, said):
     NoiseConfig(**field)
 
 
-@pytest.mark.parametrize("n", [32, 24])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("n", [32, pytest.param(24, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_both_halves_with_splash_are_those_with_xla(monkeypatch, n, packed):
   """Forward and gradients, in Pallas's interpreter; documents begin at multiples of the block."""
   L, handed, interpreted = 384 if n == 24 else 256, [], functools.partial(attention._splash, interpret=True)

@@ -48,6 +48,7 @@ def test_bad_flags(frontier, flags, message):
     frontier.parse([*FLAGS, *flags])
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line_and_a_crash_is_none(tmp_path):
   (tmp_path / "frontier.json").write_text("{")
   for flags, code, said in (

@@ -106,6 +106,7 @@ def test_a_crash_of_the_command_line_is_a_crash(command, data_dir, monkeypatch, 
   assert code == 70 and "Traceback" in told
 
 
+@pytest.mark.slow
 def test_the_module_is_the_command():
   flags = "--tasks lladax_arc_challenge --model_args path=x,mcnum=3"
   done = subprocess.run(

@@ -187,11 +187,13 @@ def test_flags(tiny_flags, tmp_path, flags, message):
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_another_config_than_the_workdir_s(tiny_flags, workdir):
   line = complaint(*tiny_flags, "--config.model.F=64", "--config.seed=3", f"--workdir={workdir}")
   assert "model.F: 32 there, 64 here; seed: 0 there, 3 here" in line
 
 
+@pytest.mark.slow
 def test_checkpoints_that_cannot_be_read(tiny_flags, workdir):
   truncate(workdir)
   for given in (tiny_flags, ["--mode=sample", "--prompt=red"]):
@@ -199,6 +201,7 @@ def test_checkpoints_that_cannot_be_read(tiny_flags, workdir):
     assert f"no checkpoint of {workdir} can be read; the newest: {workdir}/checkpoints/20 cannot be read" in line
 
 
+@pytest.mark.slow
 def test_falls_back_to_the_checkpoint_before(tiny_flags, workdir):
   truncate(workdir / "checkpoints" / "20")
   done = run(*tiny_flags, f"--workdir={workdir}")
@@ -243,6 +246,7 @@ def test_sample_continues_and_fills_in(workdir, tmp_path):
   assert page.read_text().count("<") > 10 and "run" in page.read_text()
 
 
+@pytest.mark.slow
 def test_sample_reads_standard_input(workdir):
   done = run("--mode=sample", f"--workdir={workdir}", stdin="[MASK]ed\ngree[MASK]\n")
   assert done.returncode == 0, done.stderr
@@ -407,6 +411,7 @@ def test_a_page_that_cannot_be_written(refusal, workdir, tmp_path):
   assert refusal(*given, f"--html={tmp_path}") == f"--html: {tmp_path} cannot be written: it is a folder"
 
 
+@pytest.mark.slow
 def test_a_page_in_a_folder_that_is_not_there_yet(workdir, tmp_path):
   page = tmp_path / "new" / "folder" / "page.html"
   done = run("--mode", "sample", "--workdir", workdir, "--prompt", "red", "--html", page, "--config.sample.steps", "2")

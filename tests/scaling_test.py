@@ -185,6 +185,7 @@ def test_configs_that_cannot_be_compared_are_refused(scaling, tiny, tmp_path, ch
     pytest.param(["--report_only"], "there is no finished run", marks=pytest.mark.slow),
   ],
 )
+@pytest.mark.slow
 def test_the_command_line_complains_in_one_line(tiny_flags, tmp_path, more, says):
   command = [sys.executable, "benchmarks/scaling.py", *tiny_flags, f"--workdir={tmp_path / 'study'}", *more]
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)

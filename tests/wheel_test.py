@@ -105,6 +105,7 @@ def test_a_recipe_is_trained_by_its_name_and_sampled_without(python, site, run):
   assert done.returncode == 0 and done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_a_config_of_the_user_s_builds_on_ours(python):
   code = "from lladax import configs; c = configs.load('configs/own.py:7'); print(c.steps, c.seed, c.noise.masking)"
   done = python("-c", code)
@@ -116,6 +117,7 @@ def test_the_fields_are_shown_with_their_comments(call):
   assert done.returncode == 0 and re.search(r"^steps +800 +recipe +updates *$", done.stdout, re.MULTILINE), done.stderr
 
 
+@pytest.mark.slow
 def test_a_page_is_drawn_from_the_files_in_it(python):
   code = """
 import numpy, lladax.drawing.unmasking as unmasking, lladax.drawing.report as report
@@ -140,6 +142,7 @@ def test_a_mistake_is_one_line(call, given, message):
   assert done.stderr.startswith(f"lladax: {message}") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_an_import_needs_no_config(call, elsewhere):
   done = call("--mode=import", f"--source={ROOT / 'tests/golden/llada-tiny'}", "--workdir=imported")
   assert done.returncode == 0, done.stderr

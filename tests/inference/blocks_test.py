@@ -165,7 +165,11 @@ def test_canvases_with_gaps(models, shift):
 
 
 @pytest.mark.parametrize(
-  "options", [{}, {"temperature": 1.0, "seed": 3}, {"guidance_scale": 1.5}, {"edit_threshold": 0.3}]
+  "options",
+  [
+    {"temperature": 1.0, "seed": 3},
+    *(pytest.param(x, marks=pytest.mark.slow) for x in ({}, {"guidance_scale": 1.5}, {"edit_threshold": 0.3})),
+  ],
 )
 def test_streams_and_growth_end_as_the_whole(models, options):
   llada = models(4)

@@ -407,6 +407,7 @@ def test_a_row_with_a_seed_of_its_own_has_the_same_noise_in_any_batch(causal):
     np.testing.assert_array_equal(last.tokens, together.tokens)
 
 
+@pytest.mark.slow
 def test_prompts_of_one_command_have_noise_of_their_own(tiny, tiny_workdir, capsys):
   config = tiny({"sample.temperature": 2.0, "sample.gen_length": 8, "sample.block_length": 8, "sample.steps": 2})
   said = []

@@ -103,7 +103,7 @@ def test_of_a_block_as_long_as_the_canvas_a_cache_changes_nothing(cache):
   np.testing.assert_allclose(cached.confidence, plain.confidence, atol=1e-5)
 
 
-@pytest.mark.parametrize("cache", [None, "prefix", "dual"])
+@pytest.mark.parametrize("cache", ["dual", *(pytest.param(x, marks=pytest.mark.slow) for x in (None, "prefix"))])
 def test_canvases_that_grow(cache):
   """A canvas that grows sees no later block: of one layer, and with the cache, it is the explicit loop."""
   llada = dream(N=1)

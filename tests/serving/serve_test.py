@@ -28,6 +28,7 @@ import httpx  # noqa: E402
 ROOT = pathlib.Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_it_answers_finishes_what_runs_and_ends_well(tiny_workdir):
   options = ("--rows=2", "--config.sample.gen_length=8", "--config.sample.block_length=8")
   with command(tiny_workdir, "--warmup", *options) as (process, url):

@@ -101,6 +101,7 @@ def test_the_choosing_bias_moves_by_the_loads_alone(one):
   assert (np.abs(choice_NE) <= 6.001e-3).all() and (choice_NE > 0).any() and (choice_NE < 0).any()
 
 
+@pytest.mark.slow
 def test_loads_are_balanced_in_time(tiny, tmp_path, monkeypatch):
   """By the bias alone, and by the auxiliary loss alone."""
   on(monkeypatch, 1)
