@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -485,6 +486,17 @@ def test_what_is_shown_can_be_piped():
   done = run("--config=poems", "--mode=show")
   assert done.returncode == 0 and not done.stderr and done.stdout.startswith("field ")
   assert "\x1b" not in done.stdout and "\nsteps                          4000 " in done.stdout
+
+
+@pytest.mark.parametrize("flags", [["--help"], pytest.param(["--config=poems", "--mode=show"], marks=pytest.mark.slow)])
+def test_who_has_read_enough_is_told_no_more(flags):
+  read, write = os.pipe()
+  os.close(read)
+  done = subprocess.run(
+    [sys.executable, "-m", "lladax.main", *flags], stdout=write, stderr=subprocess.PIPE, check=False
+  )
+  os.close(write)
+  assert (done.returncode, done.stderr) == (1, b"")
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])

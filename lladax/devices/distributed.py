@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -121,13 +122,24 @@ def guard(command: Callable[[list[str]], int | None], argv: list[str], name: str
       leave(int(error.code))
     raise
   except Exception as error:
+    unheard = isinstance(error, BrokenPipeError) and _unheard()
     if line := refusal(error):
       print(visible(f"{name}: {line}"), file=sys.stderr)
-    else:
+    elif not unheard:
       print(visible(traceback.format_exc()), end="", file=sys.stderr)
-    code = 1 if line else CRASH
+    code = 1 if line or unheard else CRASH
   leave(code)
   return code
+
+
+def _unheard() -> bool:
+  """Whether who read standard output has gone, as `head` does; what is left for it goes nowhere then."""
+  pipe = select.poll()
+  pipe.register(1, 0)  # of errors alone
+  gone = any(event & select.POLLERR for _, event in pipe.poll(0))
+  if gone:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+  return gone
 
 
 def _with_addresses(record: logging.LogRecord) -> bool:
