@@ -73,7 +73,7 @@ class MaskPredictorConfig:
   causal: bool = False  # only for the autoregressive baseline
   block: int = 0  # tokens that look at each other, and at all before them; 0: all of the canvas does
   # What is read and predicted: False, the state at i predicts token i | True, token i + 1, as in models that were
-  # autoregressive (Dream); of a causal one, that the token it is begun with is seen by nobody (Llama, Qwen).
+  # autoregressive (Dream, Fast-dLLM v2); of a causal one, that nobody sees the token it is begun with (Llama, Qwen).
   shift: bool = False
   qk_norm: bool = False  # queries and keys are normed, each head by itself
   qkv_bias: bool = False  # queries, keys and values have biases
